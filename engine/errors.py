@@ -1,0 +1,50 @@
+"""How a command ends: the one exception for mistakes that the user can mend, and the wrapper of every entry point."""
+
+import errno
+import signal
+import sys
+from collections.abc import Callable
+
+EXIT_USER_ERROR = 2
+
+
+class UserError(Exception):
+    """A mistake that the user can mend. Its message is one line: what was found, what was wanted, what to do."""
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived. Everything on disk is whole: the same command goes on from there."""
+
+
+def explain_os_error(error: OSError) -> UserError:
+    """One line for what the file system refused (full disk, no permission, not a directory)."""
+    name = error.filename or "a file"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return UserError(
+            f"no space left while writing {name}; what was written before is whole: free space, then run the same command again"
+        )
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return UserError(f"cannot write to {name} ({error.strerror}); give a writable place with --save_dir")
+    return UserError(f"{error.strerror or error}: {name}")
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Runs ``main``; a UserError or a refused write is one line on stderr and exit code 2, a stop is 130 or 143."""
+
+    def on_sigterm(signum, frame):
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, on_sigterm)
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        print(f"error: {explain_os_error(error)}", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)
+    except (KeyboardInterrupt, Terminated) as stop:
+        print("\nstopped; nothing written is lost: run the same command again to go on", file=sys.stderr)
+        sys.exit(143 if isinstance(stop, Terminated) else 130)
