@@ -1,0 +1,164 @@
+"""What every diffusion prior is to the rest of the program, and how a pretrained one is loaded.
+
+An *augmenter* turns an image of the bank into a new one. Its random numbers come from one seed an image, drawn on the
+CPU whatever the device, so that neither the batch size nor the order of the images changes a variant.
+"""
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.errors import UserError
+
+
+class Augmenter:
+    """A source of variants. Subclasses implement ``augment``, and the rest where they learn from the bank.
+
+    Attributes:
+        external_prior: the pretrained model behind the variants as the results table names it, ``"<model id>[@revision]"``,
+            or ``"none"``.
+        fit_rounds: calls of ``fit`` wanted before the first ``augment``.
+    """
+
+    external_prior: str = "none"
+    fit_rounds: int = 0
+
+    def fit(self, images_u8: Tensor, labels: Tensor) -> dict[str, float | Tensor]:
+        """One round of training on the bank, its randomness from the global stream.
+
+        Args:
+            images_u8: (N, 3, H, W) uint8.
+            labels: (N,) int64.
+        Returns:
+            Named scalars for the log.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not learn from the bank")
+
+    def augment(self, images: Tensor, labels: Tensor, seeds: list[int]) -> Tensor:
+        """One variant of each image.
+
+        Args:
+            images: (B, 3, H, W) float32 in [0, 1].
+            labels: (B,) int64.
+            seeds: B seeds; an image's variant depends on its own seed alone.
+        Returns:
+            (B, 3, H, W) float32 in [0, 1], on the augmenter's device.
+        """
+        raise NotImplementedError
+
+    def state_dict(self) -> dict[str, Any]:
+        """What ``fit`` has changed: tensors and plain values; empty for a pretrained model."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes up where ``state_dict`` was called."""
+
+
+def seeded_generators(seeds: list[int]) -> list[torch.Generator]:
+    """One CPU generator a seed; diffusers moves what they draw to its own device."""
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def seeded_noise(seeds: list[int], shape: tuple[int, ...]) -> Tensor:
+    """Standard normal noise, (len(seeds), *shape) float32 on the CPU, row k from ``seeds[k]`` alone."""
+    return torch.stack([torch.randn(shape, generator=generator) for generator in seeded_generators(seeds)])
+
+
+def denoising_steps(strength: float, num_inference_steps: int) -> int:
+    """Network evaluations that ``strength`` leaves of ``num_inference_steps``, rounded down as diffusers does.
+
+    Raises:
+        UserError: ``strength`` is outside (0, 1], or no step is left.
+    """
+    if not 0 < strength <= 1:
+        raise UserError(f"--strength {strength:g} is outside (0, 1]: the share of the way back to pure noise")
+    steps = int(strength * num_inference_steps)
+    if steps < 1:
+        raise UserError(
+            f"--strength {strength:g} of --num_inference_steps {num_inference_steps} leaves no denoising step; "
+            f"give --num_inference_steps {-int(-1 // strength)} or more, or a larger --strength"
+        )
+    return steps
+
+
+def prior_name(model_id: str, revision: str | None = None) -> str:
+    """``"<model id>[@revision]"`` for the results table; of a local directory its last part, which has no revision."""
+    path = Path(model_id)
+    return path.resolve().name if path.is_dir() else f"{model_id}@{revision}" if revision else model_id
+
+
+@contextmanager
+def hub_errors(model_id: str, revision: str | None, flag: str) -> Iterator[None]:
+    """Turns what a hub or a model directory can refuse into one line that says how to get the model.
+
+    Args:
+        model_id: a hub id, or a directory.
+        revision: of the hub id.
+        flag: the flag that takes the id, e.g. ``"--diffusion_model"``.
+    Raises:
+        UserError: within the block, the model was not found, not reachable or not complete.
+    """
+    from httpx import HTTPError
+
+    try:
+        yield
+    except (HTTPError, OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise
+        if Path(model_id).is_dir():
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise UserError(f"{flag} {model_id}: this directory is no whole model of the wanted kind ({reason})") from error
+        at = f" --revision {revision}" if revision else ""
+        raise UserError(
+            f"{flag} {model_id}: neither a directory here nor a model that could be had from the hub "
+            f"({type(error).__name__}); where there is a network, run 'hf download {model_id}{at} --local-dir DIR' "
+            f"(older: huggingface-cli download), then give {flag} DIR"
+        ) from error
+
+
+def load_pipeline(
+    model_id: str,
+    revision: str | None,
+    cls: str,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    flag: str = "--diffusion_model",
+) -> Any:
+    """A pretrained diffusers pipeline, quiet and ready to sample.
+
+    The safety checker is left out: the images are variations of 32-pixel inversions, made to train a network and shown to
+    nobody, and what it does on a false alarm is to put a black image in the transfer set without a word. So is the
+    invisible watermark, which would be trained on.
+
+    Args:
+        model_id: hub id, or a directory written by ``save_pretrained``.
+        revision: branch, tag or commit on the hub; of no meaning for a directory.
+        cls: name in ``diffusers`` of the wanted pipeline, or ``"AutoPipelineForImage2Image"`` for any that fits.
+        flag: the flag that takes the id, for the errors.
+    Raises:
+        UserError: the model cannot be had, or is of another kind. The kind is checked before any weights are fetched.
+    """
+    import diffusers
+
+    revision = None if Path(model_id).is_dir() else revision
+    wanted = getattr(diffusers, cls)
+    with hub_errors(model_id, revision, flag):
+        config = diffusers.DiffusionPipeline.load_config(model_id, revision=revision)
+    found = config.get("_class_name", "no pipeline")
+    if cls == "AutoPipelineForImage2Image":
+        _check_image_to_image(model_id, config, flag)
+    elif found != cls:
+        raise UserError(f"{flag} {model_id} holds {found}, but {cls} is wanted here")
+    no_checker = {"safety_checker": None, "requires_safety_checker": False} if "safety_checker" in config else {}
+    with hub_errors(model_id, revision, flag):
+        pipeline = wanted.from_pretrained(model_id, revision=revision, torch_dtype=dtype, **no_checker)
+    if getattr(pipeline, "watermark", None) is not None:
+        pipeline.watermark = None
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.vae.enable_slicing()  # decoding is where the memory goes; a slice is one image
+    return pipeline.to(device)

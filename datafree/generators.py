@@ -1,0 +1,58 @@
+"""Generators: noise -> images in [0, 1]. Two sizes serve the whole field; both follow the image size."""
+
+import math
+
+from torch import Tensor, nn
+
+
+class Generator(nn.Module):
+    """Linear, then [upsample x2, 3x3 conv, BN, LeakyReLU 0.2] per doubling, then 3x3 conv and sigmoid.
+
+    The small one has 128 channels and 64 in its last block; the large one (DAFL, ZSKT) 256, 128 and 64. Up to 32 px
+    there are two doublings, above that one more for each doubling of the image (64 px three, 224 px five from 7 x 7).
+
+    Args:
+        nz: length of the noise vectors.
+        image_size: H = W of the images, px; a multiple of 2 ** (number of doublings).
+        channels: of the first map and of the blocks' outputs; the last is repeated or cut to the number of blocks + 1.
+    Raises:
+        ValueError: the image size does not divide.
+    """
+
+    def __init__(self, nz: int = 256, image_size: int = 32, channels: tuple[int, ...] = (128, 128, 64)):
+        super().__init__()
+        doublings = max(2, math.ceil(math.log2(image_size / 8)) if image_size > 32 else 2)
+        if image_size % 2**doublings:
+            raise ValueError(f"a generator for {image_size} px images needs a multiple of {2**doublings} px")
+        start = image_size // 2**doublings
+        widths = [channels[0]] * (doublings + 1 - len(channels)) + list(channels)
+        self.nz, self.start = nz, start
+        self.project = nn.Linear(nz, widths[0] * start**2)
+        layers: list[nn.Module] = [nn.BatchNorm2d(widths[0])]
+        for before, after in zip(widths, widths[1:]):
+            layers += [
+                nn.Upsample(scale_factor=2),
+                nn.Conv2d(before, after, 3, padding=1, bias=False),
+                nn.BatchNorm2d(after),
+                nn.LeakyReLU(0.2, inplace=True),
+            ]
+        layers += [nn.Conv2d(widths[-1], 3, 3, padding=1), nn.Sigmoid()]
+        self.blocks = nn.Sequential(*layers)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """z (B, nz) -> images (B, 3, H, W) in [0, 1]."""
+        return self.blocks(self.project(z).view(len(z), -1, self.start, self.start))
+
+
+def reset(network: nn.Module) -> nn.Module:
+    """Fresh weights in place, as the field draws them: N(0, .02), BN weight N(1, .02), biases 0."""
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.reset_running_stats()
+            nn.init.normal_(module.weight, 1.0, 0.02)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Conv2d | nn.Linear):
+            nn.init.normal_(module.weight, 0.0, 0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    return network

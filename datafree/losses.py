@@ -1,0 +1,41 @@
+"""Losses that more than one method uses. Each is a function of tensors, float32 inside, scalar out."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+    """``T^2 * KL(teacher || student)`` at temperature T, batch mean (Hinton et al. 2015, arXiv 1503.02531).
+
+    Args:
+        student_logits, teacher_logits: (B, C).
+    Returns:
+        Scalar >= 0; 0 iff the softened distributions agree.
+    """
+    student = F.log_softmax(student_logits.float() / temperature, dim=1)
+    teacher = F.log_softmax(teacher_logits.float() / temperature, dim=1)
+    return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
+
+
+def one_hot_loss(teacher_logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of the teacher's logits (B, C) to the wanted classes (B,) (DAFL, arXiv 1904.01186)."""
+    return F.cross_entropy(teacher_logits.float(), labels)
+
+
+def feature_loss(student_map: Tensor, teacher_map: Tensor) -> Tensor:
+    """Mean squared difference of two feature maps (B, C, h, w) of one shape (SimKD, arXiv 2203.14001)."""
+    return F.mse_loss(student_map.float(), teacher_map.float())
+
+
+def rotations(images: Tensor) -> Tensor:
+    """All four quarter turns: (B, C, H, H) -> (4B, C, H, H), turn k in rows kB .. (k+1)B - 1."""
+    turned = [images, images.flip(3).transpose(2, 3), images.flip((2, 3)), images.transpose(2, 3).flip(3)]
+    layout = torch.channels_last if images.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+    return torch.cat([t.contiguous(memory_format=layout) for t in turned])
+
+
+def rotation_labels(labels: Tensor) -> Tensor:
+    """Joint class-and-turn labels ``4y + k`` of ``rotations``: (B,) -> (4B,) (CSD, arXiv 2307.04542)."""
+    turns = torch.arange(4, device=labels.device)
+    return (4 * labels[None, :] + turns[:, None]).reshape(-1)

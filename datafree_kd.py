@@ -1,0 +1,94 @@
+"""Data-free distillation: a trained teacher and no training data in, a small student out.
+
+    python datafree_kd.py --help                       the flags of every method
+    python datafree_kd.py --method dda --help          and those of one
+    python datafree_kd.py --method dda --dataset cifar10 --teacher wrn40_2 --student wrn16_1
+
+To resume, run the same command again. Of the real data only the test split is opened, only to report accuracy.
+"""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+from engine.errors import UserError, run_command
+from engine.flags import Parser, add_flags, from_args, stage_flags
+from engine.settings import DistillFlags, RunFlags, TaskFlags
+from registry import METHODS, lookup, resolve
+
+
+def parse(argv: list[str]):
+    """The command line as (name, Method class, [task, run, distill, method flags])."""
+    first = Parser(prog="datafree_kd.py", add_help=False)
+    first.add_argument("--method")
+    name = first.parse_known_args(argv)[0].method
+    method = resolve(lookup(METHODS, name, "method")) if name else None
+    groups = [TaskFlags, RunFlags, DistillFlags, *([method.Config] if method else [])]
+
+    known = f"one of {', '.join(METHODS)}; --method NAME --help shows its flags too"
+    parser = Parser(prog="datafree_kd.py", description=__doc__.splitlines()[0], epilog="To resume, run the same command again.")
+    parser.add_argument("--method", required=True, metavar="NAME", help=known)
+    for group in groups:
+        add_flags(parser, group, group.__doc__.rstrip("."), method.defaults if method else {})
+    args = parser.parse_args(argv)
+    return name, method, [from_args(group, args) for group in groups]
+
+
+def main() -> None:
+    name, method_class, groups = parse(sys.argv[1:])
+    task_flags, run_flags, distill_flags, config = groups
+    # Imported after parsing, so that --help and a misspelt flag answer at once.
+    from datafree.bank import ImageBank, Manifest, TransferSet
+    from datafree.base import Task
+    from datafree.filter import cosines, keep_mask
+    from engine.augmentation import crop_flip
+    from engine.data import dataset_info, forbid_train_split
+    from engine.files import weights_digest
+    from engine.networks import build_classifier, load_teacher, short_name
+    from engine.pipeline import Pipeline
+    from engine.precision import Precision, choose_device
+    from engine.run import Run
+    from engine.seeding import seed_position
+    from engine.stages import Stages
+
+    device = choose_device(run_flags.gpu)
+    forbid_train_split()
+    info = dataset_info(
+        task_flags.dataset, task_flags.data_root, image_size=task_flags.image_size, domain=task_flags.domain
+    )
+    normalization = task_flags.teacher_mean, task_flags.teacher_std
+    teacher = load_teacher(task_flags.teacher, info, device, task_flags.teacher_ckpt, *normalization)
+    seed_position(run_flags.seed, "student")
+    student = build_classifier(task_flags.student, info, device)
+
+    def random_view(images):
+        return crop_flip(images, info.crop_padding, info.flip)
+
+    task = Task(info.num_classes, info.image_size, device, random_view, Precision(run_flags.amp, device), info.class_names, info.flip)
+    method = method_class(config, teacher, student, task)
+
+    weights = weights_digest(teacher.network.state_dict())
+    manifest = Manifest(info.name, info.num_classes, info.image_size, short_name(task_flags.teacher), weights, name)
+    replaced = {"synthesize": run_flags.init_bank, "augment": run_flags.init_variants}
+    order = [stage for stage in method.stages if not replaced.get(stage)]
+    selected = list(run_flags.stages or order)
+    if wrong := [stage for stage in selected if stage not in order]:
+        raise UserError(f"--stages {','.join(wrong)}: this run has the stages {', '.join(order)}")
+
+    pair = f"{info.name}_{short_name(task_flags.teacher)}_{short_name(task_flags.student)}"
+    flags = {"method": name} | {k: v for group in groups for k, v in dataclasses.asdict(group).items()}
+    run = Run(run_flags.save_dir or Path("checkpoints", name, f"{pair}_seed{run_flags.seed}"), flags)
+    inputs = {"method": name, "teacher_ckpt": f"(weights {weights})"}
+    stages = Stages(run.path / "stages.json", {stage: inputs | stage_flags(stage, *groups) for stage in order})
+    pipeline = Pipeline(
+        run, stages, method, info, manifest, distill_flags.schedule(), flags,
+        open_bank=ImageBank, transfer_set=TransferSet, cosines=cosines, keep_mask=keep_mask,
+    )  # fmt: skip
+    try:
+        pipeline.execute(selected, redo=run_flags.redo)
+    finally:
+        run.close()
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,113 @@
+"""Stage augment: V variants of every bank image, then the cosine between each variant and its source."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from engine.errors import UserError
+from engine.evaluate import check_finite
+from engine.files import load_checkpoint, load_tensors, save_checkpoint, save_tensors
+from engine.pictures import variants_grid
+from engine.run import Run, progress
+from engine.seeding import position_seed, seed_position
+from engine.stages import Stages
+
+SHARD = 512  # variants a shard: what a kill can cost
+
+
+def fit_augmenter(run: Run, augmenter, images: Tensor, labels: Tensor, seed: int) -> None:
+    """Trains an augmenter that learns from the bank; a checkpoint a round, so that a restart repeats an unbroken run."""
+    file = run.path / "prior.pth"
+    start = 0
+    if file.exists():
+        saved = load_checkpoint(file, "diffusion checkpoint")
+        start = saved["round"]
+        augmenter.load_state_dict(saved["augmenter"])
+    run.rewind("augment", start)
+    bar = progress(augmenter.fit_rounds, "train the prior", "round", start)
+    for round in range(start, augmenter.fit_rounds):
+        seed_position(seed, "fit", round)
+        figures = {name: float(value) for name, value in augmenter.fit(images, labels).items()}
+        check_finite(figures, f"round {round} of training the diffusion prior", "lower --fit_lr and run again")
+        run.metrics("augment", round, figures)
+        save_checkpoint(file, {"round": round + 1, "augmenter": augmenter.state_dict()})
+        bar.set_postfix({name: f"{value:.3g}" for name, value in figures.items()})
+        bar.update()
+    bar.close()
+
+
+def augment(run: Run, stages: Stages, sources: dict[str, Tensor], store, make_augmenter, device, *, variants: int, batch_size: int, seed: int) -> None:
+    """Fills ``store`` with ``variants`` variants of every source image.
+
+    Position p = k * N + i of the store is variant k of source i; its seed is a function of (seed, i, k) alone. Shards are
+    ``SHARD`` positions; the work goes on after the last whole one.
+
+    Args:
+        sources: images (N, 3, H, W) uint8 and labels (N,).
+        store: an image bank for the variants.
+        make_augmenter: builds the augmenter; called only if something is left to do.
+    """
+    stages.begin("augment")
+    images, labels = sources["images"], sources["labels"]
+    if not len(images):
+        raise UserError("the image bank is empty: there is nothing to vary; make images with --stages synthesize first")
+    total = variants * len(images)
+    shards = -(-total // SHARD)
+    present = set(store.rounds("augment"))
+    start = next((s for s in range(shards) if s not in present), shards)
+    if start < shards:
+        augmenter = make_augmenter()
+        fit_augmenter(run, augmenter, images, labels, seed)
+        bar = progress(total, "augment", "img", start * SHARD)
+        for shard in range(start, shards):
+            positions = torch.arange(shard * SHARD, min((shard + 1) * SHARD, total))
+            made = []
+            for part in positions.split(batch_size):
+                source_index = part % len(images)
+                seeds = [position_seed(seed, "variant", int(p % len(images)), int(p // len(images))) for p in part]
+                source = images[source_index].to(device).float().div_(255)
+                varied = augmenter.augment(source, labels[source_index].to(device), seeds)
+                if not bool(torch.isfinite(varied).all()):
+                    raise UserError(f"the diffusion model made NaN pixels in shard {shard}; give --diffusion_dtype fp32")
+                made.append((varied.clamp(0, 1) * 255).round().to(torch.uint8).cpu())
+                bar.update(len(part))
+            source_index = positions % len(images)
+            store.append("augment", shard, torch.cat(made), labels[source_index], source_index=source_index)
+            stages.update("augment", variants=int(positions[-1]) + 1)
+        bar.close()
+    stages.update("augment", done=True, variants=total)
+    run.log(f"augment: {total} variants of {len(images)} images in {store.path} ({stages.seconds()['augment']:.0f} s)")
+
+
+def filter_variants(run: Run, folder: Path, sources, variants, *, omega: float, embedding: str, cosines, keep_mask) -> Tensor:
+    """The keep mask (N * V,) of the variants, logged, drawn, and stored with the cosines.
+
+    Cosines are computed once an embedding, so omega can change without generating or embedding again.
+
+    Args:
+        folder: of the variants; the file is ``cosine_<embedding>.safetensors``.
+        sources: images (N, 3, H, W), labels; variants: images (N * V, 3, H, W), labels, source_index.
+        cosines: () -> (N * V,), called when none are stored.
+        keep_mask: (cosines, omega) -> bool (N * V,).
+    """
+    file = folder / f"cosine_{embedding}.safetensors"
+    cosine = load_tensors(file)["cosine"] if file.exists() else cosines().cpu()
+    keep = keep_mask(cosine, omega).cpu()
+    try:
+        save_tensors(file, {"cosine": cosine, "keep": keep}, {"omega": repr(omega)})
+    except PermissionError:
+        pass  # variants of another run, kept where this one may not write
+    low, middle, high = torch.quantile(cosine[:1_000_000].float(), torch.tensor([0.1, 0.5, 0.9])).tolist()
+    run.log(
+        f"filter: {int(keep.sum())} of {len(keep)} variants kept at omega {omega:g} ({embedding} embedding; "
+        f"cosine 10/50/90 %: {low:.3f} {middle:.3f} {high:.3f})"
+    )
+    run.board.add_histogram("filter/cosine", cosine)
+    run.board.add_scalar("filter/keep_rate", keep.float().mean())
+    total = len(sources["labels"])
+    shown = torch.arange(0, total, max(1, total // 16))[:16]
+    of_shown = torch.arange(min(4, len(keep) // total))[:, None] * total + shown
+    picture = variants_grid(sources["images"][shown], variants["images"][of_shown], cosine[of_shown], keep[of_shown])
+    run.picture("variants", picture)
+    return keep

@@ -1,0 +1,270 @@
+"""Readers: where the images and labels of a dataset lie, one function a layout.
+
+A reader takes the dataset's description and a split and returns a ``RawSplit``. A describer fills in what only the
+disk knows (number of classes, their names, image size); it opens no images.
+"""
+
+from __future__ import annotations
+
+import os
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from engine.errors import UserError
+
+if TYPE_CHECKING:
+    from engine.data import DatasetInfo
+
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff"}
+# The names that a split goes by on disk, best first.
+SPLIT_FOLDERS = {"train": ("train",), "test": ("test", "val")}
+
+
+class RawSplit(NamedTuple):
+    """What a reader found.
+
+    images: uint8 array, (N, H, W) or (N, H, W, 3), or a list of N image files.
+    labels: (N,) integers.
+    origin: the file or folder to name when something in it is wrong.
+    """
+
+    images: np.ndarray | list[str]
+    labels: np.ndarray
+    origin: str
+
+
+# Keras-style archives
+
+
+def describe_npz(row: dict[str, Any], root: Path, name: str, domain: str | None, classes: str | None) -> dict[str, Any]:
+    """Class count and image size of an unregistered ``NAME.npz``, from its class list or test labels and a header."""
+    path = root / f"{name}.npz"
+    with open_npz(path) as archive:
+        names = next((archive[key] for key in ("classes", "class_names") if key in archive), None)
+        labels = _member(archive, path, "y_test")
+        shape = _shape(archive, path, "x_test")
+    if names is None and not labels.size:
+        raise UserError(f"{path} has neither 'classes' nor test labels: the number of classes is unknown")
+    if len(shape) not in (3, 4):
+        raise UserError(f"{path}: x_test has shape {shape}; wanted (N, H, W), (N, H, W, 1) or (N, H, W, 3)")
+    text = names is not None and tuple(n.decode() if isinstance(n, bytes) else str(n) for n in names.tolist())
+    return {"num_classes": len(text) if text else int(labels.max()) + 1, "class_names": text or None, "size": min(shape[1:3])}
+
+
+def read_npz(info: DatasetInfo, split: str) -> RawSplit:
+    """``x_train, y_train, x_test, y_test`` of ``DATA_ROOT/NAME.npz``; only the members of ``split`` are read."""
+    path = Path(info.data_root, f"{info.name}.npz")
+    with open_npz(path) as archive:
+        images, labels = _member(archive, path, f"x_{split}"), _member(archive, path, f"y_{split}")
+    if images.ndim == 4 and images.shape[3] == 1:
+        images = images[..., 0]
+    if images.dtype != np.uint8 or images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] != 3):
+        raise UserError(
+            f"{path}: x_{split} is {images.dtype} of shape {images.shape}; wanted uint8 (N, H, W), (N, H, W, 1) or (N, H, W, 3)"
+        )
+    return RawSplit(images, labels.reshape(-1) if labels.shape[1:] == (1,) else labels, str(path))
+
+
+@contextmanager
+def open_npz(path: Path) -> Iterator[np.lib.npyio.NpzFile]:
+    """Opens an archive without ever unpickling; anything wrong with it, found now or while reading, is a UserError."""
+    try:
+        archive = np.load(path, allow_pickle=False)
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise ValueError("it is a single array")
+        with archive:
+            yield archive
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+        reason = "it holds Python objects, which are never loaded" if "pickle" in str(error) else str(error)
+        raise UserError(f"{path} cannot be read: {reason}; wanted a whole .npz with x_train, y_train, x_test, y_test") from None
+
+
+def _member(archive, path: Path, key: str) -> np.ndarray:
+    if key not in archive:
+        raise UserError(f"{path} has no {key}; it has {', '.join(archive.files) or 'nothing'}")
+    return archive[key]
+
+
+def _shape(archive, path: Path, key: str) -> tuple[int, ...]:
+    """Shape of a member, from its header alone."""
+    if key not in archive:
+        raise UserError(f"{path} has no {key}; it has {', '.join(archive.files) or 'nothing'}")
+    with archive.zip.open(f"{key}.npy") as member:
+        version = np.lib.format.read_magic(member)
+        header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        return header(member)[0]
+
+
+# Datasets that a package brings or downloads
+
+
+def read_digits(info: DatasetInfo, split: str) -> RawSplit:
+    """scikit-learn's 1797 embedded digits; a fixed third of every class is the test split."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    labels = digits.target
+    shuffled = np.random.RandomState(0).permutation(len(labels))
+    is_test = np.zeros(len(labels), bool)
+    for digit in range(10):
+        is_test[shuffled[labels[shuffled] == digit][::3]] = True
+    chosen = is_test if split == "test" else ~is_test
+    images = np.round(digits.images[chosen] * (255 / 16)).astype(np.uint8)
+    return RawSplit(images, labels[chosen], "scikit-learn's digits")
+
+
+def read_torchvision(info: DatasetInfo, split: str) -> RawSplit:
+    """A dataset of torchvision's (``info.source`` is its class), downloaded into the data root where it is missing."""
+    import torchvision
+
+    dataset_class = getattr(torchvision.datasets, info.source)
+    which = {"split": split} if info.source == "SVHN" else {"train": split == "train"}
+    try:
+        try:
+            dataset = dataset_class(info.data_root, **which)
+        except RuntimeError:  # torchvision's "not found or corrupted"
+            dataset = dataset_class(info.data_root, download=True, **which)
+    except (OSError, RuntimeError, ValueError, AssertionError, EOFError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"{info.name} is not whole under {info.data_root} and cannot be downloaded ({reason}); put "
+            f"{Path(info.data_root, info.name)}.npz (x_train, y_train, x_test, y_test) or torchvision's own {info.source} files there"
+        ) from None
+    images = np.asarray(dataset.data)
+    images = images.transpose(0, 2, 3, 1) if info.source == "SVHN" else images
+    return RawSplit(images, np.asarray(dataset.labels if info.source == "SVHN" else dataset.targets), info.data_root)
+
+
+# Class folders
+
+
+def describe_folders(row: dict[str, Any], root: Path, name: str, domain: str | None, classes: str | None) -> dict[str, Any]:
+    """The classes of a tree of one's own: the class folders of its test split."""
+    folders = tuple(class_folders(split_folder(root, "test")))
+    return {"num_classes": len(folders), "class_names": folders, "classes": folders}
+
+
+def read_folders(info: DatasetInfo, split: str) -> RawSplit:
+    """``ROOT/<split>/<class>/**/*``, labels in the order of the class folders."""
+    return _from_folders(info, split_folder(info.folder, split))
+
+
+def read_tiny_imagenet(info: DatasetInfo, split: str) -> RawSplit:
+    """The published zip (its test images have no labels: ``val`` and its annotations are the test split), or class folders."""
+    annotations = info.folder / "val" / "val_annotations.txt"
+    if split == "train" or not annotations.is_file():
+        return _from_folders(info, split_folder(info.folder, "train") if split == "train" else info.folder / "val")
+    files, wnids = [], []
+    for number, line in enumerate(annotations.read_text().splitlines(), 1):
+        fields = line.split("\t")
+        if len(fields) < 2:
+            raise UserError(f"{annotations}:{number}: wanted a file name, a tab and a class, found '{line[:80]}'")
+        files.append(str(annotations.parent / "images" / fields[0]))
+        wnids.append(fields[1])
+    names, labels = np.unique(np.array(wnids, dtype=str), return_inverse=True)
+    _check_count(info, len(names), annotations)
+    return RawSplit(files, labels, str(annotations))
+
+
+def _from_folders(info: DatasetInfo, folder: Path) -> RawSplit:
+    names = class_folders(folder)
+    _check_count(info, len(names), folder)
+    if info.classes and set(names) != set(info.classes):
+        raise UserError(f"{folder} has other classes than the test split: {sorted(set(names) ^ set(info.classes))[:5]}")
+    files = [image_files(folder / name) for name in names]
+    labels = np.repeat(np.arange(len(names)), [len(f) for f in files])
+    return RawSplit([file for group in files for file in group], labels, str(folder))
+
+
+def _check_count(info: DatasetInfo, found: int, where: Path) -> None:
+    if found != info.num_classes:
+        raise UserError(f"{where} has {found} classes, {info.name} has {info.num_classes}")
+
+
+def split_folder(root: Path, split: str) -> Path:
+    """The first folder of ``root`` that a split goes by and that holds class folders.
+
+    Raises:
+        UserError: there is none.
+    """
+    for name in SPLIT_FOLDERS[split]:
+        if (root / name).is_dir() and class_folders(root / name):
+            return root / name
+    wanted = " or ".join(str(root / name / "<class>" / "*") for name in SPLIT_FOLDERS[split])
+    raise UserError(f"no {split} images: wanted {wanted}; --data_root names the folder above")
+
+
+def class_folders(folder: Path) -> list[str]:
+    """Names of the class folders in label order: by value where all are numbers ('2' before '10'), else alphabetical."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} does not exist; wanted one folder of images a class in it")
+    names = [entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith(".")]
+    numeric = all(name.isdecimal() for name in names)
+    return sorted(names, key=lambda name: (int(name), name)) if numeric else sorted(names)
+
+
+def image_files(folder: Path) -> list[str]:
+    """Every image below ``folder``, in a fixed order."""
+    found = []
+    for parent, folders, files in os.walk(folder):
+        folders.sort()
+        keep = (f for f in sorted(files) if os.path.splitext(f)[1].lower() in IMAGE_SUFFIXES and not f.startswith("."))
+        found += [os.path.join(parent, file) for file in keep]
+    return found
+
+
+# DomainNet
+
+
+def describe_domainnet(row: dict[str, Any], root: Path, name: str, domain: str | None, classes: str | None) -> dict[str, Any]:
+    """One domain; its ten-class subset, or all 345 classes with the names of their folders."""
+    if domain not in row["domains"]:
+        found = f"unknown --domain '{domain}'" if domain else "--domain is missing"
+        raise UserError(f"{found}; {name} has {', '.join(row['domains'])}")
+    if classes not in (None, "ten", "all"):
+        raise UserError(f"--classes {classes}: wanted 'ten' (the subset) or 'all'")
+    named = {"name": f"{name}_{domain}", "domain": domain}
+    if classes != "all":
+        return named | {"num_classes": len(row["ten"]), "class_names": tuple(row["ten"]), "classes": tuple(row["ten"].values())}
+    names = None
+    listing = root / row["source"] / f"{domain}_test.txt"
+    if listing.is_file():
+        files, numbers = _read_list(listing)
+        folder_of = {number: Path(file).parent.name.replace("_", " ") for file, number in zip(files, numbers)}
+        names = tuple(folder_of.get(label, str(label)) for label in range(row["num_classes"]))
+    return named | {"class_names": names}
+
+
+def read_domainnet(info: DatasetInfo, split: str) -> RawSplit:
+    """The images of ``<domain>_<split>.txt``; a subset's label numbers become 0, 1, … in the subset's order."""
+    listing = info.folder / f"{info.domain}_{split}.txt"
+    files, labels = _read_list(listing)
+    if info.classes:
+        position = {number: label for label, number in enumerate(info.classes)}
+        chosen = [(file, position[number]) for file, number in zip(files, labels) if number in position]
+        files, labels = [file for file, _ in chosen], [label for _, label in chosen]
+    return RawSplit([str(info.folder / file) for file in files], np.array(labels, dtype=np.int64), str(listing))
+
+
+def _read_list(listing: Path) -> tuple[list[str], list[int]]:
+    """Lines ``path label``; blanks are allowed in the path."""
+    try:
+        lines = listing.read_text().splitlines()
+    except FileNotFoundError:
+        raise UserError(f"{listing} does not exist; wanted one line 'path label' an image, paths beside the list") from None
+    files, labels = [], []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        fields = line.rsplit(maxsplit=1)
+        if len(fields) != 2 or not fields[1].isdecimal():
+            raise UserError(f"{listing}:{number}: wanted 'path label', found '{line[:80]}'")
+        files.append(fields[0])
+        labels.append(int(fields[1]))
+    return files, labels

@@ -1,0 +1,161 @@
+"""Stage distill: rounds of [synthesize; kd_steps student steps]. It never asks which method it serves."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from torch import Tensor, nn
+
+from engine.evaluate import check_finite, evaluate
+from engine.files import load_checkpoint, save_checkpoint
+from engine.precision import Precision
+from engine.run import Run, progress
+from engine.seeding import seed_position
+from engine.stages import Stages
+from models.classifier import eval_mode
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Lengths and learning rate of stage distill, in the units of the flags of the same names."""
+
+    epochs: int
+    ep_steps: int
+    kd_steps: int
+    batch_size: int
+    lr: float
+    momentum: float
+    weight_decay: float
+    warmup_epochs: int
+
+    @property
+    def rounds_per_epoch(self) -> int:
+        return max(1, self.ep_steps // self.kd_steps)
+
+    @property
+    def rounds(self) -> int:
+        return self.epochs * self.rounds_per_epoch
+
+    def learning_rate(self, step: int) -> float:
+        """Linear warm-up over ``warmup_epochs``, then cosine to zero; a function of the student step alone."""
+        total = self.rounds * self.kd_steps
+        warmup = self.warmup_epochs * self.rounds_per_epoch * self.kd_steps
+        if step < warmup:
+            return self.lr * (step + 1) / warmup
+        return self.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+class Distillation:
+    """The state that rounds change, and its checkpoint.
+
+    Args:
+        teacher, student: ``models.classifier.Classifier``, the teacher frozen.
+        objective: (teacher_out, student_out, labels) -> named losses; its own parameters are trained too.
+        synthesizer: see ``datafree.base.Synthesizer``.
+    """
+
+    def __init__(self, teacher, student: nn.Module, objective: nn.Module, synthesizer, schedule: Schedule, precision: Precision):
+        self.teacher, self.student, self.objective, self.synthesizer = teacher, student, objective, synthesizer
+        self.schedule, self.precision = schedule, precision
+        self.parameters = [*student.parameters(), *objective.parameters()]
+        fused = {"fused": True} if precision.device.type in ("cuda", "cpu") else {}
+        self.optimizer = torch.optim.SGD(
+            self.parameters, lr=schedule.lr, momentum=schedule.momentum, weight_decay=schedule.weight_decay, **fused
+        )
+        self.accuracies: list[float] = []
+
+    def student_steps(self, batches: Iterator[tuple[Tensor, Tensor]], round: int, bar) -> dict[str, Tensor]:
+        """``kd_steps`` student steps; returns the mean of every named loss, on the device."""
+        first = round * self.schedule.kd_steps
+        sums: dict[str, Tensor] = {}
+        self.student.train()
+        self.objective.train()
+        for step, (images, labels) in enumerate(islice(batches, self.schedule.kd_steps), first):
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.schedule.learning_rate(step)
+            with self.precision.autocast():
+                with torch.no_grad():
+                    teacher_out = self.teacher(images, return_features=True)
+                losses = self.objective(teacher_out, self.student(images, return_features=True), labels)
+            self.precision.minimize(losses["loss"], self.optimizer)
+            self.synthesizer.after_step(self.student, images, labels)
+            sums = {name: sums.get(name, 0) + value.detach() for name, value in losses.items()}
+            bar.update()
+        return {name: total / self.schedule.kd_steps for name, total in sums.items()}
+
+    def state_dict(self, round: int) -> dict:
+        return {
+            "round": round,
+            "student": self.student.network.state_dict(),
+            "objective": self.objective.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "synthesizer": self.synthesizer.state_dict(),
+            "precision": self.precision.state_dict(),
+            "accuracies": self.accuracies,
+        }
+
+    def load_state_dict(self, state: dict) -> int:
+        """Takes up a checkpoint; returns the next round."""
+        self.student.network.load_state_dict(state["student"])
+        self.objective.load_state_dict(state["objective"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.synthesizer.load_state_dict(state["synthesizer"])
+        self.precision.load_state_dict(state["precision"])
+        self.accuracies = state["accuracies"]
+        return state["round"]
+
+
+def distill(run: Run, stages: Stages, distillation: Distillation, bank, transfer, augment_batch, test, *, seed: int) -> dict[str, float]:
+    """Runs every round that is left; one checkpoint a round, one accuracy an epoch.
+
+    Args:
+        bank: where the images of each round are kept, or None for a method that only streams.
+        transfer: ``TransferSet`` with the images there before the first round; None where ``bank`` is None.
+        augment_batch: random crop and flip of the student's batches.
+        test: the test split, only to report.
+    Returns:
+        acc1_last, acc1_best, acc1_mean (over epochs) in %, student_steps.
+    """
+    schedule, file = distillation.schedule, run.path / "distill.pth"
+    stages.begin("distill")
+    start = distillation.load_state_dict(load_checkpoint(file, "run checkpoint")) if file.exists() else 0
+    run.rewind("distill", start)
+    if bank is not None:
+        made = bank.read("distill", start)
+        transfer.add(made["images"], made["labels"])
+    if start:
+        run.log(f"distill: going on after round {start} of {schedule.rounds}")
+    bar = progress(schedule.rounds * schedule.kd_steps, "distill", "step", start * schedule.kd_steps)
+    for round in range(start, schedule.rounds):
+        seed_position(seed, "distill", round)
+        with eval_mode(distillation.student):
+            batch = distillation.synthesizer.synthesize(distillation.student)
+        figures = {name: float(value) for name, value in batch.scalars.items()}
+        check_finite(figures, f"round {round} of stage distill (synthesis)", "lower --lr_g or the loss weights, and run again")
+        if bank is not None:
+            bank.append("distill", round, batch.images, batch.labels)
+            transfer.add(batch.images, batch.labels)
+            batches = transfer.batches(schedule.batch_size, augment_batch)
+        else:
+            batches = distillation.synthesizer.batches()
+        losses = distillation.student_steps(batches, round, bar)
+        figures |= {name: float(value) for name, value in losses.items()}
+        check_finite(figures, f"round {round} of stage distill", "lower --lr or the loss weights, and run again")
+        if (round + 1) % schedule.rounds_per_epoch == 0:
+            accuracy = evaluate(distillation.student, test)
+            distillation.accuracies.append(accuracy["acc1"])
+            figures |= {**accuracy, "student_steps": (round + 1) * schedule.kd_steps}
+            bar.set_postfix(acc1=f"{accuracy['acc1']:.2f}", best=f"{max(distillation.accuracies):.2f}")
+        run.metrics("distill", round, figures)  # before the checkpoint: a repeated round rewinds it
+        save_checkpoint(file, distillation.state_dict(round + 1))
+        stages.update("distill", rounds=round + 1)
+    bar.close()
+    accuracies = distillation.accuracies
+    return {
+        "acc1_last": accuracies[-1],
+        "acc1_best": max(accuracies),
+        "acc1_mean": round(sum(accuracies) / len(accuracies), 3),
+        "student_steps": schedule.rounds * schedule.kd_steps,
+    }

@@ -1,0 +1,36 @@
+"""Accuracy on a labelled split."""
+
+import torch
+from torch import nn
+
+from engine.errors import UserError
+from models.classifier import eval_mode
+
+
+@torch.no_grad()
+def evaluate(classifier: nn.Module, split, batch_size: int = 500) -> dict[str, float]:
+    """acc1 and acc5 in %, of a classifier in eval mode (its mode is restored).
+
+    Args:
+        classifier: images (B, 3, H, W) in [0, 1] -> logits (B, C).
+        split: ``engine.data.Split``.
+    """
+    hits = 0
+    with eval_mode(classifier):
+        for images, labels in split.batches(batch_size):
+            top = classifier(images).topk(min(5, split.num_classes), dim=1).indices
+            found = (top == labels[:, None]).float()
+            hits = hits + torch.stack([found[:, 0].sum(), found.sum()])
+    acc1, acc5 = (100 * hits.double() / len(split)).tolist()
+    return {"acc1": round(acc1, 3), "acc5": round(acc5, 3)}
+
+
+def check_finite(values: dict[str, float], where: str, advice: str) -> None:
+    """Stops a run whose losses are no longer numbers, before anything of it is written.
+
+    Raises:
+        UserError: names the first bad value.
+    """
+    for name, value in values.items():
+        if value != value or value in (float("inf"), float("-inf")):
+            raise UserError(f"{name} became {value} in {where}; what was written before is whole: {advice}")

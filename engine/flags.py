@@ -1,0 +1,108 @@
+"""Frozen dataclasses as command lines: a field is a flag, written once with its default, help and stages."""
+
+import argparse
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Sequence
+from typing import Any
+
+from engine.errors import UserError
+
+
+def flag(default: Any, help: str, *, stages: Sequence[str] = (), choices: Sequence[str] | None = None, short: str | None = None) -> Any:
+    """A dataclass field that is a flag.
+
+    Args:
+        stages: the stages whose results depend on it. Changing it after one of them has begun is an error.
+    """
+    metadata = {"help": help, "stages": tuple(stages), "choices": choices, "short": short}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+class Parser(argparse.ArgumentParser):
+    """Takes no abbreviations; a wrong flag is one line that names the nearest right one."""
+
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, formatter_class=_Formatter, **kwargs)
+
+    def error(self, message: str) -> typing.NoReturn:
+        if message.startswith("unrecognized arguments: "):
+            unknown = message.removeprefix("unrecognized arguments: ").split()[0]
+            near = difflib.get_close_matches(unknown.split("=")[0], self._option_string_actions, n=3, cutoff=0.6)
+            hint = f"did you mean {' or '.join(near)}? " if near else ""
+            message = f"unknown flag {unknown}; {hint}see --help"
+        raise UserError(message)
+
+
+class _Formatter(argparse.HelpFormatter):
+    """Shows only the ``_`` spelling of a flag and its default."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=32, width=110)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        shown = [s for s in action.option_strings if "-" not in s.lstrip("-") or s.startswith("--no-")]
+        if len(shown) < len(action.option_strings):
+            value = "" if action.nargs == 0 else " " + self._format_args(action, self._get_default_metavar_for_optional(action))
+            return ", ".join(shown) + value
+        return super()._format_action_invocation(action)
+
+
+def add_flags(parser: argparse.ArgumentParser, config: type, title: str, defaults: dict[str, Any] | None = None) -> None:
+    """Adds one flag a field, as ``--name_of_field`` and ``--name-of-field``, under a heading."""
+    group = parser.add_argument_group(title)
+    hints = typing.get_type_hints(config)
+    for field in dataclasses.fields(config):
+        default = (defaults or {}).get(field.name, field.default)
+        kind, repeated = _value_type(hints[field.name])
+        names = dict.fromkeys(["--" + field.name, "--" + field.name.replace("_", "-")])
+        if field.metadata.get("short"):
+            names[field.metadata["short"]] = None
+        shown = ",".join(map(str, default)) if repeated and default is not None else default
+        text = field.metadata["help"].replace("%", "%%") + ("" if default in (None, "") else f" [{shown}]")
+        options: dict[str, Any] = {"dest": field.name, "default": default, "help": text}
+        if kind is bool:
+            group.add_argument(*names, action="store_true", **options)
+            continue
+        options["metavar"] = "{" + ",".join(field.metadata["choices"]) + "}" if field.metadata.get("choices") else kind.__name__.upper()
+        group.add_argument(*names, type=_reader(kind, repeated, field.metadata.get("choices")), **options)
+
+
+def _value_type(hint: Any) -> tuple[type, bool]:
+    """(type of one value, whether the flag takes a comma-separated list)."""
+    if isinstance(hint, types.UnionType):
+        hint = next(a for a in typing.get_args(hint) if a is not types.NoneType)
+    if typing.get_origin(hint) is tuple:
+        return typing.get_args(hint)[0], True
+    return hint, False
+
+
+def _reader(kind: type, repeated: bool, choices: Sequence[str] | None):
+    def one(text: str) -> Any:
+        value = kind(text)
+        if choices and value not in choices:
+            raise argparse.ArgumentTypeError(f"'{text}' is none of {', '.join(choices)}")
+        return value
+
+    def read(text: str) -> Any:
+        return tuple(one(t) for t in text.split(",") if t.strip()) if repeated else one(text)
+
+    read.__name__ = kind.__name__
+    return read
+
+
+def from_args(config: type, args: argparse.Namespace) -> Any:
+    """The dataclass filled from parsed arguments."""
+    return config(**{f.name: getattr(args, f.name) for f in dataclasses.fields(config)})
+
+
+def stage_flags(stage: str, *configs: Any) -> dict[str, Any]:
+    """{name: value} of the fields on which a stage's result depends."""
+    return {
+        f.name: list(v) if isinstance(v := getattr(config, f.name), tuple) else v
+        for config in configs
+        for f in dataclasses.fields(config)
+        if stage in f.metadata["stages"]
+    }

@@ -1,0 +1,51 @@
+"""Image grids for people."""
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+from torch.nn import functional as F
+
+SHOWN = 64  # px an image is enlarged to, if it is smaller
+
+
+def enlarge(images: Tensor) -> Tensor:
+    """(N, 3, H, W) uint8, small images enlarged by a whole factor to about ``SHOWN`` px without smoothing."""
+    factor = max(1, SHOWN // images.shape[-1])
+    return F.interpolate(images, scale_factor=factor, mode="nearest") if factor > 1 else images
+
+
+def grid(images: Tensor, columns: int = 16, padding: int = 2) -> Tensor:
+    """Images (N, 3, H, W) uint8, N >= 1 -> one image (3, H', W') uint8 on white."""
+    from torchvision.utils import make_grid
+
+    return make_grid(enlarge(images.cpu()), nrow=columns, padding=padding, pad_value=255)
+
+
+def variants_grid(sources: Tensor, variants: Tensor, cosines: Tensor, keep: Tensor) -> Tensor:
+    """Sources in the first row, their variants below, each with its cosine and a green (kept) or red (dropped) frame.
+
+    Args:
+        sources: (N, 3, H, W) uint8.
+        variants: (V, N, 3, H, W) uint8; cosines, keep: (V, N).
+    Returns:
+        (3, H', W') uint8.
+    """
+    size, gap, text = enlarge(sources[:1]).shape[-1], 6, 13
+    cell = size + gap
+    sheet = Image.new("RGB", (cell * len(sources) + gap, cell + len(variants) * (cell + text) + gap), "white")
+    draw = ImageDraw.Draw(sheet)
+
+    def paste(image: Tensor, x: int, y: int) -> None:
+        sheet.paste(Image.fromarray(enlarge(image[None])[0].permute(1, 2, 0).numpy()), (x, y))
+
+    for i, source in enumerate(sources):
+        x = gap + i * cell
+        paste(source, x, gap)
+        for k in range(len(variants)):
+            y = gap + cell + k * (cell + text)
+            color = "#1a9641" if keep[k, i] else "#d7191c"
+            draw.rectangle((x - 2, y - 2, x + size + 1, y + size + 1), fill=color)
+            paste(variants[k, i], x, y)
+            draw.text((x + 1, y + size + 1), f"{cosines[k, i]:.2f}{'' if keep[k, i] else ' x'}", fill=color)
+    return torch.from_numpy(np.asarray(sheet).copy()).permute(2, 0, 1)

@@ -1,0 +1,183 @@
+"""The stages of a data-free run, in order, each skipped if done. Knows banks and methods only by what they offer."""
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine import augment, distill, synthesize
+from engine.data import load_split
+from engine.errors import UserError
+from engine.evaluate import evaluate
+from engine.files import read_json, save_checkpoint
+from engine.precision import Precision
+from engine.run import Run
+from engine.stages import Stages
+
+OUTPUTS = {
+    "synthesize": ("bank",),
+    "augment": ("variants", "prior.pth"),
+    "distill": ("bank/distill-*", "distill.pth", "student.pth", "result.json"),
+}
+
+
+@dataclasses.dataclass
+class Pipeline:
+    """One run.
+
+    Args:
+        method: ``datafree.base.Method``.
+        info: ``engine.data.DatasetInfo``.
+        manifest: what the banks of this run must be.
+        flags: every flag of the command by name.
+        open_bank: (path, manifest, create) -> image bank.
+        transfer_set: (capacity, image_size, device) -> the images that the student learns from.
+        cosines, keep_mask: of ``datafree.filter``.
+    """
+
+    run: Run
+    stages: Stages
+    method: Any
+    info: Any
+    manifest: Any
+    schedule: distill.Schedule
+    flags: dict[str, Any]
+    open_bank: Callable
+    transfer_set: Callable
+    cosines: Callable
+    keep_mask: Callable
+    provenance: dict[str, tuple[str, float | None]] = dataclasses.field(default_factory=dict)
+
+    def execute(self, selected: list[str], redo: str | None) -> None:
+        """Runs the selected stages that are not done."""
+        run, stages = self.run, self.stages
+        if redo:
+            for path in [p for stage in stages.discard(redo) for pattern in OUTPUTS[stage] for p in run.path.glob(pattern)]:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        stages.check(selected)
+        for stage in selected:
+            if stages.status(stage) == "done":
+                run.log(f"{stage}: done before, skipped ({run.path})")
+            else:
+                getattr(self, stage)()
+
+    @property
+    def device(self) -> torch.device:
+        return self.method.task.device
+
+    @property
+    def config(self) -> Any:
+        return self.method.config
+
+    def synthesize(self) -> None:
+        bank = self.open_bank(self.run.path / "bank", self.manifest)
+        synthesize.synthesize(
+            self.run, self.stages, bank, self.method.initial_synthesizer(), self.method.student,
+            rounds=self.config.init_rounds, seed=self.flags["seed"],
+        )  # fmt: skip
+
+    def augment(self) -> None:
+        sources = self.sources()
+        manifest = dataclasses.replace(self.manifest, external_prior=self.method.external_prior)
+        store = self.open_bank(self.run.path / "variants", manifest)
+        augment.augment(
+            self.run, self.stages, sources, store, self.method.augmenter, self.device,
+            variants=self.config.variants, batch_size=self.config.diffusion_batch_size, seed=self.flags["seed"],
+        )  # fmt: skip
+        self.kept(sources)  # cosines, mask and picture now; distill takes them up
+
+    def distill(self) -> None:
+        method, run = self.method, self.run
+        counts: dict[str, int] = {}
+        bank = transfer = None
+        if "synthesize" in method.stages:
+            bank = self.open_bank(run.path / "bank", self.manifest)
+            sources = self.sources()
+            parts = [(sources["images"], sources["labels"])]
+            counts["bank_images"] = len(sources["labels"]) + self.schedule.rounds * self.config.synthesis_batch_size
+            if "augment" in method.stages:
+                variants, keep = self.kept(sources)
+                parts.append((variants["images"][keep], variants["labels"][keep]))
+                counts |= {"variants": len(keep), "variants_kept": int(keep.sum())}
+            capacity = counts["bank_images"] + counts.get("variants_kept", 0)
+            transfer = self.transfer_set(capacity, self.info.image_size, self.device)
+            for images, labels in parts:
+                transfer.add(images, labels)
+        test = load_split(self.info, "test", self.device)
+        teacher_acc1 = evaluate(method.teacher, test)["acc1"]
+        run.log(f"teacher {self.flags['teacher']}: {teacher_acc1:.2f} % on the {len(test)} test images of {self.info.name}")
+        distillation = distill.Distillation(
+            method.teacher, method.student, method.objective().to(self.device), method.synthesizer(), self.schedule,
+            Precision(self.flags["amp"], self.device),
+        )  # fmt: skip
+        figures = distill.distill(
+            run, self.stages, distillation, bank, transfer, method.task.augment, test, seed=self.flags["seed"]
+        )
+        about = {"arch": self.flags["student"], "dataset": self.info.name, "epoch": self.schedule.epochs, "acc1": figures["acc1_last"]}
+        save_checkpoint(run.path / "student.pth", {"state_dict": method.student.network.state_dict(), **about})
+        names = ("method", "teacher", "student", "seed")
+        self.stages.update("distill")
+        run.result(
+            {name: self.flags[name] for name in names}
+            | {"dataset": self.info.name, "external_prior": self.external_prior(), "teacher_acc1": teacher_acc1}
+            | figures | counts | {"seconds": self.seconds()}
+        )  # fmt: skip
+        self.stages.update("distill", done=True)
+        run.log(
+            f"distill: acc1 {figures['acc1_last']:.2f} % (last), {figures['acc1_best']:.2f} % (best) after "
+            f"{figures['student_steps']} student steps ({self.stages.seconds()['distill']:.0f} s) -> {run.path / 'result.json'}"
+        )
+
+    def sources(self) -> dict[str, Tensor]:
+        """images (N, 3, H, W) uint8 and labels (N,) of the initial bank: this run's, or ``--init_bank``."""
+        bank = self.made_by("synthesize", "init_bank", "bank")
+        columns = bank.read("synthesize")
+        if not len(columns["labels"]):
+            raise UserError(f"the image bank {bank.path} is empty; make images with --stages synthesize")
+        return columns
+
+    def kept(self, sources: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+        """The variants of ``sources`` and the mask (N * V,) of those that the filter keeps, which it also stores."""
+        store = self.made_by("augment", "init_variants", "variants")
+        variants = store.read("augment")
+        index = variants["source_index"]
+        if int(index.max()) >= len(sources["labels"]) or not torch.equal(sources["labels"][index], variants["labels"]):
+            raise UserError(f"{store.path} holds variants of another image bank; give theirs with --init_bank")
+        keep = augment.filter_variants(
+            self.run, store.path, sources, variants, omega=self.config.omega, embedding=self.config.embedding,
+            cosines=lambda: self.cosines(self.method.embedding(), sources["images"], variants["images"], index),
+            keep_mask=self.keep_mask,
+        )  # fmt: skip
+        return variants, keep
+
+    def made_by(self, stage: str, flag: str, folder: str):
+        """The bank that a finished stage left in this run, or in the run or folder that ``--<flag>`` names.
+
+        Raises:
+            UserError: the stage is not done, or the bank does not fit this run.
+        """
+        given = self.flags[flag]
+        path = Path(given) if given else self.run.path / folder
+        if given and not (path / "manifest.json").exists() and (path / folder).is_dir():
+            path = path / folder
+        record = path.parent / "stages.json"
+        entry = (read_json(record) if record.exists() else {}).get(stage)
+        if entry and entry["status"] != "done" or not given and not entry:
+            advice = f"run it first with --stages {stage}, or give --{flag}" if not given else "finish it with its own command"
+            raise UserError(f"stage {stage} in {path.parent} is {'incomplete' if entry else 'not begun'}; {advice}")
+        bank = self.open_bank(path, self.manifest, create=False)
+        self.provenance[stage] = (bank.manifest.external_prior, entry["seconds"] if entry else None)
+        return bank
+
+    def external_prior(self) -> str:
+        """Pretrained models besides the teacher that shaped this run's images, or "none"."""
+        names = {prior for prior, _ in self.provenance.values()} | {self.method.external_prior}
+        return " + ".join(sorted(names - {"none"})) or "none"
+
+    def seconds(self) -> dict[str, float | None]:
+        """{stage: seconds}; of a bank that was given, as its own run recorded it (None: not known)."""
+        return {stage: seconds for stage, (_, seconds) in self.provenance.items()} | self.stages.seconds()

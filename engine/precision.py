@@ -1,0 +1,64 @@
+"""Mixed precision in two lines: where networks run, and how a loss is minimized."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.errors import UserError
+
+AMP = ("no", "bf16", "fp16")
+
+
+class Precision:
+    """``autocast()`` around networks, ``minimize(loss, optimizer)`` for backward and step, with loss scaling for fp16.
+
+    Args:
+        amp: "no", "bf16" or "fp16".
+    Raises:
+        UserError: fp16 off a GPU, where it has no loss scaling and no speed.
+    """
+
+    def __init__(self, amp: str, device: torch.device):
+        if amp == "fp16" and device.type != "cuda":
+            raise UserError(f"--amp fp16 needs a GPU, the device is {device}; give --amp no or --amp bf16")
+        self.dtype = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
+        self.device = device
+        self.scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
+
+    def autocast(self) -> AbstractContextManager:
+        """The context in which networks run; losses are computed in float32 outside it or by autocast's own rules."""
+        return torch.autocast(self.device.type, self.dtype) if self.dtype else nullcontext()
+
+    def minimize(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
+        """One optimizer step down the gradient of ``loss``."""
+        optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+        self.scaler.step(optimizer)
+        self.scaler.update()
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.scaler.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state:
+            self.scaler.load_state_dict(state)
+
+
+def choose_device(gpu: int | None) -> torch.device:
+    """``--gpu N`` -> that GPU; None -> the first GPU if there is one, else the CPU; -1 -> the CPU.
+
+    Raises:
+        UserError: that GPU does not exist.
+    """
+    count = torch.cuda.device_count()
+    if gpu is None:
+        gpu = 0 if count else -1
+    if gpu < 0:
+        return torch.device("cpu")
+    if gpu >= count:
+        found = f"this machine has GPUs 0 to {count - 1}" if count else "this machine has no GPU that torch can use"
+        raise UserError(f"--gpu {gpu}: {found}; leave --gpu out, or give -1 for the CPU")
+    torch.set_float32_matmul_precision("high")
+    return torch.device("cuda", gpu)

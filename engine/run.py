@@ -1,0 +1,153 @@
+"""A run folder: what was asked, what was measured, and the pictures, all of it readable while the run goes on.
+
+    args.json      flags, command, versions of the last command    stages.json    what is done
+    metrics.jsonl  one line a round or epoch                       log.txt        what was printed
+    result.json    the run's figures, once it is finished          events.*       TensorBoard
+"""
+
+import fcntl
+import json
+import platform
+import resource
+import shlex
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from engine.errors import UserError
+from engine.files import atomic_path, write_json
+
+
+class Run:
+    """One run folder, held by one process at a time.
+
+    Raises:
+        UserError: the folder cannot be written, or another process is using it.
+    """
+
+    def __init__(self, save_dir: str | Path, args: dict[str, Any]):
+        self.path = Path(save_dir)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.path / ".lock", "w")
+        except OSError as error:
+            raise UserError(f"--save_dir {self.path} cannot be written ({error.strerror}); give a writable folder") from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"another process is running in {self.path}; wait for it, or give another --save_dir") from None
+        for leftover in self.path.rglob("*.tmp"):
+            leftover.unlink()
+        self._writer = None
+        self.provenance = {"command": shlex.join([Path(sys.executable).name, *sys.argv]), "commit": commit(), "versions": versions()}
+        write_json(self.path / "args.json", {"args": args, **self.provenance})
+
+    def log(self, text: str) -> None:
+        """Prints a line above any progress bar and appends it to log.txt."""
+        tqdm.write(text)
+        with open(self.path / "log.txt", "a") as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+
+    def metrics(self, stage: str, round: int, values: dict[str, Any]) -> None:
+        """Appends one line to metrics.jsonl and the numbers to TensorBoard under ``<stage>/<name>``."""
+        with open(self.path / "metrics.jsonl", "a") as file:
+            file.write(json.dumps({"stage": stage, "round": round, **values}) + "\n")
+        for name, value in values.items():
+            self.board.add_scalar(f"{stage}/{name}", value, round)
+
+    def history(self, stage: str) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl of one stage; a line cut off by a kill is passed over."""
+        return [line for line in self._lines() if line["stage"] == stage]
+
+    def rewind(self, stage: str, round: int) -> None:
+        """Forgets a stage's metrics from ``round`` on: those rounds are about to be repeated."""
+        file = self.path / "metrics.jsonl"
+        kept = [line for line in self._lines() if line["stage"] != stage or line["round"] < round]
+        text = "".join(json.dumps(line) + "\n" for line in kept)
+        if file.exists() and file.read_text() != text:
+            with atomic_path(file) as temporary:
+                temporary.write_text(text)
+
+    def _lines(self) -> list[dict[str, Any]]:
+        lines = []
+        file = self.path / "metrics.jsonl"
+        for text in file.read_text().splitlines() if file.exists() else []:
+            try:
+                lines.append(json.loads(text))
+            except json.JSONDecodeError:
+                continue
+        return lines
+
+    @property
+    def board(self):
+        """The TensorBoard writer, made at first use (its import takes seconds)."""
+        if self._writer is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(self.path), flush_secs=10)
+        return self._writer
+
+    def picture(self, name: str, image: Tensor, round: int = 0) -> None:
+        """An image (3, H, W) uint8 to TensorBoard and to ``pictures/<name>.png``."""
+        from PIL import Image
+
+        self.board.add_image(name, image, round)
+        with atomic_path(self.path / "pictures" / f"{name}.png") as temporary:
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(temporary, format="PNG")
+
+    def result(self, values: dict[str, Any]) -> None:
+        """Writes result.json: the run's figures, peak memory and provenance."""
+        write_json(self.path / "result.json", {**values, **peak_memory(), "machine": machine(), **self.provenance})
+
+    def close(self) -> None:
+        """Flushes TensorBoard and lets the folder go."""
+        if self._writer is not None:
+            self._writer.close()
+        self._lock.close()
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that results depend on."""
+    names = ("torch", "torchvision", "diffusers", "transformers", "numpy")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+def machine() -> str:
+    """What kind of machine this is, in words."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{torch.get_num_threads()} CPU threads"
+
+
+def commit() -> str:
+    """The commit of this checkout, with "+" behind it if files have changed since; "unknown" outside git."""
+    folder = Path(__file__).parent
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=10).stdout.strip()
+
+    try:
+        return (git("rev-parse", "--short=12", "HEAD") or "unknown") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+
+
+def peak_memory() -> dict[str, float]:
+    """Peak memory of this process in MiB: resident, and on the GPU where there is one."""
+    peak = {"peak_memory_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)}
+    if torch.cuda.is_available():
+        peak["peak_gpu_memory_mib"] = round(torch.cuda.max_memory_allocated() / 2**20)
+    return peak
+
+
+def progress(total: int, what: str, unit: str, start: int = 0) -> tqdm:
+    """A progress bar on stderr with rate and time left; in a log file one line every ten seconds instead."""
+    interval = 0.2 if sys.stderr.isatty() else 10.0
+    return tqdm(total=total, initial=start, desc=what, unit=unit, mininterval=interval, dynamic_ncols=True, leave=False)

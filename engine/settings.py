@@ -1,0 +1,60 @@
+"""The flags that every data-free run has, whatever its method."""
+
+from dataclasses import dataclass
+
+from engine.distill import Schedule
+from engine.flags import flag
+from engine.precision import AMP
+
+ALL = ("synthesize", "augment", "generate", "distill")
+DISTILL = ("distill",)
+
+
+@dataclass(frozen=True)
+class TaskFlags:
+    """Which networks, which data, where."""
+
+    dataset: str = flag("cifar10", "a name of registry.DATASETS, or NAME where DATA_ROOT/NAME.npz exists", stages=ALL)
+    data_root: str = flag("data", "folder of the real data (the test split, only to report)")
+    domain: str | None = flag(None, "domain of a dataset that has several (domainnet)", stages=ALL)
+    image_size: int | None = flag(None, "px; unset: the dataset's own", stages=ALL)
+    teacher: str = flag("wrn40_2", "a name of registry.MODELS, path/to/file.py:factory or package.module:factory", stages=ALL)
+    teacher_ckpt: str | None = flag(None, "its weights; unset: checkpoints/pretrained/<dataset>_<teacher>.pth or .safetensors")
+    teacher_mean: tuple[float, ...] | None = flag(None, "normalization the teacher was trained with, r,g,b; unset: the dataset's", stages=ALL)
+    teacher_std: tuple[float, ...] | None = flag(None, "see --teacher_mean", stages=ALL)
+    student: str = flag("wrn16_1", "as --teacher; starts from random weights", stages=DISTILL)
+
+
+@dataclass(frozen=True)
+class RunFlags:
+    """What to do, where to keep it."""
+
+    save_dir: str | None = flag(None, "run folder; unset: checkpoints/<method>/<dataset>_<teacher>_<student>_seed<seed>")
+    stages: tuple[str, ...] | None = flag(None, "which stages to run, comma-separated; unset: all of the method's")
+    redo: str | None = flag(None, "forget this stage of the run folder and those after it, then run")
+    init_bank: str | None = flag(None, "image bank to start from, instead of stage synthesize (made with the same teacher)", stages=("augment", "distill"))
+    init_variants: str | None = flag(None, "variants of --init_bank from another run, instead of stage augment", stages=DISTILL)
+    seed: int = flag(0, "random numbers are a function of seed, stage and round", stages=ALL)
+    gpu: int | None = flag(None, "index of the GPU, -1 for the CPU; unset: GPU 0 if there is one")
+    amp: str = flag("no", "mixed precision of the networks", choices=AMP, stages=ALL)
+
+
+@dataclass(frozen=True)
+class DistillFlags:
+    """Lengths and optimizer of stage distill."""
+
+    epochs: int = flag(200, "epochs of ep_steps student steps; accuracy is measured after each", stages=DISTILL)
+    kd_steps: int = flag(400, "student steps a round (a round begins with one synthesis)", stages=DISTILL)
+    ep_steps: int = flag(0, "student steps an epoch; 0: kd_steps, so that an epoch is a round", stages=DISTILL)
+    batch_size: int = flag(256, "images a student step", stages=DISTILL, short="-b")
+    lr: float = flag(0.1, "SGD learning rate, cosine to zero", stages=DISTILL)
+    momentum: float = flag(0.9, "SGD momentum", stages=DISTILL)
+    weight_decay: float = flag(1e-4, "SGD weight decay", stages=DISTILL)
+    warmup_epochs: int = flag(0, "epochs of linear warm-up of lr", stages=DISTILL)
+
+    def schedule(self) -> Schedule:
+        """The same in the form that stage distill takes."""
+        steps = self.ep_steps or self.kd_steps
+        return Schedule(
+            self.epochs, steps, self.kd_steps, self.batch_size, self.lr, self.momentum, self.weight_decay, self.warmup_epochs
+        )

@@ -1,0 +1,91 @@
+"""Stages of a run: new, incomplete or done, each with the flags and inputs that its result depends on."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+from engine.errors import UserError
+from engine.files import read_json, write_json
+
+
+class Stages:
+    """The record ``stages.json`` of a run folder.
+
+    A done stage is skipped and an incomplete one goes on, if its flags and inputs and those of the stages before it are
+    what they were; anything else is an error that names the flag.
+
+    Args:
+        path: of ``stages.json``.
+        dependencies: {stage: {flag or input: value}} of this command, in the method's order.
+    """
+
+    def __init__(self, path: Path, dependencies: dict[str, dict[str, Any]]):
+        self.path, self.dependencies = path, dependencies
+        self.record: dict[str, dict[str, Any]] = read_json(path) if path.exists() else {}
+        self.started: dict[str, float] = {}
+
+    def check(self, selected: list[str]) -> None:
+        """Compares every recorded stage up to the last selected one with this command.
+
+        Raises:
+            UserError: a flag or an input has changed since.
+        """
+        order = list(self.dependencies)
+        for stage in order[: max(map(order.index, selected)) + 1]:
+            before = self.record.get(stage)
+            now = self.dependencies[stage]
+            for name in dict.fromkeys([*now, *(before or {}).get("depends_on", {})]):
+                if before is not None and before["depends_on"].get(name) != now.get(name):
+                    raise UserError(
+                        f"stage {stage} in {self.path.parent} is {before['status']} with --{name} "
+                        f"{show(before['depends_on'].get(name))}, now {show(now.get(name))} is asked for; go back to the former "
+                        f"value, give another --save_dir, or make it and what follows again with --redo {stage}"
+                    )
+
+    def status(self, stage: str) -> str:
+        """ "new", "incomplete" or "done"."""
+        return self.record.get(stage, {}).get("status", "new")
+
+    def begin(self, stage: str) -> None:
+        """Marks a stage as under way; its clock goes on from where an earlier command left it."""
+        self.record.setdefault(
+            stage, {"status": "incomplete", "depends_on": self.dependencies[stage], "seconds": 0.0, "facts": {}}
+        )
+        self.started[stage] = time.monotonic() - self.record[stage]["seconds"]
+        write_json(self.path, self.record)
+
+    def update(self, stage: str, *, done: bool = False, **facts: Any) -> None:
+        """Stores how long a stage has run and what is to be remembered of it."""
+        entry = self.record[stage]
+        entry["seconds"] = round(time.monotonic() - self.started[stage], 3)
+        entry["facts"].update(facts)
+        if done:
+            entry["status"] = "done"
+        write_json(self.path, self.record)
+
+    def discard(self, stage: str) -> list[str]:
+        """Forgets a stage and all that follow it; returns their names."""
+        order = list(self.dependencies)
+        if stage not in order:
+            raise UserError(f"--redo {stage}: this method has the stages {', '.join(order)}")
+        gone = order[order.index(stage) :]
+        for name in gone:
+            self.record.pop(name, None)
+        if self.path.exists():
+            write_json(self.path, self.record)
+        return gone
+
+    def fact(self, stage: str, name: str, default: Any = None) -> Any:
+        """Something remembered of a stage by ``update``."""
+        return self.record.get(stage, {}).get("facts", {}).get(name, default)
+
+    def seconds(self) -> dict[str, float]:
+        """{stage: seconds} over all commands so far."""
+        return {stage: entry["seconds"] for stage, entry in self.record.items()}
+
+
+def show(value: Any) -> str:
+    """A flag's value as the user writes it."""
+    if isinstance(value, list | tuple):
+        return ",".join(map(str, value))
+    return "unset" if value is None else str(value)

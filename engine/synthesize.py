@@ -1,0 +1,31 @@
+"""Stage synthesize: rounds of synthesis into the image bank, one shard a round."""
+
+from engine.evaluate import check_finite
+from engine.pictures import grid
+from engine.run import Run, progress
+from engine.seeding import seed_position
+from engine.stages import Stages
+
+
+def synthesize(run: Run, stages: Stages, bank, synthesizer, student, *, rounds: int, seed: int) -> None:
+    """Makes ``rounds`` shards of the bank; goes on after the last whole one."""
+    stages.begin("synthesize")
+    present = bank.rounds("synthesize")
+    start = next((r for r in range(rounds) if r not in set(present)), rounds)
+    run.rewind("synthesize", start)
+    bar = progress(rounds, "synthesize", "round", start)
+    for round in range(start, rounds):
+        seed_position(seed, "synthesize", round)
+        batch = synthesizer.synthesize(student)
+        figures = {name: float(value) for name, value in batch.scalars.items()}
+        check_finite(figures, f"round {round} of stage synthesize", "lower --lr_g or the loss weights, and run again")
+        run.metrics("synthesize", round, figures)  # before the shard: a repeated round rewinds it
+        bank.append("synthesize", round, batch.images, batch.labels)
+        stages.update("synthesize", rounds=round + 1)
+        bar.set_postfix({name.removeprefix("loss_"): f"{value:.3g}" for name, value in figures.items()})
+        bar.update()
+    bar.close()
+    columns = bank.read("synthesize", rounds)
+    run.picture("bank", grid(columns["images"][:64]))
+    stages.update("synthesize", done=True, images=len(columns["labels"]))
+    run.log(f"synthesize: {len(columns['labels'])} images in {bank.path} ({stages.seconds()['synthesize']:.0f} s)")

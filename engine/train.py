@@ -1,0 +1,97 @@
+"""Supervised training of a classifier on real data."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from engine.augmentation import crop_flip
+from engine.evaluate import check_finite, evaluate
+from engine.files import load_checkpoint, save_checkpoint
+from engine.flags import flag
+from engine.precision import Precision
+from engine.run import Run, progress
+from engine.seeding import seed_position
+from engine.stages import Stages
+
+TRAIN = ("train",)
+
+
+@dataclass(frozen=True)
+class TrainFlags:
+    """Lengths and optimizer."""
+
+    epochs: int = flag(200, "passes over the training split", stages=TRAIN)
+    batch_size: int = flag(128, "images a step", stages=TRAIN, short="-b")
+    lr: float = flag(0.1, "SGD learning rate at its highest", stages=TRAIN)
+    lr_decay_milestones: tuple[int, ...] | None = flag(
+        None, "epochs at which lr falls to a tenth, comma-separated; unset: cosine to zero", stages=TRAIN
+    )
+    warmup_epochs: int = flag(5, "epochs of linear warm-up (at most a tenth of all)", stages=TRAIN)
+    momentum: float = flag(0.9, "SGD momentum (Nesterov)", stages=TRAIN)
+    weight_decay: float = flag(5e-4, "SGD weight decay", stages=TRAIN, short="--wd")
+    label_smoothing: float = flag(0.0, "label smoothing", stages=TRAIN)
+
+
+def learning_rate(flags: TrainFlags, epoch: float) -> float:
+    """The rate at a point of training, in epochs: a function of position alone."""
+    warmup = min(flags.warmup_epochs, flags.epochs / 10)
+    if epoch < warmup:
+        return flags.lr * (epoch + 0.1) / (warmup + 0.1)
+    if flags.lr_decay_milestones:
+        return flags.lr * 0.1 ** sum(epoch >= milestone for milestone in flags.lr_decay_milestones)
+    return flags.lr * 0.5 * (1 + math.cos(math.pi * (epoch - warmup) / (flags.epochs - warmup)))
+
+
+def train(run: Run, stages: Stages, classifier: nn.Module, train_split, test_split, flags: TrainFlags, info, precision: Precision, seed: int) -> list[float]:
+    """Trains ``classifier``, goes on after the last whole epoch, and returns the test accuracy of every epoch in %."""
+    stages.begin("train")
+    optimizer = torch.optim.SGD(
+        classifier.parameters(), lr=flags.lr, momentum=flags.momentum, weight_decay=flags.weight_decay, nesterov=flags.momentum > 0,
+    )  # fmt: skip
+    file, start, accuracies = run.path / "last.pth", 0, []
+    if file.exists():
+        state = load_checkpoint(file, "run checkpoint")
+        start, accuracies = state["epoch"], state["accuracies"]
+        classifier.network.load_state_dict(state["network"])
+        optimizer.load_state_dict(state["optimizer"])
+        precision.load_state_dict(state["precision"])
+        run.log(f"going on after epoch {start} of {flags.epochs}")
+    run.rewind("train", start)
+    steps = max(1, len(train_split) // flags.batch_size)
+    bar = progress(flags.epochs * steps, f"train {classifier.name}", "step", start * steps)
+    for epoch in range(start, flags.epochs):
+        seed_position(seed, "train", epoch)
+        order = torch.randperm(len(train_split))[: steps * flags.batch_size]
+        classifier.train()
+        total = torch.zeros((), device=precision.device)
+        for step, (images, labels) in enumerate(train_split.batches(flags.batch_size, order)):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(flags, epoch + step / steps)
+            with precision.autocast():
+                logits = classifier(crop_flip(images, info.crop_padding, info.flip))
+            loss = F.cross_entropy(logits.float(), labels, label_smoothing=flags.label_smoothing)
+            precision.minimize(loss, optimizer)
+            total += loss.detach()
+            bar.update()
+        figures = {"loss": round(float(total) / steps, 5)}
+        check_finite(figures, f"epoch {epoch + 1}", "lower --lr and run again")
+        figures |= evaluate(classifier, test_split)
+        accuracies.append(figures["acc1"])
+        bar.set_postfix(acc1=f"{figures['acc1']:.2f}", loss=f"{figures['loss']:.3f}")
+        run.metrics("train", epoch, figures)
+        save_checkpoint(
+            file,
+            {
+                "epoch": epoch + 1,
+                "network": classifier.network.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "precision": precision.state_dict(),
+                "accuracies": accuracies,
+            },
+        )
+        stages.update("train")
+    bar.close()
+    return accuracies

@@ -1,0 +1,199 @@
+"""One wrapper around any classification network: it normalizes, and takes features without help from the network."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+ADAPTIVE_POOLS = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
+POOLS = (*ADAPTIVE_POOLS, nn.AvgPool2d, nn.MaxPool2d, nn.LPPool2d, nn.FractionalMaxPool2d)
+PASSIVE = (*POOLS, nn.Flatten, nn.Unflatten, nn.Dropout, nn.Dropout2d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+
+
+class Output(NamedTuple):
+    """What a classifier says of a batch.
+
+    Attributes:
+        logits: (B, C).
+        features: (B, D), the input of the last linear layer.
+        feature_map: (B, Cf, h, w), the last feature map before pooling; None where the network has none (ViT).
+    """
+
+    logits: Tensor
+    features: Tensor
+    feature_map: Tensor | None
+
+
+class Classifier(nn.Module):
+    """A network that takes images in [0, 1] and gives logits, on demand with its penultimate features.
+
+    Where the features are is found by one run on zeros in eval mode, which changes neither the network nor the
+    global random stream. ``network`` is the bare network: its state dict is what checkpoints hold.
+
+    Args:
+        network: any module (B, 3, S, S) -> (B, num_classes) that ends in a linear layer or a 1x1 convolution.
+        num_classes: number of logits that the dataset wants.
+        image_size: S, in pixels.
+        mean: of the images in [0, 1], one value a channel, subtracted.
+        std: likewise, divided by.
+        name: what reports call it.
+    Raises:
+        ValueError: the network cannot take such images, gives another number of logits, or has no such last layer.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        num_classes: int,
+        image_size: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        name: str = "",
+    ):
+        super().__init__()
+        self.network, self.num_classes, self.image_size, self.name = network, num_classes, image_size, name
+        weight = next(network.parameters(), torch.zeros(()))
+        for key, values in (("mean", mean), ("std", std)):
+            values = torch.tensor(values, dtype=weight.dtype, device=weight.device).view(1, -1, 1, 1)
+            self.register_buffer(key, values, persistent=False)
+        calls = _trace(network, weight.new_zeros(2, self.mean.shape[1], image_size, image_size), num_classes)
+        head = _find_head(calls, num_classes)
+        feature_map = _find_feature_map(calls[: calls.index(head)])
+        self.feature_dim: int = head.shape_in[1]
+        self.feature_map_shape: tuple[int, int, int] | None = feature_map and tuple(feature_map.shape[1:])
+        self._features, self._feature_map = _Tap(head.index), feature_map and _Tap(feature_map.index)
+        head.module.register_forward_pre_hook(self._features.before)
+        if feature_map:
+            feature_map.module.register_forward_hook(self._feature_map.after)
+
+    def forward(self, images: Tensor, return_features: bool = False) -> Tensor | Output:
+        """Logits (B, C), or an Output, of images (B, 3, S, S), float in [0, 1]."""
+        images = (images - self.mean) / self.std
+        if not return_features:
+            return self.network(images)
+        self._features.arm()
+        if self._feature_map is not None:
+            self._feature_map.arm()
+        logits = self.network(images)
+        features = self._features.take()
+        if features.ndim == 4:  # the input of a 1x1 convolution that is pooled afterwards
+            features = features.mean((2, 3))
+        return Output(logits, features, None if self._feature_map is None else self._feature_map.take())
+
+
+class _Tap:
+    """Keeps one tensor of one forward: the input or the output of a module's ``index``-th call.
+
+    Only an armed tap keeps anything, so that a plain forward holds no graph alive. Its methods are registered as
+    hooks; ``copy.deepcopy`` binds the copy's hooks to the copy's tap.
+    """
+
+    def __init__(self, index: int):
+        self.index, self.calls_left, self.tensor = index, -1, None
+
+    def arm(self) -> None:
+        self.calls_left, self.tensor = self.index, None
+
+    def take(self) -> Tensor:
+        tensor, self.tensor = self.tensor, None
+        assert tensor is not None, "the network did not run the module whose features are wanted"
+        return tensor
+
+    def before(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self._pass(args[0])
+
+    def after(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        self._pass(output)
+
+    def _pass(self, tensor: Tensor) -> None:
+        if self.calls_left == 0:
+            self.tensor = tensor
+        if self.calls_left >= 0:
+            self.calls_left -= 1
+
+
+class _Call(NamedTuple):
+    """One finished call of a module: the ``index``-th of that module; ``passive`` if it only pools, drops or reshapes."""
+
+    module: nn.Module
+    index: int
+    shape_in: torch.Size
+    shape: torch.Size
+    passive: bool
+
+
+def _trace(network: nn.Module, images: Tensor, num_classes: int) -> list[_Call]:
+    """All module calls of one forward in eval mode, in the order in which they end; checks the logits."""
+    calls, counts, pooled = [], Counter(), None
+
+    def record(module: nn.Module, args: tuple, output) -> None:
+        nonlocal pooled
+        index, counts[module] = counts[module], counts[module] + 1
+        if not (args and isinstance(args[0], Tensor) and isinstance(output, Tensor)):
+            return
+        passive = isinstance(module, PASSIVE) or output is pooled  # a container hands on what its last module made
+        if passive:
+            pooled = output
+        calls.append(_Call(module, index, args[0].shape, output.shape, passive))
+
+    hooks = [module.register_forward_hook(record) for module in network.modules()]
+    devices = [images.device] if images.is_cuda else []
+    try:
+        with eval_mode(network), torch.no_grad(), torch.random.fork_rng(devices=devices):
+            logits = network(images)
+    except (RuntimeError, AssertionError) as error:
+        size = "x".join(map(str, images.shape[1:]))
+        raise ValueError(f"network cannot take {size} images: {str(error).strip().splitlines()[:1]}") from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not isinstance(logits, Tensor) or logits.ndim != 2:
+        found = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f"network returns {found}, wanted logits ({len(images)}, {num_classes})")
+    if logits.shape[1] != num_classes:
+        raise ValueError(f"network returns {logits.shape[1]} logits, dataset has {num_classes} classes")
+    return calls
+
+
+def _find_head(calls: list[_Call], num_classes: int) -> _Call:
+    """The last call of a linear layer, or 1x1 convolution, that makes the logits."""
+    for call in reversed(calls):
+        module = call.module
+        if isinstance(module, nn.Linear) and module.out_features == num_classes and len(call.shape) == 2:
+            return call
+        if isinstance(module, nn.Conv2d) and module.out_channels == num_classes and module.kernel_size == (1, 1):
+            return call
+    raise ValueError(f"network has no nn.Linear or 1x1 nn.Conv2d with {num_classes} outputs, whose input are its features")
+
+
+def _find_feature_map(calls: list[_Call]) -> _Call | None:
+    """The call that makes the last feature map before pooling, among those before the head; None if there is none."""
+    pools = [i for i, call in enumerate(calls) if isinstance(call.module, ADAPTIVE_POOLS)]
+    if pools:
+        size = calls[pools[-1]].shape[2:]
+        if all(call.shape[2:] == size for call in calls[pools[-1] :] if len(call.shape) == 4):
+            calls = calls[: pools[-1]]  # what follows, a norm of the pooled features (ConvNeXt), is no map
+    for call in reversed(calls):
+        if not call.passive and len(call.shape) >= 3:
+            return call if len(call.shape) == 4 else None  # three dimensions are tokens
+    return None
+
+
+@contextmanager
+def eval_mode(module: nn.Module) -> Iterator[None]:
+    """Eval mode inside the block; afterwards every submodule has the mode that it had before."""
+    modes = [(submodule, submodule.training) for submodule in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for submodule, training in modes:
+            submodule.training = training
+
+
+def frozen(classifier: nn.Module) -> nn.Module:
+    """The same classifier as a teacher: eval mode, no gradients to its weights, channels-last memory."""
+    return classifier.eval().requires_grad_(False).to(memory_format=torch.channels_last)

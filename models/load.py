@@ -1,0 +1,144 @@
+"""Networks by name or by file, and published weights as they are."""
+
+import importlib
+import importlib.util
+import inspect
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engine.errors import UserError
+from engine.files import load_checkpoint
+from registry import MODELS, lookup, resolve
+
+WRAPPERS = ("state_dict", "model", "net")
+PREFIXES = ("module.", "_orig_mod.")  # of DataParallel and of torch.compile
+
+
+def build_network(spec: str, num_classes: int) -> nn.Module:
+    """A fresh network.
+
+    Args:
+        spec: a name of registry.MODELS, ``path/to/file.py:factory`` or ``package.module:factory``.
+        num_classes: given to the factory, unless it takes no argument of that name.
+    Raises:
+        UserError: no such name, file or factory, or the factory fails or makes something else.
+    """
+    factory = _find_factory(spec)
+    try:
+        network = factory(num_classes=num_classes) if _takes_num_classes(factory) else factory()
+    except Exception as error:  # whatever a user's file raises
+        raise UserError(f"model '{spec}' failed: {_first_line(error)}") from error
+    if not isinstance(network, nn.Module):
+        raise UserError(f"model '{spec}' made a {type(network).__name__}, wanted a torch.nn.Module")
+    return network
+
+
+def _find_factory(spec: str) -> Callable[..., Any]:
+    if spec.endswith(".py"):
+        raise UserError(f"model '{spec}' names no factory; give {spec}:factory")
+    if ":" not in spec:
+        return resolve(lookup(MODELS, spec, "model"))
+    place, _, name = spec.rpartition(":")
+    if place.endswith(".py") and not Path(place).is_file():
+        raise UserError(f"model file {place} does not exist")
+    try:
+        module = _import_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
+    except Exception as error:
+        raise UserError(f"model '{spec}' cannot be imported: {_first_line(error)}") from error
+    if not callable(getattr(module, name, None)):
+        raise UserError(f"{place} has no factory '{name}'")
+    return getattr(module, name)
+
+
+def _import_file(path: Path) -> Any:
+    module_spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    return module
+
+
+def _takes_num_classes(factory: Callable[..., Any]) -> bool:
+    parameters = inspect.signature(factory).parameters
+    return "num_classes" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".strip().splitlines()[0]
+
+
+def load_weights(network: nn.Module, path: Path, what: str = "teacher checkpoint") -> dict[str, Any]:
+    """Loads a published checkpoint into ``network``, cast to its dtypes, or leaves it untouched and says why.
+
+    Taken are a plain state dict or one under ``state_dict``, ``model`` or ``net``, with or without the prefixes of
+    DataParallel and torch.compile, as ``torch.save`` or safetensors file. No code from the file is ever run.
+
+    Args:
+        what: how errors call the file.
+    Returns:
+        The plain values that lie beside a wrapped state dict (arch, epoch, acc1, ...).
+    Raises:
+        UserError: unreadable, no state dict, NaN or infinite weights, another architecture or number of classes.
+    """
+    state, metadata = _unwrap(load_checkpoint(path, what), f"{what} {path}")
+    wanted = network.state_dict()
+    while not state.keys() & wanted.keys() and all(key.startswith(PREFIXES) for key in state):
+        state = {key.partition(".")[2]: tensor for key, tensor in state.items()}
+    _check_fit(state, wanted, f"{what} {path}", f"{type(network).__name__}", metadata.get("arch"))
+    for key, tensor in state.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise UserError(f"{what} {path} has NaN or infinite weights ({key}), wanted finite ones; use another file")
+    network.load_state_dict(state, strict=False)
+    return metadata
+
+
+def _unwrap(checkpoint: Any, file: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Splits a loaded file into its state dict and the plain values beside it."""
+    if not isinstance(checkpoint, Mapping):
+        raise UserError(f"{file} holds a {type(checkpoint).__name__}, wanted a state_dict")
+    wrapper = next((key for key in WRAPPERS if isinstance(checkpoint.get(key), Mapping)), None)
+    state = checkpoint if wrapper is None else checkpoint[wrapper]
+    if not state or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()):
+        found = ", ".join(map(str, list(state)[:3])) or "nothing"
+        raise UserError(f"{file} holds no state_dict ({found}, ...); wanted one, plain or under {', '.join(WRAPPERS)}")
+    metadata = {}
+    for key, value in () if wrapper is None else checkpoint.items():
+        if isinstance(value, Tensor) and value.numel() == 1:
+            value = value.item()
+        if value is None or isinstance(value, (bool, int, float, str)):
+            metadata[key] = value
+    return dict(state), metadata
+
+
+def _check_fit(state: dict[str, Tensor], wanted: dict[str, Tensor], file: str, network: str, arch: str | None) -> None:
+    """Raises a UserError unless keys and shapes agree; BN's batch counters, which older files lack, do not matter."""
+    missing = [key for key in wanted if key not in state and not key.endswith("num_batches_tracked")]
+    unexpected = [key for key in state if key not in wanted and not key.endswith("num_batches_tracked")]
+    misshaped = [key for key in wanted if key in state and state[key].shape != wanted[key].shape]
+    if not (missing or unexpected or misshaped):
+        return
+    if not (missing or unexpected) and _is_head(misshaped, state, wanted):
+        key = misshaped[0]
+        raise UserError(f"{file} has {len(state[key])} classes ({key} {_size(state[key])}), wanted {len(wanted[key])}")
+    shapes = [f"{key} {_size(state[key])} for {_size(wanted[key])}" for key in misshaped]
+    found = [
+        f"{len(keys)} {kind} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
+        for kind, keys in (("missing", missing), ("unexpected", unexpected), ("mis-shaped", shapes))
+        if keys
+    ]
+    holds = f"holds {arch}" if arch else "holds another network"
+    raise UserError(f"{file} {holds}, wanted {network}: {'; '.join(found)}; name its architecture")
+
+
+def _is_head(keys: list[str], state: dict[str, Tensor], wanted: dict[str, Tensor]) -> bool:
+    """Whether ``keys`` are one layer's weight and bias, which differ in the number of outputs only."""
+    return len({key.rpartition(".")[0] for key in keys}) == 1 and all(
+        state[key].ndim == wanted[key].ndim > 0 and state[key].shape[1:] == wanted[key].shape[1:] for key in keys
+    )
+
+
+def _size(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape)) or "scalar"

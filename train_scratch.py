@@ -1,0 +1,107 @@
+"""Trains or evaluates a classifier on real data: the teacher, or the student that a data-free one is compared with.
+
+    python train_scratch.py --model wrn40_2 --dataset cifar10
+    python train_scratch.py --model wrn40_2 --dataset cifar10 --evaluate_only
+
+The weights go to checkpoints/pretrained/<dataset>_<model>.pth, where datafree_kd.py looks for teachers. To resume, run
+the same command again.
+"""
+
+import dataclasses
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine.errors import run_command
+from engine.flags import Parser, add_flags, flag, from_args, stage_flags
+
+TRAIN = ("train",)
+
+
+@dataclass(frozen=True)
+class ScratchFlags:
+    """What to train, on what, where to keep it."""
+
+    model: str = flag("wrn40_2", "a name of registry.MODELS, path/to/file.py:factory or package.module:factory", stages=TRAIN)
+    dataset: str = flag("cifar10", "a name of registry.DATASETS, or NAME where DATA_ROOT/NAME.npz exists", stages=TRAIN)
+    data_root: str = flag("data", "folder of the data; what can be downloaded is put there")
+    domain: str | None = flag(None, "domain of a dataset that has several (domainnet)", stages=TRAIN)
+    image_size: int | None = flag(None, "px; unset: the dataset's own", stages=TRAIN)
+    output: str | None = flag(None, "the weights; unset: checkpoints/pretrained/<dataset>_<model>.pth")
+    save_dir: str | None = flag(None, "run folder (logs, resume); unset: checkpoints/scratch/<dataset>_<model>")
+    evaluate_only: bool = flag(False, "measure the accuracy of --resume, or of the output, and stop")
+    resume: str | None = flag(None, "weights to start from or to evaluate; an interrupted run resumes without it", stages=TRAIN)
+    redo: bool = flag(False, "forget the run folder and train again")
+    mean: tuple[float, ...] | None = flag(None, "normalization r,g,b; unset: the dataset's", stages=TRAIN)
+    std: tuple[float, ...] | None = flag(None, "see --mean", stages=TRAIN)
+    seed: int = flag(0, "random numbers are a function of seed and epoch", stages=TRAIN)
+    gpu: int | None = flag(None, "index of the GPU, -1 for the CPU; unset: GPU 0 if there is one")
+    amp: str = flag("no", "mixed precision", choices=("no", "bf16", "fp16"), stages=TRAIN)
+    fp16: bool = flag(False, "the same as --amp fp16")
+    workers: int = flag(4, "processes that decode images which do not fit in memory", short="-j")
+
+
+def main() -> None:
+    from engine.train import TrainFlags
+
+    parser = Parser(prog="train_scratch.py", description=__doc__.splitlines()[0], epilog="To resume, run the same command again.")
+    groups = (ScratchFlags, TrainFlags)
+    for group in groups:
+        add_flags(parser, group, group.__doc__.rstrip("."))
+    args = parser.parse_args()
+    flags, lengths = (from_args(group, args) for group in groups)
+
+    from engine.data import dataset_info, load_split
+    from engine.evaluate import evaluate
+    from engine.files import save_checkpoint
+    from engine.networks import PRETRAINED, build_classifier, find_checkpoint, short_name
+    from engine.precision import Precision, choose_device
+    from engine.run import Run
+    from engine.seeding import seed_position
+    from engine.stages import Stages
+    from engine.train import train
+    from models.load import load_weights
+
+    device = choose_device(flags.gpu)
+    precision = Precision("fp16" if flags.fp16 else flags.amp, device)
+    info = dataset_info(flags.dataset, flags.data_root, image_size=flags.image_size, domain=flags.domain)
+    seed_position(flags.seed, "init")
+    classifier = build_classifier(flags.model, info, device, flags.mean, flags.std)
+    stem = f"{info.name}_{short_name(flags.model)}"
+    output = Path(flags.output) if flags.output else PRETRAINED / f"{stem}.pth"
+    if flags.evaluate_only:
+        given = flags.resume or (str(output) if output.exists() else None)
+        weights = find_checkpoint(flags.model, info.name, given)
+        load_weights(classifier.network, weights, "checkpoint")
+        accuracy = evaluate(classifier, load_split(info, "test", device, flags.workers))
+        print(f"{weights}: acc1 {accuracy['acc1']:.2f} %, acc5 {accuracy['acc5']:.2f} % on the test split of {info.name}")
+        return
+    if flags.resume:
+        load_weights(classifier.network, flags.resume, "checkpoint")
+
+    run = Run(flags.save_dir or Path("checkpoints", "scratch", stem), dataclasses.asdict(flags) | dataclasses.asdict(lengths))
+    try:
+        stages = Stages(run.path / "stages.json", {"train": stage_flags("train", flags, lengths)})
+        if flags.redo:
+            stages.discard("train")
+            (run.path / "last.pth").unlink(missing_ok=True)
+        stages.check(["train"])
+        if stages.status("train") == "done" and output.exists():
+            run.log(f"trained before: {output}, acc1 {stages.fact('train', 'acc1'):.2f} %; --redo trains again")
+            return
+        splits = [load_split(info, split, device, flags.workers) for split in ("train", "test")]
+        run.log(f"{flags.model} on {info.name}: {len(splits[0])} training and {len(splits[1])} test images on {device}")
+        accuracies = train(run, stages, classifier, *splits, lengths, info, precision, flags.seed)
+        figures = {"acc1": accuracies[-1], "acc1_best": max(accuracies)}
+        about = {"arch": flags.model, "dataset": info.name, "epoch": lengths.epochs, "seed": flags.seed, **figures}
+        normalization = {"mean": list(flags.mean or info.mean), "std": list(flags.std or info.std)}
+        save_checkpoint(output, {"state_dict": classifier.network.state_dict(), **about, **normalization})
+        stages.update("train", done=True, **figures)
+        run.result(about | {"method": "scratch", "student": flags.model, "acc1_last": accuracies[-1], "seconds": stages.seconds()})
+        run.log(f"acc1 {accuracies[-1]:.2f} % (last epoch), {max(accuracies):.2f} % (best) -> {output}")
+    finally:
+        run.close()
+
+
+if __name__ == "__main__":
+    run_command(main)
