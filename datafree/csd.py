@@ -37,10 +37,11 @@ BOTH = ("synthesize", "distill")
 class CSDConfig:
     """Flags of CSD."""
 
-    init_rounds: int = flag(400, "rounds of the initial bank, each synthesis_batch_size images", stages=("synthesize",))
+    init_rounds: int = flag(400, "rounds of the initial bank", stages=("synthesize",))
     init_g_steps: int = flag(500, "inversion steps a round of the initial bank", stages=("synthesize",))
+    init_batch_size: int = flag(200, "images a round of the initial bank", stages=("synthesize",))
     g_steps: int = flag(200, "inversion steps a round while distilling", stages=("distill",))
-    synthesis_batch_size: int = flag(200, "images a round of synthesis", stages=BOTH)
+    synthesis_batch_size: int = flag(200, "images a round while distilling", stages=("distill",))
     lr_g: float = flag(1e-3, "Adam learning rate of generator and noise", stages=BOTH)
     nz: int = flag(256, "length of the generator's noise vector", stages=BOTH)
     bn: float = flag(1.0, "weight of the BN-statistics loss", stages=BOTH)
@@ -56,8 +57,9 @@ class CSDConfig:
 class CSDSynthesizer(Synthesizer):
     """Inverts the teacher by a fresh generator each round; with ``csd > 0`` against the student's rotation head."""
 
-    def __init__(self, config: CSDConfig, teacher: nn.Module, task: Task, *, g_steps: int, csd: float, feature_dim: int):
-        self.config, self.teacher, self.task, self.g_steps, self.csd = config, teacher, task, g_steps, csd
+    def __init__(self, config: CSDConfig, teacher: nn.Module, task: Task, *, feature_dim: int, g_steps: int, images: int, csd: float):
+        self.config, self.teacher, self.task = config, teacher, task
+        self.g_steps, self.images, self.csd = g_steps, images, csd
         self.generator = Generator(config.nz, task.image_size).to(task.device, memory_format=torch.channels_last)
         self.statistics = BNStatistics(teacher)
         self.steps = 0
@@ -71,8 +73,8 @@ class CSDSynthesizer(Synthesizer):
         """One inverted batch, the best of ``g_steps`` steps by total loss."""
         config, device = self.config, self.task.device
         reset(self.generator).train()
-        z = torch.randn(config.synthesis_batch_size, config.nz, device=device, requires_grad=True)
-        labels = balanced_labels(config.synthesis_batch_size, self.task.num_classes, device)
+        z = torch.randn(self.images, config.nz, device=device, requires_grad=True)
+        labels = balanced_labels(self.images, self.task.num_classes, device)
         optimizer = torch.optim.Adam([*self.generator.parameters(), z], lr=config.lr_g, betas=(0.5, 0.999))
         best_loss = torch.full((), float("inf"), device=device)
         best_images = torch.zeros(len(z), 3, self.task.image_size, self.task.image_size, device=device)
@@ -184,15 +186,15 @@ class CSD(Method):
             raise UserError(f"--head_interval {config.head_interval} found, a whole number from 1 on wanted")
 
     def initial_synthesizer(self) -> CSDSynthesizer:
-        return self._synthesizer(self.config.init_g_steps, 0.0)
+        config = self.config
+        return self._synthesizer(g_steps=config.init_g_steps, images=config.init_batch_size, csd=0.0)
 
     def synthesizer(self) -> CSDSynthesizer:
-        return self._synthesizer(self.config.g_steps, self.config.csd)
+        config = self.config
+        return self._synthesizer(g_steps=config.g_steps, images=config.synthesis_batch_size, csd=config.csd)
 
-    def _synthesizer(self, g_steps: int, csd: float) -> CSDSynthesizer:
-        return CSDSynthesizer(
-            self.config, self.teacher, self.task, g_steps=g_steps, csd=csd, feature_dim=self.student.feature_dim
-        )
+    def _synthesizer(self, **lengths) -> CSDSynthesizer:
+        return CSDSynthesizer(self.config, self.teacher, self.task, feature_dim=self.student.feature_dim, **lengths)
 
     def objective(self) -> AlignedDistillation:
         shapes = self.student.feature_map_shape, self.teacher.feature_map_shape

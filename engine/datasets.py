@@ -47,7 +47,7 @@ def describe_npz(row: dict[str, Any], root: Path, name: str, domain: str | None,
     path = root / f"{name}.npz"
     with open_npz(path) as archive:
         names = next((archive[key] for key in ("classes", "class_names") if key in archive), None)
-        labels = _member(archive, path, "y_test")
+        labels = _labels(archive, path, "test")
         shape = _shape(archive, path, "x_test")
     if names is None and not labels.size:
         raise UserError(f"{path} has neither 'classes' nor test labels: the number of classes is unknown")
@@ -61,14 +61,14 @@ def read_npz(info: DatasetInfo, split: str) -> RawSplit:
     """``x_train, y_train, x_test, y_test`` of ``DATA_ROOT/NAME.npz``; only the members of ``split`` are read."""
     path = Path(info.data_root, f"{info.name}.npz")
     with open_npz(path) as archive:
-        images, labels = _member(archive, path, f"x_{split}"), _member(archive, path, f"y_{split}")
+        images, labels = _member(archive, path, f"x_{split}"), _labels(archive, path, split)
     if images.ndim == 4 and images.shape[3] == 1:
         images = images[..., 0]
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] != 3):
         raise UserError(
             f"{path}: x_{split} is {images.dtype} of shape {images.shape}; wanted uint8 (N, H, W), (N, H, W, 1) or (N, H, W, 3)"
         )
-    return RawSplit(images, labels.reshape(-1) if labels.shape[1:] == (1,) else labels, str(path))
+    return RawSplit(images, labels, str(path))
 
 
 @contextmanager
@@ -85,20 +85,31 @@ def open_npz(path: Path) -> Iterator[np.lib.npyio.NpzFile]:
         raise UserError(f"{path} cannot be read: {reason}; wanted a whole .npz with x_train, y_train, x_test, y_test") from None
 
 
-def _member(archive, path: Path, key: str) -> np.ndarray:
+def _require(archive, path: Path, key: str) -> None:
     if key not in archive:
         raise UserError(f"{path} has no {key}; it has {', '.join(archive.files) or 'nothing'}")
+
+
+def _member(archive, path: Path, key: str) -> np.ndarray:
+    _require(archive, path, key)
     return archive[key]
+
+
+def _labels(archive, path: Path, split: str) -> np.ndarray:
+    """(N,) or Keras's (N, 1) integers."""
+    labels = _member(archive, path, f"y_{split}")
+    if labels.dtype.kind not in "iu" or labels.shape[1:] not in ((), (1,)):
+        raise UserError(f"{path}: y_{split} is {labels.dtype} of shape {labels.shape}; wanted integers (N,)")
+    return labels.reshape(-1)
 
 
 def _shape(archive, path: Path, key: str) -> tuple[int, ...]:
     """Shape of a member, from its header alone."""
-    if key not in archive:
-        raise UserError(f"{path} has no {key}; it has {', '.join(archive.files) or 'nothing'}")
+    _require(archive, path, key)
     with archive.zip.open(f"{key}.npy") as member:
         version = np.lib.format.read_magic(member)
-        header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        return header(member)[0]
+        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        return read_header(member)[0]
 
 
 # Datasets that a package brings or downloads

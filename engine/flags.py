@@ -61,7 +61,7 @@ def add_flags(parser: argparse.ArgumentParser, config: type, title: str, default
         if field.metadata.get("short"):
             names[field.metadata["short"]] = None
         shown = ",".join(map(str, default)) if repeated and default is not None else default
-        text = field.metadata["help"].replace("%", "%%") + ("" if default in (None, "") else f" [{shown}]")
+        text = field.metadata["help"].replace("%", "%%") + ("" if default in (None, "", False) else f" [{shown}]")
         options: dict[str, Any] = {"dest": field.name, "default": default, "help": text}
         if kind is bool:
             group.add_argument(*names, action="store_true", **options)

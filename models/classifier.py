@@ -145,8 +145,8 @@ def _trace(network: nn.Module, images: Tensor, num_classes: int) -> list[_Call]:
         with eval_mode(network), torch.no_grad(), torch.random.fork_rng(devices=devices):
             logits = network(images)
     except (RuntimeError, AssertionError) as error:
-        size = "x".join(map(str, images.shape[1:]))
-        raise ValueError(f"network cannot take {size} images: {str(error).strip().splitlines()[:1]}") from error
+        size, reason = "x".join(map(str, images.shape[1:])), str(error).strip().partition("\n")[0]
+        raise ValueError(f"network cannot take {size} images: {reason}") from error
     finally:
         for hook in hooks:
             hook.remove()

@@ -67,7 +67,7 @@ def _takes_num_classes(factory: Callable[..., Any]) -> bool:
 
 
 def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".strip().splitlines()[0]
+    return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
 def load_weights(network: nn.Module, path: Path, what: str = "teacher checkpoint") -> dict[str, Any]:

@@ -1,0 +1,364 @@
+"""Real data: what a dataset is, and its splits as batches of float images in [0, 1].
+
+Images are kept as uint8 on the device where they fit, decoded by worker processes where they do not; ``Split.batches``
+is the same for both. Normalization is the model's.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from engine.datasets import RawSplit
+from engine.errors import UserError
+from registry import DATASETS, lookup, resolve
+
+# What is assumed of a NAME.npz that the registry does not know; the rest is read from the file.
+UNREGISTERED = {
+    "reader": "engine.datasets:read_npz",
+    "describe": "engine.datasets:describe_npz",
+    "mean": (0.5, 0.5, 0.5),
+    "std": (0.5, 0.5, 0.5),
+    "flip": True,
+}
+
+_train_split_forbidden = False
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """What there is to know about a dataset without opening an image.
+
+    ``crop_padding`` is in pixels of ``image_size``. ``classes`` holds what stands for label 0, 1, … on disk (folder
+    names, label numbers of a subset), empty where the labels are used as found. ``crop_fraction`` is the share of the
+    shorter side that the centre crop of an image file keeps.
+    """
+
+    name: str
+    num_classes: int
+    image_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    class_names: tuple[str, ...] | None
+    flip: bool
+    crop_padding: int
+    data_root: str
+    reader: str
+    source: str = ""
+    domain: str | None = None
+    classes: tuple = ()
+    crop_fraction: float = 1.0
+
+    @property
+    def folder(self) -> Path:
+        """Where a dataset of image files lies."""
+        return Path(self.data_root, self.source)
+
+
+def dataset_info(
+    name: str,
+    data_root: str | Path = "data",
+    image_size: int | None = None,
+    domain: str | None = None,
+    classes: str | None = None,
+) -> DatasetInfo:
+    """Describes a dataset; opens no images.
+
+    ``DATA_ROOT/NAME.npz`` comes before any download, and makes a dataset of a name that the registry does not know.
+
+    Args:
+        name: a name of ``registry.DATASETS``, ``<name>_<domain>`` for one with domains, or that of an npz file.
+        image_size: px; None is the dataset's own.
+        domain, classes: of a dataset with domains: which, and 'ten' (default) or 'all' classes.
+    Raises:
+        UserError: unknown name, domain or classes, or what must be read from the disk is not there.
+    """
+    base, _, suffix = name.rpartition("_")
+    if suffix in DATASETS.get(base, {}).get("domains", ()):
+        name, domain = base, suffix
+    root = Path(data_root)
+    row = _row(name, root)
+    if (domain or classes) and "domains" not in row:
+        raise UserError(f"dataset '{name}' has no domains; leave out {'--domain' if domain else '--classes'}")
+    if image_size is not None and image_size < 1:
+        raise UserError(f"--image_size {image_size}: wanted at least 1 px")
+
+    if "describe" in row:
+        row = row | resolve(row["describe"])(row, root, name, domain, classes)
+    class_names = row.get("class_names")
+    if isinstance(class_names, str):
+        class_names = resolve(class_names)
+    if callable(class_names):
+        class_names = class_names(root / row["source"])
+    size = image_size or row["size"]
+    return DatasetInfo(
+        name=row.get("name", name),
+        num_classes=row["num_classes"],
+        image_size=size,
+        mean=row["mean"],
+        std=row["std"],
+        class_names=class_names,
+        flip=row["flip"],
+        crop_padding=round(row["crop_padding"] * size / row["size"]) if "crop_padding" in row else size // 8,
+        data_root=str(data_root),
+        reader=row["reader"],
+        source=row.get("source", ""),
+        domain=row.get("domain"),
+        classes=row.get("classes", ()),
+        crop_fraction=row.get("crop_fraction", 1.0),
+    )
+
+
+def _row(name: str, root: Path) -> dict:
+    """The registry's row, with the archive ``NAME.npz`` in place of its reader where there is one."""
+    has_archive = (root / f"{name}.npz").is_file()
+    if name not in DATASETS and has_archive:
+        return UNREGISTERED
+    try:
+        row = lookup(DATASETS, name, "dataset")
+    except UserError as error:
+        raise UserError(f"{error}; or put {name}.npz into {root}") from None
+    return row | {"reader": UNREGISTERED["reader"]} if has_archive and "describe" not in row else row
+
+
+def forbid_train_split() -> None:
+    """From here on ``load_split(info, "train")`` is an error: said once, by the data-free entry point."""
+    global _train_split_forbidden
+    _train_split_forbidden = True
+
+
+@contextmanager
+def allow_train_split() -> Iterator[None]:
+    """Lifts the ban inside the block: for the control that trains the student on real data, and says so."""
+    global _train_split_forbidden
+    before, _train_split_forbidden = _train_split_forbidden, False
+    try:
+        yield
+    finally:
+        _train_split_forbidden = before
+
+
+class Split:
+    """Labelled images in memory."""
+
+    def __init__(self, pixels: Tensor, labels: Tensor, num_classes: int):
+        """
+        Args:
+            pixels: (N, H, W, 3) uint8, on the device or, where they do not fit there, on the host.
+            labels: (N,) int64 on the device.
+        """
+        self.labels = labels
+        self.num_classes = num_classes
+        self._pixels = pixels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def images(self) -> Tensor | None:
+        """(N, 3, H, W) uint8, channels_last; None where the images are decoded as they are needed."""
+        return self._pixels.permute(0, 3, 1, 2)
+
+    def batches(
+        self, batch_size: int, order: Tensor | None = None, drop_last: bool = False
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields (images, labels): (B, 3, H, W) float32 in [0, 1], channels_last, and (B,) int64, on the device.
+
+        Args:
+            order: (M,) indices into the split, which images in which order; None is all, as stored.
+            drop_last: leave out a last batch that is smaller.
+        """
+        order = torch.arange(len(self)) if order is None else order
+        chunks = [c for c in order.split(batch_size) if len(c) == batch_size or (len(c) and not drop_last)]
+        device = self.labels.device
+        for chunk, pixels in zip(chunks, self._gather(chunks)):
+            images = pixels.to(device, non_blocking=True).permute(0, 3, 1, 2)
+            yield images.to(torch.float32).div_(255), self.labels[chunk.to(device)]
+
+    def _gather(self, chunks: list[Tensor]) -> Iterator[Tensor]:
+        """(B, H, W, 3) uint8 for each chunk of indices."""
+        for chunk in chunks:
+            yield self._pixels[chunk.to(self._pixels.device)]
+
+
+class StreamedSplit(Split):
+    """Labelled images that do not fit into memory: worker processes decode each batch."""
+
+    def __init__(self, files: "ImageFiles", labels: Tensor, num_classes: int, workers: int):
+        self.labels = labels
+        self.num_classes = num_classes
+        self._files = files
+        self._workers = workers
+
+    @property
+    def images(self) -> None:
+        return None
+
+    def _gather(self, chunks: list[Tensor]) -> Iterator[Tensor]:
+        return decode(self._files, [chunk.tolist() for chunk in chunks], self._workers, self.labels.is_cuda)
+
+
+def load_split(info: DatasetInfo, split: str, device: torch.device | str, workers: int = 4) -> Split:
+    """Opens one split.
+
+    Args:
+        split: 'train' or 'test'.
+        device: where batches (and, where they fit, all images) are wanted.
+        workers: processes that decode image files; 0 decodes in this one.
+    Raises:
+        UserError: files are missing or damaged, labels do not fit the classes, or a data-free run asks for 'train'.
+    """
+    assert split in ("train", "test"), split
+    if split == "train" and _train_split_forbidden:
+        raise UserError(f"this run is data-free: the train split of {info.name} stays closed (only 'test' is opened, to report)")
+    device = torch.device(device)
+    raw = resolve(info.reader)(info, split)
+    labels = _checked_labels(raw, info, split).to(device)
+    home = _home(len(labels) * 3 * info.image_size**2, device)
+    if isinstance(raw.images, np.ndarray):
+        return Split(_resized(raw.images, info.image_size).to(home or "cpu"), labels, info.num_classes)
+
+    files = ImageFiles(raw.images, info.image_size, info.crop_fraction)
+    if home is None:
+        return StreamedSplit(files, labels, info.num_classes, workers)
+    pixels = torch.empty(len(files), info.image_size, info.image_size, 3, dtype=torch.uint8)
+    chunks = [list(range(i, min(i + 64, len(files)))) for i in range(0, len(files), 64)]
+    with tqdm(total=len(files), desc=f"decoding {info.name} {split}", unit="img", disable=None) as bar:
+        for chunk, images in zip(chunks, decode(files, chunks, workers)):
+            pixels[chunk[0] : chunk[-1] + 1] = images
+            bar.update(len(chunk))
+    return Split(pixels.to(home), labels, info.num_classes)
+
+
+def _checked_labels(raw: RawSplit, info: DatasetInfo, split: str) -> Tensor:
+    """(N,) int64, one an image, all below the class count."""
+    if len(raw.images) != len(raw.labels):
+        raise UserError(f"{raw.origin}: {len(raw.images)} {split} images, but {len(raw.labels)} labels")
+    if not len(raw.labels):
+        raise UserError(f"{raw.origin}: no {split} images of {info.name}'s classes")
+    low, high = int(raw.labels.min()), int(raw.labels.max())
+    if low < 0 or high >= info.num_classes:
+        raise UserError(f"{raw.origin}: {split} labels lie in {low}..{high}, {info.name} has the classes 0..{info.num_classes - 1}")
+    return torch.from_numpy(raw.labels.astype(np.int64))
+
+
+def _home(num_bytes: int, device: torch.device) -> torch.device | None:
+    """Where that many bytes of images live: the device, else the host, else None (decoded as needed)."""
+    return next((place for place in (device, torch.device("cpu")) if num_bytes <= memory_limit(place)), None)
+
+
+def memory_limit(device: torch.device) -> int:
+    """Bytes that a split may take: a quarter of the free GPU memory, half of the free host memory."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] // 4
+    free = _read_bytes("/proc/meminfo", "MemAvailable:", 1024)
+    if free is None:
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit, used = (_read_bytes(f"/sys/fs/cgroup/memory.{what}") for what in ("max", "current"))  # a container's
+    if limit is not None and used is not None:
+        free = min(free, max(limit - used, 0))
+    return free // 2
+
+
+def _read_bytes(path: str, key: str = "", unit: int = 1) -> int | None:
+    """The first number in a kernel file, or on its line that begins with ``key``; None where there is none."""
+    try:
+        line = next(line for line in Path(path).read_text().splitlines() if line.startswith(key))
+        return int(line.removeprefix(key).split()[0]) * unit
+    except (OSError, StopIteration, ValueError, IndexError):
+        return None
+
+
+def _resized(images: np.ndarray, size: int) -> Tensor:
+    """(N, H, W) or (N, H, W, 3) uint8 -> (N, size, size, 3): shorter side to size, bilinear antialiased, centre crop."""
+    pixels = torch.from_numpy(np.ascontiguousarray(images))
+    if pixels.dim() == 3:
+        pixels = pixels.unsqueeze(3).expand(-1, -1, -1, 3)
+    height, width = pixels.shape[1:3]
+    if (height, width) == (size, size):
+        return pixels.contiguous()
+    scale = size / min(height, width)
+    shape = max(size, round(height * scale)), max(size, round(width * scale))
+    top, left = (shape[0] - size) // 2, (shape[1] - size) // 2
+    result = torch.empty(len(pixels), size, size, 3, dtype=torch.uint8)
+    for target, chunk in zip(result.split(1024), pixels.split(1024)):
+        images = F.interpolate(chunk.permute(0, 3, 1, 2).float(), shape, mode="bilinear", antialias=True)
+        images = images[:, :, top : top + size, left : left + size].round().clamp(0, 255)
+        target.copy_(images.permute(0, 2, 3, 1))
+    return result
+
+
+@dataclass(frozen=True)
+class ImageFiles(Dataset):
+    """Image files, decoded one by one to (size, size, 3) uint8 RGB."""
+
+    paths: list[str]
+    size: int
+    crop_fraction: float = 1.0
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Tensor | UserError:
+        """An error is returned: raised in a worker, it would arrive wrapped in the worker's traceback."""
+        try:
+            return decode_image(self.paths[index], self.size, self.crop_fraction)
+        except UserError as error:
+            return error
+
+
+def decode(files: ImageFiles, chunks: list[list[int]], workers: int, pin_memory: bool = False) -> Iterator[Tensor]:
+    """Decodes image files in worker processes, a chunk of indices at a time.
+
+    Yields:
+        (B, size, size, 3) uint8.
+    Raises:
+        UserError: a file is missing or damaged.
+    """
+    loader = DataLoader(
+        files,
+        batch_sampler=chunks,
+        num_workers=min(workers, len(chunks)),
+        collate_fn=_stack,
+        pin_memory=pin_memory,
+        generator=torch.Generator(),  # otherwise every pass would draw from the global random stream
+    )
+    for batch in loader:
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch
+
+
+def _stack(images: list[Tensor | UserError]) -> Tensor | UserError:
+    return next((image for image in images if isinstance(image, UserError)), None) or torch.stack(images)
+
+
+def decode_image(path: str, size: int, crop_fraction: float = 1.0) -> Tensor:
+    """(size, size, 3) uint8 RGB: shorter side to size / crop_fraction, bilinear antialiased, centre crop.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    try:
+        with Image.open(path) as image:
+            image = image.convert("RGB")
+    except FileNotFoundError:
+        raise UserError(f"image {path} does not exist") from None
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        raise UserError(f"image {path} cannot be decoded: {error}") from None
+    width, height = image.size
+    scale = max(size, round(size / crop_fraction)) / min(width, height)
+    width, height = max(size, round(width * scale)), max(size, round(height * scale))
+    if image.size != (width, height):
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+    left, top = (width - size) // 2, (height - size) // 2
+    return torch.from_numpy(np.array(image.crop((left, top, left + size, top + size))))
