@@ -32,7 +32,7 @@ def fit_augmenter(run: Run, augmenter, images: Tensor, labels: Tensor, seed: int
         check_finite(figures, f"round {round} of training the diffusion prior", "lower --fit_lr and run again")
         run.metrics("augment", round, figures)
         save_checkpoint(file, {"round": round + 1, "augmenter": augmenter.state_dict()})
-        bar.set_postfix({name: f"{value:.3g}" for name, value in figures.items()})
+        bar.set_postfix({name: f"{value:.3g}" for name, value in figures.items()}, refresh=False)
         bar.update()
     bar.close()
 

@@ -5,6 +5,7 @@ is the same for both. Normalization is the model's.
 """
 
 import os
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -327,7 +328,7 @@ def decode(files: ImageFiles, chunks: list[list[int]], workers: int, pin_memory:
     loader = DataLoader(
         files,
         batch_sampler=chunks,
-        num_workers=min(workers, len(chunks)),
+        num_workers=min(workers, len(chunks), os.cpu_count() or 1),
         collate_fn=_stack,
         pin_memory=pin_memory,
         generator=torch.Generator(),  # otherwise every pass would draw from the global random stream
@@ -353,7 +354,7 @@ def decode_image(path: str, size: int, crop_fraction: float = 1.0) -> Tensor:
             image = image.convert("RGB")
     except FileNotFoundError:
         raise UserError(f"image {path} does not exist") from None
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as error:
         raise UserError(f"image {path} cannot be decoded: {error}") from None
     width, height = image.size
     scale = max(size, round(size / crop_fraction)) / min(width, height)

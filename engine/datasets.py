@@ -208,7 +208,7 @@ def split_folder(root: Path, split: str) -> Path:
         if (root / name).is_dir() and class_folders(root / name):
             return root / name
     wanted = " or ".join(str(root / name / "<class>" / "*") for name in SPLIT_FOLDERS[split])
-    raise UserError(f"no {split} images: wanted {wanted}; --data_root names the folder above")
+    raise UserError(f"no {split} images: wanted {wanted} (--data_root says where to look)")
 
 
 def class_folders(folder: Path) -> list[str]:

@@ -147,7 +147,7 @@ def distill(run: Run, stages: Stages, distillation: Distillation, bank, transfer
             accuracy = evaluate(distillation.student, test)
             distillation.accuracies.append(accuracy["acc1"])
             figures |= {**accuracy, "student_steps": (round + 1) * schedule.kd_steps}
-            bar.set_postfix(acc1=f"{accuracy['acc1']:.2f}", best=f"{max(distillation.accuracies):.2f}")
+            bar.set_postfix({"acc1": f"{accuracy['acc1']:.2f}", "best": f"{max(distillation.accuracies):.2f}"}, refresh=False)
         run.metrics("distill", round, figures)  # before the checkpoint: a repeated round rewinds it
         save_checkpoint(file, distillation.state_dict(round + 1))
         stages.update("distill", rounds=round + 1)

@@ -147,7 +147,19 @@ def peak_memory() -> dict[str, float]:
     return peak
 
 
+class _Lines:
+    """A log file is no terminal: each state of a progress bar gets a line of its own."""
+
+    def write(self, text: str) -> None:
+        if text.strip():
+            sys.stderr.write(text.replace("\r", "").rstrip() + "\n")
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
 def progress(total: int, what: str, unit: str, start: int = 0) -> tqdm:
-    """A progress bar on stderr with rate and time left; in a log file one line every ten seconds instead."""
-    interval = 0.2 if sys.stderr.isatty() else 10.0
-    return tqdm(total=total, initial=start, desc=what, unit=unit, mininterval=interval, dynamic_ncols=True, leave=False)
+    """A progress bar on stderr with rate and time left; where stderr is no terminal, a line every ten seconds."""
+    if sys.stderr.isatty():
+        return tqdm(total=total, initial=start, desc=what, unit=unit, mininterval=0.2, dynamic_ncols=True, leave=False)
+    return tqdm(total=total, initial=start, desc=what, unit=unit, mininterval=10, maxinterval=20, ncols=110, leave=False, file=_Lines())

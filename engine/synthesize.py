@@ -22,7 +22,7 @@ def synthesize(run: Run, stages: Stages, bank, synthesizer, student, *, rounds: 
         run.metrics("synthesize", round, figures)  # before the shard: a repeated round rewinds it
         bank.append("synthesize", round, batch.images, batch.labels)
         stages.update("synthesize", rounds=round + 1)
-        bar.set_postfix({name.removeprefix("loss_"): f"{value:.3g}" for name, value in figures.items()})
+        bar.set_postfix({name.removeprefix("loss_"): f"{value:.3g}" for name, value in figures.items()}, refresh=False)
         bar.update()
     bar.close()
     columns = bank.read("synthesize", rounds)

@@ -80,7 +80,7 @@ def train(run: Run, stages: Stages, classifier: nn.Module, train_split, test_spl
         check_finite(figures, f"epoch {epoch + 1}", "lower --lr and run again")
         figures |= evaluate(classifier, test_split)
         accuracies.append(figures["acc1"])
-        bar.set_postfix(acc1=f"{figures['acc1']:.2f}", loss=f"{figures['loss']:.3f}")
+        bar.set_postfix({"acc1": f"{figures['acc1']:.2f}", "loss": f"{figures['loss']:.3f}"}, refresh=False)
         run.metrics("train", epoch, figures)
         save_checkpoint(
             file,

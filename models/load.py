@@ -87,7 +87,7 @@ def load_weights(network: nn.Module, path: Path, what: str = "teacher checkpoint
     wanted = network.state_dict()
     while not state.keys() & wanted.keys() and all(key.startswith(PREFIXES) for key in state):
         state = {key.partition(".")[2]: tensor for key, tensor in state.items()}
-    _check_fit(state, wanted, f"{what} {path}", f"{type(network).__name__}", metadata.get("arch"))
+    _check_fit(state, wanted, f"{what} {path}", type(network).__name__, metadata.get("arch"))
     for key, tensor in state.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise UserError(f"{what} {path} has NaN or infinite weights ({key}), wanted finite ones; use another file")
@@ -130,7 +130,7 @@ def _check_fit(state: dict[str, Tensor], wanted: dict[str, Tensor], file: str, n
         if keys
     ]
     holds = f"holds {arch}" if arch else "holds another network"
-    raise UserError(f"{file} {holds}, wanted {network}: {'; '.join(found)}; name its architecture")
+    raise UserError(f"{file} {holds}, wanted {network}: {'; '.join(found)}; choose the architecture that made it")
 
 
 def _is_head(keys: list[str], state: dict[str, Tensor], wanted: dict[str, Tensor]) -> bool:

@@ -19,7 +19,9 @@ from registry import MODELS
 
 PUBLISHED = json.loads((Path(__file__).parent / "data" / "teacher_keys.json").read_text())
 SHARED = Path(__file__).parents[2] / "shared"
-BIG = {"vit_b_16_imagenet", "vgg11_bn_imagenet", "convnext_tiny_imagenet"}
+SMALL = [name for name in PUBLISHED if PUBLISHED[name]["parameters"] < 3e6]
+SLOW = {"vgg11_bn_imagenet", "vit_b_16_imagenet"}  # hundreds of MB of gradients, and 224 px
+TRAINED = [(name, 10) for name in MODELS if name not in SLOW] + [(name, 100) for name in SMALL]
 HAS_RELU_MAP = [name for name in MODELS if name.startswith(("wrn", "resnet", "vgg8", "vgg11", "vgg13", "shufflenet"))]
 HAS_RELU_MAP.remove("vgg11_bn_imagenet")  # two hidden layers lie between its map and its features
 
@@ -63,11 +65,11 @@ def test_original_resnets_have_no_shortcut_parameters(depth):
     )
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name not in BIG])
-def test_forward_and_backward(name):
-    network = build_network(name, 10)
+@pytest.mark.parametrize(("name", "num_classes"), TRAINED)
+def test_forward_and_backward(name, num_classes):
+    network = build_network(name, num_classes)
     logits = network(torch.rand(2, 3, 32, 32))
-    assert logits.shape == (2, 10)
+    assert logits.shape == (2, num_classes)
     logits.square().sum().backward()
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in network.parameters())
 
@@ -94,10 +96,10 @@ def test_original_shortcut_pads_channels_on_both_sides():
 def test_features_of_every_model(name):
     size = 224 if name.startswith("vit") else 32
     classifier = frozen(wrap(build_network(name, 10), image_size=size))
-    images = torch.rand(2, 3, size, size)
+    images = torch.rand(1, 3, size, size)
     out = classifier(images, return_features=True)
     assert isinstance(out, Output)
-    assert out.logits.shape == (2, 10) and out.features.shape == (2, classifier.feature_dim)
+    assert out.logits.shape == (1, 10) and out.features.shape == (1, classifier.feature_dim)
     torch.testing.assert_close(last_linear(classifier.network)(out.features), out.logits)
     torch.testing.assert_close(classifier(images), out.logits)
     if name.startswith("vit"):
@@ -170,18 +172,11 @@ def test_construction_leaves_no_trace():
     network.layer2.eval()
     modes = [module.training for module in network.modules()]
     before = copy.deepcopy(network.state_dict())
-    rng = torch.get_rng_state()
+    noisy = SharedModules()
+    random_state = torch.get_rng_state()
     wrap(network)
-    wrap(SharedModules().eval())
-    torch.manual_seed(0)
-    expected = SharedModules().head.weight
-    torch.set_rng_state(rng)
-    wrap(network)
-    torch.manual_seed(0)
-    network_with_noise = SharedModules()
-    state = torch.get_rng_state()
-    wrap(network_with_noise)
-    assert torch.equal(torch.get_rng_state(), state) and torch.equal(network_with_noise.head.weight, expected)
+    wrap(noisy)
+    assert torch.equal(torch.get_rng_state(), random_state)
     assert [module.training for module in network.modules()] == modes
     assert all(torch.equal(tensor, before[key]) for key, tensor in network.state_dict().items())
 
@@ -286,7 +281,7 @@ def test_network_by_module():
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("resnet21", "unknown model 'resnet21'; did you mean resnet20"),
+        ("resnet21", "unknown model 'resnet21'; did you mean .*resnet20"),
         ("{tmp}/none.py:factory", "none.py does not exist"),
         ("{tmp}/own.py", "names no factory; give .*own.py:factory"),
         ("{tmp}/own.py:none", "own.py has no factory 'none'"),

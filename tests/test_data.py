@@ -1,0 +1,381 @@
+"""Real data: every layout as a tiny tree, exact batches, the closed train split, and one line for every mistake."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import engine.data as data
+from engine.data import StreamedSplit, allow_train_split, dataset_info, forbid_train_split, load_split
+from engine.errors import UserError
+from registry import DATASETS
+
+SHARED = Path(__file__).parents[2] / "shared"
+
+
+@pytest.fixture(autouse=True)
+def open_train_split(monkeypatch):
+    monkeypatch.setattr(data, "_train_split_forbidden", False)
+
+
+def load(info, split="test", **options):
+    return load_split(info, split, "cpu", workers=options.pop("workers", 0), **options)
+
+
+def pixels(*shape, seed=0):
+    return np.random.RandomState(seed).randint(0, 256, shape, dtype=np.uint8)
+
+
+def write_npz(folder, name, shape=(6, 8, 8, 3), labels=(0, 1, 2, 0, 1, 2), **extra):
+    arrays = {f"x_{split}": pixels(*shape, seed=seed) for seed, split in enumerate(("train", "test"))}
+    arrays |= {f"y_{split}": np.array(labels) for split in ("train", "test")}
+    np.savez(folder / f"{name}.npz", **arrays | extra)
+    return arrays
+
+
+def write_image(path, colour, size=(8, 8)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(path)
+
+
+def write_folders(root, names, splits=("train", "test"), each=2):
+    """Class i, in the order of ``names``, is filled with the colour (10 * i, 0, 0)."""
+    for split in splits:
+        for label, name in enumerate(names):
+            for i in range(each):
+                write_image(root / split / name / f"{i}.png", (10 * label, 0, 0))
+
+
+def fails(*words):
+    """A UserError of one line with these words in it."""
+    return pytest.raises(UserError, match="(?s)^(?!.*\n)" + "".join(f"(?=.*{word})" for word in words))
+
+
+@pytest.mark.parametrize("name", sorted(set(DATASETS) - {"folder", "domainnet"}))
+def test_every_row_describes_its_dataset_without_data(name, tmp_path):
+    info = dataset_info(name, tmp_path)
+    row = DATASETS[name]
+    assert (info.name, info.num_classes, info.image_size) == (name, row["num_classes"], row["size"])
+    assert info.class_names is None or len(set(info.class_names)) in (info.num_classes, 998)  # ImageNet: two cranes, two maillots
+    assert len(info.mean) == len(info.std) == 3 and info.flip is row["flip"]
+    assert not list(tmp_path.iterdir())
+
+
+def test_class_names():
+    assert dataset_info("cifar10").class_names[0::9] == ("airplane", "truck")
+    names = dataset_info("cifar100").class_names
+    assert len(names) == 100 and list(names) == sorted(names) and names[8] == "bicycle" and names[99] == "worm"
+    assert dataset_info("imagenet").class_names[0] == "tench"
+
+
+def test_padding_scales_with_the_image_size():
+    assert dataset_info("cifar10").crop_padding == 4
+    assert dataset_info("cifar10", image_size=64).crop_padding == 8
+
+
+def test_unknown_names_list_the_known(tmp_path):
+    with fails("unknown dataset 'cifer10'", "cifar10", "cifer10.npz"):
+        dataset_info("cifer10", tmp_path)
+    with fails("no domains", "--domain"):
+        dataset_info("cifar10", tmp_path, domain="sketch")
+    with fails("--image_size 0"):
+        dataset_info("cifar10", tmp_path, image_size=0)
+
+
+def test_digits_are_split_in_thirds_the_same_way_each_time():
+    info = dataset_info("digits")
+    train, test = load(info, "train"), load(info, "test")
+    assert len(train) + len(test) == 1797 and abs(len(test) - 599) <= 5
+    for split in (train, test):
+        counts = split.labels.bincount()
+        assert len(counts) == 10 and counts.min() > 0.94 * counts.max() - 4
+        assert split.images.shape == (len(split), 3, 16, 16) and split.images.dtype == torch.uint8
+    assert torch.equal(test.images, load(info, "test").images)
+    both = torch.cat([train.images, test.images]).float() / 255
+    assert torch.allclose(both.mean((0, 2, 3)), torch.tensor(info.mean), atol=2e-3)
+    assert torch.allclose(both.std((0, 2, 3)), torch.tensor(info.std), atol=2e-3)
+    assert load(dataset_info("digits", image_size=8)).images.amax() == 255
+
+
+def test_an_archive_comes_before_the_download(tmp_path):
+    arrays = write_npz(tmp_path, "cifar10", (6, 32, 32, 3), [[0], [1], [2], [0], [1], [9]])  # Keras's (N, 1) labels
+    info = dataset_info("cifar10", tmp_path)
+    assert info.class_names[0] == "airplane" and info.mean == DATASETS["cifar10"]["mean"]
+    for split in ("train", "test"):
+        loaded = load(info, split)
+        assert np.array_equal(loaded.images.permute(0, 2, 3, 1), arrays[f"x_{split}"])
+        assert loaded.labels.tolist() == [0, 1, 2, 0, 1, 9] and loaded.num_classes == 10
+
+
+@pytest.mark.parametrize("name, shape", [("svhn", (6, 32, 32, 3)), ("mnist", (6, 28, 28)), ("mnist", (6, 28, 28, 1))])
+def test_archives_of_registered_names(name, shape, tmp_path):
+    write_npz(tmp_path, name, shape)
+    split = load(dataset_info(name, tmp_path))
+    assert split.images.shape == (6, 3, 32, 32)
+    assert name == "svhn" or torch.equal(split.images[:, 0], split.images[:, 2])
+
+
+def test_an_unregistered_archive_is_a_dataset(tmp_path):
+    write_npz(tmp_path, "foo", (6, 8, 12, 3))
+    info = dataset_info("foo", tmp_path)
+    assert (info.num_classes, info.image_size, info.crop_padding, info.class_names) == (3, 8, 1, None)
+    assert info.mean == info.std == (0.5, 0.5, 0.5)
+    assert load(info).images.shape == (6, 3, 8, 8)  # the centre of 8 x 12
+    write_npz(tmp_path, "named", classes=np.array(["a", "b", "c", "d"]))
+    assert dataset_info("named", tmp_path).class_names == ("a", "b", "c", "d")
+    assert dataset_info("named", tmp_path).num_classes == 4
+    assert load(dataset_info("named", tmp_path, image_size=4)).images.shape == (6, 3, 4, 4)
+
+
+def test_describing_and_testing_never_open_the_train_arrays(tmp_path):
+    whole = write_npz(tmp_path, "foo")
+    np.savez(tmp_path / "foo.npz", **{key: whole[key] for key in ("x_test", "y_test")})
+    info = dataset_info("foo", tmp_path)
+    assert len(load(info)) == 6
+    with fails("foo.npz", "has no x_train"):
+        load(info, "train")
+
+
+@pytest.mark.parametrize(
+    "arrays, words",
+    [
+        ({"y_test": np.array([0, 1, 2, 0, 1, 10])}, ["cifar10.npz", "labels lie in 0..10", "0..9"]),
+        ({"y_test": np.array([0, 1, -2, 0, 1, 1])}, ["cifar10.npz", "-2..1"]),
+        ({"y_test": np.zeros(5, int)}, ["6 test images", "5 labels"]),
+        ({"y_test": np.zeros(6)}, ["y_test is float64", "integers"]),
+        ({"y_test": np.zeros((6, 10), int)}, ["y_test", "6, 10"]),
+        ({"x_test": np.zeros((6, 8, 8, 3), np.float32)}, ["x_test is float32", "uint8"]),
+        ({"x_test": np.zeros((6, 3, 8, 8), np.uint8)}, ["6, 3, 8, 8", r"\(N, H, W, 3\)"]),
+        ({"x_test": np.zeros((0, 8, 8, 3), np.uint8), "y_test": np.zeros(0, int)}, ["no test images"]),
+        ({"x_test": np.array([object()] * 6)}, ["cifar10.npz", "never loaded"]),
+    ],
+)
+def test_wrong_archives(arrays, words, tmp_path):
+    write_npz(tmp_path, "cifar10", **arrays)
+    with fails(*words):
+        load(dataset_info("cifar10", tmp_path))
+
+
+@pytest.mark.parametrize("content", [b"", b"not an archive", b"half"])
+def test_damaged_archives(content, tmp_path):
+    write_npz(tmp_path, "foo")
+    path = tmp_path / "foo.npz"
+    path.write_bytes(path.read_bytes()[:900] if content == b"half" else content)
+    with fails("foo.npz cannot be read", "wanted a whole .npz"):
+        dataset_info("foo", tmp_path)
+
+
+def test_a_flipped_byte_in_an_archive(tmp_path):
+    write_npz(tmp_path, "foo")
+    info = dataset_info("foo", tmp_path)
+    path = tmp_path / "foo.npz"
+    content = bytearray(path.read_bytes())
+    position = content.index(b"x_test.npy") + 400
+    content[position] ^= 255
+    path.write_bytes(content)
+    with fails("foo.npz cannot be read", "CRC"):
+        load(info)
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "svhn", "mnist"])
+def test_without_network_the_line_says_what_to_put_where(name, tmp_path, monkeypatch):
+    from urllib.error import URLError
+
+    def no_network(*args, **kwargs):
+        raise URLError("no network")
+
+    monkeypatch.setattr("urllib.request.urlopen", no_network)
+    with fails(f"{name} is not whole", "cannot be downloaded", f"{name}.npz", DATASETS[name]["source"]):
+        load(dataset_info(name, tmp_path))
+
+
+def test_numeric_class_folders_are_sorted_by_value(tmp_path):
+    names = [str(i) for i in range(12)]
+    write_folders(tmp_path, names)
+    info = dataset_info("folder", tmp_path, image_size=8)
+    assert info.num_classes == 12 and info.class_names == tuple(names)
+    for split in ("train", "test"):
+        loaded = load(info, split)
+        assert loaded.labels.tolist() == [i for i in range(12) for _ in range(2)]
+        assert torch.equal(loaded.images[:, 0, 0, 0].long(), 10 * loaded.labels)
+
+
+def test_class_folders_with_val_other_sizes_and_other_files(tmp_path):
+    write_folders(tmp_path, ["b", "c"], ("train", "val"))
+    write_image(tmp_path / "val" / "b" / "deep" / "wide.jpg", (0, 0, 0), (40, 20))
+    Image.new("L", (9, 30), 200).save(tmp_path / "val" / "c" / "grey.png")
+    (tmp_path / "val" / "c" / "notes.txt").write_text("not an image")
+    (tmp_path / "val" / ".cache").mkdir()
+    info = dataset_info("folder", tmp_path)
+    assert info.class_names == ("b", "c") and info.image_size == 64
+    split = load(info)
+    assert split.labels.tolist() == [0, 0, 0, 1, 1, 1] and split.images.shape == (6, 3, 64, 64)
+    assert (split.images[5] == 200).all()
+
+
+def test_wrong_folders(tmp_path):
+    with fails("no test images", "<class>", "--data_root"):
+        dataset_info("folder", tmp_path)
+    write_folders(tmp_path, ["a", "b"])
+    info = dataset_info("folder", tmp_path)
+    (tmp_path / "train" / "b").rename(tmp_path / "train" / "B")
+    with fails("train has other classes than the test split", "'B'"):
+        load(info, "train")
+    write_folders(tmp_path, ["a", "b", "c"], ["train"])
+    with fails("train has 4 classes, folder has 2"):
+        load(info, "train")
+    with fails("imagenet", "no test images", "val"):
+        load(dataset_info("imagenet", tmp_path))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_damaged_image_is_named(workers, tmp_path):
+    write_folders(tmp_path, ["a", "b"])
+    path = tmp_path / "test" / "b" / "1.png"
+    write_image(path, (1, 2, 3), (64, 64))
+    path.write_bytes(path.read_bytes()[:60])
+    with fails("1.png cannot be decoded"):
+        load(dataset_info("folder", tmp_path), workers=workers)
+
+
+def test_imagenet_crops_the_centre_of_256(tmp_path):
+    write_image(tmp_path / "imagenet" / "val" / "n01" / "a.jpg", (255, 255, 255), (512, 256))
+    info = replace(dataset_info("imagenet", tmp_path), num_classes=1)
+    assert info.crop_fraction == 0.875 and (load(info).images > 250).all()
+
+
+def test_class_folders_of_the_shared_sketches():
+    root = SHARED / "data" / "pacs_sketch"
+    if not root.is_dir():
+        pytest.skip("the shared folder beside the repository is not here")
+    info = dataset_info("folder", root, image_size=32)
+    assert info.num_classes == 7 and info.class_names[0] == "dog" and info.class_names[-1] == "person"
+    split = load(info)
+    assert len(split.labels.unique()) == 7 and split.images.float().std() > 10
+
+
+def write_tiny(root, count=200):
+    wnids = [f"n{i:08d}" for i in range(count)]
+    for label, wnid in enumerate(wnids):
+        write_image(root / "train" / wnid / "images" / f"{wnid}_0.JPEG", (label, label, label))
+        write_image(root / "val" / "images" / f"val_{count - label}.JPEG", (label, label, label))
+    lines = [f"val_{count - label}.JPEG\t{wnid}\t0\t0\t63\t63" for label, wnid in enumerate(wnids)]
+    (root / "val" / "val_annotations.txt").write_text("\n".join(reversed(lines)) + "\n")
+    (root / "wnids.txt").write_text("\n".join(reversed(wnids)) + "\n")
+    (root / "words.txt").write_text("\n".join(f"{wnid}\tword {i}, synonym" for i, wnid in enumerate(wnids)) + "\n")
+
+
+def test_tiny_imagenet_as_published_and_as_class_folders(tmp_path):
+    root = tmp_path / "tiny-imagenet-200"
+    write_tiny(root)
+    info = dataset_info("tiny_imagenet", tmp_path, image_size=8)
+    assert info.class_names[:2] == ("word 0", "word 1") and info.num_classes == 200
+    for split in ("train", "test"):
+        loaded = load(info, split)
+        assert sorted(loaded.labels.tolist()) == list(range(200))
+        assert (loaded.images[:, 0, 0, 0].long() - loaded.labels).abs().max() <= 2  # JPEG
+    (root / "val" / "val_annotations.txt").write_text("val_0.JPEG n00000000\n")
+    with fails("val_annotations.txt:1", "a tab"):
+        load(info)
+    (root / "val" / "val_annotations.txt").write_text("val_1.JPEG\tn00000000\n")
+    with fails("val_annotations.txt has 1 classes, tiny_imagenet has 200"):
+        load(info)
+    (root / "val").rename(root / "published")
+    (root / "train").rename(root / "val")
+    assert load(info).labels.tolist() == list(range(200))
+
+
+def write_domainnet(root, domain="sketch"):
+    root = root / "domainnet"
+    numbers = {"airplane": 1, "axe": 11, "bracelet": 39, "ambulance": 4}
+    for split in ("train", "test"):
+        lines = []
+        for name, number in numbers.items():
+            write_image(root / domain / name / f"{split} 1.png", (number, 0, 0))
+            lines.append(f"{domain}/{name}/{split} 1.png {number}")
+        (root / f"{domain}_{split}.txt").write_text("\n".join(lines) + "\n\n")
+
+
+def test_domainnet_takes_ten_classes_or_all(tmp_path):
+    write_domainnet(tmp_path)
+    ten = dataset_info("domainnet", tmp_path, image_size=8, domain="sketch")
+    assert ten == dataset_info("domainnet_sketch", tmp_path, image_size=8)
+    assert (ten.name, ten.num_classes, ten.class_names[2]) == ("domainnet_sketch", 10, "axe")
+    for split in ("train", "test"):
+        loaded = load(ten, split)
+        assert loaded.labels.tolist() == [0, 2, 9] and loaded.images[:, 0, 0, 0].tolist() == [1, 11, 39]
+    everything = dataset_info("domainnet", tmp_path, domain="sketch", classes="all")
+    assert everything.num_classes == 345 and everything.class_names[4] == "ambulance" and everything.image_size == 224
+    assert load(everything).labels.tolist() == [1, 11, 39, 4]
+
+
+def test_wrong_domainnet(tmp_path):
+    with fails("--domain is missing", "clipart, infograph"):
+        dataset_info("domainnet", tmp_path)
+    with fails("unknown --domain 'scetch'", "sketch"):
+        dataset_info("domainnet", tmp_path, domain="scetch")
+    with fails("--classes five"):
+        dataset_info("domainnet", tmp_path, domain="sketch", classes="five")
+    info = dataset_info("domainnet", tmp_path, domain="sketch")
+    with fails("sketch_test.txt does not exist", "path label"):
+        load(info)
+    write_domainnet(tmp_path)
+    listing = tmp_path / "domainnet" / "sketch_test.txt"
+    listing.write_text(listing.read_text() + "sketch/axe/absent.png 11\n")
+    with fails("absent.png does not exist"):
+        load(info)
+    listing.write_text("sketch/axe/1.png\n")
+    with fails("sketch_test.txt:1", "path label"):
+        load(info)
+
+
+@pytest.fixture(params=["memory", "streamed", "streamed by workers"])
+def ten_classes(request, tmp_path, monkeypatch):
+    write_folders(tmp_path, [str(i) for i in range(10)], each=1)
+    if request.param != "memory":
+        monkeypatch.setattr(data, "memory_limit", lambda device: 0)
+    split = load(dataset_info("folder", tmp_path, image_size=8), workers=2 if "workers" in request.param else 0)
+    assert isinstance(split, StreamedSplit) == (split.images is None) == (request.param != "memory")
+    return split
+
+
+def test_batches_follow_the_given_order(ten_classes):
+    state = torch.get_rng_state()
+    order = torch.tensor([3, 9, 0, 3, 7, 1, 5])
+    batches = list(ten_classes.batches(3, order))
+    assert [labels.tolist() for _, labels in batches] == [[3, 9, 0], [3, 7, 1], [5]]
+    for images, labels in batches:
+        assert images.dtype == torch.float32 and images.shape == (len(labels), 3, 8, 8)
+        assert images.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(images[:, 0, 0, 0], (10 * labels).float() / 255)
+    assert [len(labels) for _, labels in ten_classes.batches(3, order, drop_last=True)] == [3, 3]
+    assert torch.cat([labels for _, labels in ten_classes.batches(4)]).tolist() == list(range(10)) == ten_classes.labels.tolist()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_streamed_errors_are_one_line(tmp_path, monkeypatch):
+    write_folders(tmp_path, ["a", "b"])
+    monkeypatch.setattr(data, "memory_limit", lambda device: 0)
+    split = load(dataset_info("folder", tmp_path), workers=2)
+    (tmp_path / "test" / "b" / "0.png").write_bytes(b"")
+    with fails("0.png cannot be decoded"):
+        list(split.batches(2))
+
+
+def test_memory_limit_is_a_part_of_the_machine():
+    assert 0 < data.memory_limit(torch.device("cpu")) < 2**45
+
+
+def test_a_data_free_run_cannot_open_the_train_split():
+    info = dataset_info("digits")
+    forbid_train_split()
+    assert len(load(info, "test"))
+    with fails("data-free", "train split of digits"):
+        load(info, "train")
+    with allow_train_split():
+        assert len(load(info, "train"))
+    with fails("data-free"):
+        load(info, "train")
