@@ -69,7 +69,7 @@ class Method:
         external_prior: pretrained models besides the teacher that its images come from; an instance may set its own.
 
     Fields of Config that the stages read: ``init_rounds`` (synthesize), ``synthesis_batch_size`` (distill, with a bank),
-    ``variants``, ``diffusion_batch_size``, ``omega``, ``embedding`` (augment).
+    ``variants``, ``diffusion_batch_size`` (augment).
     """
 
     Config: ClassVar[type]
@@ -97,7 +97,10 @@ class Method:
         raise NotImplementedError
 
     def embedding(self) -> Callable[[Tensor], Tensor]:
-        """For the filter of stage augment: images (B, 3, H, W) in [0, 1] to embeddings (B, D)."""
+        """For the filter of stage augment: images (B, 3, H, W) in [0, 1] to embeddings (B, D).
+
+        Beside it stand ``embedding_name``, for the file of the cosines, and ``omega``, the least cosine that stays.
+        """
         raise NotImplementedError
 
 

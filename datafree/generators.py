@@ -2,7 +2,25 @@
 
 import math
 
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+class UpsampleConv2d(nn.Conv2d):
+    """Nearest-neighbour upsampling x2 and a 3x3 convolution, in one step: (B, C, h, w) -> (B, C', 2h, 2w).
+
+    The two together are a transposed convolution whose 4x4 kernel is the 3x3 one summed over 2x2 windows. It needs 4
+    multiplications where they need 9, and is the same map; weights are those of the 3x3 convolution.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__(in_channels, out_channels, 3, padding=1, bias=False)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        padded = F.pad(self.weight, (1, 1, 1, 1))
+        tall = padded[:, :, :-1] + padded[:, :, 1:]
+        kernel = (tall[..., :-1] + tall[..., 1:]).flip(2, 3).transpose(0, 1)
+        return F.conv_transpose2d(inputs, kernel, stride=2, padding=1)
 
 
 class Generator(nn.Module):
@@ -31,8 +49,7 @@ class Generator(nn.Module):
         layers: list[nn.Module] = [nn.BatchNorm2d(widths[0])]
         for before, after in zip(widths, widths[1:]):
             layers += [
-                nn.Upsample(scale_factor=2),
-                nn.Conv2d(before, after, 3, padding=1, bias=False),
+                UpsampleConv2d(before, after),
                 nn.BatchNorm2d(after),
                 nn.LeakyReLU(0.2, inplace=True),
             ]

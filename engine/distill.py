@@ -152,7 +152,11 @@ def distill(run: Run, stages: Stages, distillation: Distillation, bank, transfer
         save_checkpoint(file, distillation.state_dict(round + 1))
         stages.update("distill", rounds=round + 1)
     bar.close()
-    accuracies = distillation.accuracies
+    return summary(distillation.accuracies, schedule)
+
+
+def summary(accuracies: list[float], schedule: Schedule) -> dict[str, float]:
+    """The figures of a finished run: the last epoch's accuracy first, best on test only to compare with papers."""
     return {
         "acc1_last": accuracies[-1],
         "acc1_best": max(accuracies),

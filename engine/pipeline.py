@@ -16,6 +16,7 @@ from engine.evaluate import evaluate
 from engine.files import read_json, save_checkpoint
 from engine.precision import Precision
 from engine.run import Run
+from engine.seeding import seed_position
 from engine.stages import Stages
 
 OUTPUTS = {
@@ -59,10 +60,11 @@ class Pipeline:
             for path in [p for stage in stages.discard(redo) for pattern in OUTPUTS[stage] for p in run.path.glob(pattern)]:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         stages.check(selected)
-        for stage in selected:
+        for stage in [stage for stage in stages.dependencies if stage in selected]:
             if stages.status(stage) == "done":
                 run.log(f"{stage}: done before, skipped ({run.path})")
             else:
+                seed_position(self.flags["seed"], stage)
                 getattr(self, stage)()
 
     @property
@@ -148,7 +150,7 @@ class Pipeline:
         if int(index.max()) >= len(sources["labels"]) or not torch.equal(sources["labels"][index], variants["labels"]):
             raise UserError(f"{store.path} holds variants of another image bank; give theirs with --init_bank")
         keep = augment.filter_variants(
-            self.run, store.path, sources, variants, omega=self.config.omega, embedding=self.config.embedding,
+            self.run, store.path, sources, variants, omega=self.method.omega, embedding=self.method.embedding_name,
             cosines=lambda: self.cosines(self.method.embedding(), sources["images"], variants["images"], index),
             keep_mask=self.keep_mask,
         )  # fmt: skip

@@ -9,7 +9,7 @@ from torch import nn
 
 from datafree.base import balanced_labels
 from datafree.bn_statistics import BNStatistics, batch_statistics, bn_loss
-from datafree.generators import Generator, reset
+from datafree.generators import Generator, UpsampleConv2d, reset
 from datafree.losses import kd_loss, one_hot_loss, rotation_labels, rotations
 
 
@@ -112,6 +112,12 @@ def test_generator_sizes(size):
     generator = reset(Generator(8, size))
     images = generator(torch.randn(2, 8))
     assert images.shape == (2, 3, size, size) and 0 <= images.min() and images.max() <= 1
+
+
+def test_upsample_convolution_equals_its_two_parts():
+    layer, x = UpsampleConv2d(5, 7).double(), torch.randn(2, 5, 6, 6, dtype=torch.double)
+    apart = F.conv2d(F.interpolate(x, scale_factor=2), layer.weight, padding=1)
+    assert torch.allclose(layer(x), apart, atol=1e-12)
 
 
 def test_generator_of_an_impossible_size():

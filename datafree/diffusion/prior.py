@@ -108,7 +108,7 @@ def hub_errors(model_id: str, revision: str | None, flag: str) -> Iterator[None]
     try:
         yield
     except (HTTPError, OSError, ValueError) as error:
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
         if Path(model_id).is_dir():
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
@@ -121,10 +121,20 @@ def hub_errors(model_id: str, revision: str | None, flag: str) -> Iterator[None]
         ) from error
 
 
+def quiet_libraries() -> None:
+    """No bars and no advice from diffusers and transformers, which speak at every batch; hub downloads keep their bar."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    for library in (diffusers_logging, transformers_logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+
+
 def load_pipeline(
     model_id: str,
     revision: str | None,
-    cls: str,
+    cls: str | dict[str, str],
     dtype: torch.dtype,
     device: torch.device | str,
     flag: str = "--diffusion_model",
@@ -138,27 +148,27 @@ def load_pipeline(
     Args:
         model_id: hub id, or a directory written by ``save_pretrained``.
         revision: branch, tag or commit on the hub; of no meaning for a directory.
-        cls: name in ``diffusers`` of the wanted pipeline, or ``"AutoPipelineForImage2Image"`` for any that fits.
+        cls: name in ``diffusers`` of the wanted pipeline, or {found: loaded} where several kinds of model can be loaded.
         flag: the flag that takes the id, for the errors.
     Raises:
         UserError: the model cannot be had, or is of another kind. The kind is checked before any weights are fetched.
     """
     import diffusers
 
+    quiet_libraries()
+    kinds = {cls: cls} if isinstance(cls, str) else cls
     revision = None if Path(model_id).is_dir() else revision
-    wanted = getattr(diffusers, cls)
     with hub_errors(model_id, revision, flag):
         config = diffusers.DiffusionPipeline.load_config(model_id, revision=revision)
-    found = config.get("_class_name", "no pipeline")
-    if cls == "AutoPipelineForImage2Image":
-        _check_image_to_image(model_id, config, flag)
-    elif found != cls:
-        raise UserError(f"{flag} {model_id} holds {found}, but {cls} is wanted here")
+    found = config.get("_class_name")
+    if found not in kinds:
+        raise UserError(f"{flag} {model_id} holds a {found or 'model without pipeline'}; wanted: {' or '.join(kinds)}")
     no_checker = {"safety_checker": None, "requires_safety_checker": False} if "safety_checker" in config else {}
     with hub_errors(model_id, revision, flag):
-        pipeline = wanted.from_pretrained(model_id, revision=revision, torch_dtype=dtype, **no_checker)
+        pipeline = getattr(diffusers, kinds[found]).from_pretrained(model_id, revision=revision, dtype=dtype, **no_checker)
     if getattr(pipeline, "watermark", None) is not None:
         pipeline.watermark = None
     pipeline.set_progress_bar_config(disable=True)
     pipeline.vae.enable_slicing()  # decoding is where the memory goes; a slice is one image
     return pipeline.to(device)
+

@@ -1,0 +1,324 @@
+"""Augmenters: the pixel prior, and the pretrained ones by their random miniatures. CPU, no network."""
+
+import io
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from datafree.diffusion import pixel
+from datafree.diffusion.pixel import PixelPrior
+from datafree.diffusion.prior import denoising_steps, hub_errors, prior_name, seeded_noise
+from datafree.diffusion.variation import ImageToImage, ImageVariation, resize
+from engine.errors import UserError
+from tests import tiny_pipelines
+
+NAMES = ("ant", "bee", "cat", "dog")
+KINDS = ("image_variation", "stable_diffusion", "sdxl", "turbo")
+
+
+@pytest.fixture(autouse=True)
+def no_hub(monkeypatch):
+    """Also where huggingface_hub was imported before, which reads the variable once."""
+    import huggingface_hub.constants
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("pipelines")
+    return {kind: getattr(tiny_pipelines, kind)(root / kind) for kind in (*KINDS, "clip")}
+
+
+@pytest.fixture(scope="module")
+def pretrained(folders):
+    common = dict(class_names=NAMES, num_inference_steps=4)
+    return {
+        "image_variation": ImageVariation(folders["image_variation"], num_inference_steps=3),
+        "stable_diffusion": ImageToImage(folders["stable_diffusion"], **common),
+        "sdxl": ImageToImage(folders["sdxl"], **common),
+        "turbo": ImageToImage(folders["turbo"], class_names=NAMES, num_inference_steps=2, guidance_scale=0),
+    }
+
+
+def bank(count=64, size=16, classes=4):
+    """Class c is a bright bar at its own height, moved and dimmed a little: (N, 3, H, W) uint8, (N,)."""
+    generator = torch.Generator().manual_seed(1)
+    labels = torch.arange(count) % classes
+    images = torch.zeros(count, 3, size, size)
+    for image, label in zip(images, labels):
+        top = int(label) * size // classes + int(torch.randint(2, (), generator=generator))
+        image[:, top : top + 2] = 150 + 100 * torch.rand((), generator=generator)
+    return images.to(torch.uint8), labels
+
+
+def tiny_prior(**changes):
+    settings = dict(channels=(16, 16), fit_rounds=4, fit_steps=30, fit_batch_size=16, fit_lr=4e-3, num_inference_steps=6)
+    return PixelPrior(4, 16, **settings | changes)
+
+
+def fitted(prior, rounds, images, labels, first=0):
+    """The last round's log; each round seeded by its position, as the stage does."""
+    for round in range(first, first + rounds):
+        torch.manual_seed(100 + round)
+        log = prior.fit(images, labels)
+    return log
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A small prior that has seen the bank, its first and last loss, and sources with labels."""
+    images, labels = bank()
+    prior = tiny_prior()
+    first = fitted(prior, 1, images, labels)
+    last = fitted(prior, 3, images, labels, first=1)
+    return prior, float(first["loss"]), float(last["loss"]), images[:7].float() / 255, labels[:7]
+
+
+def one_by_one(augmenter, images, labels, seeds, batch_size):
+    parts = zip(images.split(batch_size), labels.split(batch_size), torch.tensor(seeds).split(batch_size))
+    return torch.cat([augmenter.augment(x, y, s.tolist()) for x, y, s in parts])
+
+
+def saved_and_loaded(state):
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def test_importing_the_room_does_not_import_diffusers():
+    code = (
+        "import sys, datafree.diffusion.pixel, datafree.diffusion.variation, datafree.filter\n"
+        "print(*{'diffusers', 'transformers', 'huggingface_hub'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
+
+
+# The pixel prior
+
+
+def test_noise_and_velocity_invert_each_other():
+    clean, noise, t = torch.rand(5, 3, 4, 4) * 2 - 1, torch.randn(5, 3, 4, 4), torch.tensor([0.1, 0.3, 0.5, 0.9, 1.0])
+    x_t, v = pixel.add_noise(clean, noise, t), pixel.velocity(clean, noise, t)
+    assert torch.allclose(pixel.clean_estimate(x_t, v, t), clean, atol=1e-5)
+    # With the true clean image one step lands on the same image and noise at the earlier time.
+    assert torch.allclose(pixel.ddim_step(x_t, clean, t, t / 2), pixel.add_noise(clean, noise, t / 2), atol=1e-5)
+    half = pixel.add_noise(torch.ones(1, 3, 1, 1), torch.ones(1, 3, 1, 1), torch.tensor([0.5]))
+    assert torch.allclose(half, torch.full_like(half, math.sqrt(2)))
+
+
+def test_fit_reduces_the_loss(trained):
+    _, first, last, _, _ = trained
+    assert last < 0.75 * first
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
+def test_pixel_variants_do_not_depend_on_the_batch(trained, guidance_scale, monkeypatch):
+    prior, _, _, images, labels = trained
+    monkeypatch.setattr(prior, "guidance_scale", guidance_scale)
+    seeds = list(range(7))
+    whole = prior.augment(images, labels, seeds)
+    assert whole.shape == images.shape and whole.dtype == torch.float32 and 0 <= whole.min() and whole.max() <= 1
+    for batch_size in (1, 4):
+        parts = one_by_one(prior, images, labels, seeds, batch_size)
+        assert (parts - whole).abs().max() < 1e-5
+        assert ((parts * 255).round() == (whole * 255).round()).float().mean() > 0.999
+    order = torch.tensor([3, 0, 6, 1, 5, 2, 4])
+    assert (prior.augment(images[order], labels[order], order.tolist()) - whole[order]).abs().max() < 1e-5
+
+
+def test_pixel_variants_follow_seed_source_and_guidance(trained, monkeypatch):
+    prior, _, _, images, labels = trained
+    same = [3] * 7
+    first = prior.augment(images, labels, same)
+    assert torch.equal(first, prior.augment(images, labels, same))
+    assert (first - prior.augment(images, labels, [4] * 7)).abs().mean() > 1e-3
+    assert (first - images).abs().mean() > 1e-3
+    assert (first[0] - first[1]).abs().mean() > 1e-3
+    monkeypatch.setattr(prior, "guidance_scale", 3.0)
+    assert (first - prior.augment(images, labels, same)).abs().mean() > 1e-4
+
+
+def test_more_strength_goes_further_from_the_source(trained):
+    prior, _, _, images, labels = trained
+    distances = []
+    for strength in (0.2, 0.5, 0.9):
+        other = tiny_prior(strength=strength)
+        other.ema.load_state_dict(prior.ema.state_dict())
+        distances.append(float((other.augment(images, labels, list(range(7))) - images).square().mean()))
+    assert distances == sorted(distances) and distances[2] > 2 * distances[0]
+
+
+def test_a_resumed_prior_is_the_unbroken_one_bit_for_bit():
+    images, labels = bank()
+    unbroken = tiny_prior(fit_steps=5, flip=True)
+    fitted(unbroken, 2, images, labels)
+    state = saved_and_loaded(unbroken.state_dict())
+    torch.rand(7)  # what ran before must not matter, to the initial weights either
+    resumed = tiny_prior(fit_steps=5, flip=True)
+    assert all(torch.equal(a, b) for a, b in zip(resumed.unet.parameters(), tiny_prior().unet.parameters()))
+    resumed.load_state_dict(state)
+    logs = [fitted(prior, 2, images, labels, first=2) for prior in (unbroken, resumed)]
+    assert torch.equal(logs[0]["loss"], logs[1]["loss"]) and resumed.step == unbroken.step == 20
+    for kind in ("unet", "ema"):
+        ours, theirs = unbroken.state_dict()[kind], resumed.state_dict()[kind]
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_learning_rate_warms_up_and_ends_near_zero():
+    prior = tiny_prior(fit_lr=1.0, fit_rounds=10, fit_steps=10)
+    rates = []
+    for prior.step in range(100):
+        rates.append(prior._learning_rate())
+    assert rates[0] == pytest.approx(0.1) and 0.9 < max(rates) <= 1 and rates[-1] < 1e-3
+
+
+def test_diverged_training_names_the_step_and_the_flag():
+    images, labels = bank()
+    prior = tiny_prior(fit_steps=3)
+    with torch.no_grad():
+        prior.unet.unet.conv_in.weight.fill_(math.nan)
+    with pytest.raises(UserError, match=r"diverged \(loss NaN at step 0\); lower --fit_lr"):
+        prior.fit(images, labels)
+
+
+def test_null_label_is_drawn_and_flips_mirror(monkeypatch):
+    images, labels = bank(size=16)
+    seen = []
+    prior = tiny_prior(flip=True, fit_steps=1, fit_batch_size=400)
+    monkeypatch.setattr(prior.unet, "forward", lambda x_t, t, labels: seen.append(labels) or x_t)
+    torch.manual_seed(0)
+    prior._loss(images[:1].expand(400, -1, -1, -1), labels[:1].expand(400))
+    share = (seen[0] == prior.null_label).float().mean()
+    assert 0.05 < share < 0.16
+
+
+def test_sizes_that_do_not_fit_are_refused():
+    for size in (8, 16, 28, 32, 64):
+        PixelPrior(2, size, channels=(8, 8))
+    with pytest.raises(UserError, match="30 px do not fit"):
+        PixelPrior(2, 30, channels=(8, 8, 8))
+    with pytest.raises(UserError, match="--strength 0.1 of --num_inference_steps 5 .* --num_inference_steps 10"):
+        tiny_prior(strength=0.1, num_inference_steps=5)
+
+
+# Pretrained models
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", [16, 32])
+def test_pretrained_variants_do_not_depend_on_the_batch(pretrained, kind, size):
+    augmenter = pretrained[kind]
+    torch.manual_seed(0)
+    images, labels, seeds = torch.rand(3, 3, size, size), torch.tensor([0, 3, 1]), [11, 5, 11]
+    whole = augmenter.augment(images, labels, seeds)
+    assert whole.shape == images.shape and whole.dtype == torch.float32 and 0 <= whole.min() and whole.max() <= 1
+    assert (whole - images).abs().mean() > 1e-2
+    assert torch.equal(whole, augmenter.augment(images, labels, seeds))
+    assert (one_by_one(augmenter, images, labels, seeds, 1) - whole).abs().max() < 1e-5
+    assert (augmenter.augment(images.flip(0), labels.flip(0), seeds[::-1]).flip(0) - whole).abs().max() < 1e-5
+    assert (augmenter.augment(images, labels, [1, 2, 3]) - whole).abs().mean() > 1e-3
+    assert augmenter.external_prior == kind and augmenter.fit_rounds == 0 and augmenter.state_dict() == {}
+
+
+def test_variation_prepares_the_source_as_its_model_card_asks(pretrained, monkeypatch):
+    augmenter, seen = pretrained["image_variation"], {}
+
+    class Output:
+        images = torch.zeros(1, 3, 32, 32)
+
+    class Recorder:
+        device, image_encoder = torch.device("cpu"), augmenter.pipeline.image_encoder
+
+        def __call__(self, **arguments):
+            seen.update(arguments)
+            return Output
+
+    monkeypatch.setattr(augmenter, "pipeline", Recorder())
+    image = torch.rand(1, 3, 64, 64)
+    augmenter.augment(image, torch.tensor([0]), [0])
+    plain = torch.nn.functional.interpolate(image, (28, 28), mode="bicubic", antialias=False)
+    mean, std = torch.tensor([0.48145466, 0.4578275, 0.40821073]), torch.tensor([0.26862954, 0.26130258, 0.27577711])
+    assert torch.allclose(seen["image"], (plain - mean.view(1, 3, 1, 1)) / std.view(1, 3, 1, 1))
+    assert seen["height"] == seen["width"] == 32
+
+
+def test_prompts_carry_the_class(folders, pretrained):
+    images, seeds = torch.rand(1, 3, 16, 16).expand(2, -1, -1, -1), [0, 0]
+    variants = pretrained["stable_diffusion"].augment(images, torch.tensor([0, 1]), seeds)
+    assert (variants[0] - variants[1]).abs().max() > 1e-6
+    assert pretrained["stable_diffusion"]._prompt(2) == "a photo of a cat"
+    plain = ImageToImage(folders["stable_diffusion"], prompt="a photo", num_inference_steps=2)
+    variants = plain.augment(images, torch.tensor([0, 1]), seeds)
+    assert (variants[0] - variants[1]).abs().max() < 1e-5
+    with pytest.raises(UserError, match="--prompt .* wants class names"):
+        ImageToImage(folders["stable_diffusion"])
+
+
+def test_no_step_left_is_said_before_anything_is_loaded():
+    with pytest.raises(UserError, match="--strength 0.3 of --num_inference_steps 2 .* --num_inference_steps 4"):
+        ImageToImage("no/model", prompt="x", strength=0.3, num_inference_steps=2)
+    with pytest.raises(UserError, match="--strength 1.5 is outside"):
+        denoising_steps(1.5, 10)
+    assert denoising_steps(0.3, 10) == 3 and denoising_steps(1, 1) == 1
+
+
+def test_half_precision_and_another_resolution(folders):
+    prior = ImageToImage(folders["sdxl"], prompt="x", num_inference_steps=2, resolution=16, dtype=torch.bfloat16)
+    variant = prior.augment(torch.rand(1, 3, 16, 16), torch.tensor([0]), [0])
+    assert variant.dtype == torch.float32 and variant.isfinite().all()
+    assert prior.pipeline.unet.dtype == torch.bfloat16 and prior.pipeline.watermark is None
+    with pytest.raises(UserError, match="--resolution 30 is no multiple of 8; .* made for 32"):
+        ImageVariation(folders["image_variation"], resolution=30)
+
+
+def test_resize_stays_in_range():
+    assert resize(torch.eye(8).expand(1, 3, 8, 8), (32, 32)).aminmax() == (0, 1)
+
+
+# Models that cannot be had
+
+
+def test_unreachable_hub_says_how_to_fetch():
+    pattern = "--diffusion_model some/model: neither a directory .* 'hf download some/model --revision v9 --local-dir DIR'"
+    with pytest.raises(UserError, match=pattern) as caught:
+        ImageVariation("some/model", "v9")
+    assert "\n" not in str(caught.value) and "huggingface-cli download" in str(caught.value)
+    with pytest.raises(UserError, match="neither a directory"):
+        ImageToImage("/no/such/directory", prompt="x")
+
+
+def test_wrong_and_incomplete_models(folders, tmp_path):
+    with pytest.raises(UserError, match="holds a StableDiffusionPipeline; wanted: StableDiffusionImageVariationPipeline"):
+        ImageVariation(folders["stable_diffusion"])
+    with pytest.raises(UserError, match="holds a StableDiffusionImageVariationPipeline; wanted: StableDiffusionPipeline or"):
+        ImageToImage(folders["image_variation"], prompt="x")
+    with pytest.raises(UserError, match="is no whole model"):
+        ImageVariation(folders["clip"])
+    with pytest.raises(UserError, match="is no whole model"):
+        ImageVariation(str(tmp_path))
+
+
+def test_a_full_disk_is_not_a_missing_model():
+    import errno
+
+    with pytest.raises(OSError, match="full"), hub_errors("a/b", None, "--x"):
+        raise OSError(errno.ENOSPC, "full")
+
+
+def test_prior_names(tmp_path):
+    assert prior_name("a/b") == "a/b" and prior_name("a/b", "v2") == "a/b@v2"
+    (tmp_path / "mine").mkdir()
+    assert prior_name(str(tmp_path / "mine"), "v2") == "mine"
+
+
+def test_seeded_noise_is_one_stream_a_seed():
+    noise = seeded_noise([5, 6, 5], (3, 4, 4))
+    assert torch.equal(noise[0], noise[2]) and not torch.equal(noise[0], noise[1])
+    assert torch.equal(seeded_noise([6], (3, 4, 4))[0], noise[1])
