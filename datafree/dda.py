@@ -22,15 +22,31 @@ from torch import Tensor, nn
 
 from datafree.base import Task
 from datafree.csd import CSD, CSDConfig
-from datafree.diffusion.prior import Augmenter, prior_name
+from datafree.diffusion.prior import Augmenter, denoising_steps, prior_name
 from datafree.filter import DEFAULT_MODELS, DEFAULT_OMEGA, build_embedding
+from engine.errors import UserError
 from engine.flags import flag
 
 AUGMENT = ("augment",)
 FILTER = ("distill",)
-VARIATION_MODEL, VARIATION_REVISION = "lambdalabs/sd-image-variations-diffusers", "v2.0"
-IMAGE_TO_IMAGE_MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Prior:
+    """What a choice of ``--prior`` means where the other flags are unset."""
+
+    model: str | None = None
+    revision: str | None = None
+    guidance_scale: float = 3.0
+    num_inference_steps: int = 25
+
+
+PRIORS = {
+    "pixel": Prior(guidance_scale=1.0, num_inference_steps=12),
+    "image_variation": Prior("lambdalabs/sd-image-variations-diffusers", "v2.0"),
+    "image_to_image": Prior("stable-diffusion-v1-5/stable-diffusion-v1-5"),
+}
 
 
 @dataclass(frozen=True)
@@ -38,21 +54,82 @@ class DDAConfig(CSDConfig):
     """Flags of DDA: CSD's, and those of the diffusion stage."""
 
     synthesis_batch_size: int = flag(400, "images a round while distilling", stages=("distill",))
-    prior: str = flag("pixel", "diffusion model that makes the variants", choices=("pixel", "image_variation", "image_to_image"), stages=AUGMENT)
-    diffusion_model: str | None = flag(None, f"hub id or local directory; unset: {VARIATION_MODEL}@{VARIATION_REVISION}, or {IMAGE_TO_IMAGE_MODEL} for image_to_image", stages=AUGMENT)
-    diffusion_revision: str | None = flag(None, "revision of the hub id", stages=AUGMENT)
+    prior: str = flag("pixel", "the diffusion model: pixel is trained on the bank, the others are pretrained", choices=tuple(PRIORS), stages=AUGMENT)
+    diffusion_model: str | None = flag(None, "hub id or local directory of a pretrained one; unset: lambdalabs/sd-image-variations-diffusers, stable-diffusion-v1-5/stable-diffusion-v1-5", stages=AUGMENT)
+    diffusion_revision: str | None = flag(None, "revision of the hub id; unset: v2.0 of the default image_variation model", stages=AUGMENT)
     variants: int = flag(1, "V, variants of each bank image", stages=AUGMENT)
-    strength: float = flag(0.5, "share of the way back to pure noise from which a variant is denoised, (0, 1] (not image_variation)", stages=AUGMENT)
+    strength: float = flag(0.5, "share of the way back to pure noise from which a variant is drawn, (0, 1]; image_variation always draws from pure noise", stages=AUGMENT)
     num_inference_steps: int | None = flag(None, "denoising steps from pure noise; unset: 25, pixel 12", stages=AUGMENT)
-    guidance_scale: float | None = flag(None, "classifier-free guidance; unset: 3, pixel 1 (none)", stages=AUGMENT)
+    guidance_scale: float | None = flag(None, "classifier-free guidance; unset: 3, pixel 1, which is none", stages=AUGMENT)
     prompt: str = flag("a photo of a {label}", "prompt of image_to_image", stages=AUGMENT)
-    resolution: int | None = flag(None, "px at which a pretrained model works; unset: its own", stages=AUGMENT)
+    resolution: int | None = flag(None, "px at which a pretrained model draws; unset: its own", stages=AUGMENT)
     diffusion_dtype: str | None = flag(None, "of a pretrained model; unset: fp16 on a GPU, else fp32", choices=tuple(DTYPES), stages=AUGMENT)
-    diffusion_batch_size: int = flag(64, "variants made at a time; changes no image", ())
-    fit_rounds: int = flag(50, "pixel: checkpoints while it is trained on the bank", stages=AUGMENT)
-    fit_steps: int = flag(200, "pixel: training steps between two checkpoints", stages=AUGMENT)
-    fit_batch_size: int = flag(64, "pixel: images a training step", stages=AUGMENT)
-    fit_lr: float = flag(1e-3, "pixel: AdamW learning rate", stages=AUGMENT)
+    diffusion_batch_size: int = flag(64, "variants drawn at a time; changes no image but by rounding")
+    fit_rounds: int = flag(50, "pixel: rounds of training on the bank, a checkpoint after each", stages=AUGMENT)
+    fit_steps: int = flag(400, "pixel: training steps a round", stages=AUGMENT)
+    fit_batch_size: int = flag(16, "pixel: images a training step", stages=AUGMENT)
+    fit_lr: float = flag(2e-3, "pixel: AdamW learning rate", stages=AUGMENT)
     embedding: str = flag("teacher", "where variant and source are compared", choices=tuple(DEFAULT_OMEGA), stages=FILTER)
     embedding_model: str | None = flag(None, "hub id or local directory of clip or dinov2", stages=FILTER)
-    omega: float | None = flag(None, "least cosine of a kept variant, -1 keeps all; unset: the embedding's default", stages=FILTER)
+    omega: float | None = flag(None, f"least cosine of a kept variant, -1 keeps all; unset: {', '.join(f'{k} {v}' for k, v in DEFAULT_OMEGA.items())}", stages=FILTER)
+
+
+class DDA(CSD):
+    """Stages synthesize (initial bank), augment (variants, filter) and distill (CSD's rounds on bank and variants)."""
+
+    Config = DDAConfig
+    stages = ("synthesize", "augment", "distill")
+    defaults = CSD.defaults | {"epochs": 200}
+
+    def __init__(self, config: DDAConfig, teacher: nn.Module, student: nn.Module, task: Task):
+        super().__init__(config, teacher, student, task)
+        for name in ("variants", "diffusion_batch_size"):
+            if getattr(config, name) < 1:
+                raise UserError(f"--{name} {getattr(config, name)} found, a whole number from 1 on wanted")
+        default = PRIORS[config.prior]
+        self.steps = config.num_inference_steps or default.num_inference_steps
+        self.guidance_scale = default.guidance_scale if config.guidance_scale is None else config.guidance_scale
+        self.model = config.diffusion_model or default.model
+        self.revision = config.diffusion_revision or (None if config.diffusion_model else default.revision)
+        if config.prior == "pixel" and config.diffusion_model:
+            raise UserError(f"--diffusion_model {config.diffusion_model} needs --prior image_variation or image_to_image")
+        if config.prior != "image_variation":
+            denoising_steps(config.strength, self.steps)
+        self.omega = DEFAULT_OMEGA[config.embedding] if config.omega is None else config.omega
+        self.embedding_model = config.embedding_model or DEFAULT_MODELS.get(config.embedding)
+        short = prior_name(self.embedding_model).split("/")[-1] if self.embedding_model else ""
+        self.embedding_name = "-".join(filter(None, (config.embedding, short)))
+        external = [prior_name(self.model, self.revision)] if self.model else []
+        external += [prior_name(self.embedding_model)] if self.embedding_model else []
+        self.external_prior = " + ".join(external) or "none"
+
+    def dtype(self) -> torch.dtype:
+        """Of pretrained models."""
+        if self.config.diffusion_dtype:
+            return DTYPES[self.config.diffusion_dtype]
+        return torch.float16 if self.task.device.type == "cuda" else torch.float32
+
+    def augmenter(self) -> Augmenter:
+        config, task = self.config, self.task
+        if config.prior == "pixel":
+            from datafree.diffusion.pixel import PixelPrior
+
+            return PixelPrior(
+                task.num_classes, task.image_size, fit_rounds=config.fit_rounds, fit_steps=config.fit_steps,
+                fit_batch_size=config.fit_batch_size, fit_lr=config.fit_lr, strength=config.strength,
+                num_inference_steps=self.steps, guidance_scale=self.guidance_scale, flip=task.flip, device=task.device,
+            )  # fmt: skip
+        from datafree.diffusion.variation import ImageToImage, ImageVariation
+
+        common = {
+            "guidance_scale": self.guidance_scale, "num_inference_steps": self.steps, "resolution": config.resolution,
+            "dtype": self.dtype(), "device": task.device,
+        }  # fmt: skip
+        if config.prior == "image_variation":
+            return ImageVariation(self.model, self.revision, **common)
+        return ImageToImage(
+            self.model, self.revision, prompt=config.prompt, class_names=task.class_names, strength=config.strength, **common
+        )
+
+    def embedding(self) -> Callable[[Tensor], Tensor]:
+        return build_embedding(self.config.embedding, self.embedding_model, self.teacher, self.task.device, self.dtype())

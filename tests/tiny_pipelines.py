@@ -47,7 +47,8 @@ def _vision_config():
     from transformers import CLIPVisionConfig
 
     return CLIPVisionConfig(
-        hidden_size=WIDTH, projection_dim=WIDTH, intermediate_size=37, num_hidden_layers=2, num_attention_heads=4, image_size=28, patch_size=7
+        hidden_size=WIDTH, projection_dim=WIDTH, intermediate_size=37, num_hidden_layers=2, num_attention_heads=4,
+        image_size=28, patch_size=7,
     )  # fmt: skip
 
 
@@ -159,5 +160,6 @@ def dinov2(folder: Path) -> str:
     from transformers import Dinov2Config, Dinov2Model
 
     torch.manual_seed(0)
-    Dinov2Model(Dinov2Config(hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=4, image_size=28, patch_size=7)).save_pretrained(folder)
+    config = Dinov2Config(hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=4, image_size=28, patch_size=7)
+    Dinov2Model(config).save_pretrained(folder)
     return str(folder)
