@@ -97,8 +97,8 @@ class Pipeline:
         counts: dict[str, int] = {}
         bank = transfer = None
         if "synthesize" in method.stages:
-            bank = self.open_bank(run.path / "bank", self.manifest)
             sources = self.sources()
+            bank = self.open_bank(run.path / "bank", self.manifest)
             parts = [(sources["images"], sources["labels"])]
             counts["bank_images"] = len(sources["labels"]) + self.schedule.rounds * self.config.synthesis_batch_size
             if "augment" in method.stages:

@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# CSD, ICME 2023 (arXiv 2307.04542): tiny_imagenet, resnet34 -> resnet18; published settings.
+# acc1: not measured yet. Time: not measured yet. Device: one GPU.
+# First: bash scripts/csd/csd_tiny_imagenet_initBank_resnet34.sh
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+source scripts/environment.sh
+python datafree_kd.py --method csd --dataset tiny_imagenet --teacher resnet34 \
+  --student resnet18 --init_bank checkpoints/csd/tiny_imagenet_resnet34_initBank/bank "$@"

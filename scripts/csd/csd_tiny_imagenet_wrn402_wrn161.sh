@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# CSD, ICME 2023 (arXiv 2307.04542): tiny_imagenet, wrn40_2 -> wrn16_1; published settings.
+# acc1: not measured yet. Time: not measured yet. Device: one GPU.
+# First: bash scripts/csd/csd_tiny_imagenet_initBank_wrn402.sh
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+source scripts/environment.sh
+python datafree_kd.py --method csd --dataset tiny_imagenet --teacher wrn40_2 \
+  --student wrn16_1 --init_bank checkpoints/csd/tiny_imagenet_wrn40_2_initBank/bank "$@"

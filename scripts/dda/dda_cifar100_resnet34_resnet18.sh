@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# DDA, ACM MM 2024 (arXiv 2410.17606): cifar100, resnet34 -> resnet18; published settings.
+# acc1: not measured yet. Time: not measured yet. Device: one GPU.
+# First: bash scripts/dda/dda_cifar100_initBank_resnet34.sh
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+source scripts/environment.sh
+python datafree_kd.py --method dda --dataset cifar100 --teacher resnet34 \
+  --student resnet18 --init_bank checkpoints/dda/cifar100_resnet34_initBank/bank "$@"

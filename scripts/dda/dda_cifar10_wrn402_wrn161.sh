@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# DDA, ACM MM 2024 (arXiv 2410.17606): cifar10, wrn40_2 -> wrn16_1; published settings.
+# acc1: not measured yet. Time: not measured yet. Device: one GPU.
+# First: bash scripts/dda/dda_cifar10_initBank_wrn402.sh
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+source scripts/environment.sh
+python datafree_kd.py --method dda --dataset cifar10 --teacher wrn40_2 \
+  --student wrn16_1 --init_bank checkpoints/dda/cifar10_wrn40_2_initBank/bank "$@"

@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# DDA, ACM MM 2024 (arXiv 2410.17606): tiny_imagenet, wrn40_2 -> wrn16_1; published settings.
+# acc1: not measured yet. Time: not measured yet. Device: one GPU.
+# First: bash scripts/dda/dda_tiny_imagenet_initBank_wrn402.sh
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+source scripts/environment.sh
+python datafree_kd.py --method dda --dataset tiny_imagenet --teacher wrn40_2 \
+  --student wrn16_1 --init_bank checkpoints/dda/tiny_imagenet_wrn40_2_initBank/bank "$@"

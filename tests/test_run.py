@@ -1,0 +1,268 @@
+"""Every method on the debug task: finite, reproducible, resumable, and clear about what it refuses."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import registry
+from engine.errors import UserError
+from engine.files import load_checkpoint, load_tensors, weights_digest
+from tests.conftest import ROOT, TINY, TINY_TASK
+
+METHODS = sorted(registry.METHODS)
+RESULT_FIELDS = {
+    "method", "dataset", "teacher", "student", "seed", "external_prior", "teacher_acc1", "acc1_last", "acc1_best", "acc1_mean",
+    "student_steps", "bank_images", "seconds", "peak_memory_mib", "versions", "command", "commit",
+}  # fmt: skip
+
+
+def outcome(folder):
+    """What must be equal when two runs are: weights, images, metrics."""
+    shards = {f.relative_to(folder): f.read_bytes() for f in sorted(folder.rglob("*.safetensors"))}
+    student = weights_digest(load_checkpoint(folder / "student.pth")["state_dict"])
+    return shards, student, (folder / "metrics.jsonl").read_text()
+
+
+@pytest.fixture(scope="module")
+def whole():
+    """Outcomes of unbroken runs by method, made once."""
+    return {}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_makes_a_student(method, distill, tmp_path, teacher_file, whole):
+    before = teacher_file.read_bytes()
+    distill(method, tmp_path)
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert RESULT_FIELDS <= set(result) and result["method"] == method and result["external_prior"] == "none"
+    assert result["student_steps"] == 6 and result["bank_images"] == 24
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    numbers = [v for line in lines for v in line.values() if isinstance(v, float)]
+    assert numbers and all(v == v and abs(v) < 1e6 for v in numbers)
+    assert teacher_file.read_bytes() == before
+    for name in ("args.json", "log.txt", "stages.json", "student.pth", "pictures/bank.png"):
+        assert (tmp_path / name).exists(), name
+    whole[method] = outcome(tmp_path)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_same_command_gives_the_same_bits(method, distill, tmp_path, whole):
+    if method not in whole:
+        distill(method, tmp_path / "first")
+        whole[method] = outcome(tmp_path / "first")
+    distill(method, tmp_path / "again")
+    assert outcome(tmp_path / "again") == whole[method]
+    distill(method, tmp_path / "other", "--seed 1")
+    assert outcome(tmp_path / "other")[1] != whole[method][1]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_student_changes_and_the_teacher_does_not(method, teacher_file):
+    """One round and three student steps, through the same objects as a run."""
+    from datafree.base import Task
+    from engine.augmentation import crop_flip
+    from engine.data import dataset_info
+    from engine.distill import Distillation, Schedule
+    from engine.flags import Parser, add_flags, from_args
+    from engine.networks import build_classifier, load_teacher
+    from engine.precision import Precision
+    from engine.run import progress
+
+    device = torch.device("cpu")
+    info = dataset_info("digits")
+    teacher, student = load_teacher("resnet8", info, device, str(teacher_file)), build_classifier("resnet8", info, device)
+    cls = registry.resolve(registry.METHODS[method])
+    parser = Parser()
+    add_flags(parser, cls.Config, method, cls.defaults)
+    config = from_args(cls.Config, parser.parse_args(TINY[method].split()))
+    task = Task(10, 16, device, lambda x: crop_flip(x, 1, False), Precision("no", device))
+    pieces = cls(config, teacher, student, task)
+    before = weights_digest(teacher.network.state_dict()), weights_digest(student.network.state_dict())
+    schedule = Schedule(1, 3, 3, 8, 0.1, 0.9, 1e-4, 0)
+    distillation = Distillation(teacher, student, pieces.objective(), pieces.synthesizer(), schedule, task.precision)
+    batch = distillation.synthesizer.synthesize(student.eval())
+    assert 0 <= batch.images.min() and batch.images.max() <= 1 and len(batch.images) == len(batch.labels)
+    losses = distillation.student_steps(iter([(batch.images, batch.labels)] * 3), 0, progress(3, "", ""))
+    assert all(torch.isfinite(value) for value in losses.values())
+    assert weights_digest(teacher.network.state_dict()) == before[0]
+    assert weights_digest(student.network.state_dict()) != before[1]
+    assert not any(p.requires_grad for p in teacher.parameters()) and not teacher.training
+
+
+@pytest.mark.parametrize("point", ["save_tensors:2", "save_checkpoint:1", "save_checkpoint:4", "save_tensors:3"])
+def test_stopped_anywhere_it_goes_on_to_the_same_bits(point, distill, tmp_path, monkeypatch, whole):
+    """Raises at the n-th write of a shard or a checkpoint, then runs the same command again."""
+    if "dda" not in whole:
+        distill("dda", tmp_path / "whole")
+        whole["dda"] = outcome(tmp_path / "whole")
+    name, n = point.split(":")
+    module = "datafree.bank" if name == "save_tensors" else "engine.augment" if n == "1" else "engine.distill"
+    original = getattr(sys.modules[module], name)
+    calls = []
+
+    def failing(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == (int(n) if module != "engine.distill" else 2):
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"{module}.{name}", failing)
+        with pytest.raises(KeyboardInterrupt):
+            distill("dda", tmp_path / "run")
+    distill("dda", tmp_path / "run")
+    assert outcome(tmp_path / "run") == whole["dda"]
+
+
+def test_a_done_run_is_skipped(distill, tmp_path, capsys):
+    distill("csd", tmp_path)
+    student = (tmp_path / "student.pth").stat().st_mtime_ns
+    distill("csd", tmp_path)
+    assert "distill: done before, skipped" in capsys.readouterr().out
+    assert (tmp_path / "student.pth").stat().st_mtime_ns == student
+
+
+def test_a_changed_flag_is_named_and_redo_helps(distill, tmp_path):
+    distill("csd", tmp_path)
+    with pytest.raises(UserError, match="--init_g_steps 2, now 3"):
+        distill("csd", tmp_path, "--init_g_steps 3")
+    with pytest.raises(UserError, match="--T 20.0, now 4.0"):
+        distill("csd", tmp_path, "--T 4")
+    shard = (tmp_path / "bank" / "synthesize-000000.safetensors").stat().st_mtime_ns
+    distill("csd", tmp_path, "--T 4 --redo distill")
+    assert (tmp_path / "bank" / "synthesize-000000.safetensors").stat().st_mtime_ns == shard
+    with pytest.raises(UserError, match="--redo nonsense"):
+        distill("csd", tmp_path, "--redo nonsense")
+
+
+def test_omega_can_change_without_generating_again(distill, tmp_path):
+    distill("dda", tmp_path / "a")
+    variants = tmp_path / "a" / "variants"
+    cosine = load_tensors(variants / "cosine_teacher.safetensors")["cosine"]
+    made = {f: f.stat().st_mtime_ns for f in variants.glob("augment-*")}
+    omega = float(cosine.median())
+    distill("dda", tmp_path / "b", f"--omega {omega} --init_bank {tmp_path / 'a'} --init_variants {tmp_path / 'a'}")
+    result = json.loads((tmp_path / "b" / "result.json").read_text())
+    assert 0 < result["variants_kept"] < result["variants"] == 24
+    assert result["seconds"]["augment"] > 0 and not (tmp_path / "b" / "variants").exists()
+    assert {f: f.stat().st_mtime_ns for f in variants.glob("augment-*")} == made
+    with pytest.raises(UserError, match="keeps none"):
+        distill("dda", tmp_path / "c", f"--omega 1.1 --init_bank {tmp_path / 'a'} --init_variants {tmp_path / 'a'}")
+
+
+def test_variants_do_not_depend_on_the_batch_size(distill, tmp_path):
+    for size in (1, 5):
+        distill("dda", tmp_path / str(size), f"--stages synthesize,augment --diffusion_batch_size {size}")
+    one, five = (load_tensors(tmp_path / s / "variants" / "augment-000000.safetensors") for s in "15")
+    assert torch.equal(one["source_index"], torch.arange(12).repeat(2)) and torch.equal(one["labels"], five["labels"])
+    assert (one["images"].int() - five["images"].int()).abs().max() <= 1
+    assert not torch.equal(one["images"][:12], one["images"][12:])
+
+
+def test_stages_can_be_run_apart(distill, tmp_path, whole):
+    with pytest.raises(UserError, match="stage synthesize .* is not begun; run it first"):
+        distill("dda", tmp_path, "--stages augment")
+    for stage in ("synthesize", "augment", "distill"):
+        distill("dda", tmp_path, f"--stages {stage}")
+    if "dda" in whole:
+        assert outcome(tmp_path) == whole["dda"]
+    with pytest.raises(UserError, match="--stages generate: this run has the stages synthesize, augment, distill"):
+        distill("dda", tmp_path, "--stages generate")
+
+
+def test_a_bank_of_another_teacher_is_refused(distill, tmp_path, teacher_file):
+    from models.load import build_network
+
+    distill("csd", tmp_path / "a", "--stages synthesize")
+    other = tmp_path / "other.pth"
+    torch.save(build_network("resnet8", 10).state_dict(), other)
+    with pytest.raises(UserError, match="was made with the teacher"):
+        distill("csd", tmp_path / "b", f"--init_bank {tmp_path / 'a'} --teacher_ckpt {other}")
+    with pytest.raises(UserError, match="--teacher_ckpt"):
+        distill("csd", tmp_path / "a", f"--teacher_ckpt {other}")
+    with pytest.raises(UserError, match="no image bank"):
+        distill("csd", tmp_path / "c", f"--init_bank {tmp_path / 'nowhere'}")
+
+
+def test_an_imported_bank_serves_any_teacher(distill, command, tmp_path):
+    distill("csd", tmp_path / "a", "--stages synthesize")
+    command("datafree.bank", f"export {tmp_path / 'a' / 'bank'} {tmp_path / 'png'}")
+    command("datafree.bank", f"import {tmp_path / 'png'} {tmp_path / 'bank'} --dataset digits")
+    distill("csd", tmp_path / "b", f"--init_bank {tmp_path / 'bank'}")
+    assert (tmp_path / "b" / "result.json").exists()
+
+
+def test_nan_stops_the_run_before_anything_is_written(distill, tmp_path, monkeypatch):
+    distill("csd", tmp_path / "a", "--stages synthesize")
+    with pytest.raises(UserError, match="became nan|became inf"):
+        distill("csd", tmp_path / "b", f"--lr 1e30 --init_bank {tmp_path / 'a'}")
+    assert not (tmp_path / "b" / "student.pth").exists()
+
+
+def test_a_data_free_run_cannot_open_the_train_split(distill, tmp_path):
+    from engine.data import dataset_info, load_split
+
+    distill("csd", tmp_path, "--stages synthesize")
+    with pytest.raises(UserError, match="train"):
+        load_split(dataset_info("digits"), "train", torch.device("cpu"))
+
+
+def test_two_processes_do_not_share_a_folder(distill, tmp_path):
+    from engine.run import Run
+
+    run = Run(tmp_path, {})
+    with pytest.raises(UserError, match="another process is running"):
+        distill("csd", tmp_path)
+    run.close()
+
+
+BAD = {
+    "--method nonsense": "unknown method 'nonsense'; known: csd, dda",
+    "--method csd --dataset nonsense": "unknown dataset",
+    "--method csd --dataset digits --teacher resnet200": "unknown model",
+    "--method csd --g_step 3": "unknown flag --g_step; did you mean --g_steps",
+    "--method csd --g_steps many": "g_steps",
+    "--method csd --dataset digits --teacher vgg13": "no teacher checkpoint checkpoints/pretrained/digits_vgg13.pth",
+    "--method csd --dataset digits --teacher resnet8 --teacher_ckpt README.md": "README.md cannot be read",
+    "--method csd --gpu 3": "--gpu 3: this machine has no GPU",
+    "--method csd --amp fp16": "--amp fp16 needs a GPU",
+    "--method csd --amp fp8": "none of no, bf16, fp16",
+    "--method dda --embedding nonsense": "none of teacher, clip, dinov2",
+    "": "--method",
+}
+
+
+@pytest.mark.parametrize("arguments", BAD)
+def test_bad_input_is_one_line(arguments, command):
+    with pytest.raises(UserError) as caught:
+        command("datafree_kd", arguments)
+    assert BAD[arguments] in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_foreign_checkpoint_is_refused(distill, tmp_path):
+    torch.save({"state_dict": {"fc.weight": torch.zeros(100, 64)}}, tmp_path / "foreign.pth")
+    with pytest.raises(UserError, match="foreign.pth"):
+        distill("csd", tmp_path / "run", f"--teacher_ckpt {tmp_path / 'foreign.pth'}")
+
+
+def test_exit_code_and_one_line_in_a_real_process(tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    python = [sys.executable, "datafree_kd.py", "--method", "csd", "--dataset", "nonsense"]
+    done = subprocess.run(python, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and not done.stdout
+
+
+def test_an_unwritable_save_dir_is_refused(distill, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="--save_dir .* cannot be written"):
+        distill("csd", tmp_path / "file" / "run")
+
+
+def test_help_is_quick_and_loads_no_networks():
+    code = "import sys; sys.argv=['x','--method','dda','--help']\nimport datafree_kd\ntry: datafree_kd.main()\nexcept SystemExit: pass\nprint('diffusers' in sys.modules, 'transformers' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert "--omega" in done.stdout and "--kd_steps" in done.stdout and done.stdout.endswith("False False\n"), done.stderr
