@@ -52,6 +52,7 @@ def main() -> None:
     from engine.stages import Stages
 
     device = choose_device(run_flags.gpu)
+    precision = Precision(run_flags.amp, device)
     forbid_train_split()
     info = dataset_info(
         task_flags.dataset, task_flags.data_root, image_size=task_flags.image_size, domain=task_flags.domain
@@ -64,7 +65,7 @@ def main() -> None:
     def random_view(images):
         return crop_flip(images, info.crop_padding, info.flip)
 
-    task = Task(info.num_classes, info.image_size, device, random_view, Precision(run_flags.amp, device), info.class_names, info.flip)
+    task = Task(info.num_classes, info.image_size, device, random_view, precision, info.class_names, info.flip)
     method = method_class(config, teacher, student, task)
 
     weights = weights_digest(teacher.network.state_dict())

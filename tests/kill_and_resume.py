@@ -1,0 +1,91 @@
+"""Kills a run (SIGKILL) at random moments and runs it again until it is done; the outcome must equal an unbroken run's.
+
+    python -m tests.kill_and_resume --kills 20 --seed 0
+
+Every run is a whole DDA run on the debug task in processes of their own; ``tests/test_kill.py`` does a few.
+"""
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from engine.files import load_checkpoint, weights_digest
+from models.load import build_network
+from tests.conftest import ROOT, TINY, TINY_TASK
+
+# Long enough that kills land in every stage.
+LONGER = "--init_rounds 60 --fit_rounds 30 --variants 100 --epochs 40"
+
+
+def outcome(folder: Path) -> dict[str, str | bytes]:
+    """Every shard's bytes, the student's weights and the accuracies."""
+    found: dict[str, str | bytes] = {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*.safetensors"))}
+    found["student"] = weights_digest(load_checkpoint(folder / "student.pth")["state_dict"])
+    found["metrics"] = (folder / "metrics.jsonl").read_text()
+    return found
+
+
+def stage_now(folder: Path) -> str:
+    """The stage that is under way in a run folder."""
+    file = folder / "stages.json"
+    record = json.loads(file.read_text()) if file.exists() else {}
+    return next((name for name, entry in record.items() if entry["status"] != "done"), "between stages")
+
+
+def check(kills: int, seed: int, folder: Path) -> dict[str, int]:
+    """Runs the experiment; returns how many kills fell in which stage.
+
+    Raises:
+        AssertionError: a resumed run differs from the unbroken one.
+    """
+    teacher = folder / "teacher.pth"
+    torch.manual_seed(0)
+    torch.save(build_network("resnet8", 10).state_dict(), teacher)
+    command = [sys.executable, "datafree_kd.py", "--method", "dda", *TINY_TASK.split(), *TINY["dda"].split(), *LONGER.split()]
+    command += ["--teacher_ckpt", str(teacher), "--save_dir"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": ROOT, "env": environment}
+    begun = time.monotonic()
+    subprocess.run([*command, str(folder / "whole")], check=True, **quiet)
+    length = time.monotonic() - begun
+    expected, draw, where = outcome(folder / "whole"), random.Random(seed), {}
+    run = 0
+    while kills:
+        run += 1
+        target = folder / f"run{run}"
+        while kills:
+            process = subprocess.Popen([*command, str(target)], **quiet)
+            try:
+                process.wait(draw.uniform(0.2, 1.0) * length)
+                break
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+                kills -= 1
+                stage = stage_now(target)
+                where[stage] = where.get(stage, 0) + 1
+                print(f"killed in {stage}", flush=True)
+        subprocess.run([*command, str(target)], check=True, **quiet)
+        found = outcome(target)
+        assert found.keys() == expected.keys(), found.keys() ^ expected.keys()
+        different = [name for name in expected if found[name] != expected[name]]
+        assert not different, f"after kills, these differ from the unbroken run: {different}"
+        print(f"run {run} equals the unbroken one ({len(expected)} files and figures)", flush=True)
+    return where
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        print("kills by stage:", check(args.kills, args.seed, Path(folder)))
