@@ -109,20 +109,16 @@ class ImageBank:
             size = self.manifest.image_size
             return {"images": torch.empty(0, 3, size, size, dtype=torch.uint8), "labels": torch.empty(0, dtype=torch.long)}
         columns = {name: torch.cat([s[name] for s in shards]) for name in shards[0]}
-        if len(columns["labels"]) and int(columns["labels"].max()) >= self.manifest.num_classes:
-            raise UserError(f"{self.path} has a label {int(columns['labels'].max())} of {self.manifest.num_classes} classes")
+        labels, classes = columns["labels"], self.manifest.num_classes
+        if len(wrong := labels[(labels < 0) | (labels >= classes)]):
+            raise UserError(f"{self.path} has a label {int(wrong[0])} of {classes} classes; make it again, or give another bank")
         return columns
 
     def read_all(self) -> dict[str, Tensor]:
         """images and labels of every shard there is, stages in alphabetical order."""
         stages = sorted({m["stage"] for f in self.path.iterdir() if (m := SHARD_NAME.match(f.name))})
-        parts = [self.read(stage) for stage in stages] or [self.read("none")]
+        parts = [self.read(stage) for stage in stages or ["none"]]
         return {name: torch.cat([p[name] for p in parts]) for name in ("images", "labels")}
-
-    def discard(self, stage: str) -> None:
-        """Deletes the shards of one stage."""
-        for round in self.rounds(stage):
-            self.shard(stage, round).unlink()
 
 
 def read_manifest(path: Path) -> Manifest:

@@ -66,7 +66,7 @@ class Method:
         Config: the frozen dataclass of flags.
         stages: in order; of "synthesize", "augment", "distill".
         defaults: common flags whose default this method changes, as {"epochs": 200}.
-        external_prior: pretrained models besides the teacher that its images come from; an instance may set its own.
+        external_priors: {stage: id of a pretrained model besides the teacher that it uses}; an instance may set its own.
 
     Fields of Config that the stages read: ``init_rounds`` (synthesize), ``synthesis_batch_size`` (distill, with a bank),
     ``variants``, ``diffusion_batch_size`` (augment).
@@ -75,7 +75,7 @@ class Method:
     Config: ClassVar[type]
     stages: ClassVar[tuple[str, ...]] = ("synthesize", "distill")
     defaults: ClassVar[dict[str, Any]] = {}
-    external_prior: str = "none"
+    external_priors: dict[str, str] = {}
 
     def __init__(self, config: Any, teacher: nn.Module, student: nn.Module, task: Task):
         self.config, self.teacher, self.student, self.task = config, teacher, student, task

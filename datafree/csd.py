@@ -80,7 +80,8 @@ class CSDSynthesizer(Synthesizer):
         best_images = torch.zeros(len(z), 3, self.task.image_size, self.task.image_size, device=device)
         best: dict[str, Tensor] = {}
         for _ in range(self.g_steps):
-            images = self.generator(z)
+            with self.task.precision.autocast():
+                images = self.generator(z).float()
             losses = self.losses(self.task.augment(images), labels, student)
             better = losses["loss"].detach() < best_loss
             best_images = torch.where(better, images.detach(), best_images)

@@ -100,9 +100,11 @@ class DDA(CSD):
         self.embedding_model = config.embedding_model or DEFAULT_MODELS.get(config.embedding)
         short = prior_name(self.embedding_model).split("/")[-1] if self.embedding_model else ""
         self.embedding_name = "-".join(filter(None, (config.embedding, short)))
-        external = [prior_name(self.model, self.revision)] if self.model else []
-        external += [prior_name(self.embedding_model)] if self.embedding_model else []
-        self.external_prior = " + ".join(external) or "none"
+        pretrained = {
+            "augment": self.model and prior_name(self.model, self.revision),
+            "distill": self.embedding_model and prior_name(self.embedding_model),
+        }
+        self.external_priors = {stage: name for stage, name in pretrained.items() if name}
 
     def dtype(self) -> torch.dtype:
         """Of pretrained models."""

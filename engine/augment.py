@@ -58,7 +58,8 @@ def augment(run: Run, stages: Stages, sources: dict[str, Tensor], store, make_au
     start = next((s for s in range(shards) if s not in present), shards)
     if start < shards:
         augmenter = make_augmenter()
-        fit_augmenter(run, augmenter, images, labels, seed)
+        if augmenter.fit_rounds:
+            fit_augmenter(run, augmenter, images, labels, seed)
         bar = progress(total, "augment", "img", start * SHARD)
         for shard in range(start, shards):
             positions = torch.arange(shard * SHARD, min((shard + 1) * SHARD, total))
@@ -88,11 +89,15 @@ def filter_variants(run: Run, folder: Path, sources, variants, *, omega: float, 
     Args:
         folder: of the variants; the file is ``cosine_<embedding>.safetensors``.
         sources: images (N, 3, H, W), labels; variants: images (N * V, 3, H, W), labels, source_index.
-        cosines: () -> (N * V,), called when none are stored.
+        cosines: (show) -> (N * V,), called when none are stored; it calls show(images) as it goes.
         keep_mask: (cosines, omega) -> bool (N * V,).
     """
     file = folder / f"cosine_{embedding}.safetensors"
-    cosine = load_tensors(file)["cosine"] if file.exists() else cosines().cpu()
+    if file.exists():
+        cosine = load_tensors(file)["cosine"]
+    else:
+        with progress(len(sources["labels"]) + len(variants["labels"]), "embed", "img", delay=3) as bar:
+            cosine = cosines(bar.update).cpu()
     keep = keep_mask(cosine, omega).cpu()
     try:
         save_tensors(file, {"cosine": cosine, "keep": keep}, {"omega": repr(omega)})

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from engine.errors import UserError
+from engine.run import progress
 from models.classifier import eval_mode
 
 
@@ -16,11 +17,13 @@ def evaluate(classifier: nn.Module, split, batch_size: int = 500) -> dict[str, f
         split: ``engine.data.Split``.
     """
     hits = 0
-    with eval_mode(classifier):
+    bar = progress(len(split), "evaluate", "img", delay=3)
+    with eval_mode(classifier), bar:
         for images, labels in split.batches(batch_size):
             top = classifier(images).topk(min(5, split.num_classes), dim=1).indices
             found = (top == labels[:, None]).float()
             hits = hits + torch.stack([found[:, 0].sum(), found.sum()])
+            bar.update(len(images))
     acc1, acc5 = (100 * hits.double() / len(split)).tolist()
     return {"acc1": round(acc1, 3), "acc5": round(acc5, 3)}
 

@@ -52,6 +52,7 @@ class Pipeline:
     cosines: Callable
     keep_mask: Callable
     provenance: dict[str, tuple[str, float | None]] = dataclasses.field(default_factory=dict)
+    filtered: tuple[dict[str, Tensor], Tensor] | None = None
 
     def execute(self, selected: list[str], redo: str | None) -> None:
         """Runs the selected stages that are not done."""
@@ -76,7 +77,7 @@ class Pipeline:
         return self.method.config
 
     def synthesize(self) -> None:
-        bank = self.open_bank(self.run.path / "bank", self.manifest)
+        bank = self.open_bank(self.run.path / "bank", self.manifest_of("synthesize"))
         synthesize.synthesize(
             self.run, self.stages, bank, self.method.initial_synthesizer(), self.method.student,
             rounds=self.config.init_rounds, seed=self.flags["seed"],
@@ -84,8 +85,7 @@ class Pipeline:
 
     def augment(self) -> None:
         sources = self.sources()
-        manifest = dataclasses.replace(self.manifest, external_prior=self.method.external_prior)
-        store = self.open_bank(self.run.path / "variants", manifest)
+        store = self.open_bank(self.run.path / "variants", self.manifest_of("augment"))
         augment.augment(
             self.run, self.stages, sources, store, self.method.augmenter, self.device,
             variants=self.config.variants, batch_size=self.config.diffusion_batch_size, seed=self.flags["seed"],
@@ -98,7 +98,7 @@ class Pipeline:
         bank = transfer = None
         if "synthesize" in method.stages:
             sources = self.sources()
-            bank = self.open_bank(run.path / "bank", self.manifest)
+            bank = self.open_bank(run.path / "bank", self.manifest_of("synthesize"))
             parts = [(sources["images"], sources["labels"])]
             counts["bank_images"] = len(sources["labels"]) + self.schedule.rounds * self.config.synthesis_batch_size
             if "augment" in method.stages:
@@ -134,6 +134,10 @@ class Pipeline:
             f"{figures['student_steps']} student steps ({self.stages.seconds()['distill']:.0f} s) -> {run.path / 'result.json'}"
         )
 
+    def manifest_of(self, stage: str) -> Any:
+        """For the bank that a stage of this run fills."""
+        return dataclasses.replace(self.manifest, external_prior=self.method.external_priors.get(stage, "none"))
+
     def sources(self) -> dict[str, Tensor]:
         """images (N, 3, H, W) uint8 and labels (N,) of the initial bank: this run's, or ``--init_bank``."""
         bank = self.made_by("synthesize", "init_bank", "bank")
@@ -144,6 +148,8 @@ class Pipeline:
 
     def kept(self, sources: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
         """The variants of ``sources`` and the mask (N * V,) of those that the filter keeps, which it also stores."""
+        if self.filtered:
+            return self.filtered
         store = self.made_by("augment", "init_variants", "variants")
         variants = store.read("augment")
         index = variants["source_index"]
@@ -151,10 +157,13 @@ class Pipeline:
             raise UserError(f"{store.path} holds variants of another image bank; give theirs with --init_bank")
         keep = augment.filter_variants(
             self.run, store.path, sources, variants, omega=self.method.omega, embedding=self.method.embedding_name,
-            cosines=lambda: self.cosines(self.method.embedding(), sources["images"], variants["images"], index),
+            cosines=lambda show: self.cosines(
+                self.method.embedding(), sources["images"], variants["images"], index, progress=show
+            ),
             keep_mask=self.keep_mask,
         )  # fmt: skip
-        return variants, keep
+        self.filtered = variants, keep
+        return self.filtered
 
     def made_by(self, stage: str, flag: str, folder: str):
         """The bank that a finished stage left in this run, or in the run or folder that ``--<flag>`` names.
@@ -177,7 +186,7 @@ class Pipeline:
 
     def external_prior(self) -> str:
         """Pretrained models besides the teacher that shaped this run's images, or "none"."""
-        names = {prior for prior, _ in self.provenance.values()} | {self.method.external_prior}
+        names = {prior for prior, _ in self.provenance.values()} | {self.method.external_priors.get("distill", "none")}
         return " + ".join(sorted(names - {"none"})) or "none"
 
     def seconds(self) -> dict[str, float | None]:

@@ -158,8 +158,14 @@ class _Lines:
         sys.stderr.flush()
 
 
-def progress(total: int, what: str, unit: str, start: int = 0) -> tqdm:
-    """A progress bar on stderr with rate and time left; where stderr is no terminal, a line every ten seconds."""
+def progress(total: int, what: str, unit: str, start: int = 0, delay: float = 0) -> tqdm:
+    """A progress bar on stderr with rate and time left; where stderr is no terminal, a line every ten seconds.
+
+    Args:
+        start: units done before.
+        delay: seconds before it shows; what is done by then needs no bar.
+    """
+    common = {"total": total, "initial": start, "desc": what, "unit": unit, "delay": delay, "leave": False}
     if sys.stderr.isatty():
-        return tqdm(total=total, initial=start, desc=what, unit=unit, mininterval=0.2, dynamic_ncols=True, leave=False)
-    return tqdm(total=total, initial=start, desc=what, unit=unit, mininterval=10, maxinterval=20, ncols=110, leave=False, file=_Lines())
+        return tqdm(**common, mininterval=0.2, dynamic_ncols=True)
+    return tqdm(**common, mininterval=10, maxinterval=20, ncols=110, file=_Lines())

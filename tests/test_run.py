@@ -162,6 +162,41 @@ def test_variants_do_not_depend_on_the_batch_size(distill, tmp_path):
     assert not torch.equal(one["images"][:12], one["images"][12:])
 
 
+PRETRAINED = {
+    "image_variation": ("image_variation", ""),
+    "image_to_image": ("stable_diffusion", "--strength 0.5"),
+    "sdxl_turbo": ("turbo", "--prior image_to_image --strength 0.5 --guidance_scale 0"),
+}
+
+
+@pytest.mark.parametrize("prior", PRETRAINED)
+def test_pretrained_priors_make_the_variants(prior, distill, tmp_path):
+    """A whole DDA run with a pipeline saved by save_pretrained, and CLIP for the filter; the table names both."""
+    from tests import tiny_pipelines
+
+    builder, extra = PRETRAINED[prior]
+    model = getattr(tiny_pipelines, builder)(tmp_path / "tiny-diffusion")
+    clip = tiny_pipelines.clip(tmp_path / "tiny-clip")
+    kind = prior if prior in ("image_variation", "image_to_image") else "image_to_image"
+    distill(
+        "dda", tmp_path / "run",
+        f"--prior {kind} --diffusion_model {model} --variants 1 --num_inference_steps 2 --embedding clip --embedding_model {clip} {extra}",
+    )  # fmt: skip
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["external_prior"] == "tiny-clip + tiny-diffusion" and result["variants"] == 12
+    assert (tmp_path / "run" / "variants" / "cosine_clip-tiny-clip.safetensors").exists()
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line(distill, tmp_path):
+    with pytest.raises(UserError, match="lambdalabs/sd-image-variations-diffusers: .*hf download"):
+        distill("dda", tmp_path, "--prior image_variation")
+
+
+def test_bfloat16_runs(distill, tmp_path):
+    distill("dda", tmp_path, "--amp bf16")
+    assert (tmp_path / "result.json").exists()
+
+
 def test_stages_can_be_run_apart(distill, tmp_path, whole):
     with pytest.raises(UserError, match="stage synthesize .* is not begun; run it first"):
         distill("dda", tmp_path, "--stages augment")
