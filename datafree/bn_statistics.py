@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from engine.errors import UserError
+
 Stats = tuple[Tensor, Tensor]
 
 
@@ -79,13 +81,13 @@ class BNStatistics:
     the order in which they run, and one that runs twice counts twice.
 
     Raises:
-        ValueError: the network has no BN layer with running statistics.
+        UserError: the network has no BN layer with running statistics.
     """
 
     def __init__(self, network: nn.Module):
         self.layers = [m for m in network.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
         if not self.layers:
-            raise ValueError("the teacher has no BatchNorm layer, so there are no BN statistics to match")
+            raise UserError("the teacher has no BatchNorm layer, so it keeps no statistics to match; give --bn 0")
         self.running: list[Stats] = []
 
     @contextmanager

@@ -16,6 +16,7 @@ gradient to the student. The generator starts afresh every round, and the images
 lowest loss; the published script keeps an alias that goes on changing.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -61,7 +62,7 @@ class CSDSynthesizer(Synthesizer):
         self.config, self.teacher, self.task = config, teacher, task
         self.g_steps, self.images, self.csd = g_steps, images, csd
         self.generator = Generator(config.nz, task.image_size).to(task.device, memory_format=torch.channels_last)
-        self.statistics = BNStatistics(teacher)
+        self.statistics = BNStatistics(teacher) if config.bn else None
         self.steps = 0
         if csd:
             self.head = nn.Sequential(
@@ -94,13 +95,14 @@ class CSDSynthesizer(Synthesizer):
 
     def losses(self, images: Tensor, labels: Tensor, student: nn.Module) -> dict[str, Tensor]:
         """Named synthesis losses of augmented images (B, 3, H, W); "loss" is their weighted sum."""
-        with self.statistics.collect() as batch_stats, self.task.precision.autocast():
+        collecting = self.statistics.collect() if self.statistics else nullcontext()
+        with collecting as batch_stats, self.task.precision.autocast():
             logits = self.teacher(images)
-        losses = {
-            "loss_bn": bn_loss(batch_stats, self.statistics.running),
-            "loss_oh": one_hot_loss(logits, labels),
-        }
-        losses["loss"] = self.config.bn * losses["loss_bn"] + self.config.oh * losses["loss_oh"]
+        losses = {"loss_oh": one_hot_loss(logits, labels)}
+        losses["loss"] = self.config.oh * losses["loss_oh"]
+        if self.statistics:
+            losses["loss_bn"] = bn_loss(batch_stats, self.statistics.running)
+            losses["loss"] = losses["loss"] + self.config.bn * losses["loss_bn"]
         if self.csd:
             with self.task.precision.autocast():
                 features = student(rotations(images), return_features=True).features

@@ -58,7 +58,7 @@ class DDAConfig(CSDConfig):
     diffusion_model: str | None = flag(None, "hub id or local directory of a pretrained one; unset: lambdalabs/sd-image-variations-diffusers, stable-diffusion-v1-5/stable-diffusion-v1-5", stages=AUGMENT)
     diffusion_revision: str | None = flag(None, "revision of the hub id; unset: v2.0 of the default image_variation model", stages=AUGMENT)
     variants: int = flag(1, "V, variants of each bank image", stages=AUGMENT)
-    strength: float = flag(0.5, "share of the way back to pure noise from which a variant is drawn, (0, 1]; image_variation always draws from pure noise", stages=AUGMENT)
+    strength: float = flag(0.6, "share of the way back to pure noise from which a variant is drawn, (0, 1]; image_variation always draws from pure noise", stages=AUGMENT)
     num_inference_steps: int | None = flag(None, "denoising steps from pure noise; unset: 25, pixel 12", stages=AUGMENT)
     guidance_scale: float | None = flag(None, "classifier-free guidance; unset: 3, pixel 1, which is none", stages=AUGMENT)
     prompt: str = flag("a photo of a {label}", "prompt of image_to_image", stages=AUGMENT)

@@ -92,23 +92,27 @@ class Pipeline:
         )  # fmt: skip
         self.kept(sources)  # cosines, mask and picture now; distill takes them up
 
+    def transfer(self) -> tuple[Any, Any, dict[str, int]]:
+        """This run's bank, the images that are there before the first round, and the counts for result.json."""
+        if "synthesize" not in self.method.stages:
+            return None, None, {}
+        sources = self.sources()
+        bank = self.open_bank(self.run.path / "bank", self.manifest_of("synthesize"))
+        parts = [(sources["images"], sources["labels"])]
+        counts = {"bank_images": len(sources["labels"]) + self.schedule.rounds * self.config.synthesis_batch_size}
+        if "augment" in self.method.stages:
+            variants, keep = self.kept(sources)
+            parts.append((variants["images"][keep], variants["labels"][keep]))
+            counts |= {"variants": len(keep), "variants_kept": int(keep.sum())}
+        capacity = counts["bank_images"] + counts.get("variants_kept", 0)
+        transfer = self.transfer_set(capacity, self.info.image_size, self.device)
+        for images, labels in parts:
+            transfer.add(images, labels)
+        return bank, transfer, counts
+
     def distill(self) -> None:
         method, run = self.method, self.run
-        counts: dict[str, int] = {}
-        bank = transfer = None
-        if "synthesize" in method.stages:
-            sources = self.sources()
-            bank = self.open_bank(run.path / "bank", self.manifest_of("synthesize"))
-            parts = [(sources["images"], sources["labels"])]
-            counts["bank_images"] = len(sources["labels"]) + self.schedule.rounds * self.config.synthesis_batch_size
-            if "augment" in method.stages:
-                variants, keep = self.kept(sources)
-                parts.append((variants["images"][keep], variants["labels"][keep]))
-                counts |= {"variants": len(keep), "variants_kept": int(keep.sum())}
-            capacity = counts["bank_images"] + counts.get("variants_kept", 0)
-            transfer = self.transfer_set(capacity, self.info.image_size, self.device)
-            for images, labels in parts:
-                transfer.add(images, labels)
+        bank, transfer, counts = self.transfer()
         test = load_split(self.info, "test", self.device)
         teacher_acc1 = evaluate(method.teacher, test)["acc1"]
         run.log(f"teacher {self.flags['teacher']}: {teacher_acc1:.2f} % on the {len(test)} test images of {self.info.name}")

@@ -11,6 +11,7 @@ from datafree.base import balanced_labels
 from datafree.bn_statistics import BNStatistics, batch_statistics, bn_loss
 from datafree.generators import Generator, UpsampleConv2d, reset
 from datafree.losses import kd_loss, one_hot_loss, rotation_labels, rotations
+from engine.errors import UserError
 
 
 def test_kd_loss_is_temperature_squared_kl():
@@ -95,7 +96,7 @@ def test_bn_loss_is_zero_for_the_data_that_set_the_statistics():
 
 
 def test_bn_statistics_want_a_bn_layer():
-    with pytest.raises(ValueError, match="no BatchNorm"):
+    with pytest.raises(UserError, match="no BatchNorm layer.*--bn 0"):
         BNStatistics(nn.Linear(2, 2))
 
 
