@@ -26,7 +26,9 @@ def parse(argv: list[str]):
     groups = [TaskFlags, RunFlags, DistillFlags, *([method.Config] if method else [])]
 
     known = f"one of {', '.join(METHODS)}; --method NAME --help shows its flags too"
-    parser = Parser(prog="datafree_kd.py", description=__doc__.splitlines()[0], epilog="To resume, run the same command again.")
+    parser = Parser(
+        prog="datafree_kd.py", description=__doc__.splitlines()[0], epilog="To resume, run the same command again."
+    )
     parser.add_argument("--method", required=True, metavar="NAME", help=known)
     for group in groups:
         add_flags(parser, group, group.__doc__.rstrip("."), method.defaults if method else {})
@@ -54,9 +56,7 @@ def main() -> None:
     device = choose_device(run_flags.gpu)
     precision = Precision(run_flags.amp, device)
     forbid_train_split()
-    info = dataset_info(
-        task_flags.dataset, task_flags.data_root, image_size=task_flags.image_size, domain=task_flags.domain
-    )
+    info = dataset_info(task_flags.dataset, task_flags.data_root, image_size=task_flags.image_size, domain=task_flags.domain)
     normalization = task_flags.teacher_mean, task_flags.teacher_std
     teacher = load_teacher(task_flags.teacher, info, device, task_flags.teacher_ckpt, *normalization)
     seed_position(run_flags.seed, "student")

@@ -8,7 +8,6 @@ the same command again.
 """
 
 import dataclasses
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +21,9 @@ TRAIN = ("train",)
 class ScratchFlags:
     """What to train, on what, where to keep it."""
 
-    model: str = flag("wrn40_2", "a name of registry.MODELS, path/to/file.py:factory or package.module:factory", stages=TRAIN)
+    model: str = flag(
+        "wrn40_2", "a name of registry.MODELS, path/to/file.py:factory or package.module:factory", stages=TRAIN
+    )
     dataset: str = flag("cifar10", "a name of registry.DATASETS, or NAME where DATA_ROOT/NAME.npz exists", stages=TRAIN)
     data_root: str = flag("data", "folder of the data; what can be downloaded is put there")
     domain: str | None = flag(None, "domain of a dataset that has several (domainnet)", stages=TRAIN)
@@ -30,7 +31,9 @@ class ScratchFlags:
     output: str | None = flag(None, "the weights; unset: checkpoints/pretrained/<dataset>_<model>.pth")
     save_dir: str | None = flag(None, "run folder (logs, resume); unset: checkpoints/scratch/<dataset>_<model>")
     evaluate_only: bool = flag(False, "measure the accuracy of --resume, or of the output, and stop")
-    resume: str | None = flag(None, "weights to start from or to evaluate; an interrupted run resumes without it", stages=TRAIN)
+    resume: str | None = flag(
+        None, "weights to start from or to evaluate; an interrupted run resumes without it", stages=TRAIN
+    )
     redo: bool = flag(False, "forget the run folder and train again")
     mean: tuple[float, ...] | None = flag(None, "normalization r,g,b; unset: the dataset's", stages=TRAIN)
     std: tuple[float, ...] | None = flag(None, "see --mean", stages=TRAIN)
@@ -44,7 +47,9 @@ class ScratchFlags:
 def main() -> None:
     from engine.train import TrainFlags
 
-    parser = Parser(prog="train_scratch.py", description=__doc__.splitlines()[0], epilog="To resume, run the same command again.")
+    parser = Parser(
+        prog="train_scratch.py", description=__doc__.splitlines()[0], epilog="To resume, run the same command again."
+    )
     groups = (ScratchFlags, TrainFlags)
     for group in groups:
         add_flags(parser, group, group.__doc__.rstrip("."))
@@ -79,7 +84,9 @@ def main() -> None:
     if flags.resume:
         load_weights(classifier.network, flags.resume, "checkpoint")
 
-    run = Run(flags.save_dir or Path("checkpoints", "scratch", stem), dataclasses.asdict(flags) | dataclasses.asdict(lengths))
+    run = Run(
+        flags.save_dir or Path("checkpoints", "scratch", stem), dataclasses.asdict(flags) | dataclasses.asdict(lengths)
+    )
     try:
         stages = Stages(run.path / "stages.json", {"train": stage_flags("train", flags, lengths)})
         if flags.redo:
@@ -97,7 +104,9 @@ def main() -> None:
         normalization = {"mean": list(flags.mean or info.mean), "std": list(flags.std or info.std)}
         save_checkpoint(output, {"state_dict": classifier.network.state_dict(), **about, **normalization})
         stages.update("train", done=True, **figures)
-        run.result(about | {"method": "scratch", "student": flags.model, "acc1_last": accuracies[-1], "seconds": stages.seconds()})
+        run.result(
+            about | {"method": "scratch", "student": flags.model, "acc1_last": accuracies[-1], "seconds": stages.seconds()}
+        )
         run.log(f"acc1 {accuracies[-1]:.2f} % (last epoch), {max(accuracies):.2f} % (best) -> {output}")
     finally:
         run.close()

@@ -111,7 +111,9 @@ class ImageBank:
         columns = {name: torch.cat([s[name] for s in shards]) for name in shards[0]}
         labels, classes = columns["labels"], self.manifest.num_classes
         if len(wrong := labels[(labels < 0) | (labels >= classes)]):
-            raise UserError(f"{self.path} has a label {int(wrong[0])} of {classes} classes; make it again, or give another bank")
+            raise UserError(
+                f"{self.path} has a label {int(wrong[0])} of {classes} classes; make it again, or give another bank"
+            )
         return columns
 
     def read_all(self) -> dict[str, Tensor]:

@@ -1,10 +1,10 @@
 """What a method is made of. A new method is one file with these pieces, one line in ``registry.py``, its scripts and a test.
 
-    Config        frozen dataclass of the method's flags (``engine.flags.flag``)
-    Synthesizer   makes images from the teacher (and the student), one round a call
-    Objective     nn.Module: (teacher_out, student_out, labels) -> {"loss": ..., every named term}
-    Augmenter     optional: varies bank images (``datafree.diffusion.prior``)
-    Method        says which stages there are and builds the pieces
+Config        frozen dataclass of the method's flags (``engine.flags.flag``)
+Synthesizer   makes images from the teacher (and the student), one round a call
+Objective     nn.Module: (teacher_out, student_out, labels) -> {"loss": ..., every named term}
+Augmenter     optional: varies bank images (``datafree.diffusion.prior``)
+Method        says which stages there are and builds the pieces
 """
 
 from collections.abc import Callable

@@ -47,18 +47,24 @@ class CSDConfig:
     nz: int = flag(256, "length of the generator's noise vector", stages=BOTH)
     bn: float = flag(1.0, "weight of the BN-statistics loss", stages=BOTH)
     oh: float = flag(1.0, "weight of the one-hot loss", stages=BOTH)
-    csd: float = flag(10.0, "weight of the rotation-uncertainty loss while distilling (the initial bank has 0)", stages=("distill",))
+    csd: float = flag(
+        10.0, "weight of the rotation-uncertainty loss while distilling (the initial bank has 0)", stages=("distill",)
+    )
     lr_head: float = flag(0.1, "SGD learning rate of the rotation head", stages=("distill",))
     head_interval: int = flag(1, "train the rotation head at every n-th student step", stages=("distill",))
     T: float = flag(20.0, "temperature of the distillation loss", stages=("distill",))
-    ce: float = flag(1.0, "weight of the student's cross-entropy to the labels the images were made for", stages=("distill",))
+    ce: float = flag(
+        1.0, "weight of the student's cross-entropy to the labels the images were made for", stages=("distill",)
+    )
     feat: float = flag(30.0, "weight of the feature-map loss", stages=("distill",))
 
 
 class CSDSynthesizer(Synthesizer):
     """Inverts the teacher by a fresh generator each round; with ``csd > 0`` against the student's rotation head."""
 
-    def __init__(self, config: CSDConfig, teacher: nn.Module, task: Task, *, feature_dim: int, g_steps: int, images: int, csd: float):
+    def __init__(
+        self, config: CSDConfig, teacher: nn.Module, task: Task, *, feature_dim: int, g_steps: int, images: int, csd: float
+    ):
         self.config, self.teacher, self.task = config, teacher, task
         self.g_steps, self.images, self.csd = g_steps, images, csd
         self.generator = Generator(config.nz, task.image_size).to(task.device, memory_format=torch.channels_last)

@@ -54,25 +54,48 @@ class DDAConfig(CSDConfig):
     """Flags of DDA: CSD's, and those of the diffusion stage."""
 
     synthesis_batch_size: int = flag(400, "images a round while distilling", stages=("distill",))
-    prior: str = flag("pixel", "the diffusion model: pixel is trained on the bank, the others are pretrained", choices=tuple(PRIORS), stages=AUGMENT)
-    diffusion_model: str | None = flag(None, "hub id or local directory of a pretrained one; unset: lambdalabs/sd-image-variations-diffusers, stable-diffusion-v1-5/stable-diffusion-v1-5", stages=AUGMENT)
-    diffusion_revision: str | None = flag(None, "revision of the hub id; unset: v2.0 of the default image_variation model", stages=AUGMENT)
+    prior: str = flag(
+        "pixel",
+        "the diffusion model: pixel is trained on the bank, the others are pretrained",
+        choices=tuple(PRIORS),
+        stages=AUGMENT,
+    )
+    diffusion_model: str | None = flag(
+        None,
+        "hub id or local directory of a pretrained one; unset: lambdalabs/sd-image-variations-diffusers, stable-diffusion-v1-5/stable-diffusion-v1-5",
+        stages=AUGMENT,
+    )
+    diffusion_revision: str | None = flag(
+        None, "revision of the hub id; unset: v2.0 of the default image_variation model", stages=AUGMENT
+    )
     variants: int = flag(1, "V, variants of each bank image", stages=AUGMENT)
-    strength: float = flag(0.6, "share of the way back to pure noise from which a variant is drawn, (0, 1]; image_variation always draws from pure noise", stages=AUGMENT)
+    strength: float = flag(
+        0.6,
+        "share of the way back to pure noise from which a variant is drawn, (0, 1]; image_variation always draws from pure noise",
+        stages=AUGMENT,
+    )
     num_inference_steps: int | None = flag(None, "denoising steps from pure noise; unset: 25, pixel 12", stages=AUGMENT)
     guidance_scale: float | None = flag(None, "classifier-free guidance; unset: 3, pixel 1, which is none", stages=AUGMENT)
     prompt: str = flag("a photo of a {label}", "prompt of image_to_image", stages=AUGMENT)
     resolution: int | None = flag(None, "px at which a pretrained model draws; unset: its own", stages=AUGMENT)
-    diffusion_dtype: str | None = flag(None, "of a pretrained model; unset: fp16 on a GPU, else fp32", choices=tuple(DTYPES), stages=AUGMENT)
+    diffusion_dtype: str | None = flag(
+        None, "of a pretrained model; unset: fp16 on a GPU, else fp32", choices=tuple(DTYPES), stages=AUGMENT
+    )
     diffusion_batch_size: int = flag(64, "variants drawn at a time; changes no image but by rounding")
-    pixel_channels: tuple[int, ...] | None = flag(None, "pixel: channels of each level of its U-Net; unset: 32,64 below 32 px, else 64,128,128", stages=AUGMENT)
+    pixel_channels: tuple[int, ...] | None = flag(
+        None, "pixel: channels of each level of its U-Net; unset: 32,64 below 32 px, else 64,128,128", stages=AUGMENT
+    )
     fit_rounds: int = flag(50, "pixel: rounds of training on the bank, a checkpoint after each", stages=AUGMENT)
     fit_steps: int = flag(400, "pixel: training steps a round", stages=AUGMENT)
     fit_batch_size: int = flag(16, "pixel: images a training step", stages=AUGMENT)
     fit_lr: float = flag(2e-3, "pixel: AdamW learning rate", stages=AUGMENT)
     embedding: str = flag("teacher", "where variant and source are compared", choices=tuple(DEFAULT_OMEGA), stages=FILTER)
     embedding_model: str | None = flag(None, "hub id or local directory of clip or dinov2", stages=FILTER)
-    omega: float | None = flag(None, f"least cosine of a kept variant, -1 keeps all; unset: {', '.join(f'{k} {v}' for k, v in DEFAULT_OMEGA.items())}", stages=FILTER)
+    omega: float | None = flag(
+        None,
+        f"least cosine of a kept variant, -1 keeps all; unset: {', '.join(f'{k} {v}' for k, v in DEFAULT_OMEGA.items())}",
+        stages=FILTER,
+    )
 
 
 class DDA(CSD):

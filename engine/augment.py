@@ -37,7 +37,18 @@ def fit_augmenter(run: Run, augmenter, images: Tensor, labels: Tensor, seed: int
     bar.close()
 
 
-def augment(run: Run, stages: Stages, sources: dict[str, Tensor], store, make_augmenter, device, *, variants: int, batch_size: int, seed: int) -> None:
+def augment(
+    run: Run,
+    stages: Stages,
+    sources: dict[str, Tensor],
+    store,
+    make_augmenter,
+    device,
+    *,
+    variants: int,
+    batch_size: int,
+    seed: int,
+) -> None:
     """Fills ``store`` with ``variants`` variants of every source image.
 
     Position p = k * N + i of the store is variant k of source i; its seed is a function of (seed, i, k) alone. Shards are
@@ -81,7 +92,9 @@ def augment(run: Run, stages: Stages, sources: dict[str, Tensor], store, make_au
     run.log(f"augment: {total} variants of {len(images)} images in {store.path} ({stages.seconds()['augment']:.0f} s)")
 
 
-def filter_variants(run: Run, folder: Path, sources, variants, *, omega: float, embedding: str, cosines, keep_mask) -> Tensor:
+def filter_variants(
+    run: Run, folder: Path, sources, variants, *, omega: float, embedding: str, cosines, keep_mask
+) -> Tensor:
     """The keep mask (N * V,) of the variants, logged, drawn, and stored with the cosines.
 
     Cosines are computed once an embedding, so omega can change without generating or embedding again.

@@ -209,7 +209,9 @@ def main() -> None:
             plain.load_state_dict(mine.state_dict())
         (teacher, student), (plain_teacher, plain_student) = networks
         loops = {
-            "ours": Ours(info, frozen(teacher), student, bank.read("synthesize"), args.batch_size, Precision(args.amp, device)),
+            "ours": Ours(
+                info, frozen(teacher), student, bank.read("synthesize"), args.batch_size, Precision(args.amp, device)
+            ),
             "plain": Plain(info, frozen(plain_teacher), plain_student, Path(folder, "png"), args.batch_size, args.workers),
         }
         for name in ("sample", "teacher_forward", "distillation", "inversion"):
@@ -217,13 +219,27 @@ def main() -> None:
                 for kind, loop in loops.items():
                     value = rate(getattr(loop, name), args.batch_size, args.seconds, device)
                     rates.setdefault(name, {}).setdefault(kind, []).append(value)
-    titles = {"sample": "bank sampling", "teacher_forward": "teacher forward", "distillation": "distillation step", "inversion": "inversion step"}
+    titles = {
+        "sample": "bank sampling",
+        "teacher_forward": "teacher forward",
+        "distillation": "distillation step",
+        "inversion": "inversion step",
+    }
     rows = []
     for name, by_kind in rates.items():
         ours, plain = (statistics.median(by_kind[kind]) for kind in ("ours", "plain"))
-        rows.append({"loop": titles[name], "ours, images/s": f"{ours:.0f}", "plain, images/s": f"{plain:.0f}", "ratio": f"{ours / plain:.2f}"})
+        rows.append(
+            {
+                "loop": titles[name],
+                "ours, images/s": f"{ours:.0f}",
+                "plain, images/s": f"{plain:.0f}",
+                "ratio": f"{ours / plain:.2f}",
+            }
+        )
     memory = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in peak_memory().items())
-    print(f"{args.teacher} -> {args.student}, {info.image_size} px, batch {args.batch_size}, amp {args.amp}, {machine()}; {memory}\n")
+    print(
+        f"{args.teacher} -> {args.student}, {info.image_size} px, batch {args.batch_size}, amp {args.amp}, {machine()}; {memory}\n"
+    )
     print(markdown(rows))
 
 

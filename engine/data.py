@@ -220,7 +220,9 @@ def load_split(info: DatasetInfo, split: str, device: torch.device | str, worker
     """
     assert split in ("train", "test"), split
     if split == "train" and _train_split_forbidden:
-        raise UserError(f"this run is data-free: the train split of {info.name} stays closed (only 'test' is opened, to report)")
+        raise UserError(
+            f"this run is data-free: the train split of {info.name} stays closed (only 'test' is opened, to report)"
+        )
     device = torch.device(device)
     raw = resolve(info.reader)(info, split)
     labels = _checked_labels(raw, info, split).to(device)
@@ -248,7 +250,9 @@ def _checked_labels(raw: RawSplit, info: DatasetInfo, split: str) -> Tensor:
         raise UserError(f"{raw.origin}: no {split} images of {info.name}'s classes")
     low, high = int(raw.labels.min()), int(raw.labels.max())
     if low < 0 or high >= info.num_classes:
-        raise UserError(f"{raw.origin}: {split} labels lie in {low}..{high}, {info.name} has the classes 0..{info.num_classes - 1}")
+        raise UserError(
+            f"{raw.origin}: {split} labels lie in {low}..{high}, {info.name} has the classes 0..{info.num_classes - 1}"
+        )
     return torch.from_numpy(raw.labels.astype(np.int64))
 
 

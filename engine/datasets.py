@@ -54,7 +54,11 @@ def describe_npz(row: dict[str, Any], root: Path, name: str, domain: str | None,
     if len(shape) not in (3, 4):
         raise UserError(f"{path}: x_test has shape {shape}; wanted (N, H, W), (N, H, W, 1) or (N, H, W, 3)")
     text = names is not None and tuple(n.decode() if isinstance(n, bytes) else str(n) for n in names.tolist())
-    return {"num_classes": len(text) if text else int(labels.max()) + 1, "class_names": text or None, "size": min(shape[1:3])}
+    return {
+        "num_classes": len(text) if text else int(labels.max()) + 1,
+        "class_names": text or None,
+        "size": min(shape[1:3]),
+    }
 
 
 def read_npz(info: DatasetInfo, split: str) -> RawSplit:
@@ -82,7 +86,9 @@ def open_npz(path: Path) -> Iterator[np.lib.npyio.NpzFile]:
             yield archive
     except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
         reason = "it holds Python objects, which are never loaded" if "pickle" in str(error) else str(error)
-        raise UserError(f"{path} cannot be read: {reason}; wanted a whole .npz with x_train, y_train, x_test, y_test") from None
+        raise UserError(
+            f"{path} cannot be read: {reason}; wanted a whole .npz with x_train, y_train, x_test, y_test"
+        ) from None
 
 
 def _require(archive, path: Path, key: str) -> None:
@@ -233,7 +239,9 @@ def image_files(folder: Path) -> list[str]:
 # DomainNet
 
 
-def describe_domainnet(row: dict[str, Any], root: Path, name: str, domain: str | None, classes: str | None) -> dict[str, Any]:
+def describe_domainnet(
+    row: dict[str, Any], root: Path, name: str, domain: str | None, classes: str | None
+) -> dict[str, Any]:
     """One domain; its ten-class subset, or all 345 classes with the names of their folders."""
     if domain not in row["domains"]:
         found = f"unknown --domain '{domain}'" if domain else "--domain is missing"
@@ -242,7 +250,11 @@ def describe_domainnet(row: dict[str, Any], root: Path, name: str, domain: str |
         raise UserError(f"--classes {classes}: wanted 'ten' (the subset) or 'all'")
     named = {"name": f"{name}_{domain}", "domain": domain}
     if classes != "all":
-        return named | {"num_classes": len(row["ten"]), "class_names": tuple(row["ten"]), "classes": tuple(row["ten"].values())}
+        return named | {
+            "num_classes": len(row["ten"]),
+            "class_names": tuple(row["ten"]),
+            "classes": tuple(row["ten"].values()),
+        }
     names = None
     listing = root / row["source"] / f"{domain}_test.txt"
     if listing.is_file():

@@ -56,7 +56,9 @@ class Distillation:
         synthesizer: see ``datafree.base.Synthesizer``.
     """
 
-    def __init__(self, teacher, student: nn.Module, objective: nn.Module, synthesizer, schedule: Schedule, precision: Precision):
+    def __init__(
+        self, teacher, student: nn.Module, objective: nn.Module, synthesizer, schedule: Schedule, precision: Precision
+    ):
         self.teacher, self.student, self.objective, self.synthesizer = teacher, student, objective, synthesizer
         self.schedule, self.precision = schedule, precision
         self.parameters = [*student.parameters(), *objective.parameters()]
@@ -107,7 +109,9 @@ class Distillation:
         return state["round"]
 
 
-def distill(run: Run, stages: Stages, distillation: Distillation, bank, transfer, augment_batch, test, *, seed: int) -> dict[str, float]:
+def distill(
+    run: Run, stages: Stages, distillation: Distillation, bank, transfer, augment_batch, test, *, seed: int
+) -> dict[str, float]:
     """Runs every round that is left; one checkpoint a round, one accuracy an epoch.
 
     Args:
@@ -133,7 +137,9 @@ def distill(run: Run, stages: Stages, distillation: Distillation, bank, transfer
         with eval_mode(distillation.student):
             batch = distillation.synthesizer.synthesize(distillation.student)
         figures = {name: float(value) for name, value in batch.scalars.items()}
-        check_finite(figures, f"round {round} of stage distill (synthesis)", "lower --lr_g or the loss weights, and run again")
+        check_finite(
+            figures, f"round {round} of stage distill (synthesis)", "lower --lr_g or the loss weights, and run again"
+        )
         if bank is not None:
             bank.append("distill", round, batch.images, batch.labels)
             transfer.add(batch.images, batch.labels)
@@ -147,7 +153,9 @@ def distill(run: Run, stages: Stages, distillation: Distillation, bank, transfer
             accuracy = evaluate(distillation.student, test)
             distillation.accuracies.append(accuracy["acc1"])
             figures |= {**accuracy, "student_steps": (round + 1) * schedule.kd_steps}
-            bar.set_postfix({"acc1": f"{accuracy['acc1']:.2f}", "best": f"{max(distillation.accuracies):.2f}"}, refresh=False)
+            bar.set_postfix(
+                {"acc1": f"{accuracy['acc1']:.2f}", "best": f"{max(distillation.accuracies):.2f}"}, refresh=False
+            )
         run.metrics("distill", round, figures)  # before the checkpoint: a repeated round rewinds it
         save_checkpoint(file, distillation.state_dict(round + 1))
         stages.update("distill", rounds=round + 1)

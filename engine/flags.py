@@ -11,7 +11,9 @@ from typing import Any
 from engine.errors import UserError
 
 
-def flag(default: Any, help: str, *, stages: Sequence[str] = (), choices: Sequence[str] | None = None, short: str | None = None) -> Any:
+def flag(
+    default: Any, help: str, *, stages: Sequence[str] = (), choices: Sequence[str] | None = None, short: str | None = None
+) -> Any:
     """A dataclass field that is a flag.
 
     Args:
@@ -45,7 +47,9 @@ class _Formatter(argparse.HelpFormatter):
     def _format_action_invocation(self, action: argparse.Action) -> str:
         shown = [s for s in action.option_strings if "-" not in s.lstrip("-") or s.startswith("--no-")]
         if len(shown) < len(action.option_strings):
-            value = "" if action.nargs == 0 else " " + self._format_args(action, self._get_default_metavar_for_optional(action))
+            value = (
+                "" if action.nargs == 0 else " " + self._format_args(action, self._get_default_metavar_for_optional(action))
+            )
             return ", ".join(shown) + value
         return super()._format_action_invocation(action)
 
@@ -66,7 +70,9 @@ def add_flags(parser: argparse.ArgumentParser, config: type, title: str, default
         if kind is bool:
             group.add_argument(*names, action="store_true", **options)
             continue
-        options["metavar"] = "{" + ",".join(field.metadata["choices"]) + "}" if field.metadata.get("choices") else kind.__name__.upper()
+        options["metavar"] = (
+            "{" + ",".join(field.metadata["choices"]) + "}" if field.metadata.get("choices") else kind.__name__.upper()
+        )
         group.add_argument(*names, type=_reader(kind, repeated, field.metadata.get("choices")), **options)
 
 

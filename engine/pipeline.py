@@ -123,7 +123,12 @@ class Pipeline:
         figures = distill.distill(
             run, self.stages, distillation, bank, transfer, method.task.augment, test, seed=self.flags["seed"]
         )
-        about = {"arch": self.flags["student"], "dataset": self.info.name, "epoch": self.schedule.epochs, "acc1": figures["acc1_last"]}
+        about = {
+            "arch": self.flags["student"],
+            "dataset": self.info.name,
+            "epoch": self.schedule.epochs,
+            "acc1": figures["acc1_last"],
+        }
         save_checkpoint(run.path / "student.pth", {"state_dict": method.student.network.state_dict(), **about})
         names = ("method", "teacher", "student", "seed")
         self.stages.update("distill")
@@ -182,7 +187,9 @@ class Pipeline:
         record = path.parent / "stages.json"
         entry = (read_json(record) if record.exists() else {}).get(stage)
         if entry and entry["status"] != "done" or not given and not entry:
-            advice = f"run it first with --stages {stage}, or give --{flag}" if not given else "finish it with its own command"
+            advice = (
+                f"run it first with --stages {stage}, or give --{flag}" if not given else "finish it with its own command"
+            )
             raise UserError(f"stage {stage} in {path.parent} is {'incomplete' if entry else 'not begun'}; {advice}")
         bank = self.open_bank(path, self.manifest, create=False)
         self.provenance[stage] = (bank.manifest.external_prior, entry["seconds"] if entry else None)

@@ -1,9 +1,9 @@
 """Result files -> tables. Every table of this project is made here; none is typed.
 
-    python -m engine.report checkpoints/dda checkpoints/csd                 print a Markdown table
-    python -m engine.report RUNS... --rounds                                and the accuracy on the way there
-    python -m engine.report RUNS... --csv table.csv
-    python -m engine.report RUNS... --into README.md --name digits          rewrite that table in a file
+python -m engine.report checkpoints/dda checkpoints/csd                 print a Markdown table
+python -m engine.report RUNS... --rounds                                and the accuracy on the way there
+python -m engine.report RUNS... --csv table.csv
+python -m engine.report RUNS... --into README.md --name digits          rewrite that table in a file
 """
 
 import argparse
@@ -44,7 +44,10 @@ def group(results: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     groups: dict[tuple, list] = {}
     for result in results:
         groups.setdefault(tuple(result.get(name) for name in GROUP_BY), []).append(result)
-    return sorted(groups.values(), key=lambda g: (g[0]["dataset"], g[0]["method"] != "scratch", str(g[0].get("student_steps")), g[0]["method"]))
+    return sorted(
+        groups.values(),
+        key=lambda g: (g[0]["dataset"], g[0]["method"] != "scratch", str(g[0].get("student_steps")), g[0]["method"]),
+    )
 
 
 def spread(values: list[float | None], digits: int = 2) -> str:
@@ -104,9 +107,16 @@ def rounds_table(groups: list[list[dict[str, Any]]], columns: int = 10) -> str:
             continue
         length = min(map(len, histories))
         chosen = sorted({round((k + 1) * length / min(columns, length)) - 1 for k in range(min(columns, length))})
-        rows.append({"method": runs[0]["method"]} | {str(histories[0][k]["student_steps"]): spread([h[k]["acc1"] for h in histories], 1) for k in chosen})
+        rows.append(
+            {"method": runs[0]["method"]}
+            | {str(histories[0][k]["student_steps"]): spread([h[k]["acc1"] for h in histories], 1) for k in chosen}
+        )
     names = sorted({n for r in rows for n in r if n != "method"}, key=int)
-    return markdown([{"acc1 after student steps": r["method"]} | {n: r.get(n, "") for n in names} for r in rows]) if rows else ""
+    return (
+        markdown([{"acc1 after student steps": r["method"]} | {n: r.get(n, "") for n in names} for r in rows])
+        if rows
+        else ""
+    )
 
 
 def replace_table(file: Path, name: str, table: str) -> None:
@@ -118,7 +128,9 @@ def replace_table(file: Path, name: str, table: str) -> None:
     text = file.read_text()
     pattern = re.compile(rf"(<!-- table:{re.escape(name)}[^>]*-->\n).*?(<!-- /table:{re.escape(name)} -->)", re.DOTALL)
     if not pattern.search(text):
-        raise UserError(f"{file} has no lines <!-- table:{name} --> and <!-- /table:{name} -->; add them where the table goes")
+        raise UserError(
+            f"{file} has no lines <!-- table:{name} --> and <!-- /table:{name} -->; add them where the table goes"
+        )
     with atomic_path(file) as temporary:
         temporary.write_text(pattern.sub(lambda m: m[1] + table + "\n" + m[2], text))
 

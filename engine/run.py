@@ -1,8 +1,8 @@
 """A run folder: what was asked, what was measured, and the pictures, all of it readable while the run goes on.
 
-    args.json      flags, command, versions of the last command    stages.json    what is done
-    metrics.jsonl  one line a round or epoch                       log.txt        what was printed
-    result.json    the run's figures, once it is finished          events.*       TensorBoard
+args.json      flags, command, versions of the last command    stages.json    what is done
+metrics.jsonl  one line a round or epoch                       log.txt        what was printed
+result.json    the run's figures, once it is finished          events.*       TensorBoard
 """
 
 import fcntl
@@ -46,7 +46,11 @@ class Run:
         for leftover in self.path.rglob("*.tmp"):
             leftover.unlink()
         self._writer = None
-        self.provenance = {"command": shlex.join([Path(sys.executable).name, *sys.argv]), "commit": commit(), "versions": versions()}
+        self.provenance = {
+            "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+            "commit": commit(),
+            "versions": versions(),
+        }
         write_json(self.path / "args.json", {"args": args, **self.provenance})
 
     def log(self, text: str) -> None:

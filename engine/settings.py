@@ -18,9 +18,15 @@ class TaskFlags:
     data_root: str = flag("data", "folder of the real data (the test split, only to report)")
     domain: str | None = flag(None, "domain of a dataset that has several (domainnet)", stages=ALL)
     image_size: int | None = flag(None, "px; unset: the dataset's own", stages=ALL)
-    teacher: str = flag("wrn40_2", "a name of registry.MODELS, path/to/file.py:factory or package.module:factory", stages=ALL)
-    teacher_ckpt: str | None = flag(None, "its weights; unset: checkpoints/pretrained/<dataset>_<teacher>.pth or .safetensors")
-    teacher_mean: tuple[float, ...] | None = flag(None, "normalization the teacher was trained with, r,g,b; unset: the dataset's", stages=ALL)
+    teacher: str = flag(
+        "wrn40_2", "a name of registry.MODELS, path/to/file.py:factory or package.module:factory", stages=ALL
+    )
+    teacher_ckpt: str | None = flag(
+        None, "its weights; unset: checkpoints/pretrained/<dataset>_<teacher>.pth or .safetensors"
+    )
+    teacher_mean: tuple[float, ...] | None = flag(
+        None, "normalization the teacher was trained with, r,g,b; unset: the dataset's", stages=ALL
+    )
     teacher_std: tuple[float, ...] | None = flag(None, "see --teacher_mean", stages=ALL)
     student: str = flag("wrn16_1", "as --teacher; starts from random weights", stages=DISTILL)
 
@@ -32,8 +38,14 @@ class RunFlags:
     save_dir: str | None = flag(None, "run folder; unset: checkpoints/<method>/<dataset>_<teacher>_<student>_seed<seed>")
     stages: tuple[str, ...] | None = flag(None, "which stages to run, comma-separated; unset: all of the method's")
     redo: str | None = flag(None, "forget this stage of the run folder and those after it, then run")
-    init_bank: str | None = flag(None, "image bank to start from, instead of stage synthesize (made with the same teacher)", stages=("augment", "distill"))
-    init_variants: str | None = flag(None, "variants of --init_bank from another run, instead of stage augment", stages=DISTILL)
+    init_bank: str | None = flag(
+        None,
+        "image bank to start from, instead of stage synthesize (made with the same teacher)",
+        stages=("augment", "distill"),
+    )
+    init_variants: str | None = flag(
+        None, "variants of --init_bank from another run, instead of stage augment", stages=DISTILL
+    )
     seed: int = flag(0, "random numbers are a function of seed, stage and round", stages=ALL)
     gpu: int | None = flag(None, "index of the GPU, -1 for the CPU; unset: GPU 0 if there is one")
     amp: str = flag("no", "mixed precision of the networks", choices=AMP, stages=ALL)

@@ -45,7 +45,17 @@ def learning_rate(flags: TrainFlags, epoch: float) -> float:
     return flags.lr * 0.5 * (1 + math.cos(math.pi * (epoch - warmup) / (flags.epochs - warmup)))
 
 
-def train(run: Run, stages: Stages, classifier: nn.Module, train_split, test_split, flags: TrainFlags, info, precision: Precision, seed: int) -> list[float]:
+def train(
+    run: Run,
+    stages: Stages,
+    classifier: nn.Module,
+    train_split,
+    test_split,
+    flags: TrainFlags,
+    info,
+    precision: Precision,
+    seed: int,
+) -> list[float]:
     """Trains ``classifier``, goes on after the last whole epoch, and returns the test accuracy of every epoch in %."""
     stages.begin("train")
     optimizer = torch.optim.SGD(

@@ -1,13 +1,19 @@
 """Writes scripts/<method>/*.sh from the tables below; run it after changing them. A test checks that all are up to date.
 
-    python scripts/make_scripts.py
+python scripts/make_scripts.py
 """
 
 from pathlib import Path
 
 ROOT = Path(__file__).parent
 DATASETS = ("cifar10", "cifar100", "tiny_imagenet")
-PAIRS = (("resnet34", "resnet18"), ("vgg11", "resnet18"), ("wrn40_2", "wrn16_1"), ("wrn40_2", "wrn40_1"), ("wrn40_2", "wrn16_2"))
+PAIRS = (
+    ("resnet34", "resnet18"),
+    ("vgg11", "resnet18"),
+    ("wrn40_2", "wrn16_1"),
+    ("wrn40_2", "wrn40_1"),
+    ("wrn40_2", "wrn16_2"),
+)
 METHODS = {
     "csd": "CSD, ICME 2023 (arXiv 2307.04542)",
     "dda": "DDA, ACM MM 2024 (arXiv 2410.17606)",

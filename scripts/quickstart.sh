@@ -9,7 +9,7 @@ seed="${SEED:-0}"
 out="${OUT:-checkpoints/quickstart}/seed$seed"
 task=(--dataset digits --seed "$seed")
 kd=("${task[@]}" --teacher resnet20 --teacher_ckpt "$out/teacher.pth" --student resnet8
-  --batch_size 128 --epochs 6 --kd_steps 50 --g_steps 20 --synthesis_batch_size 100 --lr_g 2e-3)
+  --batch_size 128 --epochs 6 --kd_steps 50 --g_steps 20 --synthesis_batch_size 100 --oh 5 --lr_g 2e-3)
 
 echo "== 1/4  teacher: resnet20 on 1195 real digits"
 python train_scratch.py --model resnet20 "${task[@]}" --epochs 30 --save_dir "$out/teacher" --output "$out/teacher.pth"

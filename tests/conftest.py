@@ -52,6 +52,9 @@ def distill(command, teacher_file):
     """Runs a tiny data-free run: distill("csd", save_dir, "--seed 1")."""
 
     def call(method: str, save_dir: Path, extra: str = "") -> None:
-        command("datafree_kd", f"--method {method} {TINY_TASK} --teacher_ckpt {teacher_file} {TINY[method]} --save_dir {save_dir} {extra}")
+        command(
+            "datafree_kd",
+            f"--method {method} {TINY_TASK} --teacher_ckpt {teacher_file} {TINY[method]} --save_dir {save_dir} {extra}",
+        )
 
     return call

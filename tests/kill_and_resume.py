@@ -27,7 +27,9 @@ LONGER = "--init_rounds 60 --fit_rounds 30 --variants 100 --epochs 40"
 
 def outcome(folder: Path) -> dict[str, str | bytes]:
     """Every shard's bytes, the student's weights and the accuracies."""
-    found: dict[str, str | bytes] = {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*.safetensors"))}
+    found: dict[str, str | bytes] = {
+        str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*.safetensors"))
+    }
     found["student"] = weights_digest(load_checkpoint(folder / "student.pth")["state_dict"])
     found["metrics"] = (folder / "metrics.jsonl").read_text()
     return found
@@ -49,7 +51,15 @@ def check(kills: int, seed: int, folder: Path) -> dict[str, int]:
     teacher = folder / "teacher.pth"
     torch.manual_seed(0)
     torch.save(build_network("resnet8", 10).state_dict(), teacher)
-    command = [sys.executable, "datafree_kd.py", "--method", "dda", *TINY_TASK.split(), *TINY["dda"].split(), *LONGER.split()]
+    command = [
+        sys.executable,
+        "datafree_kd.py",
+        "--method",
+        "dda",
+        *TINY_TASK.split(),
+        *TINY["dda"].split(),
+        *LONGER.split(),
+    ]
     command += ["--teacher_ckpt", str(teacher), "--save_dir"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": ROOT, "env": environment}

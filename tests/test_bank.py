@@ -127,7 +127,9 @@ def test_command_line_round_trip(tmp_path, monkeypatch, capsys):
     bank = filled(tmp_path)
     monkeypatch.setattr("sys.argv", ["bank", "export", str(bank.path), str(tmp_path / "png")])
     bank_module.main()
-    monkeypatch.setattr("sys.argv", ["bank", "import", str(tmp_path / "png"), str(tmp_path / "again"), "--dataset", "digits"])
+    monkeypatch.setattr(
+        "sys.argv", ["bank", "import", str(tmp_path / "png"), str(tmp_path / "again"), "--dataset", "digits"]
+    )
     bank_module.main()
     assert read_manifest(tmp_path / "again").image_size == 16
     assert "12 images" in capsys.readouterr().out

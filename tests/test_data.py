@@ -59,7 +59,10 @@ def test_every_row_describes_its_dataset_without_data(name, tmp_path):
     info = dataset_info(name, tmp_path)
     row = DATASETS[name]
     assert (info.name, info.num_classes, info.image_size) == (name, row["num_classes"], row["size"])
-    assert info.class_names is None or len(set(info.class_names)) in (info.num_classes, 998)  # ImageNet: two cranes, two maillots
+    assert info.class_names is None or len(set(info.class_names)) in (
+        info.num_classes,
+        998,
+    )  # ImageNet: two cranes, two maillots
     assert len(info.mean) == len(info.std) == 3 and info.flip is row["flip"]
     assert not list(tmp_path.iterdir())
 
@@ -352,7 +355,11 @@ def test_batches_follow_the_given_order(ten_classes):
         assert images.is_contiguous(memory_format=torch.channels_last)
         assert torch.equal(images[:, 0, 0, 0], (10 * labels).float() / 255)
     assert [len(labels) for _, labels in ten_classes.batches(3, order, drop_last=True)] == [3, 3]
-    assert torch.cat([labels for _, labels in ten_classes.batches(4)]).tolist() == list(range(10)) == ten_classes.labels.tolist()
+    assert (
+        torch.cat([labels for _, labels in ten_classes.batches(4)]).tolist()
+        == list(range(10))
+        == ten_classes.labels.tolist()
+    )
     assert torch.equal(torch.get_rng_state(), state)
 
 

@@ -66,7 +66,9 @@ def test_bn_loss_by_hand():
 
 
 def small_network():
-    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Conv2d(4, 5, 3), nn.BatchNorm2d(5)).eval()
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Conv2d(4, 5, 3), nn.BatchNorm2d(5)
+    ).eval()
 
 
 def test_bn_statistics_see_the_inputs_of_bn_layers():

@@ -10,7 +10,7 @@ import torch
 import registry
 from engine.errors import UserError
 from engine.files import load_checkpoint, load_tensors, weights_digest
-from tests.conftest import ROOT, TINY, TINY_TASK
+from tests.conftest import ROOT, TINY
 
 METHODS = sorted(registry.METHODS)
 RESULT_FIELDS = {

@@ -21,7 +21,7 @@ def arguments(script):
     """The flags of a script's one python command."""
     text = (ROOT / script).read_text()
     line = re.search(r"^python datafree_kd\.py (.*?)\"\$@\"$", text, re.DOTALL | re.MULTILINE)
-    assert line, f"{script} does not end in one datafree_kd.py command with \"$@\" last"
+    assert line, f'{script} does not end in one datafree_kd.py command with "$@" last'
     return line[1].replace("\\\n", " ").strip()
 
 
@@ -35,7 +35,14 @@ def test_scripts_are_what_the_tables_say():
 
 def test_the_published_names_exist():
     for method in ("csd", "dda"):
-        for name in ("initBank_wrn402", "wrn402_wrn161", "resnet34_resnet18", "vgg11_resnet18", "wrn402_wrn401", "wrn402_wrn162"):
+        for name in (
+            "initBank_wrn402",
+            "wrn402_wrn161",
+            "resnet34_resnet18",
+            "vgg11_resnet18",
+            "wrn402_wrn401",
+            "wrn402_wrn162",
+        ):
             assert (ROOT / f"scripts/{method}/{method}_cifar10_{name}.sh").exists()
 
 
@@ -62,7 +69,11 @@ def test_a_script_runs_in_bash(teacher_file, tmp_path):
     for name, extra in (("initBank_wrn402", []), ("wrn402_wrn161", ["--init_bank", str(tmp_path / "initBank_wrn402")])):
         script = f"scripts/dda/dda_cifar10_{name}.sh"
         done = subprocess.run(
-            ["bash", script, *small, "--save_dir", str(tmp_path / name), *extra], cwd=ROOT, env=environment, capture_output=True, text=True
+            ["bash", script, *small, "--save_dir", str(tmp_path / name), *extra],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
         )
         assert done.returncode == 0, done.stderr
     assert (tmp_path / "wrn402_wrn161" / "result.json").exists()
@@ -98,7 +109,11 @@ def test_report_rewrites_a_table_in_place(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["report", str(tmp_path), "--into", str(file), "--name", "x"])
     report.main()
     text = file.read_text()
-    assert text.startswith("before\n<!-- table:x from runs -->\n| method") and text.endswith("<!-- /table:x -->\nafter\n") and "old" not in text
+    assert (
+        text.startswith("before\n<!-- table:x from runs -->\n| method")
+        and text.endswith("<!-- /table:x -->\nafter\n")
+        and "old" not in text
+    )
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no result.json"):
         report.collect([tmp_path / "empty"])
@@ -107,7 +122,11 @@ def test_report_rewrites_a_table_in_place(tmp_path, monkeypatch):
 
 
 def tables_in_readme():
-    return re.findall(r"<!-- table:(\S+) python -m engine\.report (.*?) -->\n(.*?)\n<!-- /table", (ROOT / "README.md").read_text(), re.DOTALL)
+    return re.findall(
+        r"<!-- table:(\S+) python -m engine\.report (.*?) -->\n(.*?)\n<!-- /table",
+        (ROOT / "README.md").read_text(),
+        re.DOTALL,
+    )
 
 
 @pytest.mark.parametrize("name, command_line, text", tables_in_readme(), ids=lambda v: v[:20])

@@ -50,7 +50,12 @@ def test_rooms_keep_to_themselves(path):
 
 def test_methods_are_named_in_the_registry_alone():
     names = "|".join(registry.METHODS)
-    for path in [*ROOT.glob("engine/**/*.py"), *ROOT.glob("models/*.py"), ROOT / "datafree_kd.py", ROOT / "train_scratch.py"]:
+    for path in [
+        *ROOT.glob("engine/**/*.py"),
+        *ROOT.glob("models/*.py"),
+        ROOT / "datafree_kd.py",
+        ROOT / "train_scratch.py",
+    ]:
         code = re.sub(r'"""[\s\S]*?"""|#.*', "", path.read_text())
         assert not re.search(rf"\b({names})\b", code, re.IGNORECASE), path
 
@@ -139,7 +144,9 @@ def test_seeds_are_functions_of_position():
 
 
 def test_learning_rate_is_a_function_of_the_step():
-    schedule = Schedule(epochs=4, ep_steps=20, kd_steps=10, batch_size=1, lr=0.2, momentum=0.9, weight_decay=0, warmup_epochs=1)
+    schedule = Schedule(
+        epochs=4, ep_steps=20, kd_steps=10, batch_size=1, lr=0.2, momentum=0.9, weight_decay=0, warmup_epochs=1
+    )
     assert schedule.rounds == 8 and schedule.learning_rate(0) == pytest.approx(0.01)
     assert schedule.learning_rate(19) == pytest.approx(0.2) == schedule.learning_rate(20)
     assert schedule.learning_rate(50) == pytest.approx(0.1) and schedule.learning_rate(79) < 1e-3
@@ -186,7 +193,9 @@ def test_what_the_file_system_refuses_is_one_line(code, word):
 def test_a_terminated_run_says_how_to_go_on(tmp_path):
     code = "import time\nfrom engine.errors import run_command\ndef main():\n    print('ready', flush=True)\n    time.sleep(30)\nrun_command(main)"
     for number, expected in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
-        process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
         process.stdout.readline()
         time.sleep(0.1)
         process.send_signal(number)

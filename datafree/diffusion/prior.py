@@ -171,4 +171,3 @@ def load_pipeline(
     pipeline.set_progress_bar_config(disable=True)
     pipeline.vae.enable_slicing()  # decoding is where the memory goes; a slice is one image
     return pipeline.to(device)
-
