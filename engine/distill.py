@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from engine.evaluate import check_finite, evaluate
 from engine.files import load_checkpoint, save_checkpoint
+from engine.pictures import grid
 from engine.precision import Precision
 from engine.run import Run, progress
 from engine.seeding import seed_position
@@ -152,6 +153,7 @@ def distill(
         if (round + 1) % schedule.rounds_per_epoch == 0:
             accuracy = evaluate(distillation.student, test)
             distillation.accuracies.append(accuracy["acc1"])
+            run.board.add_image("distill/images", grid(batch.images[:32]), round)
             figures |= {**accuracy, "student_steps": (round + 1) * schedule.kd_steps}
             bar.set_postfix(
                 {"acc1": f"{accuracy['acc1']:.2f}", "best": f"{max(distillation.accuracies):.2f}"}, refresh=False

@@ -16,9 +16,11 @@ def enlarge(images: Tensor) -> Tensor:
 
 
 def grid(images: Tensor, columns: int = 16, padding: int = 2) -> Tensor:
-    """Images (N, 3, H, W) uint8, N >= 1 -> one image (3, H', W') uint8 on white."""
+    """Images (N, 3, H, W) uint8, or float in [0, 1], N >= 1 -> one image (3, H', W') uint8 on white."""
     from torchvision.utils import make_grid
 
+    if images.is_floating_point():
+        images = (images * 255).round().byte()
     return make_grid(enlarge(images.cpu()), nrow=columns, padding=padding, pad_value=255)
 
 

@@ -21,11 +21,13 @@ def synthesize(run: Run, stages: Stages, bank, synthesizer, student, *, rounds: 
         check_finite(figures, f"round {round} of stage synthesize", "lower --lr_g or the loss weights, and run again")
         run.metrics("synthesize", round, figures)  # before the shard: a repeated round rewinds it
         bank.append("synthesize", round, batch.images, batch.labels)
+        if round % 10 == 0:
+            run.picture("bank", grid(batch.images[:64]), round)
         stages.update("synthesize", rounds=round + 1)
         bar.set_postfix({name.removeprefix("loss_"): f"{value:.3g}" for name, value in figures.items()}, refresh=False)
         bar.update()
     bar.close()
     columns = bank.read("synthesize", rounds)
-    run.picture("bank", grid(columns["images"][:64]))
+    run.picture("bank", grid(columns["images"][:64]), rounds)
     stages.update("synthesize", done=True, images=len(columns["labels"]))
     run.log(f"synthesize: {len(columns['labels'])} images in {bank.path} ({stages.seconds()['synthesize']:.0f} s)")

@@ -3,7 +3,6 @@
 import os
 from pathlib import Path
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 import pytest
@@ -18,6 +17,15 @@ TINY = {
     "--fit_rounds 2 --fit_steps 2 --fit_batch_size 4 --num_inference_steps 4 --variants 2 --omega -1",
 }
 TINY_TASK = "--dataset digits --teacher resnet8 --student resnet8 --epochs 2 --kd_steps 3 --batch_size 8 --gpu -1"
+
+
+@pytest.fixture(autouse=True)
+def no_hub(monkeypatch):
+    """No hub, also where huggingface_hub was imported before, which reads the variable once."""
+    import huggingface_hub.constants
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
 
 
 @pytest.fixture(scope="session")

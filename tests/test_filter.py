@@ -11,15 +11,6 @@ from engine.errors import UserError
 from tests import tiny_pipelines
 
 
-@pytest.fixture(autouse=True)
-def no_hub(monkeypatch):
-    """Also where huggingface_hub was imported before, which reads the variable once."""
-    import huggingface_hub.constants
-
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-
-
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("embeddings")
