@@ -28,7 +28,7 @@ from engine.data import dataset_info
 from engine.errors import run_command
 from engine.networks import build_classifier
 from engine.precision import AMP, Precision, choose_device
-from engine.report import markdown
+from engine.report import markdown, replace_table
 from engine.run import machine, peak_memory
 from models.classifier import frozen
 
@@ -193,6 +193,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="measurements in turn; the median counts [3]")
     parser.add_argument("--amp", default="no", choices=AMP, help="of our loop; the plain one is fp32 [no]")
     parser.add_argument("--gpu", type=int, default=None, help="index, -1 for the CPU; default: GPU 0 if there is one")
+    parser.add_argument("--into", type=Path, help="rewrite the table 'benchmark' in this file as well")
     args = parser.parse_args()
     device = choose_device(args.gpu)
     info = dataset_info(args.dataset)
@@ -237,10 +238,11 @@ def main() -> None:
             }
         )
     memory = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in peak_memory().items())
-    print(
-        f"{args.teacher} -> {args.student}, {info.image_size} px, batch {args.batch_size}, amp {args.amp}, {machine()}; {memory}\n"
-    )
-    print(markdown(rows))
+    setting = f"{args.teacher} -> {args.student}, {info.image_size} px, batch {args.batch_size}, amp {args.amp}"
+    table = f"{setting}; {machine()}, {memory}\n\n{markdown(rows)}"
+    print(table)
+    if args.into:
+        replace_table(args.into, "benchmark", table)
 
 
 if __name__ == "__main__":
