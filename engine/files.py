@@ -1,6 +1,7 @@
 """Files that are either whole or absent: atomic writes, and reads that never unpickle code."""
 
 import hashlib
+import io
 import json
 import os
 import tempfile
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from engine.errors import UserError
@@ -69,8 +70,10 @@ def read_json(path: Path) -> Any:
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Writes a flat dict of tensors as one safetensors file, atomically."""
+    # Bytes first: the library's own file writer hides from us why a write failed.
+    data = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata=metadata)
     with atomic_path(path) as temporary:
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary, metadata=metadata)
+        temporary.write_bytes(data)
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
@@ -90,8 +93,10 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """``torch.save`` that leaves the old file or the whole new one."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
     with atomic_path(path) as temporary:
-        torch.save(state, temporary)
+        temporary.write_bytes(buffer.getbuffer())
 
 
 def load_checkpoint(path: Path, what: str = "checkpoint") -> Any:
