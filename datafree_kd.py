@@ -40,9 +40,9 @@ def main() -> None:
     name, method_class, groups = parse(sys.argv[1:])
     task_flags, run_flags, distill_flags, config = groups
     # Imported after parsing, so that --help and a misspelt flag answer at once.
+    from datafree import filter
     from datafree.bank import ImageBank, Manifest, TransferSet
     from datafree.base import Task
-    from datafree.filter import cosines, keep_mask
     from engine.augmentation import crop_flip
     from engine.data import dataset_info, forbid_train_split
     from engine.files import weights_digest
@@ -83,7 +83,7 @@ def main() -> None:
     stages = Stages(run.path / "stages.json", {stage: inputs | stage_flags(stage, *groups) for stage in order})
     pipeline = Pipeline(
         run, stages, method, info, manifest, distill_flags.schedule(), flags,
-        open_bank=ImageBank, transfer_set=TransferSet, cosines=cosines, keep_mask=keep_mask,
+        open_bank=ImageBank, transfer_set=TransferSet, filter=filter,
     )  # fmt: skip
     try:
         pipeline.execute(selected, redo=run_flags.redo)

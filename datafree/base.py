@@ -99,7 +99,7 @@ class Method:
     def embedding(self) -> Callable[[Tensor], Tensor]:
         """For the filter of stage augment: images (B, 3, H, W) in [0, 1] to embeddings (B, D).
 
-        Beside it stand ``embedding_name``, for the file of the cosines, and ``omega``, the least cosine that stays.
+        Beside it stands ``embedding_name``, for the file of the cosines; ``config.omega`` is the least cosine that stays.
         """
         raise NotImplementedError
 

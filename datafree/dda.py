@@ -11,7 +11,7 @@ Which diffusion model, ``--prior``:
     image_to_image   any Stable Diffusion, SDXL or Turbo checkpoint, from the noised image and a class-name prompt.
 
 Deviations: the published code ships no diffusion step and no filter. Omega, the embedding and V are not known: the paper's
-figure keeps .83 and .76 and drops .45. All three are flags; the README says how the defaults were found.
+figure keeps .83 and .76 and drops .45. All three are flags; omega's default is measured on the bank (``datafree.filter``).
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from datafree.base import Task
 from datafree.csd import CSD, CSDConfig
 from datafree.diffusion.prior import Augmenter, denoising_steps, prior_name
-from datafree.filter import DEFAULT_MODELS, DEFAULT_OMEGA, build_embedding
+from datafree.filter import DEFAULT_MODELS, EMBEDDINGS, build_embedding
 from engine.errors import UserError
 from engine.flags import flag
 
@@ -70,7 +70,7 @@ class DDAConfig(CSDConfig):
     )
     variants: int = flag(1, "V, variants of each bank image", stages=AUGMENT)
     strength: float = flag(
-        0.6,
+        0.3,
         "share of the way back to pure noise from which a variant is drawn, (0, 1]; image_variation always draws from pure noise",
         stages=AUGMENT,
     )
@@ -89,11 +89,11 @@ class DDAConfig(CSDConfig):
     fit_steps: int = flag(400, "pixel: training steps a round", stages=AUGMENT)
     fit_batch_size: int = flag(16, "pixel: images a training step", stages=AUGMENT)
     fit_lr: float = flag(2e-3, "pixel: AdamW learning rate", stages=AUGMENT)
-    embedding: str = flag("teacher", "where variant and source are compared", choices=tuple(DEFAULT_OMEGA), stages=FILTER)
+    embedding: str = flag("teacher", "where variant and source are compared", choices=EMBEDDINGS, stages=FILTER)
     embedding_model: str | None = flag(None, "hub id or local directory of clip or dinov2", stages=FILTER)
     omega: float | None = flag(
         None,
-        f"least cosine of a kept variant, -1 keeps all; unset: {', '.join(f'{k} {v}' for k, v in DEFAULT_OMEGA.items())}",
+        "least cosine of a kept variant, -1 keeps all; unset: above 99 % of the cosines between bank images of two classes",
         stages=FILTER,
     )
 
@@ -119,7 +119,6 @@ class DDA(CSD):
             raise UserError(f"--diffusion_model {config.diffusion_model} needs --prior image_variation or image_to_image")
         if config.prior != "image_variation":
             denoising_steps(config.strength, self.steps)
-        self.omega = DEFAULT_OMEGA[config.embedding] if config.omega is None else config.omega
         self.embedding_model = config.embedding_model or DEFAULT_MODELS.get(config.embedding)
         short = prior_name(self.embedding_model).split("/")[-1] if self.embedding_model else ""
         self.embedding_name = "-".join(filter(None, (config.embedding, short)))

@@ -93,32 +93,34 @@ def augment(
 
 
 def filter_variants(
-    run: Run, folder: Path, sources, variants, *, omega: float, embedding: str, cosines, keep_mask
-) -> Tensor:
-    """The keep mask (N * V,) of the variants, logged, drawn, and stored with the cosines.
+    run: Run, folder: Path, sources, variants, *, omega: float | None, name: str, score, keep_mask
+) -> tuple[Tensor, float]:
+    """The keep mask (N * V,) of the variants and the omega behind it; logged, drawn, and stored with the cosines.
 
-    Cosines are computed once an embedding, so omega can change without generating or embedding again.
+    Cosines are computed once an embedding, in this run or in the one that made the variants, so that omega can change
+    without generating or embedding again.
 
     Args:
-        folder: of the variants; the file is ``cosine_<embedding>.safetensors``.
+        folder: of the variants.
         sources: images (N, 3, H, W), labels; variants: images (N * V, 3, H, W), labels, source_index.
-        cosines: (show) -> (N * V,), called when none are stored; it calls show(images) as it goes.
+        omega: None takes the calibrated one.
+        name: of the embedding; the file is ``filter_<name>.safetensors``.
+        score: (show) -> cosines (N * V,), calibrated omega; called when none are stored, calls show(images) as it goes.
         keep_mask: (cosines, omega) -> bool (N * V,).
     """
-    file = folder / f"cosine_{embedding}.safetensors"
-    if file.exists():
-        cosine = load_tensors(file)["cosine"]
-    else:
+    file = run.path / f"filter_{name}.safetensors"
+    stored = next((load_tensors(f) for f in (file, folder.parent / file.name) if f.exists()), None)
+    if stored is None or len(stored["cosine"]) != len(variants["labels"]):
         with progress(len(sources["labels"]) + len(variants["labels"]), "embed", "img", delay=3) as bar:
-            cosine = cosines(bar.update).cpu()
-    keep = keep_mask(cosine, omega).cpu()
-    try:
-        save_tensors(file, {"cosine": cosine, "keep": keep}, {"omega": repr(omega)})
-    except PermissionError:
-        pass  # variants of another run, kept where this one may not write
+            cosine, calibrated = score(bar.update)
+    else:
+        cosine, calibrated = stored["cosine"], stored["calibrated_omega"].item()
+    omega = calibrated if omega is None else omega
+    keep = keep_mask(cosine, omega)
+    save_tensors(file, {"cosine": cosine, "keep": keep, "calibrated_omega": torch.tensor([calibrated])}, {"omega": repr(omega)})
     low, middle, high = torch.quantile(cosine[:1_000_000].float(), torch.tensor([0.1, 0.5, 0.9])).tolist()
     run.log(
-        f"filter: {int(keep.sum())} of {len(keep)} variants kept at omega {omega:g} ({embedding} embedding; "
+        f"filter: {int(keep.sum())} of {len(keep)} variants kept at omega {omega:.3f} ({name} embedding; "
         f"cosine 10/50/90 %: {low:.3f} {middle:.3f} {high:.3f})"
     )
     run.board.add_histogram("filter/cosine", cosine)
@@ -128,4 +130,4 @@ def filter_variants(
     of_shown = torch.arange(min(4, len(keep) // total))[:, None] * total + shown
     picture = variants_grid(sources["images"][shown], variants["images"][of_shown], cosine[of_shown], keep[of_shown])
     run.picture("variants", picture)
-    return keep
+    return keep, round(omega, 4)

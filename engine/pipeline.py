@@ -21,7 +21,7 @@ from engine.stages import Stages
 
 OUTPUTS = {
     "synthesize": ("bank",),
-    "augment": ("variants", "prior.pth"),
+    "augment": ("variants", "prior.pth", "filter_*.safetensors"),
     "distill": ("bank/distill-*", "distill.pth", "student.pth", "result.json"),
 }
 
@@ -37,7 +37,7 @@ class Pipeline:
         flags: every flag of the command by name.
         open_bank: (path, manifest, create) -> image bank.
         transfer_set: (capacity, image_size, device) -> the images that the student learns from.
-        cosines, keep_mask: of ``datafree.filter``.
+        filter: ``datafree.filter``.
     """
 
     run: Run
@@ -49,10 +49,10 @@ class Pipeline:
     flags: dict[str, Any]
     open_bank: Callable
     transfer_set: Callable
-    cosines: Callable
-    keep_mask: Callable
+    filter: Any
     provenance: dict[str, tuple[str, float | None]] = dataclasses.field(default_factory=dict)
     filtered: tuple[dict[str, Tensor], Tensor] | None = None
+    omega: float | None = None
 
     def execute(self, selected: list[str], redo: str | None) -> None:
         """Runs the selected stages that are not done."""
@@ -92,8 +92,8 @@ class Pipeline:
         )  # fmt: skip
         self.kept(sources)  # cosines, mask and picture now; distill takes them up
 
-    def transfer(self) -> tuple[Any, Any, dict[str, int]]:
-        """This run's bank, the images that are there before the first round, and the counts for result.json."""
+    def transfer(self) -> tuple[Any, Any, dict[str, Any]]:
+        """This run's bank, the images that are there before the first round, and figures for result.json."""
         if "synthesize" not in self.method.stages:
             return None, None, {}
         sources = self.sources()
@@ -103,7 +103,7 @@ class Pipeline:
         if "augment" in self.method.stages:
             variants, keep = self.kept(sources)
             parts.append((variants["images"][keep], variants["labels"][keep]))
-            counts |= {"variants": len(keep), "variants_kept": int(keep.sum())}
+            counts |= {"variants": len(keep), "variants_kept": int(keep.sum()), "omega": self.omega}
         capacity = counts["bank_images"] + counts.get("variants_kept", 0)
         transfer = self.transfer_set(capacity, self.info.image_size, self.device)
         for images, labels in parts:
@@ -164,12 +164,15 @@ class Pipeline:
         index = variants["source_index"]
         if int(index.max()) >= len(sources["labels"]) or not torch.equal(sources["labels"][index], variants["labels"]):
             raise UserError(f"{store.path} holds variants of another image bank; give theirs with --init_bank")
-        keep = augment.filter_variants(
-            self.run, store.path, sources, variants, omega=self.method.omega, embedding=self.method.embedding_name,
-            cosines=lambda show: self.cosines(
-                self.method.embedding(), sources["images"], variants["images"], index, progress=show
-            ),
-            keep_mask=self.keep_mask,
+
+        def score(show: Callable[[int], None]) -> tuple[Tensor, float]:
+            embedding = self.method.embedding()
+            cosine = self.filter.cosines(embedding, sources["images"], variants["images"], index, progress=show)
+            return cosine, self.filter.calibrated_omega(embedding, sources["images"], sources["labels"])
+
+        keep, self.omega = augment.filter_variants(
+            self.run, store.path, sources, variants, omega=self.config.omega, name=self.method.embedding_name,
+            score=score, keep_mask=self.filter.keep_mask,
         )  # fmt: skip
         self.filtered = variants, keep
         return self.filtered

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from datafree.filter import DEFAULT_MODELS, DEFAULT_OMEGA, build_embedding, cosines, keep_mask
+from datafree.filter import DEFAULT_MODELS, EMBEDDINGS, build_embedding, calibrated_omega, cosines, keep_mask
 from engine.errors import UserError
 from tests import tiny_pipelines
 
@@ -49,6 +49,20 @@ def test_every_source_is_embedded_once():
     assert torch.allclose(found, torch.ones(15)) and found.max() <= 1
     assert seen == reported == [4, 1, 4, 4, 4, 3]
     assert cosines(embedding, sources[:0], sources[:0], index[:0]).shape == (0,)
+
+
+def test_the_default_omega_is_a_quantile_over_other_classes():
+    angles = torch.arange(100) / 100
+    images = torch.zeros(100, 3, 1, 1)
+    images[:, 0, 0, 0], images[:, 1, 0, 0] = angles.cos(), angles.sin()
+    labels = (torch.arange(100) >= 50).long()
+    unit = images.flatten(1)
+    pairs = [float(unit[a] @ unit[b]) for a in range(100) for b in range(100) if labels[a] != labels[b]]
+    expected = torch.quantile(torch.tensor(pairs), 0.99).item()
+    exact = (images * 255).round()
+    assert calibrated_omega(flat, exact.byte(), labels) == pytest.approx(expected, abs=2e-3)
+    assert calibrated_omega(flat, exact.byte(), torch.zeros(100, dtype=torch.long)) == -1
+    assert calibrated_omega(flat, exact.byte(), labels, most=10) == pytest.approx(expected, abs=0.05)
 
 
 def test_keep_mask():
@@ -116,4 +130,4 @@ def test_models_that_cannot_be_had(folders, tmp_path):
         build_embedding("dinov2", folders["clip"])
     with pytest.raises(UserError, match="is no whole model"):
         build_embedding("dinov2", str(tmp_path))
-    assert set(DEFAULT_MODELS) | {"teacher"} == set(DEFAULT_OMEGA)
+    assert set(DEFAULT_MODELS) | {"teacher"} == set(EMBEDDINGS)

@@ -141,12 +141,14 @@ def test_a_changed_flag_is_named_and_redo_helps(distill, tmp_path):
 def test_omega_can_change_without_generating_again(distill, tmp_path):
     distill("dda", tmp_path / "a")
     variants = tmp_path / "a" / "variants"
-    cosine = load_tensors(variants / "cosine_teacher.safetensors")["cosine"]
+    cosine = load_tensors(tmp_path / "a" / "filter_teacher.safetensors")["cosine"]
     made = {f: f.stat().st_mtime_ns for f in variants.glob("augment-*")}
     omega = float(cosine.median())
     distill("dda", tmp_path / "b", f"--omega {omega} --init_bank {tmp_path / 'a'} --init_variants {tmp_path / 'a'}")
     result = json.loads((tmp_path / "b" / "result.json").read_text())
-    assert 0 < result["variants_kept"] < result["variants"] == 24
+    assert 0 < result["variants_kept"] < result["variants"] == 24 and result["omega"] == pytest.approx(omega, abs=1e-3)
+    assert not load_tensors(tmp_path / "b" / "filter_teacher.safetensors")["keep"].all()
+    assert load_tensors(tmp_path / "a" / "filter_teacher.safetensors")["keep"].all(), "another run's mask is its own"
     assert result["seconds"]["augment"] > 0 and not (tmp_path / "b" / "variants").exists()
     assert {f: f.stat().st_mtime_ns for f in variants.glob("augment-*")} == made
     with pytest.raises(UserError, match="keeps none"):
@@ -184,7 +186,7 @@ def test_pretrained_priors_make_the_variants(prior, distill, tmp_path):
     )  # fmt: skip
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["external_prior"] == "tiny-clip + tiny-diffusion" and result["variants"] == 12
-    assert (tmp_path / "run" / "variants" / "cosine_clip-tiny-clip.safetensors").exists()
+    assert (tmp_path / "run" / "filter_clip-tiny-clip.safetensors").exists()
 
 
 def test_a_hub_that_cannot_be_reached_is_one_line(distill, tmp_path):
