@@ -13,7 +13,7 @@ from pathlib import Path
 
 from engine.errors import UserError, run_command
 from engine.flags import Parser, add_flags, from_args, stage_flags
-from engine.settings import DistillFlags, RunFlags, TaskFlags
+from engine.settings import DistillFlags, RunFlags, TaskFlags, for_seed
 from registry import METHODS, lookup, resolve
 
 
@@ -38,15 +38,30 @@ def parse(argv: list[str]):
 
 def main() -> None:
     name, method_class, groups = parse(sys.argv[1:])
+    run_flags = groups[1]
+    seeds = run_flags.seeds or (run_flags.seed,)
+    folders = []
+    for seed in seeds:
+        if len(seeds) > 1:
+            print(f"== seed {seed}")
+        folders.append(run(name, method_class, for_seed(seed, bool(run_flags.seeds), groups)))
+    if len(seeds) > 1:
+        from engine.report import table
+
+        print(table([folder for folder in folders if (folder / "result.json").exists()]))
+
+
+def run(name: str, method_class: type, groups: list) -> Path:
+    """One run with one seed; returns its folder."""
     task_flags, run_flags, distill_flags, config = groups
     # Imported after parsing, so that --help and a misspelt flag answer at once.
     from datafree import filter
     from datafree.bank import ImageBank, Manifest, TransferSet
     from datafree.base import Task
     from engine.augmentation import crop_flip
-    from engine.data import dataset_info, forbid_train_split
+    from engine.data import allow_train_split, dataset_info, forbid_train_split, load_split
     from engine.files import weights_digest
-    from engine.networks import build_classifier, load_teacher, short_name
+    from engine.networks import build_classifier, load_teacher, require_batch_norm, short_name
     from engine.pipeline import Pipeline
     from engine.precision import Precision, choose_device
     from engine.run import Run
@@ -59,18 +74,34 @@ def main() -> None:
     info = dataset_info(task_flags.dataset, task_flags.data_root, image_size=task_flags.image_size, domain=task_flags.domain)
     normalization = task_flags.teacher_mean, task_flags.teacher_std
     teacher = load_teacher(task_flags.teacher, info, device, task_flags.teacher_ckpt, *normalization)
+    require_batch_norm(teacher, config)
     seed_position(run_flags.seed, "student")
     student = build_classifier(task_flags.student, info, device)
 
     def random_view(images):
         return crop_flip(images, info.crop_padding, info.flip)
 
-    task = Task(info.num_classes, info.image_size, device, random_view, precision, info.class_names, info.flip)
+    def training_split():
+        print(f"{name} opens the training images of {info.name}: a control, not a data-free method")
+        with allow_train_split():
+            return load_split(info, "train", device)
+
+    task = Task(
+        info.num_classes, info.image_size, device, random_view, precision, info.class_names, info.flip,
+        training_split if method_class.reads_train_split else None,
+    )  # fmt: skip
     method = method_class(config, teacher, student, task)
 
     weights = weights_digest(teacher.network.state_dict())
     manifest = Manifest(info.name, info.num_classes, info.image_size, short_name(task_flags.teacher), weights, name)
-    replaced = {"synthesize": run_flags.init_bank, "augment": run_flags.init_variants}
+    replaced = {
+        "synthesize": run_flags.init_bank,
+        "generate": run_flags.init_bank,
+        "augment": run_flags.init_variants,
+    }
+    for flag, stages in (("init_bank", ("synthesize", "generate")), ("init_variants", ("augment",))):
+        if getattr(run_flags, flag) and not set(stages) & set(method.stages):
+            raise UserError(f"--{flag}: {name} has no stage {' or '.join(stages)} that it could take the place of")
     order = [stage for stage in method.stages if not replaced.get(stage)]
     selected = list(run_flags.stages or order)
     if wrong := [stage for stage in selected if stage not in order]:
@@ -78,17 +109,18 @@ def main() -> None:
 
     pair = f"{info.name}_{short_name(task_flags.teacher)}_{short_name(task_flags.student)}"
     flags = {"method": name} | {k: v for group in groups for k, v in dataclasses.asdict(group).items()}
-    run = Run(run_flags.save_dir or Path("checkpoints", name, f"{pair}_seed{run_flags.seed}"), flags)
+    run_folder = Run(run_flags.save_dir or Path("checkpoints", name, f"{pair}_seed{run_flags.seed}"), flags)
     inputs = {"method": name, "teacher_ckpt": f"(weights {weights})"}
-    stages = Stages(run.path / "stages.json", {stage: inputs | stage_flags(stage, *groups) for stage in order})
+    stages = Stages(run_folder.path / "stages.json", {stage: inputs | stage_flags(stage, *groups) for stage in order})
     pipeline = Pipeline(
-        run, stages, method, info, manifest, distill_flags.schedule(), flags,
+        run_folder, stages, method, info, manifest, distill_flags.schedule(), flags,
         open_bank=ImageBank, transfer_set=TransferSet, filter=filter,
     )  # fmt: skip
     try:
         pipeline.execute(selected, redo=run_flags.redo)
     finally:
-        run.close()
+        run_folder.close()
+    return run_folder.path
 
 
 if __name__ == "__main__":

@@ -5,9 +5,21 @@ Synthesizer   makes images from the teacher (and the student), one round a call
 Objective     nn.Module: (teacher_out, student_out, labels) -> {"loss": ..., every named term}
 Augmenter     optional: varies bank images (``datafree.diffusion.prior``)
 Method        says which stages there are and builds the pieces
+
+How to add one, "mine":
+
+1. ``datafree/mine.py``: the module docstring names the paper, what is implemented, and the deviations. Does the student
+   learn from images that are kept (a bank: the default) or from a generator's newest ones (``streams = True``)? With a
+   bank, ``synthesize`` returns the round's images and the rest is done. A streaming synthesizer trains its generator in
+   ``synthesize`` and hands images to the student in ``batches``. Shared pieces: ``losses``, ``bn_statistics``,
+   ``generators``; the student's loss is mostly ``losses.KLDistillation``.
+2. ``registry.py``: ``"mine": "datafree.mine:Mine"``, and its published accuracies in PUBLISHED if there are any.
+3. ``scripts/make_scripts.py``: a line with the paper, and flags that differ between datasets; run it.
+4. ``tests/conftest.py``: flags that shrink a run of it to a second. The tests then run it, kill it, resume it and compare.
+   What they cannot know is whether its losses are the paper's: test those against a closed form in ``tests/``.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -17,7 +29,10 @@ from torch import Tensor, nn
 
 @dataclass
 class ImageBatch:
-    """images (B, 3, H, W) float32 in [0, 1]; labels (B,) int64; scalars are named figures to log, () tensors."""
+    """images (B, 3, H, W) float32 in [0, 1]; labels (B,) int64; scalars are named figures to log, () tensors.
+
+    Where no label was asked for (images that stream past) labels are -1.
+    """
 
     images: Tensor
     labels: Tensor
@@ -30,6 +45,7 @@ class Task:
 
     ``augment`` maps images (B, 3, H, W) to randomly cropped and flipped ones, one draw an image, differentiably.
     ``precision`` has ``autocast()``, the context in which networks run, and ``minimize(loss, optimizer)``.
+    ``training_split`` opens the real training images (``engine.data.Split``) for a method that has ``reads_train_split``.
     """
 
     num_classes: int
@@ -39,20 +55,34 @@ class Task:
     precision: Any
     class_names: tuple[str, ...] | None = None
     flip: bool = False
+    training_split: Callable[[], Any] | None = None
 
 
 class Synthesizer:
     """Makes the images of one round. It computes: no files, no loaders, no device choice."""
 
+    images_total: int | None = None  # of one that streams: how many different images there are; None: each is new
+
     def synthesize(self, student: nn.Module) -> ImageBatch:
-        """One round of synthesis against the teacher and, where the method competes, the student in eval mode."""
+        """One round of synthesis against the teacher and, where the method competes, the student.
+
+        The student is in eval mode and its weights take no gradients; a gradient through it to the images is fine. Where the
+        method streams, the images returned are only looked at.
+        """
+        raise NotImplementedError
+
+    def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Of a method that streams: endless images (B, 3, H, W) in [0, 1] and labels (B,) for the student's steps."""
         raise NotImplementedError
 
     def after_step(self, student: nn.Module, images: Tensor, labels: Tensor) -> None:
         """Called after every student step with the images it saw. Default: nothing."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Whatever the next round depends on; tensors and plain values only. Default: nothing."""
+        """Whatever the next round depends on; tensors and plain values only. Default: nothing.
+
+        What the synthesizer of stage synthesize leaves here is where that of stage distill goes on.
+        """
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -64,25 +94,34 @@ class Method:
 
     Class attributes:
         Config: the frozen dataclass of flags.
-        stages: in order; of "synthesize", "augment", "distill".
+        stages: in order; of "synthesize" or "generate" (the initial bank), "augment", "distill".
+        streams: the student learns from the newest images and none is kept.
+        reads_train_split: only for the control that distils on real data.
         defaults: common flags whose default this method changes, as {"epochs": 200}.
         external_priors: {stage: id of a pretrained model besides the teacher that it uses}; an instance may set its own.
 
-    Fields of Config that the stages read: ``init_rounds`` (synthesize), ``synthesis_batch_size`` (distill, with a bank),
-    ``variants``, ``diffusion_batch_size`` (augment).
+    Fields of Config that the stages read: ``init_rounds`` (synthesize), ``variants``, ``diffusion_batch_size`` (augment).
+    A Config with the field ``bn`` needs a teacher with BatchNorm layers wherever that weight is not 0.
     """
 
     Config: ClassVar[type]
     stages: ClassVar[tuple[str, ...]] = ("synthesize", "distill")
+    streams: ClassVar[bool] = False
+    reads_train_split: ClassVar[bool] = False
     defaults: ClassVar[dict[str, Any]] = {}
     external_priors: dict[str, str] = {}
 
     def __init__(self, config: Any, teacher: nn.Module, student: nn.Module, task: Task):
         self.config, self.teacher, self.student, self.task = config, teacher, student, task
 
+    @property
+    def images_per_round(self) -> int:
+        """Images that a round of stage distill adds to the bank; 0: there is nothing to synthesize then."""
+        return self.config.synthesis_batch_size
+
     def initial_synthesizer(self) -> Synthesizer:
-        """For stage synthesize: makes the image bank that distillation starts from, without a student."""
-        raise NotImplementedError
+        """For stage synthesize: makes the image bank that distillation starts from; its student knows nothing yet."""
+        return self.synthesizer()
 
     def synthesizer(self) -> Synthesizer:
         """For the rounds of stage distill."""

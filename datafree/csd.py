@@ -137,12 +137,12 @@ class CSDSynthesizer(Synthesizer):
 
     def state_dict(self) -> dict:
         """The rotation head, which the next round's images are made against."""
-        return {"steps": self.steps, "head": self.head.state_dict() if self.csd else {}}
+        return {"steps": self.steps, "head": self.head.state_dict()} if self.csd else {}
 
     def load_state_dict(self, state: dict) -> None:
         """Undoes ``state_dict``."""
-        self.steps = state["steps"]
         if self.csd:
+            self.steps = state["steps"]
             self.head.load_state_dict(state["head"])
 
 

@@ -2,7 +2,7 @@
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
@@ -39,3 +39,40 @@ def rotation_labels(labels: Tensor) -> Tensor:
     """Joint class-and-turn labels ``4y + k`` of ``rotations``: (B,) -> (4B,) (CSD, arXiv 2307.04542)."""
     turns = torch.arange(4, device=labels.device)
     return (4 * labels[None, :] + turns[:, None]).reshape(-1)
+
+
+def adversarial_loss(
+    student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0, *, agreeing_only: bool = False
+) -> Tensor:
+    """``-T^2 * KL(teacher || student)``, batch mean: low where the student is wrong about the image (ZSKT, arXiv 1905.09768).
+
+    Args:
+        student_logits, teacher_logits: (B, C).
+        agreeing_only: count only samples on which both name the same class (CMI, arXiv 2105.08584, and later methods), so
+            that images are hard without leaving the teacher's classes. The mean is still over all B.
+    """
+    student = F.log_softmax(student_logits.float() / temperature, dim=1)
+    teacher = F.log_softmax(teacher_logits.float() / temperature, dim=1)
+    divergence = F.kl_div(student, teacher, reduction="none", log_target=True).sum(1)
+    if agreeing_only:
+        divergence = divergence * (student_logits.argmax(1) == teacher_logits.argmax(1))
+    return -divergence.mean() * temperature**2
+
+
+def balance_loss(teacher_logits: Tensor) -> Tensor:
+    """``sum p log p`` of the batch's mean class probabilities p: least, -log C, where all classes are as frequent (DAFL)."""
+    mean = F.softmax(teacher_logits.float(), dim=1).mean(0)
+    return torch.xlogy(mean, mean).sum()
+
+
+class KLDistillation(nn.Module):
+    """The objective of most methods: ``kd_loss`` at temperature T and nothing else; labels play no part."""
+
+    def __init__(self, temperature: float):
+        super().__init__()
+        self.temperature = temperature
+
+    def forward(self, teacher_out, student_out, labels: Tensor) -> dict[str, Tensor]:
+        """Outputs with logits (B, C) -> {"loss", "kd"}, the same scalar."""
+        loss = kd_loss(student_out.logits, teacher_out.logits, self.temperature)
+        return {"loss": loss, "kd": loss}

@@ -1,4 +1,8 @@
-"""Stage distill: rounds of [synthesize; kd_steps student steps]. It never asks which method it serves."""
+"""Stage distill: rounds of [synthesize; kd_steps student steps]. It never asks which method it serves.
+
+A round may be as short as one generator step and five student steps, so whatever costs time apart from them (reading a
+loss back, a line of metrics, a checkpoint, the test accuracy) comes once an epoch.
+"""
 
 import math
 from collections.abc import Iterator
@@ -12,10 +16,12 @@ from engine.evaluate import check_finite, evaluate
 from engine.files import load_checkpoint, save_checkpoint
 from engine.pictures import grid
 from engine.precision import Precision
-from engine.run import Run, progress
+from engine.run import Run, Stopwatch, progress
 from engine.seeding import seed_position
 from engine.stages import Stages
-from models.classifier import eval_mode
+from models.classifier import weights_fixed
+
+ADVICE = "lower --lr, --lr_g or the loss weights, and run again"
 
 
 @dataclass(frozen=True)
@@ -55,19 +61,33 @@ class Distillation:
         teacher, student: ``models.classifier.Classifier``, the teacher frozen.
         objective: (teacher_out, student_out, labels) -> named losses; its own parameters are trained too.
         synthesizer: see ``datafree.base.Synthesizer``.
+        images_per_round: that it adds to the bank; 0 and with a bank: it is never called.
     """
 
     def __init__(
-        self, teacher, student: nn.Module, objective: nn.Module, synthesizer, schedule: Schedule, precision: Precision
+        self,
+        teacher,
+        student: nn.Module,
+        objective: nn.Module,
+        synthesizer,
+        schedule: Schedule,
+        precision: Precision,
+        images_per_round: int = 0,
     ):
         self.teacher, self.student, self.objective, self.synthesizer = teacher, student, objective, synthesizer
-        self.schedule, self.precision = schedule, precision
+        self.schedule, self.precision, self.images_per_round = schedule, precision, images_per_round
         self.parameters = [*student.parameters(), *objective.parameters()]
         fused = {"fused": True} if precision.device.type in ("cuda", "cpu") else {}
         self.optimizer = torch.optim.SGD(
             self.parameters, lr=schedule.lr, momentum=schedule.momentum, weight_decay=schedule.weight_decay, **fused
         )
         self.accuracies: list[float] = []
+        self.synthesis_clock = Stopwatch(precision.device)
+
+    def synthesize(self):
+        """One round of synthesis, its seconds counted apart."""
+        with self.synthesis_clock, weights_fixed(self.student):
+            return self.synthesizer.synthesize(self.student)
 
     def student_steps(self, batches: Iterator[tuple[Tensor, Tensor]], round: int, bar) -> dict[str, Tensor]:
         """``kd_steps`` student steps; returns the mean of every named loss, on the device."""
@@ -97,6 +117,7 @@ class Distillation:
             "synthesizer": self.synthesizer.state_dict(),
             "precision": self.precision.state_dict(),
             "accuracies": self.accuracies,
+            "synthesis_seconds": self.synthesis_clock.read(),
         }
 
     def load_state_dict(self, state: dict) -> int:
@@ -107,13 +128,14 @@ class Distillation:
         self.synthesizer.load_state_dict(state["synthesizer"])
         self.precision.load_state_dict(state["precision"])
         self.accuracies = state["accuracies"]
+        self.synthesis_clock.seconds = state["synthesis_seconds"]
         return state["round"]
 
 
 def distill(
     run: Run, stages: Stages, distillation: Distillation, bank, transfer, augment_batch, test, *, seed: int
 ) -> dict[str, float]:
-    """Runs every round that is left; one checkpoint a round, one accuracy an epoch.
+    """Runs every epoch that is left; one checkpoint and one accuracy an epoch.
 
     Args:
         bank: where the images of each round are kept, or None for a method that only streams.
@@ -121,48 +143,63 @@ def distill(
         augment_batch: random crop and flip of the student's batches.
         test: the test split, only to report.
     Returns:
-        acc1_last, acc1_best, acc1_mean (over epochs) in %, student_steps.
+        acc1_last, acc1_best, acc1_mean (over epochs) in %, student_steps, synthesis_seconds (within this stage).
     """
     schedule, file = distillation.schedule, run.path / "distill.pth"
     stages.begin("distill")
     start = distillation.load_state_dict(load_checkpoint(file, "run checkpoint")) if file.exists() else 0
     run.rewind("distill", start)
-    if bank is not None:
+    if bank is not None and distillation.images_per_round:
         made = bank.read("distill", start)
         transfer.add(made["images"], made["labels"])
     if start:
         run.log(f"distill: going on after round {start} of {schedule.rounds}")
     bar = progress(schedule.rounds * schedule.kd_steps, "distill", "step", start * schedule.kd_steps)
-    for round in range(start, schedule.rounds):
-        seed_position(seed, "distill", round)
-        with eval_mode(distillation.student):
-            batch = distillation.synthesizer.synthesize(distillation.student)
-        figures = {name: float(value) for name, value in batch.scalars.items()}
-        check_finite(
-            figures, f"round {round} of stage distill (synthesis)", "lower --lr_g or the loss weights, and run again"
-        )
-        if bank is not None:
-            bank.append("distill", round, batch.images, batch.labels)
-            transfer.add(batch.images, batch.labels)
-            batches = transfer.batches(schedule.batch_size, augment_batch)
-        else:
-            batches = distillation.synthesizer.batches()
-        losses = distillation.student_steps(batches, round, bar)
-        figures |= {name: float(value) for name, value in losses.items()}
-        check_finite(figures, f"round {round} of stage distill", "lower --lr or the loss weights, and run again")
-        if (round + 1) % schedule.rounds_per_epoch == 0:
-            accuracy = evaluate(distillation.student, test)
-            distillation.accuracies.append(accuracy["acc1"])
-            run.board.add_image("distill/images", grid(batch.images[:32]), round)
-            figures |= {**accuracy, "student_steps": (round + 1) * schedule.kd_steps}
-            bar.set_postfix(
-                {"acc1": f"{accuracy['acc1']:.2f}", "best": f"{max(distillation.accuracies):.2f}"}, refresh=False
-            )
-        run.metrics("distill", round, figures)  # before the checkpoint: a repeated round rewinds it
-        save_checkpoint(file, distillation.state_dict(round + 1))
-        stages.update("distill", rounds=round + 1)
+    for epoch in range(start // schedule.rounds_per_epoch, schedule.epochs):
+        figures = distill_epoch(distillation, epoch, bank, transfer, augment_batch, seed, bar, run)
+        accuracy = evaluate(distillation.student, test)
+        distillation.accuracies.append(accuracy["acc1"])
+        rounds = (epoch + 1) * schedule.rounds_per_epoch
+        figures |= {**accuracy, "student_steps": rounds * schedule.kd_steps}
+        bar.set_postfix({"acc1": f"{accuracy['acc1']:.2f}", "best": f"{max(distillation.accuracies):.2f}"}, refresh=False)
+        run.metrics("distill", rounds - 1, figures)  # before the checkpoint: a repeated epoch rewinds it
+        save_checkpoint(file, distillation.state_dict(rounds))
+        stages.update("distill", rounds=rounds)
     bar.close()
-    return summary(distillation.accuracies, schedule)
+    return summary(distillation.accuracies, schedule) | {
+        "synthesis_seconds": round(distillation.synthesis_clock.read(), 3)
+    }
+
+
+def distill_epoch(
+    distillation: Distillation, epoch: int, bank, transfer, augment_batch, seed: int, bar, run: Run
+) -> dict[str, float]:
+    """The rounds of one epoch; returns the means of their named figures."""
+    schedule = distillation.schedule
+    makes_images = bank is None or distillation.images_per_round > 0
+    sums: dict[str, Tensor] = {}
+    for round in range(epoch * schedule.rounds_per_epoch, (epoch + 1) * schedule.rounds_per_epoch):
+        seed_position(seed, "distill", round)
+        scalars: dict[str, Tensor] = {}
+        if makes_images:
+            batch = distillation.synthesize()
+            scalars = batch.scalars
+        if bank is None:
+            batches = distillation.synthesizer.batches(schedule.batch_size)
+        else:
+            if makes_images:
+                values = {name: float(value) for name, value in scalars.items()}
+                check_finite(values, f"round {round} of stage distill (synthesis)", ADVICE)
+                bank.append("distill", round, batch.images, batch.labels)
+                transfer.add(batch.images, batch.labels)
+            batches = transfer.batches(schedule.batch_size, augment_batch)
+        scalars = scalars | distillation.student_steps(batches, round, bar)
+        sums = {name: sums.get(name, 0) + value for name, value in scalars.items()}
+    figures = {name: float(total) / schedule.rounds_per_epoch for name, total in sums.items()}
+    check_finite(figures, f"epoch {epoch + 1} of stage distill", ADVICE)
+    if makes_images:
+        run.picture("images", grid(batch.images[:64]), epoch)
+    return figures
 
 
 def summary(accuracies: list[float], schedule: Schedule) -> dict[str, float]:

@@ -3,10 +3,12 @@
 from pathlib import Path
 
 import torch
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from engine.errors import UserError
 from models.classifier import Classifier, frozen
 from models.load import build_network, load_weights
+from registry import METHODS, resolve
 
 PRETRAINED = Path("checkpoints/pretrained")
 
@@ -54,6 +56,21 @@ def build_classifier(spec: str, info, device: torch.device, mean=None, std=None)
     except ValueError as error:
         raise UserError(f"{spec} does not fit {info.name}: {error}") from None
     return classifier.to(device, memory_format=torch.channels_last)
+
+
+def require_batch_norm(teacher: Classifier, config) -> None:
+    """Stops a method that would match BN statistics (a flag ``--bn`` above 0) at a teacher that has none.
+
+    Raises:
+        UserError: names the methods that need none.
+    """
+    has_statistics = any(isinstance(m, _BatchNorm) and m.track_running_stats for m in teacher.modules())
+    if getattr(config, "bn", 0) and not has_statistics:
+        without = [name for name, path in METHODS.items() if "bn" not in resolve(path).Config.__dataclass_fields__]
+        raise UserError(
+            f"the teacher {teacher.name} has no BatchNorm layer, and --bn {config.bn:g} asks to match the statistics that such "
+            f"layers keep; give --bn 0, or a method that works without: {', '.join(without)}"
+        )
 
 
 def load_teacher(spec: str, info, device: torch.device, checkpoint: str | None, mean=None, std=None) -> Classifier:

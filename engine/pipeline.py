@@ -13,14 +13,16 @@ from engine import augment, distill, synthesize
 from engine.data import load_split
 from engine.errors import UserError
 from engine.evaluate import evaluate
-from engine.files import read_json, save_checkpoint
+from engine.files import load_checkpoint, read_json, save_checkpoint
 from engine.precision import Precision
 from engine.run import Run
 from engine.seeding import seed_position
 from engine.stages import Stages
 
+FIRST = ("synthesize", "generate")  # the stages that fill the initial bank; a method has one of them or none
 OUTPUTS = {
     "synthesize": ("bank",),
+    "generate": ("bank",),
     "augment": ("variants", "prior.pth", "filter_*.safetensors"),
     "distill": ("bank/distill-*", "distill.pth", "student.pth", "result.json"),
 }
@@ -51,6 +53,7 @@ class Pipeline:
     transfer_set: Callable
     filter: Any
     provenance: dict[str, tuple[str, float | None]] = dataclasses.field(default_factory=dict)
+    banks: dict[str, Any] = dataclasses.field(default_factory=dict)
     filtered: tuple[dict[str, Tensor], Tensor] | None = None
     omega: float | None = None
 
@@ -94,12 +97,15 @@ class Pipeline:
 
     def transfer(self) -> tuple[Any, Any, dict[str, Any]]:
         """This run's bank, the images that are there before the first round, and figures for result.json."""
-        if "synthesize" not in self.method.stages:
+        if self.method.streams:
             return None, None, {}
-        sources = self.sources()
-        bank = self.open_bank(self.run.path / "bank", self.manifest_of("synthesize"))
-        parts = [(sources["images"], sources["labels"])]
-        counts = {"bank_images": len(sources["labels"]) + self.schedule.rounds * self.config.synthesis_batch_size}
+        bank = self.open_bank(self.run.path / "bank", self.manifest_of(self.first or "distill"))
+        counts = {"bank_images": self.schedule.rounds * self.method.images_per_round}
+        parts = []
+        if self.first:
+            sources = self.sources()
+            parts.append((sources["images"], sources["labels"]))
+            counts["bank_images"] += len(sources["labels"])
         if "augment" in self.method.stages:
             variants, keep = self.kept(sources)
             parts.append((variants["images"][keep], variants["labels"][keep]))
@@ -117,8 +123,8 @@ class Pipeline:
         teacher_acc1 = evaluate(method.teacher, test)["acc1"]
         run.log(f"teacher {self.flags['teacher']}: {teacher_acc1:.2f} % on the {len(test)} test images of {self.info.name}")
         distillation = distill.Distillation(
-            method.teacher, method.student, method.objective().to(self.device), method.synthesizer(), self.schedule,
-            Precision(self.flags["amp"], self.device),
+            method.teacher, method.student, method.objective().to(self.device), self.synthesizer(), self.schedule,
+            Precision(self.flags["amp"], self.device), method.images_per_round if bank is not None else 0,
         )  # fmt: skip
         figures = distill.distill(
             run, self.stages, distillation, bank, transfer, method.task.augment, test, seed=self.flags["seed"]
@@ -130,12 +136,17 @@ class Pipeline:
             "acc1": figures["acc1_last"],
         }
         save_checkpoint(run.path / "student.pth", {"state_dict": method.student.network.state_dict(), **about})
+        if bank is None:
+            counts["images"] = distillation.synthesizer.images_total or figures["student_steps"] * self.schedule.batch_size
+        else:
+            counts["images"] = counts["bank_images"] + counts.get("variants_kept", 0)
         names = ("method", "teacher", "student", "seed")
+        settings = {flag: value for values in self.stages.dependencies.values() for flag, value in values.items()}
         self.stages.update("distill")
         run.result(
             {name: self.flags[name] for name in names}
             | {"dataset": self.info.name, "external_prior": self.external_prior(), "teacher_acc1": teacher_acc1}
-            | figures | counts | {"seconds": self.seconds()}
+            | figures | counts | {"seconds": self.seconds(), "settings": settings}
         )  # fmt: skip
         self.stages.update("distill", done=True)
         run.log(
@@ -143,16 +154,29 @@ class Pipeline:
             f"{figures['student_steps']} student steps ({self.stages.seconds()['distill']:.0f} s) -> {run.path / 'result.json'}"
         )
 
+    def synthesizer(self) -> Any:
+        """That of the rounds, going on from where the one of the initial bank stopped, if that left a state."""
+        synthesizer = self.method.synthesizer()
+        state = self.banks[self.first].path / synthesize.STATE if self.first else None
+        if state and state.exists():
+            synthesizer.load_state_dict(load_checkpoint(state, "synthesizer")["synthesizer"])
+        return synthesizer
+
+    @property
+    def first(self) -> str | None:
+        """The stage of this method that fills the initial bank."""
+        return next((stage for stage in FIRST if stage in self.method.stages), None)
+
     def manifest_of(self, stage: str) -> Any:
         """For the bank that a stage of this run fills."""
         return dataclasses.replace(self.manifest, external_prior=self.method.external_priors.get(stage, "none"))
 
     def sources(self) -> dict[str, Tensor]:
         """images (N, 3, H, W) uint8 and labels (N,) of the initial bank: this run's, or ``--init_bank``."""
-        bank = self.made_by("synthesize", "init_bank", "bank")
-        columns = bank.read("synthesize")
+        bank = self.banks[self.first] = self.made_by(self.first, "init_bank", "bank")
+        columns = bank.read(next((stage for stage in FIRST if bank.rounds(stage)), self.first))
         if not len(columns["labels"]):
-            raise UserError(f"the image bank {bank.path} is empty; make images with --stages synthesize")
+            raise UserError(f"the image bank {bank.path} is empty; make images with --stages {self.first}")
         return columns
 
     def kept(self, sources: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
@@ -188,7 +212,9 @@ class Pipeline:
         if given and not (path / "manifest.json").exists() and (path / folder).is_dir():
             path = path / folder
         record = path.parent / "stages.json"
-        entry = (read_json(record) if record.exists() else {}).get(stage)
+        made = read_json(record) if record.exists() else {}
+        stage = next((s for s in FIRST if s in made), stage) if given and stage in FIRST else stage
+        entry = made.get(stage)
         if entry and entry["status"] != "done" or not given and not entry:
             advice = (
                 f"run it first with --stages {stage}, or give --{flag}" if not given else "finish it with its own command"

@@ -1,5 +1,6 @@
 """The flags that every data-free run has, whatever its method."""
 
+import dataclasses
 from dataclasses import dataclass
 
 from engine.distill import Schedule
@@ -35,7 +36,10 @@ class TaskFlags:
 class RunFlags:
     """What to do, where to keep it."""
 
-    save_dir: str | None = flag(None, "run folder; unset: checkpoints/<method>/<dataset>_<teacher>_<student>_seed<seed>")
+    save_dir: str | None = flag(
+        None,
+        "run folder, with --seeds one below it for each; unset: checkpoints/<method>/<dataset>_<teacher>_<student>_seed<seed>",
+    )
     stages: tuple[str, ...] | None = flag(None, "which stages to run, comma-separated; unset: all of the method's")
     redo: str | None = flag(None, "forget this stage of the run folder and those after it, then run")
     init_bank: str | None = flag(
@@ -47,6 +51,9 @@ class RunFlags:
         None, "variants of --init_bank from another run, instead of stage augment", stages=DISTILL
     )
     seed: int = flag(0, "random numbers are a function of seed, stage and round", stages=ALL)
+    seeds: tuple[int, ...] | None = flag(
+        None, "several runs, one a seed, comma-separated; {seed} in a path flag stands for it, and a table ends them"
+    )
     gpu: int | None = flag(None, "index of the GPU, -1 for the CPU; unset: GPU 0 if there is one")
     amp: str = flag("no", "mixed precision of the networks", choices=AMP, stages=ALL)
 
@@ -70,3 +77,16 @@ class DistillFlags:
         return Schedule(
             self.epochs, steps, self.kd_steps, self.batch_size, self.lr, self.momentum, self.weight_decay, self.warmup_epochs
         )
+
+
+def for_seed(seed: int, several: bool, groups: list) -> list:
+    """The flags of one of ``--seeds``: {seed} in any path stands for it, and run folders of several seeds lie apart."""
+    made = []
+    for group in groups:
+        texts = {n: v.replace("{seed}", str(seed)) for n, v in vars(group).items() if isinstance(v, str) and "{seed}" in v}
+        if isinstance(group, RunFlags):
+            texts |= {"seed": seed}
+            if several and group.save_dir and "save_dir" not in texts:
+                texts["save_dir"] = f"{group.save_dir}/seed{seed}"
+        made.append(dataclasses.replace(group, **texts))
+    return made

@@ -20,11 +20,13 @@ class Output(NamedTuple):
         logits: (B, C).
         features: (B, D), the input of the last linear layer.
         feature_map: (B, Cf, h, w), the last feature map before pooling; None where the network has none (ViT).
+        feature_maps: {(h, w): the last map of that size}, from fine to coarse, ``feature_map`` among them; empty likewise.
     """
 
     logits: Tensor
     features: Tensor
     feature_map: Tensor | None
+    feature_maps: dict[tuple[int, int], Tensor]
 
 
 class Classifier(nn.Module):
@@ -61,27 +63,30 @@ class Classifier(nn.Module):
             self.register_buffer(key, values, persistent=False)
         calls = _trace(network, weight.new_zeros(2, self.mean.shape[1], image_size, image_size), num_classes)
         head = _find_head(calls, num_classes)
-        feature_map = _find_feature_map(calls[: calls.index(head)])
+        before = calls[: calls.index(head)]
+        feature_map = _find_feature_map(before)
+        maps = _find_feature_maps(before, feature_map) if feature_map else []
         self.feature_dim: int = head.shape_in[1]
-        self.feature_map_shape: tuple[int, int, int] | None = feature_map and tuple(feature_map.shape[1:])
-        self._features, self._feature_map = _Tap(head.index), feature_map and _Tap(feature_map.index)
+        self.feature_map_shapes: list[tuple[int, int, int]] = [tuple(call.shape[1:]) for call in maps]
+        self.feature_map_shape = self.feature_map_shapes[-1] if maps else None
+        self._features, self._maps = _Tap(head.index), [_Tap(call.index) for call in maps]
         head.module.register_forward_pre_hook(self._features.before)
-        if feature_map:
-            feature_map.module.register_forward_hook(self._feature_map.after)
+        for call, tap in zip(maps, self._maps):
+            call.module.register_forward_hook(tap.after)
 
     def forward(self, images: Tensor, return_features: bool = False) -> Tensor | Output:
         """Logits (B, C), or an Output, of images (B, 3, S, S), float in [0, 1]."""
         images = (images - self.mean) / self.std
         if not return_features:
             return self.network(images)
-        self._features.arm()
-        if self._feature_map is not None:
-            self._feature_map.arm()
+        for tap in (self._features, *self._maps):
+            tap.arm()
         logits = self.network(images)
         features = self._features.take()
         if features.ndim == 4:  # the input of a 1x1 convolution that is pooled afterwards
             features = features.mean((2, 3))
-        return Output(logits, features, None if self._feature_map is None else self._feature_map.take())
+        maps = {(m.shape[2], m.shape[3]): m for m in (tap.take() for tap in self._maps)}
+        return Output(logits, features, next(reversed(maps.values()), None), maps)
 
 
 class _Tap:
@@ -182,6 +187,16 @@ def _find_feature_map(calls: list[_Call]) -> _Call | None:
     return None
 
 
+def _find_feature_maps(calls: list[_Call], last: _Call) -> list[_Call]:
+    """The last call of every size of map up to ``last``, in order; sizes only shrink, as on the way to a pool."""
+    chosen: dict[tuple[int, int], _Call] = {}
+    for call in calls[: calls.index(last) + 1]:
+        if not call.passive and len(call.shape) == 4:
+            chosen[tuple(call.shape[2:])] = call
+    size = tuple(last.shape[2:])
+    return [call for key, call in chosen.items() if key[0] >= size[0] and key[1] >= size[1] and key != size] + [last]
+
+
 @contextmanager
 def eval_mode(module: nn.Module) -> Iterator[None]:
     """Eval mode inside the block; afterwards every submodule has the mode that it had before."""
@@ -192,6 +207,20 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
     finally:
         for submodule, training in modes:
             submodule.training = training
+
+
+@contextmanager
+def weights_fixed(module: nn.Module) -> Iterator[None]:
+    """Eval mode and no gradients to weights inside the block, gradients to inputs as ever; afterwards all as before."""
+    wanted = [p for p in module.parameters() if p.requires_grad]
+    with eval_mode(module):
+        for parameter in wanted:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in wanted:
+                parameter.requires_grad_(True)
 
 
 def frozen(classifier: nn.Module) -> nn.Module:
