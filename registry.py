@@ -10,6 +10,12 @@ from typing import Any
 from engine.errors import UserError
 
 METHODS = {
+    "kd": "datafree.kd:KD",  # controls: on the real training images, and on noise or unrelated ones
+    "noise": "datafree.noise:Noise",
+    "dafl": "datafree.dafl:DAFL",
+    "zskt": "datafree.zskt:ZSKT",
+    "dfad": "datafree.dfad:DFAD",
+    "dfq": "datafree.dfq:DFQ",
     "csd": "datafree.csd:CSD",
     "dda": "datafree.dda:DDA",
 }

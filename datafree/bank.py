@@ -26,6 +26,7 @@ from engine.errors import UserError, run_command
 from engine.files import load_tensors, read_json, save_tensors, write_json
 
 FORMAT = 1
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 SHARD_NAME = re.compile(r"^(?P<stage>[a-z]+)-(?P<round>\d{6})\.safetensors$")
 
 
@@ -194,6 +195,37 @@ def export_folders(bank: ImageBank, folder: Path) -> int:
     return len(images)
 
 
+def image_files(folder: Path) -> list[Path]:
+    """Every image file below a folder, in a fixed order.
+
+    Raises:
+        UserError: there is none.
+    """
+    files = sorted(f for f in Path(folder).rglob("*") if f.suffix.lower() in SUFFIXES)
+    if not files:
+        raise UserError(f"{folder} holds no images ({', '.join(SUFFIXES)}); give a folder that does")
+    return files
+
+
+def read_images(files: list[Path], image_size: int) -> Tensor:
+    """Image files, resized to squares, as (N, 3, H, W) uint8.
+
+    Raises:
+        UserError: one cannot be read.
+    """
+    images = np.empty((len(files), image_size, image_size, 3), np.uint8)
+    for row, file in zip(images, tqdm(files, "read images", unit="img", delay=2)):
+        try:
+            with Image.open(file) as picture:
+                picture = picture.convert("RGB")
+                if picture.size != (image_size, image_size):
+                    picture = picture.resize((image_size, image_size), Image.Resampling.BICUBIC)
+                row[:] = np.asarray(picture)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{file} cannot be read as an image ({error}); remove it and try again") from None
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+
+
 def import_folders(folder: Path, image_size: int) -> tuple[Tensor, Tensor, int]:
     """Reads class folders of images; folders are sorted by number where all names are numbers ("2" before "10").
 
@@ -211,22 +243,12 @@ def import_folders(folder: Path, image_size: int) -> tuple[Tensor, Tensor, int]:
         (file, int(f.name) if numbers else label)
         for label, f in enumerate(folders)
         for file in sorted(f.iterdir())
-        if file.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+        if file.suffix.lower() in SUFFIXES
     ]
     if not files:
         raise UserError(f"{folder} has no class folders with images; wanted {folder}/<class>/<name>.png")
-    images = np.empty((len(files), image_size, image_size, 3), np.uint8)
-    for row, (file, _) in zip(images, tqdm(files, "import", unit="img")):
-        try:
-            with Image.open(file) as picture:
-                picture = picture.convert("RGB")
-                if picture.size != (image_size, image_size):
-                    picture = picture.resize((image_size, image_size), Image.Resampling.BICUBIC)
-                row[:] = np.asarray(picture)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{file} cannot be read as an image ({error}); remove it and import again") from None
     labels = torch.tensor([label for _, label in files])
-    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), labels, int(labels.max()) + 1
+    return read_images([file for file, _ in files], image_size), labels, int(labels.max()) + 1
 
 
 def main() -> None:

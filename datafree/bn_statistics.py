@@ -6,7 +6,7 @@ their gradient is one fused multiply-add: on a CPU about seven times as fast as 
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +69,16 @@ def bn_loss(batch_stats: list[Stats], running_stats: list[Stats]) -> Tensor:
     return torch.stack(distances).sum()
 
 
+def collected(statistics: "BNStatistics | None", **options):
+    """``statistics.collect(**options)``, or an empty context where a method does without them (``--bn 0``)."""
+    return statistics.collect(**options) if statistics else nullcontext()
+
+
+def layers_with_statistics(network: nn.Module) -> list[nn.Module]:
+    """The BN layers of a network that keep running statistics."""
+    return [m for m in network.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+
+
 class BNStatistics:
     """Collects the batch statistics at the input of every BN layer of a network.
 
@@ -85,19 +95,26 @@ class BNStatistics:
     """
 
     def __init__(self, network: nn.Module):
-        self.layers = [m for m in network.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+        self.layers = layers_with_statistics(network)
         if not self.layers:
             raise UserError("the teacher has no BatchNorm layer, so it keeps no statistics to match; give --bn 0")
         self.running: list[Stats] = []
 
     @contextmanager
-    def collect(self) -> Iterator[list[Stats]]:
-        """Within this context each forward pass appends to the yielded list, and sets ``running`` to match it."""
+    def collect(self, rows: int | None = None, pooled: list[Tensor] | None = None) -> Iterator[list[Stats]]:
+        """Within this context each forward pass appends to the yielded list, and sets ``running`` to match it.
+
+        Args:
+            rows: statistics of the first ``rows`` images only; None: of the whole batch.
+            pooled: a list that takes every layer's input averaged over positions, (B, C_l) each, of the whole batch.
+        """
         batch: list[Stats] = []
         self.running = []
 
         def record(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            batch.append(batch_statistics(inputs[0]))
+            batch.append(batch_statistics(inputs[0] if rows is None else inputs[0][:rows]))
+            if pooled is not None:
+                pooled.append(inputs[0].mean(tuple(range(2, inputs[0].ndim))) if inputs[0].ndim > 2 else inputs[0])
             self.running.append((layer.running_mean, layer.running_var))
 
         handles = [layer.register_forward_pre_hook(record) for layer in self.layers]

@@ -16,7 +16,6 @@ gradient to the student. The generator starts afresh every round, and the images
 lowest loss; the published script keeps an alias that goes on changing.
 """
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from datafree.base import ImageBatch, Method, Synthesizer, Task, balanced_labels
-from datafree.bn_statistics import BNStatistics, bn_loss
+from datafree.bn_statistics import BNStatistics, bn_loss, collected
 from datafree.generators import Generator, reset
 from datafree.losses import feature_loss, kd_loss, one_hot_loss, rotation_labels, rotations
 from engine.errors import UserError
@@ -101,8 +100,7 @@ class CSDSynthesizer(Synthesizer):
 
     def losses(self, images: Tensor, labels: Tensor, student: nn.Module) -> dict[str, Tensor]:
         """Named synthesis losses of augmented images (B, 3, H, W); "loss" is their weighted sum."""
-        collecting = self.statistics.collect() if self.statistics else nullcontext()
-        with collecting as batch_stats, self.task.precision.autocast():
+        with collected(self.statistics) as batch_stats, self.task.precision.autocast():
             logits = self.teacher(images)
         losses = {"loss_oh": one_hot_loss(logits, labels)}
         losses["loss"] = self.config.oh * losses["loss_oh"]

@@ -6,6 +6,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+LARGE = (256, 128, 64)  # channels of the large one
+
+
 class UpsampleConv2d(nn.Conv2d):
     """Nearest-neighbour upsampling x2 and a 3x3 convolution, in one step: (B, C, h, w) -> (B, C', 2h, 2w).
 

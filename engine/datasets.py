@@ -242,7 +242,7 @@ def image_files(folder: Path) -> list[str]:
 def describe_domainnet(
     row: dict[str, Any], root: Path, name: str, domain: str | None, classes: str | None
 ) -> dict[str, Any]:
-    """One domain; its ten-class subset, or all 345 classes with the names of their folders."""
+    """One domain; its ten-class subset, or, with "_all" behind the name, all 345 classes named as their folders."""
     if domain not in row["domains"]:
         found = f"unknown --domain '{domain}'" if domain else "--domain is missing"
         raise UserError(f"{found}; {name} has {', '.join(row['domains'])}")
@@ -261,7 +261,7 @@ def describe_domainnet(
         files, numbers = _read_list(listing)
         folder_of = {number: Path(file).parent.name.replace("_", " ") for file, number in zip(files, numbers)}
         names = tuple(folder_of.get(label, str(label)) for label in range(row["num_classes"]))
-    return named | {"class_names": names}
+    return named | {"name": f"{name}_{domain}_all", "class_names": names}
 
 
 def read_domainnet(info: DatasetInfo, split: str) -> RawSplit:

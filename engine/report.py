@@ -20,7 +20,7 @@ from engine.stages import show
 from registry import PAIRS, PUBLISHED
 
 GROUP_BY = ("dataset", "teacher", "student", "method", "external_prior", "student_steps", "bank_images", "variants")
-PER_SEED = ("teacher_ckpt", "init_bank", "init_variants")  # and the seed: they differ within a group
+PER_SEED = ("seed", "teacher_ckpt", "init_bank", "init_variants")  # differ within a group
 
 
 def collect(folders: list[Path]) -> list[dict[str, Any]]:

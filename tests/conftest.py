@@ -12,11 +12,17 @@ ROOT = Path(__file__).parents[1]
 
 # What shrinks a run of each method to a few seconds, whatever flags its script has.
 TINY = {
+    "kd": "",
+    "noise": "",
+    "dafl": "--kd_steps 1 --synthesis_batch_size 6 --nz 8",
+    "zskt": "--kd_steps 1 --synthesis_batch_size 6 --nz 8",
+    "dfad": "--kd_steps 1 --synthesis_batch_size 6 --nz 8",
+    "dfq": "--kd_steps 1 --synthesis_batch_size 6 --nz 8",
     "csd": "--init_rounds 2 --init_g_steps 2 --init_batch_size 6 --g_steps 2 --synthesis_batch_size 6 --nz 8",
     "dda": "--init_rounds 2 --init_g_steps 2 --init_batch_size 6 --g_steps 2 --synthesis_batch_size 6 --nz 8 "
     "--fit_rounds 2 --fit_steps 2 --fit_batch_size 4 --num_inference_steps 4 --variants 2 --omega -1",
 }
-TINY_TASK = "--dataset digits --teacher resnet8 --student resnet8 --epochs 2 --kd_steps 3 --batch_size 8 --gpu -1"
+TINY_TASK = "--dataset digits --teacher resnet8 --student resnet8 --epochs 2 --kd_steps 3 --ep_steps 3 --batch_size 8 --gpu -1"
 
 
 @pytest.fixture(autouse=True)

@@ -10,12 +10,12 @@ import torch
 import registry
 from engine.errors import UserError
 from engine.files import load_checkpoint, load_tensors, weights_digest
-from tests.conftest import ROOT, TINY
+from tests.conftest import ROOT, TINY, TINY_TASK
 
 METHODS = sorted(registry.METHODS)
 RESULT_FIELDS = {
     "method", "dataset", "teacher", "student", "seed", "external_prior", "teacher_acc1", "acc1_last", "acc1_best", "acc1_mean",
-    "student_steps", "bank_images", "seconds", "peak_memory_mib", "versions", "command", "commit",
+    "student_steps", "images", "synthesis_seconds", "seconds", "settings", "peak_memory_mib", "versions", "command", "commit",
 }  # fmt: skip
 
 
@@ -37,13 +37,15 @@ def test_every_method_makes_a_student(method, distill, tmp_path, teacher_file, w
     before = teacher_file.read_bytes()
     distill(method, tmp_path)
     result = json.loads((tmp_path / "result.json").read_text())
-    assert RESULT_FIELDS <= set(result) and result["method"] == method and result["external_prior"] == "none"
-    assert result["student_steps"] == 6 and result["bank_images"] == 24
+    assert RESULT_FIELDS <= set(result) and result["method"] == method
+    assert result["external_prior"] == ("real training images" if method == "kd" else "none")
+    assert result["student_steps"] == 6 and result["images"] > 0
+    assert 0 <= result["synthesis_seconds"] < result["seconds"]["distill"]
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     numbers = [v for line in lines for v in line.values() if isinstance(v, float)]
     assert numbers and all(v == v and abs(v) < 1e6 for v in numbers)
     assert teacher_file.read_bytes() == before
-    for name in ("args.json", "log.txt", "stages.json", "student.pth", "pictures/bank.png"):
+    for name in ("args.json", "log.txt", "stages.json", "student.pth", "pictures/images.png"):
         assert (tmp_path / name).exists(), name
     whole[method] = outcome(tmp_path)
 
@@ -64,21 +66,26 @@ def test_the_student_changes_and_the_teacher_does_not(method, teacher_file):
     """One round and three student steps, through the same objects as a run."""
     from datafree.base import Task
     from engine.augmentation import crop_flip
-    from engine.data import dataset_info
+    from engine.data import dataset_info, load_split
     from engine.distill import Distillation, Schedule
     from engine.flags import Parser, add_flags, from_args
     from engine.networks import build_classifier, load_teacher
     from engine.precision import Precision
     from engine.run import progress
+    from engine.settings import DistillFlags
 
     device = torch.device("cpu")
     info = dataset_info("digits")
     teacher, student = load_teacher("resnet8", info, device, str(teacher_file)), build_classifier("resnet8", info, device)
     cls = registry.resolve(registry.METHODS[method])
     parser = Parser()
-    add_flags(parser, cls.Config, method, cls.defaults)
+    for group in (DistillFlags, cls.Config):
+        add_flags(parser, group, method, cls.defaults)
     config = from_args(cls.Config, parser.parse_args(TINY[method].split()))
-    task = Task(10, 16, device, lambda x: crop_flip(x, 1, False), Precision("no", device))
+    task = Task(
+        10, 16, device, lambda x: crop_flip(x, 1, False), Precision("no", device),
+        training_split=lambda: load_split(info, "train", device) if cls.reads_train_split else None,
+    )  # fmt: skip
     pieces = cls(config, teacher, student, task)
     before = weights_digest(teacher.network.state_dict()), weights_digest(student.network.state_dict())
     schedule = Schedule(1, 3, 3, 8, 0.1, 0.9, 1e-4, 0)
@@ -115,6 +122,84 @@ def test_stopped_anywhere_it_goes_on_to_the_same_bits(point, distill, tmp_path, 
             distill("dda", tmp_path / "run")
     distill("dda", tmp_path / "run")
     assert outcome(tmp_path / "run") == whole["dda"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_goes_on_after_its_first_epoch(method, distill, tmp_path, monkeypatch, whole):
+    """Stops before the checkpoint of the second epoch, then runs the same command again."""
+    if method not in whole:
+        distill(method, tmp_path / "whole")
+        whole[method] = outcome(tmp_path / "whole")
+    import engine.distill as module
+
+    original, calls = module.save_checkpoint, []
+
+    def failing(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "save_checkpoint", failing)
+        with pytest.raises(KeyboardInterrupt):
+            distill(method, tmp_path / "run")
+    distill(method, tmp_path / "run")
+    assert outcome(tmp_path / "run") == whole[method]
+
+
+def test_several_seeds_in_one_command(distill, tmp_path, capsys):
+    """--seeds makes one folder a seed and a table; done ones are skipped, and {seed} stands for the seed in paths."""
+    distill("noise", tmp_path / "runs", "--seeds 0,2")
+    assert "| noise | digits | resnet8 | resnet8 | none | 0,2 |" in capsys.readouterr().out
+    assert {p.name for p in (tmp_path / "runs").iterdir()} == {"seed0", "seed2"}
+    distill("noise", tmp_path / "runs", "--seeds 0,2,3")
+    out = capsys.readouterr().out
+    assert out.count("distill: done before, skipped") == 2 and "| 0,2,3 |" in out
+    for seed in (0, 1):
+        distill("csd", tmp_path / f"bank{seed}", f"--stages synthesize --seed {seed}")
+    distill("csd", tmp_path / "s{seed}", f"--seeds 0,1 --init_bank {tmp_path}/bank{{seed}}")
+    digests = [json.loads((tmp_path / f"s{seed}" / "args.json").read_text())["args"]["init_bank"] for seed in (0, 1)]
+    assert digests == [f"{tmp_path}/bank0", f"{tmp_path}/bank1"]
+
+
+def test_the_control_alone_opens_the_train_split(distill, tmp_path, capsys):
+    distill("kd", tmp_path / "kd")
+    assert "kd opens the training images of digits: a control" in capsys.readouterr().out
+    assert json.loads((tmp_path / "kd" / "result.json").read_text())["images"] == 1195
+    assert [m for m in METHODS if registry.resolve(registry.METHODS[m]).reads_train_split] == ["kd"]
+
+
+def test_noise_from_a_folder_of_pictures(distill, tmp_path):
+    from PIL import Image
+
+    for k in range(9):
+        (tmp_path / "pictures" / "deep").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 14), (k * 20, 0, 9)).save(tmp_path / "pictures" / "deep" / f"{k}.png")
+    distill("noise", tmp_path / "run", f"--images {tmp_path / 'pictures'}")
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["images"] == 9 and result["external_prior"] == "images of pictures"
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="holds no images"):
+        distill("noise", tmp_path / "run2", f"--images {tmp_path / 'empty'}")
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if "bn" in registry.resolve(registry.METHODS[m]).Config.__dataclass_fields__])
+def test_a_teacher_without_batch_norm(method, command, tmp_path):
+    """One line that names the methods which need no BN statistics; with --bn 0 the method runs."""
+    from tests.plain_network import plain
+
+    torch.manual_seed(0)
+    torch.save(plain(10).state_dict(), tmp_path / "plain.pth")
+    flags = (
+        f"--method {method} {TINY_TASK} --teacher tests.plain_network:plain --teacher_ckpt {tmp_path / 'plain.pth'} {TINY[method]} "
+        f"--save_dir {tmp_path / 'run'}"
+    )
+    if "--bn 0" not in TINY[method]:
+        with pytest.raises(UserError, match="no BatchNorm layer.*give --bn 0, or a method that works without: .*zskt"):
+            command("datafree_kd", f"{flags} --bn 1")
+    command("datafree_kd", f"{flags} --bn 0")
+    assert (tmp_path / "run" / "result.json").exists()
 
 
 def test_a_done_run_is_skipped(distill, tmp_path, capsys):
@@ -257,7 +342,7 @@ def test_two_processes_do_not_share_a_folder(distill, tmp_path):
 
 
 BAD = {
-    "--method nonsense": "unknown method 'nonsense'; known: csd, dda",
+    "--method qqq": "unknown method 'qqq'; known: ",
     "--method csd --dataset nonsense": "unknown dataset",
     "--method csd --dataset digits --teacher resnet200": "unknown model",
     "--method csd --g_step 3": "unknown flag --g_step; did you mean --g_steps",

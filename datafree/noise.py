@@ -1,0 +1,92 @@
+"""Noise: distillation on images that have nothing to do with the task. The control at the lower end of the tables.
+
+``--images FOLDER`` takes any tree of unrelated pictures; without it every batch is fresh noise, each value of each pixel
+uniform in [0, 1] or normal (mean 1/2, standard deviation 1/4, clamped). The teacher's answers are all that is learnt from.
+
+    student     KL_T
+
+A method that does not beat this has not found anything out about the training data. Unrelated pictures are no weak control:
+what they lack is the classes, not the look of images (see Beyer et al. 2022, arXiv 2106.05237, on out-of-domain transfer).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from datafree.bank import TransferSet, image_files, read_images
+from datafree.base import ImageBatch, Method, Synthesizer, Task
+from datafree.losses import KLDistillation
+from datafree.stream import unlabelled
+from engine.flags import flag
+
+DISTILL = ("distill",)
+
+
+@dataclass(frozen=True)
+class NoiseConfig:
+    """Flags of the noise control."""
+
+    images: str | None = flag(None, "folder of unrelated pictures, to any depth; unset: noise", stages=DISTILL)
+    noise: str = flag(
+        "uniform", "distribution of the pixels where no folder is given", choices=("uniform", "normal"), stages=DISTILL
+    )
+    T: float = flag(20.0, "temperature of the distillation loss", stages=DISTILL)
+
+
+class NoiseImages(Synthesizer):
+    """Fresh noise at every step."""
+
+    def __init__(self, task: Task, noise: str):
+        self.task, self.noise = task, noise
+
+    def synthesize(self, student: nn.Module) -> ImageBatch:
+        """Some images to look at."""
+        return ImageBatch(*next(self.batches(64)))
+
+    def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images of independent pixels."""
+        shape = (batch_size, 3, self.task.image_size, self.task.image_size)
+        while True:
+            if self.noise == "uniform":
+                images = torch.rand(shape, device=self.task.device)
+            else:
+                images = torch.randn(shape, device=self.task.device).mul_(0.25).add_(0.5).clamp_(0, 1)
+            yield images.contiguous(memory_format=torch.channels_last), unlabelled(images)
+
+
+class FolderImages(NoiseImages):
+    """Shuffled passes over a folder, cropped and flipped."""
+
+    def __init__(self, task: Task, folder: str):
+        self.task = task
+        images = read_images(image_files(Path(folder)), task.image_size)
+        self.pictures = TransferSet(len(images), task.image_size, task.device)
+        self.pictures.add(images, torch.full((len(images),), -1))
+        self.images_total = len(images)
+
+    def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """As ``TransferSet.batches``, labels -1."""
+        return self.pictures.batches(batch_size, self.task.augment)
+
+
+class Noise(Method):
+    """Stage distill, on noise or unrelated images."""
+
+    Config = NoiseConfig
+    stages = ("distill",)
+    streams = True
+
+    def __init__(self, config: NoiseConfig, teacher: nn.Module, student: nn.Module, task: Task):
+        super().__init__(config, teacher, student, task)
+        if config.images:
+            self.external_priors = {"distill": f"images of {Path(config.images).resolve().name}"}
+
+    def synthesizer(self) -> NoiseImages:
+        config = self.config
+        return FolderImages(self.task, config.images) if config.images else NoiseImages(self.task, config.noise)
+
+    def objective(self) -> KLDistillation:
+        return KLDistillation(self.config.T)

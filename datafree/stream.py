@@ -1,0 +1,92 @@
+"""What methods share whose student learns from a generator's newest images, of which none is kept.
+
+A round is ``g_steps`` steps of the generator against its losses, then ``kd_steps`` student steps on fresh noise.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from datafree.base import ImageBatch, Method, Synthesizer, Task
+from datafree.generators import LARGE, Generator, reset
+from datafree.losses import KLDistillation
+from engine.flags import flag
+
+DISTILL = ("distill",)
+
+
+@dataclass(frozen=True)
+class StreamConfig:
+    """Flags of every method with a streaming generator."""
+
+    g_steps: int = flag(1, "generator steps a round", stages=DISTILL)
+    synthesis_batch_size: int = flag(256, "images a generator step", stages=DISTILL)
+    lr_g: float = flag(1e-3, "Adam learning rate of the generator", stages=DISTILL)
+    nz: int = flag(256, "length of the generator's noise vector", stages=DISTILL)
+    T: float = flag(20.0, "temperature of the distillation loss", stages=DISTILL)
+
+
+class GeneratorStream(Synthesizer):
+    """One generator, trained all along. Subclasses say what its images should be in ``losses``.
+
+    The generator normalizes by batch statistics throughout, so the student sees images of the very map that was trained.
+    """
+
+    def __init__(self, config: StreamConfig, teacher: nn.Module, task: Task):
+        self.config, self.teacher, self.task = config, teacher, task
+        generator = reset(Generator(config.nz, task.image_size, LARGE))
+        self.generator = generator.to(task.device, memory_format=torch.channels_last).train()
+        self.optimizer = torch.optim.Adam(self.generator.parameters(), lr=config.lr_g, betas=(0.5, 0.999))
+
+    def losses(self, images: Tensor, student: nn.Module) -> dict[str, Tensor]:
+        """Named losses of generated images (B, 3, H, W); "loss" is their weighted sum."""
+        raise NotImplementedError
+
+    def generate(self, count: int) -> Tensor:
+        """(count, 3, H, W) in [0, 1] from fresh noise."""
+        with self.task.precision.autocast():
+            return self.generator(torch.randn(count, self.config.nz, device=self.task.device)).float()
+
+    def synthesize(self, student: nn.Module) -> ImageBatch:
+        """``g_steps`` steps of the generator; the batch returned is that of the last one."""
+        for _ in range(self.config.g_steps):
+            images = self.generate(self.config.synthesis_batch_size)
+            losses = self.losses(images, student)
+            self.task.precision.minimize(losses["loss"], self.optimizer)
+        scalars = {("loss_synthesis" if name == "loss" else name): value.detach() for name, value in losses.items()}
+        return ImageBatch(images.detach(), unlabelled(images), scalars)
+
+    def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """New images at every step, without augmentation."""
+        while True:
+            with torch.no_grad():
+                images = self.generate(batch_size)
+            yield images, unlabelled(images)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Generator and optimizer."""
+        return {"generator": self.generator.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Undoes ``state_dict``."""
+        self.generator.load_state_dict(state["generator"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+
+def unlabelled(images: Tensor) -> Tensor:
+    """(B,) of -1: these images were made for no class."""
+    return torch.full((len(images),), -1, device=images.device)
+
+
+class StreamingMethod(Method):
+    """One stage, distill; the student's loss is KL at temperature T unless a method says otherwise."""
+
+    stages = ("distill",)
+    streams = True
+    defaults = {"epochs": 200, "kd_steps": 5, "ep_steps": 400, "batch_size": 256, "lr": 0.1}
+
+    def objective(self) -> nn.Module:
+        return KLDistillation(self.config.T)
