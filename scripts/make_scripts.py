@@ -3,24 +3,49 @@
 python scripts/make_scripts.py
 """
 
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parent
-DATASETS = ("cifar10", "cifar100", "tiny_imagenet")
-PAIRS = (
-    ("resnet34", "resnet18"),
-    ("vgg11", "resnet18"),
-    ("wrn40_2", "wrn16_1"),
-    ("wrn40_2", "wrn40_1"),
-    ("wrn40_2", "wrn16_2"),
-)
+sys.path.insert(0, str(ROOT.parent))
+
+from registry import PAIRS, PUBLISHED  # noqa: E402
+
+CIFAR = ("cifar10", "cifar100")
 METHODS = {
+    "kd": "ordinary distillation on the real training images, the upper bound (arXiv 1503.02531)",
+    "noise": "distillation on noise, the lower bound; --images FOLDER for unrelated pictures",
+    "dafl": "DAFL, ICCV 2019 (arXiv 1904.01186)",
+    "zskt": "ZSKT, NeurIPS 2019 (arXiv 1905.09768)",
+    "dfad": "DFAD, 2019 (arXiv 1912.11006)",
+    "dfq": "DFQ, CVPRW 2020 (arXiv 2005.04136)",
+    "deepinv": "DeepInversion, CVPR 2020 (arXiv 1912.08795)",
+    "adi": "Adaptive DeepInversion, CVPR 2020 (arXiv 1912.08795)",
+    "cmi": "CMI, IJCAI 2021 (arXiv 2105.08584)",
+    "fast": "Fast-10, AAAI 2022 (arXiv 2112.06253); --g_steps 5 --lr_g 3e-3, or 2 and 5e-3 --lr_z .015, for Fast-5, -2",
+    "nayer": "NAYER, CVPR 2024 (arXiv 2310.00258), prior-free label codes; --label_embedding clip for the paper's",
     "csd": "CSD, ICME 2023 (arXiv 2307.04542)",
     "dda": "DDA, ACM MM 2024 (arXiv 2410.17606)",
 }
+CONTROLS = ("kd", "noise")
+# Methods whose initial bank is the same for every student of a teacher, made by a script of its own; bank size.
+INITIAL_BANK = {"cmi": 80_000, "csd": 80_000, "dda": 80_000}
+DATASETS = {"csd": (*CIFAR, "tiny_imagenet"), "dda": (*CIFAR, "tiny_imagenet")}
+# Published settings that differ from the method's defaults, by what they depend on.
+FLAGS = {
+    ("adi",): "--g_steps 2000",
+    ("deepinv",): "--g_steps 2000",
+    ("fast", "resnet34"): "--adv 1.33 --oh 0.5",
+    ("fast", "vgg11"): "--adv 1.0",
+    ("nayer", "cifar100"): "--g_steps 40",
+}
+# Which row of registry.PUBLISHED a method's scripts go for, where that is not its name alone.
+TABLE_ROW = {"adi": "adi --g_steps 2000", "fast": "fast --g_steps 10", "nayer": "nayer --epochs 300"}
 
 HEAD = """#!/usr/bin/env bash
-# {paper}: {dataset}, {what}; published settings.
+# {paper}:
+# {dataset}, {what}; {kind}.{published}
 # acc1: not measured yet. Time: not measured yet. Device: one GPU.
 # {note}
 set -euo pipefail
@@ -36,28 +61,51 @@ def short(network: str) -> str:
     return network.replace("_", "")
 
 
-def scripts() -> dict[str, str]:
-    """{path below scripts/: text} of every generated script."""
-    made = {}
-    for method, paper in METHODS.items():
-        for dataset in DATASETS:
-            for teacher in dict.fromkeys(teacher for teacher, _ in PAIRS):
+def published(method: str, dataset: str, pair: tuple[str, str]) -> str:
+    """What the paper reports for this script, as a sentence; nothing where its table is not known."""
+    table = PUBLISHED.get(dataset, {})
+    values = table.get(TABLE_ROW.get(method, method))
+    return f"\n# The paper's acc1 (best test epoch): {dict(zip(PAIRS, values))[pair]:.2f} %." if values else ""
+
+
+def settings(method: str, *conditions: str) -> str:
+    """The flags that hold for this method under these conditions."""
+    held = [flags for (name, *of), flags in FLAGS.items() if name == method and set(of) <= set(conditions)]
+    return "".join(f" {flags}" for flags in held)
+
+
+def of_method(method: str, paper: str) -> Iterator[tuple[str, str]]:
+    """(path below scripts/, text) of every script of one method."""
+    for dataset in DATASETS.get(method, CIFAR):
+        for teacher, student in PAIRS:
+            kind = "steps and rates as the methods'" if method in CONTROLS else "published settings"
+            common = {"paper": paper, "method": method, "dataset": dataset, "teacher": teacher, "kind": kind}
+            note = f"Wants checkpoints/pretrained/{dataset}_{teacher}.pth."
+            flags = f"--student {student}" + settings(method, dataset, teacher, student)
+            if method in INITIAL_BANK:
                 bank = f"checkpoints/{method}/{dataset}_{teacher}_initBank"
                 first = f"{method}/{method}_{dataset}_initBank_{short(teacher)}.sh"
-                made[first] = HEAD.format(
-                    paper=paper, method=method, dataset=dataset, teacher=teacher,
-                    what=f"initial image bank of {teacher} (80,000 images)",
+                yield first, HEAD.format(
+                    **common,
+                    what=f"initial image bank of {teacher} ({INITIAL_BANK[method]:,} images)",
                     note=f"Wants checkpoints/pretrained/{dataset}_{teacher}.pth; makes {bank}/bank.",
+                    published="",
                     flags=f"--stages synthesize --save_dir {bank}",
-                )  # fmt: skip
-                for student in [student for of, student in PAIRS if of == teacher]:
-                    made[f"{method}/{method}_{dataset}_{short(teacher)}_{short(student)}.sh"] = HEAD.format(
-                        paper=paper, method=method, dataset=dataset, teacher=teacher,
-                        what=f"{teacher} -> {student}",
-                        note=f"First: bash scripts/{first}",
-                        flags=f"--student {student} --init_bank {bank}/bank",
-                    )  # fmt: skip
-    return made
+                )
+                note = f"First: bash scripts/{first}"
+                flags += f" --init_bank {bank}/bank"
+            yield f"{method}/{method}_{dataset}_{short(teacher)}_{short(student)}.sh", HEAD.format(
+                **common,
+                what=f"{teacher} -> {student}",
+                note=note,
+                published=published(method, dataset, (teacher, student)),
+                flags=flags,
+            )
+
+
+def scripts() -> dict[str, str]:
+    """{path below scripts/: text} of every generated script."""
+    return dict(pair for method, paper in METHODS.items() for pair in of_method(method, paper))
 
 
 if __name__ == "__main__":

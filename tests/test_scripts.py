@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
+import registry
 from engine import report
 from engine.errors import UserError
+from engine.settings import DistillFlags
 from tests.conftest import ROOT, TINY, TINY_TASK
 
 SCRIPTS = sorted(p.relative_to(ROOT) for p in ROOT.glob("scripts/*/*.sh"))
@@ -25,25 +27,39 @@ def arguments(script):
     return line[1].replace("\\\n", " ").strip()
 
 
-def test_scripts_are_what_the_tables_say():
+def generated():
+    """{path: text} by the tables of scripts/make_scripts.py."""
     spec = importlib.util.spec_from_file_location("make_scripts", ROOT / "scripts" / "make_scripts.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    for name, text in module.scripts().items():
-        assert (ROOT / "scripts" / name).read_text() == text, f"run python scripts/make_scripts.py ({name})"
+    return {Path("scripts", name): text for name, text in module.scripts().items()}
+
+
+GENERATED = generated()
+
+
+def test_scripts_are_what_the_tables_say():
+    for path, text in GENERATED.items():
+        assert (ROOT / path).read_text() == text, f"run python scripts/make_scripts.py ({path})"
 
 
 def test_the_published_names_exist():
+    names = ("wrn402_wrn161", "resnet34_resnet18", "vgg11_resnet18", "wrn402_wrn401", "wrn402_wrn162")
+    for method in registry.METHODS:
+        for dataset in ("cifar10", "cifar100"):
+            missing = [name for name in names if not (ROOT / f"scripts/{method}/{method}_{dataset}_{name}.sh").exists()]
+            assert not missing, (method, dataset, missing)
     for method in ("csd", "dda"):
-        for name in (
-            "initBank_wrn402",
-            "wrn402_wrn161",
-            "resnet34_resnet18",
-            "vgg11_resnet18",
-            "wrn402_wrn401",
-            "wrn402_wrn162",
-        ):
-            assert (ROOT / f"scripts/{method}/{method}_cifar10_{name}.sh").exists()
+        assert (ROOT / f"scripts/{method}/{method}_cifar10_initBank_wrn402.sh").exists()
+
+
+def test_the_published_numbers_are_of_known_methods():
+    for table in registry.PUBLISHED.values():
+        for name, values in table.items():
+            method, *flags = name.split(" --")
+            config = registry.resolve(registry.METHODS[method]).Config
+            known = {*config.__dataclass_fields__, *DistillFlags.__dataclass_fields__}
+            assert len(values) == len(registry.PAIRS) and {flag.split()[0] for flag in flags} <= known, name
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=str)
@@ -52,14 +68,16 @@ def test_a_script_is_short_and_stops_at_errors(script):
     assert "set -euo pipefail" in text and len(text.splitlines()) < 20
 
 
-@pytest.mark.parametrize("script", [s for s in SCRIPTS if "initBank" not in str(s)], ids=str)
+@pytest.mark.parametrize("script", [s for s in GENERATED if "initBank" not in str(s)], ids=str)
 def test_a_script_runs_to_a_student(script, command, teacher_file, tmp_path):
     """Its own flags, then ours: a bank by the script that it names first, then the student."""
-    first = re.search(r"First: bash (\S+)", (ROOT / script).read_text())[1]
-    method = script.parts[1]
-    small = f"{TINY_TASK} {TINY[method]} --teacher_ckpt {teacher_file} --epochs 1 --kd_steps 1"
-    command("datafree_kd", f"{arguments(first)} {small} --save_dir {tmp_path / 'bank'}")
-    command("datafree_kd", f"{arguments(script)} {small} --init_bank {tmp_path / 'bank'} --save_dir {tmp_path / 'run'}")
+    first = re.search(r"First: bash (\S+)", (ROOT / script).read_text())
+    method = re.search(r"--method (\w+)", (ROOT / script).read_text())[1]
+    small = f"{TINY_TASK} {TINY[method]} --teacher_ckpt {teacher_file} --epochs 1 --kd_steps 1 --ep_steps 1"
+    if first:
+        command("datafree_kd", f"{arguments(first[1])} {small} --save_dir {tmp_path / 'bank'}")
+        small += f" --init_bank {tmp_path / 'bank'}"
+    command("datafree_kd", f"{arguments(script)} {small} --save_dir {tmp_path / 'run'}")
     assert json.loads((tmp_path / "run" / "result.json").read_text())["method"] == method
 
 
@@ -99,7 +117,43 @@ def test_report_takes_mean_and_spread_over_seeds(tmp_path, monkeypatch, capsys):
     report.main()
     out = capsys.readouterr().out
     assert "91.00 ± 1.41" in out and "| 0,1 |" in out and "10 (40)" in out and "| m | 50.0 ± 0.0 | 51.0 ± 0.0 |" in out
-    assert "training s" not in out and table.read_text().count("\n") == 3
+    assert "training s" not in out and table.read_text().count("\n") == 3 and "published" not in out
+
+
+def test_report_tells_times_budgets_and_targets(tmp_path):
+    """Synthesis inside stage distill counts as synthesis; an hour or more makes all times hours."""
+    write_result(tmp_path / "a", synthesis_seconds=15.0)
+    write_result(tmp_path / "b", seed=1, seconds={"synthesize": 10.0, "distill": 30.0}, synthesis_seconds=25.0)
+    rows = report.rows_of(report.group(report.collect([tmp_path])), budget=60, target=51.0)
+    assert rows[0]["synthesis s"] == "30 ± 7" and rows[0]["distillation s"] == "5 ± 0"
+    assert rows[0]["acc1 at 60 steps"] == "51.0 ± 0.0" and rows[0]["steps to 51 %"] == "100 ± 0"
+    (row,) = report.rows_of(report.group(report.collect([tmp_path])), target=50.5)
+    assert row["steps to 50.5 %"] == "100 ± 0"
+    (row,) = report.rows_of(report.group(report.collect([tmp_path])), target=60.0)
+    assert row["steps to 60 %"] == "(2 of 2 never)"
+    write_result(tmp_path / "c", method="n", seconds={"distill": 7200.0}, synthesis_seconds=3600.0)
+    rows = report.rows_of(report.group(report.collect([tmp_path])))
+    assert [r["synthesis h"] for r in rows] == ["0.01 ± 0.00", "1.00"] and rows[1]["distillation h"] == "1.00"
+
+
+def test_report_sets_the_papers_number_beside_ours(tmp_path):
+    """By method, pair and, where the paper has several rows, the flags; the difference is that of best and best."""
+    task = {"dataset": "cifar10", "teacher": "wrn40_2", "student": "wrn16_2"}
+    write_result(tmp_path / "a", method="dfq", **task)
+    write_result(tmp_path / "b", method="fast", settings={"g_steps": 5}, **task)
+    write_result(tmp_path / "c", method="fast", settings={"g_steps": 7}, **task)
+    write_result(tmp_path / "d", method="dfq", settings={"bn": 1}, **(task | {"student": "resnet8"}))
+    rows = {r["method"] + r["network"]: r for r in report.rows_of(report.group(report.collect([tmp_path])))}
+    assert rows["dfqwrn16_2"]["published best"] == "92.01" and rows["dfqwrn16_2"]["difference"] == "-1.01"
+    assert rows["fast --g_steps 5wrn16_2"]["published best"] == "91.96"
+    assert rows["fast --g_steps 7wrn16_2"]["published best"] == "" == rows["dfqresnet8"]["difference"]
+
+
+def test_runs_that_differ_in_a_flag_are_apart_and_say_so(tmp_path):
+    for k, bn in enumerate((0.0, 0.0, 10.0)):
+        write_result(tmp_path / str(k), seed=k, settings={"bn": bn, "oh": 1.0, "seed": k, "init_bank": f"bank{k}"})
+    rows = report.rows_of(report.group(report.collect([tmp_path])))
+    assert [(r["method"], r["seeds"]) for r in rows] == [("m --bn 0.0", "0,1"), ("m --bn 10.0", "2")]
 
 
 def test_report_rewrites_a_table_in_place(tmp_path, monkeypatch):
@@ -130,13 +184,10 @@ def tables_in_readme():
 
 
 @pytest.mark.parametrize("name, command_line, text", tables_in_readme(), ids=lambda v: v[:20])
-def test_readme_tables_are_made_from_result_files(name, command_line, text):
-    folders = [ROOT / word for word in command_line.split() if not word.startswith("--")]
-    groups = report.group(report.collect(folders))
-    expected = report.markdown([report.row(runs) for runs in groups])
-    if "--rounds" in command_line:
-        expected += "\n\n" + report.rounds_table(groups)
-    assert text == expected
+def test_readme_tables_are_made_from_result_files(name, command_line, text, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    args = report.parse(command_line.split())
+    assert text == report.table(args.runs, args.rounds, args.budget, args.target)
 
 
 def test_readme_has_its_tables():

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# DDA, ACM MM 2024 (arXiv 2410.17606): cifar100, initial image bank of resnet34 (80,000 images); published settings.
+# DDA, ACM MM 2024 (arXiv 2410.17606):
+# cifar100, initial image bank of resnet34 (80,000 images); published settings.
 # acc1: not measured yet. Time: not measured yet. Device: one GPU.
 # Wants checkpoints/pretrained/cifar100_resnet34.pth; makes checkpoints/dda/cifar100_resnet34_initBank/bank.
 set -euo pipefail

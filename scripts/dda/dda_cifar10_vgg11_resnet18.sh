@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# DDA, ACM MM 2024 (arXiv 2410.17606): cifar10, vgg11 -> resnet18; published settings.
+# DDA, ACM MM 2024 (arXiv 2410.17606):
+# cifar10, vgg11 -> resnet18; published settings.
 # acc1: not measured yet. Time: not measured yet. Device: one GPU.
 # First: bash scripts/dda/dda_cifar10_initBank_vgg11.sh
 set -euo pipefail

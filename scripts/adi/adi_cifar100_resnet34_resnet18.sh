@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Adaptive DeepInversion, CVPR 2020 (arXiv 1912.08795):
+# cifar100, resnet34 -> resnet18; published settings.
+# The paper's acc1 (best test epoch): 61.32 %.
+# acc1: not measured yet. Time: not measured yet. Device: one GPU.
+# Wants checkpoints/pretrained/cifar100_resnet34.pth.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+source scripts/environment.sh
+python datafree_kd.py --method adi --dataset cifar100 --teacher resnet34 \
+  --student resnet18 --g_steps 2000 "$@"

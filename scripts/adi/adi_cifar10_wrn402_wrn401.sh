@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Adaptive DeepInversion, CVPR 2020 (arXiv 1912.08795):
+# cifar10, wrn40_2 -> wrn40_1; published settings.
+# The paper's acc1 (best test epoch): 86.85 %.
+# acc1: not measured yet. Time: not measured yet. Device: one GPU.
+# Wants checkpoints/pretrained/cifar10_wrn40_2.pth.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+source scripts/environment.sh
+python datafree_kd.py --method adi --dataset cifar10 --teacher wrn40_2 \
+  --student wrn40_1 --g_steps 2000 "$@"

@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# CMI, IJCAI 2021 (arXiv 2105.08584):
+# cifar100, wrn40_2 -> wrn40_1; published settings.
+# The paper's acc1 (best test epoch): 68.88 %.
+# acc1: not measured yet. Time: not measured yet. Device: one GPU.
+# First: bash scripts/cmi/cmi_cifar100_initBank_wrn402.sh
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+source scripts/environment.sh
+python datafree_kd.py --method cmi --dataset cifar100 --teacher wrn40_2 \
+  --student wrn40_1 --init_bank checkpoints/cmi/cifar100_wrn40_2_initBank/bank "$@"

@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# DAFL, ICCV 2019 (arXiv 1904.01186):
+# cifar10, wrn40_2 -> wrn40_1; published settings.
+# The paper's acc1 (best test epoch): 81.33 %.
+# acc1: not measured yet. Time: not measured yet. Device: one GPU.
+# Wants checkpoints/pretrained/cifar10_wrn40_2.pth.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+source scripts/environment.sh
+python datafree_kd.py --method dafl --dataset cifar10 --teacher wrn40_2 \
+  --student wrn40_1 "$@"

@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# DFQ, CVPRW 2020 (arXiv 2005.04136):
+# cifar100, vgg11 -> resnet18; published settings.
+# The paper's acc1 (best test epoch): 66.21 %.
+# acc1: not measured yet. Time: not measured yet. Device: one GPU.
+# Wants checkpoints/pretrained/cifar100_vgg11.pth.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+source scripts/environment.sh
+python datafree_kd.py --method dfq --dataset cifar100 --teacher vgg11 \
+  --student resnet18 "$@"

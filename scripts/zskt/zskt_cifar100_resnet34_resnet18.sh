@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# ZSKT, NeurIPS 2019 (arXiv 1905.09768):
+# cifar100, resnet34 -> resnet18; published settings.
+# The paper's acc1 (best test epoch): 67.74 %.
+# acc1: not measured yet. Time: not measured yet. Device: one GPU.
+# Wants checkpoints/pretrained/cifar100_resnet34.pth.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+source scripts/environment.sh
+python datafree_kd.py --method zskt --dataset cifar100 --teacher resnet34 \
+  --student resnet18 "$@"

@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# ZSKT, NeurIPS 2019 (arXiv 1905.09768):
+# cifar100, vgg11 -> resnet18; published settings.
+# The paper's acc1 (best test epoch): 54.31 %.
+# acc1: not measured yet. Time: not measured yet. Device: one GPU.
+# Wants checkpoints/pretrained/cifar100_vgg11.pth.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+source scripts/environment.sh
+python datafree_kd.py --method zskt --dataset cifar100 --teacher vgg11 \
+  --student resnet18 "$@"
