@@ -1,0 +1,227 @@
+"""DeepInversion and ADI: their losses against loops in plain Python, and what their inversion promises."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from datafree.adi import ADI, ADIConfig, ADISynthesizer, competition_loss
+from datafree.base import Task
+from datafree.bn_statistics import BNStatistics, bn_loss
+from datafree.deepinv import (
+    DeepInversion,
+    DeepInversionConfig,
+    DeepInversionSynthesizer,
+    LowestLoss,
+    jitter,
+    l2_norm,
+    total_variation,
+)
+from engine.errors import UserError
+from engine.precision import Precision
+from models.classifier import Classifier, frozen
+
+CPU = torch.device("cpu")
+OFF = {"bn": 0.0, "oh": 0.0, "tv": 0.0, "l2": 0.0}
+
+
+def task(flip=False):
+    return Task(4, 16, CPU, lambda x: x, Precision("no", CPU), flip=flip)
+
+
+def classifier(seed, batch_norm=True):
+    """A small network for 16 px images of four classes, with BN statistics that are not the initial ones."""
+    torch.manual_seed(seed)
+    norms = [nn.BatchNorm2d(c) if batch_norm else nn.Identity() for c in (5, 7)]
+    for norm in norms if batch_norm else []:
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 2)
+    layers = nn.Conv2d(3, 5, 3), norms[0], nn.ReLU(), nn.Conv2d(5, 7, 3, 2), norms[1], nn.ReLU()
+    network = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(7, 4))
+    return frozen(Classifier(network, 4, 16, (0.4, 0.5, 0.6), (0.2, 0.25, 0.3), name=f"network{seed}"))
+
+
+def naive_js(student, teacher, low=0.01, high=0.99):
+    """Jensen-Shannon divergence at temperature 3, one probability at a time."""
+    total = 0.0
+    for s, t in zip(np.asarray(student, dtype=float) / 3, np.asarray(teacher, dtype=float) / 3):
+        for p, q in zip(np.exp(s) / np.exp(s).sum(), np.exp(t) / np.exp(t).sum()):
+            p, q = min(max(p, low), high), min(max(q, low), high)
+            m = (p + q) / 2
+            total += 0.5 * (p * np.log(p / m) + q * np.log(q / m))
+    return total / len(student)
+
+
+def test_competition_is_one_minus_js():
+    torch.manual_seed(0)
+    student, teacher = 6 * torch.randn(9, 10), 6 * torch.randn(9, 10)
+    assert float(competition_loss(student, teacher)) == pytest.approx(1 - naive_js(student, teacher), abs=1e-5)
+    assert naive_js(student, teacher) != pytest.approx(naive_js(student, teacher, 0, 1), rel=1e-2), "the clamp bites here"
+    assert float(competition_loss(teacher, teacher)) == 1.0
+    assert competition_loss(student, teacher) == competition_loss(teacher, student)
+
+
+def test_the_clamp_bounds_the_competition():
+    student, teacher = torch.tensor([[0.0, 0.0, 90.0]], requires_grad=True), torch.tensor([[90.0, 0.0, 0.0]])
+    loss = competition_loss(student, teacher)
+    by_hand = 0.99 * np.log(0.99 / 0.5) + 0.01 * np.log(0.01 / 0.5)  # twice half of it; the third class adds 0
+    assert loss.item() == pytest.approx(1 - by_hand, abs=1e-6)
+    loss.backward()
+    assert torch.equal(student.grad, torch.zeros(1, 3)), "nothing to gain beyond 99 %"
+    milder = torch.tensor([[0.0, 0.0, 3.0]], requires_grad=True)
+    competition_loss(milder, teacher).backward()
+    assert milder.grad[0, 2] < 0 < milder.grad[0, 0], "descent makes the student surer of its mistake"
+
+
+def test_total_variation_against_loops():
+    x = torch.randn(2, 3, 4, 5)
+    expected = 0.0
+    for rows, columns in ((0, 1), (1, 0), (1, 1), (1, -1)):
+        differences = [
+            abs(float(x[b, c, i, j] - x[b, c, i + rows, j + columns]))
+            for b in range(2)
+            for c in range(3)
+            for i in range(4 - rows)
+            for j in range(5)
+            if 0 <= j + columns < 5
+        ]
+        expected += sum(differences) / len(differences)
+    assert float(total_variation(x)) == pytest.approx(expected, rel=1e-5)
+    assert total_variation(torch.ones(1, 3, 4, 4)) == 0
+
+
+def test_l2_is_of_one_image():
+    x = torch.zeros(2, 3, 2, 2)
+    x[0, 0, 0, 0], x[0, 1, 1, 1], x[1, 2, 0, 1] = 3.0, 4.0, 1.0
+    assert float(l2_norm(x)) == pytest.approx((5 + 1) / 2)
+    assert float(l2_norm(x.repeat(4, 1, 1, 1))) == pytest.approx(3), "does not grow with the batch"
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_jitter_is_a_bounded_roll_of_the_whole_batch(flip):
+    torch.manual_seed(0)
+    images = torch.arange(2 * 3 * 16 * 24.0).view(2, 3, 16, 24)
+    candidates = {}
+    for down in range(-2, 3):
+        for right in range(-3, 4):
+            candidates[down, right, False] = images.roll((down, right), (2, 3))
+            if flip:
+                candidates[down, right, True] = candidates[down, right, False].flip(3)
+    seen = []
+    for _ in range(600):
+        moved = jitter(images, flip)
+        seen += [key for key, expected in candidates.items() if torch.equal(moved, expected)]
+    assert len(seen) == 600, "every draw is exactly one of the allowed moves"
+    assert set(seen) == set(candidates)
+
+
+@pytest.mark.parametrize("losses", [(5.0, 3.0, 4.0), (3.0, 5.0, 4.0), (5.0, 4.0, 3.0)])
+def test_lowest_loss_keeps_a_copy(losses):
+    best, images = LowestLoss(), torch.zeros(2, 3)
+    for step, loss in enumerate(losses):
+        images.fill_(step)
+        best.update(images, {"loss": torch.tensor(loss), "loss_oh": torch.tensor(10.0 * step)})
+        images.fill_(-1.0)  # an optimizer goes on with the same tensor
+    lowest = losses.index(3.0)
+    assert best.images.eq(lowest).all()
+    assert best.scalars() == {"loss_synthesis": torch.tensor(3.0), "loss_oh": torch.tensor(10.0 * lowest)}
+
+
+class Scripted(DeepInversionSynthesizer):
+    """The loss of step k is the k-th of ``values`` whatever the pixels are; all pixels are pushed up."""
+
+    def terms(self, pixels, labels, student):
+        self.seen.append(pixels.detach().clone())
+        push = -pixels.sum()
+        return {"loss_oh": (1.0, push - push.detach() + self.values[len(self.seen) - 1])}
+
+
+def test_the_best_step_is_the_one_kept():
+    config = DeepInversionConfig(g_steps=4, synthesis_batch_size=3, bn=0.0)
+    teacher = classifier(0)
+    synthesizer = Scripted(config, teacher, task())
+    synthesizer.seen, synthesizer.values = [], [4.0, 2.0, 1.0, 3.0]
+    batch = synthesizer.synthesize(None)
+    shown = [(x * teacher.std + teacher.mean).clamp(0, 1) for x in synthesizer.seen]
+    assert torch.equal(batch.images, shown[2]) and batch.scalars["loss_synthesis"] == 1.0
+    assert not torch.equal(shown[2], shown[3]) and not torch.equal(shown[2], shown[1])
+
+
+def test_a_step_is_as_long_as_the_learning_rate_in_normalized_space():
+    config = DeepInversionConfig(g_steps=2, synthesis_batch_size=3, bn=0.0, lr_g=0.1)
+    synthesizer = Scripted(config, classifier(0), task())
+    synthesizer.seen, synthesizer.values = [], [1.0, 1.0]
+    synthesizer.synthesize(None)
+    first, second = synthesizer.seen
+    white = ((1 - synthesizer.teacher.mean) / synthesizer.teacher.std).expand_as(first)
+    assert torch.allclose(second, torch.minimum(first + 0.1, white), atol=1e-5)
+    assert (second == white).any() and (second < white).any()
+
+
+def test_pixels_stay_in_range_at_any_rate():
+    teacher, seen = classifier(0), []
+    teacher.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
+    config = ADIConfig(g_steps=5, synthesis_batch_size=6, lr_g=5.0)
+    batch = ADISynthesizer(config, teacher, task(flip=True)).synthesize(classifier(1))
+    assert batch.images.min() >= 0 and batch.images.max() <= 1 and torch.bincount(batch.labels).min() >= 1
+    assert len(seen) == 5 and all(x.min() > -1e-6 and x.max() < 1 + 1e-6 for x in seen)
+    assert (seen[-1] < 1e-6).any() and (seen[-1] > 1 - 1e-6).any(), "the clip was needed"
+
+
+def test_deepinversion_never_asks_the_student():
+    def student(images):
+        raise AssertionError("asked")
+
+    config = DeepInversionConfig(g_steps=2, synthesis_batch_size=4)
+    batch = DeepInversionSynthesizer(config, classifier(0), task()).synthesize(student)
+    assert set(batch.scalars) == {"loss_synthesis", "loss_oh", "loss_bn", "loss_tv"}
+
+
+def test_the_loss_is_the_weighted_sum():
+    teacher, student = classifier(0), classifier(1)
+    config = ADIConfig(g_steps=1, synthesis_batch_size=4, bn=3.0, oh=5.0, tv=7.0, l2=11.0, adv=13.0, student_bn=17.0)
+    scalars = ADISynthesizer(config, teacher, task()).synthesize(student).scalars
+    weights = {"loss_bn": 3, "loss_oh": 5, "loss_tv": 7, "loss_l2": 11, "loss_adv": 13, "loss_student_bn": -17}
+    assert float(scalars["loss_synthesis"]) == pytest.approx(
+        sum(weight * float(scalars[name]) for name, weight in weights.items()), rel=1e-4
+    )
+
+
+def distance(network, images):
+    statistics = BNStatistics(network)
+    with statistics.collect() as batch_stats:
+        logits = network(images)
+    return float(bn_loss(batch_stats, statistics.running)), logits
+
+
+def test_images_leave_the_students_statistics():
+    teacher, student = classifier(0), classifier(1)
+    distances = []
+    for steps in (1, 12):
+        config = ADIConfig(g_steps=steps, synthesis_batch_size=8, adv=0.0, student_bn=1.0, **OFF)
+        torch.manual_seed(0)
+        batch = ADISynthesizer(config, teacher, task()).synthesize(student)
+        distances.append(distance(student, batch.images)[0])
+        assert float(batch.scalars["loss_student_bn"]) == pytest.approx(-float(batch.scalars["loss_synthesis"]))
+    assert distances[1] > 1.1 * distances[0]
+
+
+def test_images_divide_student_and_teacher():
+    teacher, student = classifier(0), classifier(1)
+    divergences = []
+    for steps in (1, 40):
+        config = ADIConfig(g_steps=steps, synthesis_batch_size=8, adv=1.0, student_bn=0.0, **OFF)
+        torch.manual_seed(0)
+        images = ADISynthesizer(config, teacher, task()).synthesize(student).images
+        divergences.append(naive_js(student(images).tolist(), teacher(images).tolist()))
+    assert divergences[1] > 1.2 * divergences[0]
+
+
+def test_bad_input():
+    teacher = classifier(0)
+    with pytest.raises(UserError, match="network3 has no BatchNorm layer.*--student_bn 0"):
+        ADI(ADIConfig(), teacher, classifier(3, batch_norm=False), task())
+    ADI(ADIConfig(student_bn=0.0), teacher, classifier(3, batch_norm=False), task())
+    for method in (DeepInversion, ADI):
+        with pytest.raises(UserError, match="--g_steps 0"):
+            method(method.Config(g_steps=0), teacher, teacher, task())
