@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from datafree.base import Task
 from datafree.bn_statistics import BNStatistics, bn_loss, collected, layers_with_statistics
-from datafree.deepinv import DISTILL, DeepInversion, DeepInversionConfig, DeepInversionSynthesizer, Terms
+from datafree.deepinv import DISTILL, DeepInversion, DeepInversionConfig, DeepInversionSynthesizer
+from datafree.losses import Terms
 from engine.errors import UserError
 from engine.flags import flag
 

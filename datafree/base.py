@@ -89,6 +89,28 @@ class Synthesizer:
         """Undoes ``state_dict``."""
 
 
+class LowestLoss:
+    """The images of the step with the lowest loss so far, a copy, and its named losses. Nothing leaves the device."""
+
+    def __init__(self):
+        self.images: Tensor | None = None
+        self.losses: dict[str, Tensor] = {}
+
+    def update(self, images: Tensor, losses: dict[str, Tensor]) -> None:
+        """images (B, ...) and their named scalar losses, "loss" among them."""
+        losses = {name: value.detach() for name, value in losses.items()}
+        if self.images is None:
+            self.images, self.losses = images.detach().clone(), losses
+            return
+        better = losses["loss"] < self.losses["loss"]
+        self.images = torch.where(better, images.detach(), self.images)
+        self.losses = {name: torch.where(better, value, self.losses[name]) for name, value in losses.items()}
+
+    def scalars(self) -> dict[str, Tensor]:
+        """Figures to log."""
+        return {("loss_synthesis" if name == "loss" else name): value for name, value in self.losses.items()}
+
+
 class Method:
     """One row of ``registry.METHODS``: the stages of a run and the pieces that they use.
 

@@ -37,11 +37,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from datafree.base import ImageBatch, Method, Synthesizer, Task, balanced_labels
+from datafree.base import ImageBatch, LowestLoss, Method, Synthesizer, Task, balanced_labels
 from datafree.bn_statistics import BNStatistics, Stats, bn_loss, collected, layers_with_statistics
-from datafree.deepinv import LowestLoss, weighted_sum
 from datafree.generators import Generator, reset
-from datafree.losses import KLDistillation, adversarial_loss, one_hot_loss
+from datafree.losses import KLDistillation, adversarial_loss, one_hot_loss, weighted_sum
 from engine.errors import UserError
 from engine.flags import flag
 

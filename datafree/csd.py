@@ -22,10 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from datafree.base import ImageBatch, Method, Synthesizer, Task, balanced_labels
+from datafree.base import ImageBatch, LowestLoss, Method, Synthesizer, Task, balanced_labels
 from datafree.bn_statistics import BNStatistics, bn_loss, collected
 from datafree.generators import Generator, reset
-from datafree.losses import feature_loss, kd_loss, one_hot_loss, rotation_labels, rotations
+from datafree.losses import feature_loss, kd_loss, one_hot_loss, rotation_labels, rotations, weighted_sum
 from engine.errors import UserError
 from engine.flags import flag
 from models.classifier import eval_mode
@@ -82,37 +82,29 @@ class CSDSynthesizer(Synthesizer):
         z = torch.randn(self.images, config.nz, device=device, requires_grad=True)
         labels = balanced_labels(self.images, self.task.num_classes, device)
         optimizer = torch.optim.Adam([*self.generator.parameters(), z], lr=config.lr_g, betas=(0.5, 0.999))
-        best_loss = torch.full((), float("inf"), device=device)
-        best_images = torch.zeros(len(z), 3, self.task.image_size, self.task.image_size, device=device)
-        best: dict[str, Tensor] = {}
+        best = LowestLoss()
         for _ in range(self.g_steps):
             with self.task.precision.autocast():
                 images = self.generator(z).float()
             losses = self.losses(self.task.augment(images), labels, student)
-            better = losses["loss"].detach() < best_loss
-            best_images = torch.where(better, images.detach(), best_images)
-            best_loss = torch.where(better, losses["loss"].detach(), best_loss)
-            best = {k: torch.where(better, v.detach(), best.get(k, v.detach())) for k, v in losses.items()}
+            best.update(images, losses)
             self.task.precision.minimize(losses["loss"], optimizer)
         if self.csd:
             self.restart_head()
-        return ImageBatch(best_images, labels, {("loss_synthesis" if k == "loss" else k): v for k, v in best.items()})
+        return ImageBatch(best.images, labels, best.scalars())
 
     def losses(self, images: Tensor, labels: Tensor, student: nn.Module) -> dict[str, Tensor]:
         """Named synthesis losses of augmented images (B, 3, H, W); "loss" is their weighted sum."""
         with collected(self.statistics) as batch_stats, self.task.precision.autocast():
             logits = self.teacher(images)
-        losses = {"loss_oh": one_hot_loss(logits, labels)}
-        losses["loss"] = self.config.oh * losses["loss_oh"]
+        terms = {"loss_oh": (self.config.oh, one_hot_loss(logits, labels))}
         if self.statistics:
-            losses["loss_bn"] = bn_loss(batch_stats, self.statistics.running)
-            losses["loss"] = losses["loss"] + self.config.bn * losses["loss_bn"]
+            terms["loss_bn"] = self.config.bn, bn_loss(batch_stats, self.statistics.running)
         if self.csd:
             with self.task.precision.autocast():
                 features = student(rotations(images), return_features=True).features
-            losses["loss_csd"] = -F.cross_entropy(self.head(features.float()), rotation_labels(labels))
-            losses["loss"] = losses["loss"] + self.csd * losses["loss_csd"]
-        return losses
+            terms["loss_csd"] = self.csd, -F.cross_entropy(self.head(features.float()), rotation_labels(labels))
+        return weighted_sum(terms)
 
     def restart_head(self) -> None:
         """The student has moved on: a new rotation head for the next round."""

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from datafree.losses import balance_loss, one_hot_loss
+from datafree.losses import balance_loss, one_hot_loss, weighted_sum
 from datafree.stream import DISTILL, GeneratorStream, StreamConfig, StreamingMethod
 from engine.flags import flag
 
@@ -40,13 +40,13 @@ class DAFLSynthesizer(GeneratorStream):
         with self.task.precision.autocast():
             logits, features, *_ = self.teacher(images, return_features=True)
         config = self.config
-        losses = {
-            "loss_oh": one_hot_loss(logits, logits.argmax(1)),
-            "loss_act": activation_loss(features),
-            "loss_balance": balance_loss(logits),
-        }
-        total = config.oh * losses["loss_oh"] + config.act * losses["loss_act"] + config.balance * losses["loss_balance"]
-        return {"loss": total, **losses}
+        return weighted_sum(
+            {
+                "loss_oh": (config.oh, one_hot_loss(logits, logits.argmax(1))),
+                "loss_act": (config.act, activation_loss(features)),
+                "loss_balance": (config.balance, balance_loss(logits)),
+            }
+        )
 
 
 def activation_loss(features: Tensor) -> Tensor:

@@ -29,14 +29,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from datafree.base import ImageBatch, Method, Synthesizer, Task, balanced_labels
+from datafree.base import ImageBatch, LowestLoss, Method, Synthesizer, Task, balanced_labels
 from datafree.bn_statistics import BNStatistics, bn_loss, collected
-from datafree.losses import KLDistillation, one_hot_loss
+from datafree.losses import KLDistillation, Terms, one_hot_loss, weighted_sum
 from engine.errors import UserError
 from engine.flags import flag
 
 DISTILL = ("distill",)
-Terms = dict[str, tuple[float, Tensor]]  # {name: (weight, scalar)}
 
 
 @dataclass(frozen=True)
@@ -51,34 +50,6 @@ class DeepInversionConfig:
     tv: float = flag(1e-3, "weight of the total variation, mean |x_p - x_q| over four neighbours", stages=DISTILL)
     l2: float = flag(0.0, "weight of the mean ||x||_2 of an image", stages=DISTILL)
     T: float = flag(20.0, "temperature of the distillation loss", stages=DISTILL)
-
-
-class LowestLoss:
-    """The images of the step with the lowest loss so far, a copy, and its named losses. Nothing leaves the device."""
-
-    def __init__(self):
-        self.images: Tensor | None = None
-        self.losses: dict[str, Tensor] = {}
-
-    def update(self, images: Tensor, losses: dict[str, Tensor]) -> None:
-        """images (B, ...) and their named scalar losses, "loss" among them."""
-        losses = {name: value.detach() for name, value in losses.items()}
-        if self.images is None:
-            self.images, self.losses = images.detach().clone(), losses
-            return
-        better = losses["loss"] < self.losses["loss"]
-        self.images = torch.where(better, images.detach(), self.images)
-        self.losses = {name: torch.where(better, value, self.losses[name]) for name, value in losses.items()}
-
-    def scalars(self) -> dict[str, Tensor]:
-        """Figures to log."""
-        return {("loss_synthesis" if name == "loss" else name): value for name, value in self.losses.items()}
-
-
-def weighted_sum(terms: Terms) -> dict[str, Tensor]:
-    """{"loss": sum of weight * term, and every term unweighted}."""
-    total = sum(weight * term for weight, term in terms.values())
-    return {"loss": total} | {name: term for name, (_, term) in terms.items()}
 
 
 def total_variation(images: Tensor) -> Tensor:

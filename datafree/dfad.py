@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from datafree.losses import weighted_sum
 from datafree.stream import DISTILL, GeneratorStream, StreamConfig, StreamingMethod
 from engine.flags import flag
 
@@ -40,7 +41,7 @@ class DFADSynthesizer(GeneratorStream):
         """See the module's first lines."""
         with self.task.precision.autocast():
             adv = -logit_distance(student(images), self.teacher(images), self.config.T)
-        return {"loss": self.config.adv * adv, "loss_adv": adv}
+        return weighted_sum({"loss_adv": (self.config.adv, adv)})
 
 
 class LogitMatching(nn.Module):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from datafree.base import Task
 from datafree.bn_statistics import BNStatistics, bn_loss, collected
-from datafree.losses import adversarial_loss, balance_loss, one_hot_loss
+from datafree.losses import adversarial_loss, balance_loss, one_hot_loss, weighted_sum
 from datafree.stream import DISTILL, GeneratorStream, StreamConfig, StreamingMethod
 from engine.flags import flag
 
@@ -47,16 +47,14 @@ class DFQSynthesizer(GeneratorStream):
         with collected(self.statistics) as batch_stats, self.task.precision.autocast():
             logits = self.teacher(images)
             student_logits = student(images)
-        losses = {
-            "loss_adv": adversarial_loss(student_logits, logits),
-            "loss_oh": one_hot_loss(logits, logits.argmax(1)),
-            "loss_balance": balance_loss(logits),
+        terms = {
+            "loss_adv": (config.adv, adversarial_loss(student_logits, logits)),
+            "loss_oh": (config.oh, one_hot_loss(logits, logits.argmax(1))),
+            "loss_balance": (config.balance, balance_loss(logits)),
         }
-        total = config.adv * losses["loss_adv"] + config.oh * losses["loss_oh"] + config.balance * losses["loss_balance"]
         if self.statistics:
-            losses["loss_bn"] = bn_loss(batch_stats, self.statistics.running)
-            total = total + config.bn * losses["loss_bn"]
-        return {"loss": total, **losses}
+            terms["loss_bn"] = config.bn, bn_loss(batch_stats, self.statistics.running)
+        return weighted_sum(terms)
 
 
 class DFQ(StreamingMethod):

@@ -4,6 +4,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+Terms = dict[str, tuple[float, Tensor]]  # {name: (weight, scalar)}
+
+
+def weighted_sum(terms: Terms) -> dict[str, Tensor]:
+    """{"loss": sum of weight * term, and every term unweighted}."""
+    total = sum(weight * term for weight, term in terms.values())
+    return {"loss": total} | {name: term for name, (_, term) in terms.items()}
+
 
 def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
     """``T^2 * KL(teacher || student)`` at temperature T, batch mean (Hinton et al. 2015, arXiv 1503.02531).

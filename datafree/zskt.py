@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from datafree.losses import adversarial_loss, kd_loss
+from datafree.losses import adversarial_loss, kd_loss, weighted_sum
 from datafree.stream import DISTILL, GeneratorStream, StreamConfig, StreamingMethod
 from engine.errors import UserError
 from engine.flags import flag
@@ -40,7 +40,7 @@ class ZSKTSynthesizer(GeneratorStream):
         """See the module's first lines."""
         with self.task.precision.autocast():
             adv = adversarial_loss(student(images), self.teacher(images), self.config.T)
-        return {"loss": self.config.adv * adv, "loss_adv": adv}
+        return weighted_sum({"loss_adv": (self.config.adv, adv)})
 
 
 def attention(feature_map: Tensor) -> Tensor:

@@ -6,13 +6,12 @@ import torch
 from torch import nn
 
 from datafree.adi import ADI, ADIConfig, ADISynthesizer, competition_loss
-from datafree.base import Task
+from datafree.base import LowestLoss, Task
 from datafree.bn_statistics import BNStatistics, bn_loss
 from datafree.deepinv import (
     DeepInversion,
     DeepInversionConfig,
     DeepInversionSynthesizer,
-    LowestLoss,
     jitter,
     l2_norm,
     total_variation,
