@@ -45,6 +45,7 @@ class Task:
 
     ``augment`` maps images (B, 3, H, W) to randomly cropped and flipped ones, one draw an image, differentiably.
     ``precision`` has ``autocast()``, the context in which networks run, and ``minimize(loss, optimizer)``.
+    ``prompt`` is the dataset's for a text-to-image model, with ``{label}`` for a class's name.
     ``training_split`` opens the real training images (``engine.data.Split``) for a method that has ``reads_train_split``.
     """
 
@@ -56,6 +57,7 @@ class Task:
     class_names: tuple[str, ...] | None = None
     flip: bool = False
     training_split: Callable[[], Any] | None = None
+    prompt: str = "a photo of a {label}"
 
 
 class Synthesizer:
@@ -102,7 +104,7 @@ class LowestLoss:
         if self.images is None:
             self.images, self.losses = images.detach().clone(), losses
             return
-        better = losses["loss"] < self.losses["loss"]
+        better = (losses["loss"] < self.losses["loss"]) | self.losses["loss"].isnan()
         self.images = torch.where(better, images.detach(), self.images)
         self.losses = {name: torch.where(better, value, self.losses[name]) for name, value in losses.items()}
 
@@ -122,7 +124,8 @@ class Method:
         defaults: common flags whose default this method changes, as {"epochs": 200}.
         external_priors: {stage: id of a pretrained model besides the teacher that it uses}; an instance may set its own.
 
-    Fields of Config that the stages read: ``init_rounds`` (synthesize), ``variants``, ``diffusion_batch_size`` (augment).
+    Fields of Config that the stages read: ``init_rounds`` (synthesize), ``variants``, ``diffusion_batch_size`` (augment),
+    ``images_per_class``, ``synthesis_batch_size``, ``diffusion_batch_size``, ``export_png`` (generate).
     A Config with the field ``bn`` needs a teacher with BatchNorm layers wherever that weight is not 0.
     """
 
@@ -151,6 +154,10 @@ class Method:
 
     def objective(self) -> nn.Module:
         """The student's loss. Its own parameters are trained with the student's."""
+        raise NotImplementedError
+
+    def generator(self):
+        """For stage generate: a ``datafree.diffusion.generator.GuidedGenerator``, or what has the same methods."""
         raise NotImplementedError
 
     def augmenter(self):

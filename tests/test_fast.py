@@ -1,0 +1,299 @@
+"""Fast: meta gradients, blended statistics and the first-layer reset against computations by hand."""
+
+import copy
+import dataclasses
+import io
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from datafree.base import Task, balanced_labels
+from datafree.fast import Fast, FastConfig, FastSynthesizer, Inversion, blend, with_gradient
+from datafree.losses import adversarial_loss
+from engine.errors import UserError
+from engine.precision import Precision
+
+CPU = torch.device("cpu")
+TASK = Task(10, 16, CPU, lambda images: images, Precision("no", CPU))
+SMALL = FastConfig(g_steps=3, synthesis_batch_size=6, nz=4, reset_l0=0)
+
+
+def small(**changes):
+    return dataclasses.replace(SMALL, **changes)
+
+
+@pytest.fixture
+def teacher():
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv2d(3, 5, 3, 2), nn.BatchNorm2d(5), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 10)
+    )
+    return network.eval().requires_grad_(False)
+
+
+@pytest.fixture
+def student():
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 10)).eval().requires_grad_(False)
+
+
+class TwoParameters(nn.Module):
+    """Gray images sigmoid(slope * z + offset)."""
+
+    def __init__(self):
+        super().__init__()
+        self.slope, self.offset = nn.Parameter(torch.tensor(0.7)), nn.Parameter(torch.tensor(-0.2))
+
+    def forward(self, z):
+        return torch.sigmoid(self.slope * z[:, :1, None, None] + self.offset).expand(-1, 3, 16, 16)
+
+
+def one_round_by_hand(config, teacher, meta, seed):
+    """The gradient of the sum of the steps' losses with respect to theta_0, first-order; and theta_0 - theta_K."""
+    torch.manual_seed(seed)
+    z = torch.randn(config.synthesis_batch_size, config.nz)
+    labels = balanced_labels(len(z), 10, CPU)
+    zero = torch.stack([meta.slope, meta.offset]).detach().requires_grad_()
+    theta, z, total = zero + 0, z.requires_grad_(), 0
+    for _ in range(config.g_steps):
+        images = torch.sigmoid(theta[0] * z[:, :1, None, None] + theta[1]).expand(-1, 3, 16, 16)
+        loss = F.cross_entropy(teacher(images), labels)
+        total = total + loss
+        inner, inner_z = torch.autograd.grad(loss, (theta, z), retain_graph=True)
+        theta, z = theta - config.lr_g * inner.detach(), (z - config.lr_z * inner_z).detach().requires_grad_()
+    return torch.autograd.grad(total, zero)[0], zero.detach() - theta.detach()
+
+
+@pytest.mark.parametrize("is_maml", [1, 0])
+def test_the_meta_gradient_is_that_of_autograd(is_maml, teacher, monkeypatch):
+    """With SGD within and without, where Reptile's gradient is lr_g times FOMAML's."""
+    monkeypatch.setattr(torch.optim, "Adam", lambda params, lr=1.0, betas=None: torch.optim.SGD(params, lr))
+    config = small(is_maml=is_maml, bn=0.0, oh=1.0, lr_g=0.5, lr_z=0.3)
+    synthesizer = FastSynthesizer(config, teacher, TASK, warm_up=True)
+    synthesizer.generator = meta = TwoParameters()
+    synthesizer.adapted = copy.deepcopy(meta)
+    synthesizer.meta_optimizer = torch.optim.SGD(meta.parameters(), lr=1.0)
+    before = torch.stack([meta.slope, meta.offset]).detach()
+    fomaml, reptile = one_round_by_hand(config, teacher, meta, 5)
+    torch.manual_seed(5)
+    synthesizer.synthesize(None)
+    moved = before - torch.stack([meta.slope, meta.offset]).detach()
+    assert torch.allclose(moved, fomaml if is_maml else reptile, rtol=1e-4, atol=1e-7)
+    assert moved.abs().min() > 1e-4
+
+
+def test_with_gradient():
+    parameters = [nn.Parameter(torch.randn(3)), nn.Parameter(torch.randn(2, 2))]
+    wanted = [torch.randn(3), torch.randn(2, 2)]
+    with_gradient(parameters, wanted).backward()
+    assert all(torch.equal(p.grad, g) for p, g in zip(parameters, wanted))
+
+
+def test_the_meta_learning_rate_is_g_steps_times_lr_g(teacher):
+    saved = FastSynthesizer(small(lr_g=1.0), teacher, TASK, warm_up=True).state_dict()
+    synthesizer = FastSynthesizer(small(lr_g=2e-3), teacher, TASK, warm_up=False)
+    for _ in range(2):
+        (group,) = synthesizer.meta_optimizer.param_groups
+        assert group["lr"] == pytest.approx(6e-3) and group["betas"] == (0.5, 0.999)
+        synthesizer.load_state_dict(saved)
+
+
+def test_blended_statistics_by_hand():
+    batch = [(torch.tensor([1.0, 2.0]), torch.tensor([4.0, 8.0]))]
+    average = [(torch.tensor([3.0, 0.0]), torch.tensor([0.0, 2.0]))]
+    ((mean, var),) = blend(batch, average, 0.75)
+    assert torch.allclose(mean, torch.tensor([2.5, 0.5])) and torch.allclose(var, torch.tensor([1.0, 3.5]))
+    assert blend(batch, [], 0.75) is batch
+
+
+def test_bn_loss_takes_the_average_of_earlier_rounds(teacher):
+    """Two rounds of one step on fixed images: the loss, and what the average is afterwards."""
+    inversion = Inversion(small(g_steps=1, bn=2.0, oh=0.0, bn_mmt=0.8), teacher, TASK, 0.0)
+    labels = torch.arange(6)
+    mean_after = var_after = None
+    for _ in range(3):
+        images = torch.rand(6, 3, 16, 16, requires_grad=True)
+        var, mean = torch.var_mean(teacher[0](images.detach()), (0, 2, 3), correction=0)
+        if mean_after is not None:
+            mean, var = 0.2 * mean + 0.8 * mean_after, 0.2 * var + 0.8 * var_after
+        expected = (mean - teacher[1].running_mean).norm() + (var - teacher[1].running_var).norm()
+        batch = inversion.descend(lambda: images, torch.optim.SGD([images], 0.1), labels, None)
+        assert torch.allclose(batch.scalars["loss_bn"], expected, rtol=1e-4)
+        assert torch.allclose(batch.scalars["loss_synthesis"], 2 * expected, rtol=1e-4)
+        mean_after, var_after = mean, var
+        assert torch.allclose(inversion.average[0][0], mean, atol=1e-5)
+        assert torch.allclose(inversion.average[0][1], var, rtol=1e-4, atol=1e-6)
+        assert not inversion.average[0][0].requires_grad
+
+
+def test_the_average_moves_once_a_round(teacher, student):
+    synthesizer = FastSynthesizer(small(g_steps=4), teacher, TASK, warm_up=True)
+    synthesizer.synthesize(student)
+    seen = []
+    losses = synthesizer.inversion.losses
+
+    def watched(*args):
+        seen.append(synthesizer.inversion.average[0][0])
+        return losses(*args)
+
+    synthesizer.inversion.losses = watched
+    synthesizer.synthesize(student)
+    assert len(seen) == 4 and all(average is seen[0] for average in seen)
+    assert synthesizer.inversion.average[0][0] is not seen[0]
+
+
+@pytest.mark.parametrize("wanted", [0, 1, 2])
+def test_the_images_of_lowest_loss_are_kept_as_a_copy(wanted, teacher):
+    """The optimizer changes the very tensor that was the image; what the teacher sees of it is not kept."""
+    halved = dataclasses.replace(TASK, augment=lambda images: images / 2)
+    inversion = Inversion(small(g_steps=3), teacher, halved, 0.0)
+    pixels = torch.rand(2, 3, 16, 16, requires_grad=True)
+    seen = []
+
+    def losses(images, labels, student):
+        value = abs(len(seen) - wanted)
+        seen.append(pixels.detach().clone())
+        return {"loss": value + images.sum() - images.sum().detach()}
+
+    inversion.losses = losses
+    batch = inversion.descend(lambda: pixels, torch.optim.SGD([pixels], 0.1), torch.zeros(2, dtype=torch.long), None)
+    assert torch.equal(batch.images, seen[wanted]) and batch.scalars["loss_synthesis"] == 0
+    assert not torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])
+
+
+def weights(network):
+    return {name: p.detach().clone() for name, p in network.named_parameters()}
+
+
+def changed(network, before):
+    return {name for name, p in network.named_parameters() if not torch.equal(p, before[name])}
+
+
+@pytest.mark.parametrize("reset_l0, warm_up", [(1, False), (0, False), (1, True)])
+def test_the_first_layer_is_reset_once(reset_l0, warm_up, teacher, student):
+    """With learning rate 0 nothing else changes the meta generator."""
+    config = small(g_steps=1, lr_g=0.0, reset_l0=reset_l0, reset_l0_round=2)
+    synthesizer = FastSynthesizer(config, teacher, TASK, warm_up=warm_up)
+    found = []
+    for _ in range(5):
+        before = weights(synthesizer.generator)
+        nn.init.ones_(before["project.bias"])
+        with torch.no_grad():
+            synthesizer.generator.project.bias.fill_(1.0)  # so that a reset, to 0, shows
+        synthesizer.synthesize(student)
+        found.append(changed(synthesizer.generator, before))
+    once = {"project.weight", "project.bias"} if reset_l0 and not warm_up else set()
+    assert found == [set(), set(), once, set(), set()]
+
+
+def test_rounds_are_counted_from_the_end_of_warm_up(teacher, student):
+    warm = FastSynthesizer(small(g_steps=1), teacher, TASK, warm_up=True)
+    for _ in range(3):
+        warm.synthesize(student)
+    main = FastSynthesizer(small(g_steps=1), teacher, TASK, warm_up=False)
+    main.load_state_dict(warm.state_dict())
+    assert (warm.rounds, main.rounds) == (3, 0)
+    main.synthesize(student)
+    again = FastSynthesizer(small(g_steps=1), teacher, TASK, warm_up=False)
+    again.load_state_dict(main.state_dict())
+    assert again.rounds == 1
+
+
+def test_the_adapted_generator_is_a_copy(teacher, student):
+    synthesizer = FastSynthesizer(SMALL, teacher, TASK, warm_up=True)
+    before = weights(synthesizer.generator)
+    adapted = [p.data_ptr() for p in synthesizer.adapted.parameters()]
+    synthesizer.synthesize(student)
+    assert not {p.data_ptr() for p in synthesizer.generator.parameters()} & set(adapted)
+    assert [p.data_ptr() for p in synthesizer.adapted.parameters()] == adapted, "allocated once"
+    assert changed(synthesizer.generator, before) == set(before)
+    assert changed(synthesizer.adapted, weights(synthesizer.generator)) == set(before)
+
+
+def test_adaptation_begins_at_the_meta_generator(teacher, student):
+    synthesizer = FastSynthesizer(small(lr_g=0.0), teacher, TASK, warm_up=True)
+    with torch.no_grad():
+        for p in synthesizer.generator.parameters():
+            p.add_(0.5)
+    synthesizer.synthesize(student)
+    assert not changed(synthesizer.adapted, weights(synthesizer.generator))
+
+
+def test_warm_up_does_not_ask_the_student(teacher, student):
+    def unasked(images):
+        raise AssertionError("the student was asked")
+
+    warm = FastSynthesizer(SMALL, teacher, TASK, warm_up=True).synthesize(unasked)
+    assert "loss_adv" not in warm.scalars
+    with pytest.raises(AssertionError, match="asked"):
+        FastSynthesizer(SMALL, teacher, TASK, warm_up=False).synthesize(unasked)
+
+
+def test_the_synthesis_loss_is_the_weighted_sum(teacher, student):
+    inversion = Inversion(small(bn=3.0, oh=0.5), teacher, TASK, adv=2.0)
+    images, labels = torch.rand(40, 3, 16, 16), torch.arange(40) % 10
+    student[1].bias.data.zero_()
+    student[1].bias.data[teacher(images[:1]).argmax()] = 0.3  # then they agree on some images and not on others
+    losses = inversion.losses(images, labels, student)
+    t, s = teacher(images), student(images)
+    agree = t.argmax(1) == s.argmax(1)
+    assert 0 < agree.sum() < 40
+    kl = (t.softmax(1) * (t.log_softmax(1) - s.log_softmax(1))).sum(1)
+    assert torch.allclose(losses["loss_adv"], -(kl * agree).mean(), atol=1e-6)
+    assert torch.allclose(losses["loss_adv"], adversarial_loss(s, t, agreeing_only=True))
+    total = 3 * losses["loss_bn"] + 0.5 * F.cross_entropy(t, labels) + 2 * losses["loss_adv"]
+    assert torch.allclose(losses["loss"], total, rtol=1e-5)
+
+
+@pytest.mark.parametrize("is_maml", [1, 0])
+def test_the_state_goes_on_bit_for_bit(is_maml, teacher, student):
+    config = small(is_maml=is_maml, reset_l0=1, reset_l0_round=3)
+    first = FastSynthesizer(config, teacher, TASK, warm_up=False)
+    for _ in range(2):
+        first.synthesize(student)
+    file = io.BytesIO()
+    torch.save(first.state_dict(), file)
+    file.seek(0)
+    second = FastSynthesizer(config, teacher, TASK, warm_up=False)
+    second.load_state_dict(torch.load(file, weights_only=True))
+    for round in range(3):
+        batches = []
+        for synthesizer in (first, second):
+            torch.manual_seed(round)
+            batches.append(synthesizer.synthesize(student))
+        assert torch.equal(batches[0].images, batches[1].images) and torch.equal(batches[0].labels, batches[1].labels)
+        assert not changed(second.generator, weights(first.generator))
+
+
+def test_without_bn_statistics(student):
+    teacher = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 10)).requires_grad_(False)
+    batch = FastSynthesizer(small(bn=0.0), teacher, TASK, warm_up=False).synthesize(student)
+    assert "loss_bn" not in batch.scalars and batch.images.shape == (6, 3, 16, 16)
+
+
+BAD = {
+    "g_steps": (0, "--g_steps 0 found, a whole number from 1 on wanted"),
+    "synthesis_batch_size": (0, "--synthesis_batch_size 0"),
+    "reset_l0_round": (-1, "--reset_l0_round -1"),
+    "bn_mmt": (1.0, "--bn_mmt 1 is outside"),
+    "is_maml": (2, r"--is_maml 2 found, 0 \(Reptile\) or 1"),
+    "reset_l0": (-1, "--reset_l0 -1 found"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_flags(name, teacher, student):
+    value, message = BAD[name]
+    with pytest.raises(UserError, match=message):
+        Fast(small(**{name: value}), teacher, student, TASK)
+
+
+def test_the_state_of_another_method_or_size_is_one_line(teacher):
+    synthesizer = FastSynthesizer(SMALL, teacher, TASK, warm_up=False)
+    other = FastSynthesizer(small(nz=5), teacher, TASK, warm_up=True).state_dict()
+    for state in ({"steps": 3}, other):
+        with pytest.raises(UserError, match="another --method or with other flags") as caught:
+            synthesizer.load_state_dict(state)
+        assert "\n" not in str(caught.value)
