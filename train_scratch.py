@@ -11,7 +11,7 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.errors import run_command
+from engine.errors import UserError, run_command
 from engine.flags import Parser, add_flags, flag, from_args, stage_flags
 
 TRAIN = ("train",)
@@ -27,12 +27,20 @@ class ScratchFlags:
     dataset: str = flag("cifar10", "a name of registry.DATASETS, or NAME where DATA_ROOT/NAME.npz exists", stages=TRAIN)
     data_root: str = flag("data", "folder of the data; what can be downloaded is put there")
     domain: str | None = flag(None, "domain of a dataset that has several (domainnet)", stages=TRAIN)
+    classes: str | None = flag(
+        None, "of such a dataset: ten (its usual subset) or all; unset: ten", choices=("ten", "all"), stages=TRAIN
+    )
     image_size: int | None = flag(None, "px; unset: the dataset's own", stages=TRAIN)
     output: str | None = flag(None, "the weights; unset: checkpoints/pretrained/<dataset>_<model>.pth")
     save_dir: str | None = flag(None, "run folder (logs, resume); unset: checkpoints/scratch/<dataset>_<model>")
     evaluate_only: bool = flag(False, "measure the accuracy of --resume, or of the output, and stop")
     resume: str | None = flag(
-        None, "weights to start from or to evaluate; an interrupted run resumes without it", stages=TRAIN
+        None,
+        "weights to start from (a head for other classes is dropped) or to evaluate; an interrupted run resumes without it",
+        stages=TRAIN,
+    )
+    pretrained: bool = flag(
+        False, "start from torchvision's ImageNet weights (networks named *_imagenet), with a new head", stages=TRAIN
     )
     redo: bool = flag(False, "forget the run folder and train again")
     mean: tuple[float, ...] | None = flag(None, "normalization r,g,b; unset: the dataset's", stages=TRAIN)
@@ -58,18 +66,16 @@ def main() -> None:
 
     from engine.data import dataset_info, load_split
     from engine.evaluate import evaluate
-    from engine.files import save_checkpoint
     from engine.networks import PRETRAINED, build_classifier, find_checkpoint, short_name
     from engine.precision import Precision, choose_device
-    from engine.run import Run
     from engine.seeding import seed_position
-    from engine.stages import Stages
-    from engine.train import train
     from models.load import load_weights
 
+    if flags.pretrained and (flags.resume or flags.evaluate_only):
+        raise UserError(f"--pretrained and {'--resume' if flags.resume else '--evaluate_only'} exclude each other; give one")
     device = choose_device(flags.gpu)
     precision = Precision("fp16" if flags.fp16 else flags.amp, device)
-    info = dataset_info(flags.dataset, flags.data_root, image_size=flags.image_size, domain=flags.domain)
+    info = dataset_info(flags.dataset, flags.data_root, flags.image_size, flags.domain, flags.classes)
     seed_position(flags.seed, "init")
     classifier = build_classifier(flags.model, info, device, flags.mean, flags.std)
     stem = f"{info.name}_{short_name(flags.model)}"
@@ -81,12 +87,26 @@ def main() -> None:
         accuracy = evaluate(classifier, load_split(info, "test", device, flags.workers))
         print(f"{weights}: acc1 {accuracy['acc1']:.2f} %, acc5 {accuracy['acc5']:.2f} % on the test split of {info.name}")
         return
-    if flags.resume:
-        load_weights(classifier.network, flags.resume, "checkpoint")
+    save_dir = Path(flags.save_dir) if flags.save_dir else Path("checkpoints", "scratch", stem)
+    train_run(flags, lengths, classifier, info, precision, save_dir, output)
 
-    run = Run(
-        flags.save_dir or Path("checkpoints", "scratch", stem), dataclasses.asdict(flags) | dataclasses.asdict(lengths)
-    )
+
+def train_run(flags: ScratchFlags, lengths, classifier, info, precision, save_dir: Path, output: Path) -> None:
+    """The run folder ``save_dir`` and the weights ``output`` of one training, which goes on where it was stopped.
+
+    Args:
+        lengths: ``engine.train.TrainFlags``.
+        classifier: on ``precision.device``, with random weights.
+        info: ``engine.data.DatasetInfo``.
+    """
+    from engine.data import load_split
+    from engine.files import save_checkpoint
+    from engine.run import Run
+    from engine.stages import Stages
+    from engine.train import train
+    from models.load import load_weights, published_weights
+
+    run = Run(save_dir, dataclasses.asdict(flags) | dataclasses.asdict(lengths))
     try:
         stages = Stages(run.path / "stages.json", {"train": stage_flags("train", flags, lengths)})
         if flags.redo:
@@ -96,14 +116,20 @@ def main() -> None:
         if stages.status("train") == "done" and output.exists():
             run.log(f"trained before: {output}, acc1 {stages.fact('train', 'acc1'):.2f} %; --redo trains again")
             return
-        splits = [load_split(info, split, device, flags.workers) for split in ("train", "test")]
-        run.log(f"{flags.model} on {info.name}: {len(splits[0])} training and {len(splits[1])} test images on {device}")
+        about = {"arch": flags.model, "dataset": info.name, "epoch": lengths.epochs, "seed": flags.seed}
+        if start := published_weights(flags.model) if flags.pretrained else flags.resume:
+            dropped = load_weights(classifier.network, start, "checkpoint", new_head=True).get("dropped_head")
+            run.log(f"starting from {start}" + (f", without its head ({dropped})" if dropped else ""))
+            about["start"] = Path(start).name
+        splits = [load_split(info, split, precision.device, flags.workers) for split in ("train", "test")]
+        run.log(
+            f"{flags.model} on {info.name}: {len(splits[0])} training and {len(splits[1])} test images on {precision.device}"
+        )
         accuracies = train(run, stages, classifier, *splits, lengths, info, precision, flags.seed)
-        figures = {"acc1": accuracies[-1], "acc1_best": max(accuracies)}
-        about = {"arch": flags.model, "dataset": info.name, "epoch": lengths.epochs, "seed": flags.seed, **figures}
+        about |= {"acc1": accuracies[-1], "acc1_best": max(accuracies)}
         normalization = {"mean": list(flags.mean or info.mean), "std": list(flags.std or info.std)}
         save_checkpoint(output, {"state_dict": classifier.network.state_dict(), **about, **normalization})
-        stages.update("train", done=True, **figures)
+        stages.update("train", done=True, acc1=accuracies[-1], acc1_best=max(accuracies))
         run.result(
             about | {"method": "scratch", "student": flags.model, "acc1_last": accuracies[-1], "seconds": stages.seconds()}
         )

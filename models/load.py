@@ -1,9 +1,11 @@
 """Networks by name or by file, and published weights as they are."""
 
+import errno
 import importlib
 import importlib.util
 import inspect
 from collections.abc import Callable, Mapping
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +72,39 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
-def load_weights(network: nn.Module, path: Path, what: str = "teacher checkpoint") -> dict[str, Any]:
+def published_weights(spec: str) -> Path:
+    """torchvision's ImageNet weights of a network, downloaded into torch's cache unless they are there.
+
+    Args:
+        spec: a name of registry.MODELS that ``models.imagenet`` builds.
+    Raises:
+        UserError: torchvision has none of that network, or they cannot be fetched.
+    """
+    module, _, name = MODELS.get(spec, "").partition(":")
+    if module != "models.imagenet":
+        known = ", ".join(key for key, value in MODELS.items() if value.startswith("models.imagenet:"))
+        raise UserError(f"--pretrained: there are no published ImageNet weights of '{spec}'; there are of {known}")
+    import torchvision
+
+    weights = torchvision.models.get_model_weights(name).DEFAULT
+    file = Path(torch.hub.get_dir(), "checkpoints", weights.url.rpartition("/")[2])
+    if not file.is_file():
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(weights.url, str(file), file.stem.rpartition("-")[2])
+        except (OSError, HTTPException, RuntimeError) as error:
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise UserError(
+                f"--pretrained: {weights.url} cannot be fetched ({_first_line(error)}); fetch it where there is a network "
+                f"and give --resume {file.name} in place of --pretrained: a head for other classes is dropped"
+            ) from None
+    return file
+
+
+def load_weights(
+    network: nn.Module, path: Path, what: str = "teacher checkpoint", new_head: bool = False
+) -> dict[str, Any]:
     """Loads a published checkpoint into ``network``, cast to its dtypes, or leaves it untouched and says why.
 
     Taken are a plain state dict or one under ``state_dict``, ``model`` or ``net``, with or without the prefixes of
@@ -78,8 +112,10 @@ def load_weights(network: nn.Module, path: Path, what: str = "teacher checkpoint
 
     Args:
         what: how errors call the file.
+        new_head: where the last layer alone differs, in its number of classes, leave the network's as it is.
     Returns:
-        The plain values that lie beside a wrapped state dict (arch, epoch, acc1, ...).
+        The plain values that lie beside a wrapped state dict (arch, epoch, acc1, ...), and ``dropped_head``, its name
+        and class count, where that was left out.
     Raises:
         UserError: unreadable, no state dict, NaN or infinite weights, another architecture or number of classes.
     """
@@ -87,6 +123,10 @@ def load_weights(network: nn.Module, path: Path, what: str = "teacher checkpoint
     wanted = network.state_dict()
     while not state.keys() & wanted.keys() and all(key.startswith(PREFIXES) for key in state):
         state = {key.partition(".")[2]: tensor for key, tensor in state.items()}
+    head = [key for key in wanted if key in state and state[key].shape != wanted[key].shape]
+    if new_head and head and _is_head(head, state, wanted):
+        metadata["dropped_head"] = f"{head[0].rpartition('.')[0]} of {len(state[head[0]])} classes"
+        state, wanted = ({key: values[key] for key in values if key not in head} for values in (state, wanted))
     _check_fit(state, wanted, f"{what} {path}", type(network).__name__, metadata.get("arch"))
     for key, tensor in state.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():

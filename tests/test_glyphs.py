@@ -1,0 +1,258 @@
+"""The embedded prior of printed digits: rendering, training in miniature, the shipped file, and files that are not it."""
+
+import json
+import subprocess
+
+import pytest
+import torch
+from PIL import ImageFont
+from torch.nn import functional as F
+
+from datafree.diffusion import glyphs
+from datafree.diffusion.glyphs import find_fonts, load_patch_prior, render
+from datafree.diffusion.pixel import PatchUNet, PixelPrior
+from engine.data import dataset_info
+from engine.errors import UserError
+from engine.files import load_tensors, save_tensors
+from models.load import build_network
+from tests.conftest import ROOT
+
+SHIPPED = ROOT / glyphs.PRIOR
+TINY = "--images 40 --rounds 3 --steps 2 --batch_size 4 --channels 8,8 --image_size 8"
+
+
+@pytest.fixture(scope="module")
+def fonts():
+    return find_fonts(())
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return load_patch_prior(SHIPPED)
+
+
+@pytest.fixture(scope="module")
+def pool(fonts):
+    return render(2000, 16, fonts, seed=1)
+
+
+@pytest.fixture
+def train(monkeypatch):
+    def call(folder, extra=""):
+        arguments = f"{TINY} --fonts {folder} --output {folder / 'prior.safetensors'} {extra}"
+        monkeypatch.setattr("sys.argv", ["glyphs", *arguments.split()])
+        glyphs.main()
+        return folder / "prior.safetensors"
+
+    return call
+
+
+# Rendering
+
+
+def test_glyphs_look_like_the_dataset_in_their_figures(pool):
+    images, labels = pool
+    assert images.shape == (2000, 3, 16, 16) and images.dtype == torch.uint8 and labels.dtype == torch.int64
+    assert labels.bincount().tolist() == [200] * 10
+    assert images.amin() == 0 and images.amax() == 255 and torch.equal(images[:, 0], images[:, 2])
+    assert (images.amax((1, 2, 3)) > 150).all() and (images[:, 0, ::15, ::15].float().mean((1, 2)) < 130).all()
+    info, values = dataset_info("digits"), images.float() / 255
+    assert abs(values.mean() - info.mean[0]) < 0.03 and abs(values.std() - info.std[0]) < 0.03
+    assert glyphs.CLASS_NAMES == info.class_names
+
+
+def test_an_image_depends_on_seed_and_position_alone(fonts):
+    images, _ = render(40, 16, fonts, seed=1)
+    assert torch.equal(images[:13], render(13, 16, fonts, seed=1)[0])
+    other, _ = render(40, 16, fonts, seed=2)
+    assert (images != other).flatten(1).any(1).all()
+    assert len(images.flatten(1).unique(dim=0)) == 40
+    assert render(10, 32, fonts)[0].shape == (10, 3, 32, 32)
+
+
+@pytest.mark.parametrize("pen_share", [0.0, 1.0])
+def test_pen_and_print_tell_the_classes_apart(fonts, pen_share):
+    images, labels = render(400, 16, fonts, seed=3, pen_share=pen_share)
+    values = images[:, 0].flatten(1).float()
+    distances = torch.cdist(values, values).fill_diagonal_(torch.inf)
+    assert (labels[distances.argmin(1)] == labels).float().mean() > 0.8
+
+
+def test_every_class_has_its_variants():
+    assert list(glyphs.PEN) == list(range(10)) and all(len(variants) >= 2 for variants in glyphs.PEN.values())
+    closed = glyphs._spline(torch.tensor([[0.0, 0], [1, 0], [1, 1], [0, 0]]).numpy())
+    assert (closed[0] == closed[-1]).all() and len(closed) == 25 and (closed[8] == (1, 0)).all()
+
+
+def test_without_fonts_the_embedded_one_serves(monkeypatch, tmp_path):
+    monkeypatch.setattr(glyphs, "SYSTEM_FONTS", (str(tmp_path / "none"),))
+    assert [font.name for font in find_fonts()] == ["embedded"]
+    (tmp_path / "broken.ttf").write_bytes(b"no font")
+    (tmp_path / "notes.txt").write_text("no font")
+    assert [font.name for font in find_fonts([tmp_path])] == ["embedded"]
+    with pytest.raises(UserError, match="--fonts .*absent: no such folder"):
+        find_fonts([tmp_path / "absent"])
+
+
+def test_fonts_of_a_folder_are_found(tmp_path):
+    embedded = ImageFont.load_default(20).font_bytes
+    (tmp_path / "deep").mkdir()
+    for name in ("b.ttf", "deep/a.OTF"):
+        (tmp_path / name).write_bytes(embedded)
+    assert [font.name for font in find_fonts([tmp_path])] == ["embedded", "a", "b"]
+
+
+def test_fonts_without_digits_are_left_out(fonts):
+    (font,) = fonts
+    shuffled = glyphs.Font("symbols", font.masks[1:] + font.masks[:1])
+    assert glyphs._resembles(font, font) and not glyphs._resembles(shuffled, font)
+    slashed = font.masks[0].copy()
+    slashed.paste(255, (slashed.width // 3, slashed.height // 3, 2 * slashed.width // 3, 2 * slashed.height // 3))
+    assert not glyphs._resembles(glyphs.Font("slashed", (slashed, *font.masks[1:])), font)
+
+
+# Training
+
+
+def test_a_tiny_prior_from_end_to_end(train, tmp_path, capsys):
+    file = train(tmp_path, f"--preview {tmp_path / 'p.png'}")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["p.png", "prior.safetensors"]
+    network, about = load_patch_prior(file)
+    assert about["image_size"] == 8 and about["channels"] == (8, 8) and about["settings"]["rounds"] == 3
+    before = file.read_bytes()
+    train(tmp_path)
+    assert "trained before" in capsys.readouterr().out and file.read_bytes() == before
+    with pytest.raises(UserError, match="--seed 0, now 1; .*--redo"):
+        train(tmp_path, "--seed 1")
+    train(tmp_path, "--seed 1 --redo")
+    assert file.read_bytes() != before
+
+
+def test_a_stopped_training_goes_on_bit_for_bit(train, tmp_path, monkeypatch):
+    (tmp_path / "whole").mkdir(), (tmp_path / "stopped").mkdir()
+    whole = load_tensors(train(tmp_path / "whole"))
+    fit, calls = PixelPrior.fit, []
+
+    def stopping(self, *args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return fit(self, *args)
+
+    monkeypatch.setattr(PixelPrior, "fit", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "stopped")
+    assert [path.name for path in (tmp_path / "stopped").iterdir()] == ["prior.pth"]
+    with pytest.raises(UserError, match="--lr"):
+        train(tmp_path / "stopped", "--lr 1e-3")
+    resumed = load_tensors(train(tmp_path / "stopped"))
+    assert len(calls) == 4 and all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
+
+
+def test_help_names_the_flags(train, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        train(tmp_path, "--help")
+    assert "python -m datafree.diffusion.glyphs" in (text := capsys.readouterr().out) and "--preview" in text
+
+
+# The shipped file
+
+
+def test_the_shipped_prior(shipped):
+    network, about = shipped
+    assert SHIPPED.stat().st_size <= 4e6
+    assert (about["name"], about["num_classes"], about["image_size"]) == ("glyphs", 10, 16)
+    assert about["class_names"] == tuple("0123456789") and about["attention"] is False and type(about["patch"]) is int
+    assert not network.training and not any(p.requires_grad or p.dtype != torch.float32 for p in network.parameters())
+    assert {tensor.dtype for tensor in load_tensors(SHIPPED).values()} == {torch.float16}
+    x_t = torch.randn(2, 3, 16, 16, requires_grad=True)
+    network(x_t, torch.tensor([0.3, 0.9]), torch.tensor([3, 10])).sum().backward()
+    assert x_t.grad.abs().sum() > 0
+
+
+def test_git_keeps_the_shipped_prior():
+    done = subprocess.run(["git", "check-ignore", "-q", str(glyphs.PRIOR)], cwd=ROOT)
+    assert done.returncode != 0
+
+
+def recogniser(images, labels):
+    """A resnet8 trained for seconds on rendered glyphs."""
+    torch.manual_seed(0)
+    network = build_network("resnet8", 10).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(network.parameters(), 4e-3)
+    for _ in range(100):
+        chosen = torch.randint(len(images), (64,))
+        F.cross_entropy(network(images[chosen].float() / 128 - 1), labels[chosen]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return network.eval()
+
+
+def test_samples_of_the_shipped_prior_are_recognised(shipped, pool, fonts):
+    network, about = shipped
+    shape = {key: about[key] for key in ("patch", "channels", "attention")}
+    prior = PixelPrior(10, 16, **shape, strength=1.0, num_inference_steps=10, guidance_scale=2.0)
+    prior.ema = network
+    labels = torch.arange(60) % 10
+    images = prior.augment(torch.zeros(60, 3, 16, 16), labels, list(range(60)))
+    model = recogniser(*pool)
+    for share, pixels in ((0.9, render(60, 16, fonts, seed=9)[0].float()), (0.85, images * 255)):
+        with torch.no_grad():
+            assert (model(pixels / 128 - 1).argmax(1) == labels).float().mean() > share
+    assert (images[:10] - images[10:20]).abs().mean((1, 2, 3)).min() > 0.02  # not one image a class
+
+
+def test_files_that_are_no_prior(shipped, tmp_path):
+    path, whole = tmp_path / "x.safetensors", SHIPPED.read_bytes()
+    with pytest.raises(UserError, match="x.safetensors does not exist"):
+        load_patch_prior(path)
+    for content in (b"", b"PK not this", whole[:7], whole[: len(whole) // 2], whole[:-1]):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="x.safetensors") as caught:
+            load_patch_prior(path)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "change, word",
+    [
+        ({"channels": None}, "channels"),
+        ({"channels": [48, 48]}, "size mismatch"),
+        ({"channels": [48, 96, 96]}, "Missing key"),
+        ({"channels": [10**9, 96]}, "out of range"),
+        ({"channels": "48,96"}, "out of range"),
+        ({"image_size": 15}, "do not fit"),
+        ({"patch": 0}, "out of range"),
+        ({"num_classes": 9, "class_names": list("012345678")}, "size mismatch"),
+        ({"class_names": ["one"]}, "names"),
+        ({"class_names": 10}, "len"),
+    ],
+)
+def test_foreign_metadata(change, word, shipped, tmp_path):
+    _, about = shipped
+    metadata = {key: json.dumps(value) for key, value in (about | change).items() if value is not None}
+    save_tensors(tmp_path / "x.safetensors", load_tensors(SHIPPED), metadata)
+    with pytest.raises(UserError, match=f"x.safetensors is no pixel prior .*{word}") as caught:
+        load_patch_prior(tmp_path / "x.safetensors")
+    assert "\n" not in str(caught.value)
+
+
+def test_foreign_tensors(shipped, tmp_path):
+    path, tensors = tmp_path / "x.safetensors", load_tensors(SHIPPED)
+    metadata = {key: json.dumps(value) for key, value in shipped[1].items()}
+    name = next(iter(tensors))
+    save_tensors(path, tensors | {name: torch.full_like(tensors[name], torch.nan)}, metadata)
+    with pytest.raises(UserError, match="NaN or infinite weights"):
+        load_patch_prior(path)
+    save_tensors(path, {"weight": torch.ones(2)}, metadata)
+    with pytest.raises(UserError, match="no pixel prior"):
+        load_patch_prior(path)
+    save_tensors(path, tensors, {"format": "pt"})
+    with pytest.raises(UserError, match="no pixel prior"):
+        load_patch_prior(path)
+
+
+def test_the_network_is_that_of_the_pixel_prior(shipped):
+    network, about = shipped
+    fresh = PatchUNet(10, 16, about["patch"], about["channels"], about["attention"])
+    assert list(fresh.state_dict()) == list(network.state_dict())
