@@ -64,14 +64,17 @@ def run(name: str, method_class: type, groups: list) -> Path:
     from engine.networks import build_classifier, load_teacher, require_batch_norm, short_name
     from engine.pipeline import Pipeline
     from engine.precision import Precision, choose_device
+    from engine.processes import join_processes
     from engine.run import Run
     from engine.seeding import seed_position
     from engine.stages import Stages
 
-    device = choose_device(run_flags.gpu)
+    processes, device = join_processes(), choose_device(run_flags.gpu)
     precision = Precision(run_flags.amp, device)
     forbid_train_split()
-    info = dataset_info(task_flags.dataset, task_flags.data_root, image_size=task_flags.image_size, domain=task_flags.domain)
+    info = dataset_info(
+        task_flags.dataset, task_flags.data_root, task_flags.image_size, task_flags.domain, task_flags.classes
+    )
     normalization = task_flags.teacher_mean, task_flags.teacher_std
     teacher = load_teacher(task_flags.teacher, info, device, task_flags.teacher_ckpt, *normalization)
     require_batch_norm(teacher, config)
@@ -88,7 +91,7 @@ def run(name: str, method_class: type, groups: list) -> Path:
 
     task = Task(
         info.num_classes, info.image_size, device, random_view, precision, info.class_names, info.flip,
-        training_split if method_class.reads_train_split else None,
+        training_split if method_class.reads_train_split else None, info.prompt,
     )  # fmt: skip
     method = method_class(config, teacher, student, task)
 
@@ -109,18 +112,20 @@ def run(name: str, method_class: type, groups: list) -> Path:
 
     pair = f"{info.name}_{short_name(task_flags.teacher)}_{short_name(task_flags.student)}"
     flags = {"method": name} | {k: v for group in groups for k, v in dataclasses.asdict(group).items()}
-    run_folder = Run(run_flags.save_dir or Path("checkpoints", name, f"{pair}_seed{run_flags.seed}"), flags)
+    folder = Path(run_flags.save_dir or Path("checkpoints", name, f"{pair}_seed{run_flags.seed}"))
     inputs = {"method": name, "teacher_ckpt": f"(weights {weights})"}
-    stages = Stages(run_folder.path / "stages.json", {stage: inputs | stage_flags(stage, *groups) for stage in order})
-    pipeline = Pipeline(
-        run_folder, stages, method, info, manifest, distill_flags.schedule(), flags,
-        open_bank=ImageBank, transfer_set=TransferSet, filter=filter,
-    )  # fmt: skip
+    parts = method, info, manifest, distill_flags.schedule(), flags, ImageBank, TransferSet, filter, processes
+    if not processes.main:  # of those that a launcher started, one keeps the folder
+        Pipeline(None, None, *parts).assist()
+        return folder
+    run_folder = Run(folder, flags)
+    stages = Stages(folder / "stages.json", {stage: inputs | stage_flags(stage, *groups) for stage in order})
+    pipeline = Pipeline(run_folder, stages, *parts)
     try:
         pipeline.execute(selected, redo=run_flags.redo)
     finally:
         run_folder.close()
-    return run_folder.path
+    return folder
 
 
 if __name__ == "__main__":

@@ -16,8 +16,14 @@ METHODS = {
     "zskt": "datafree.zskt:ZSKT",
     "dfad": "datafree.dfad:DFAD",
     "dfq": "datafree.dfq:DFQ",
+    "fast": "datafree.fast:Fast",
+    "nayer": "datafree.nayer:NAYER",
+    "deepinv": "datafree.deepinv:DeepInversion",
+    "adi": "datafree.adi:ADI",
+    "cmi": "datafree.cmi:CMI",
     "csd": "datafree.csd:CSD",
     "dda": "datafree.dda:DDA",
+    "diffdfkd": "datafree.diffdfkd:DiffDFKD",
 }
 
 # Factories are called as factory(num_classes=...). Names without a suffix are the field's CIFAR networks.
@@ -79,18 +85,21 @@ DATASETS = {
     "cifar10": {
         "reader": "engine.datasets:read_torchvision", "source": "CIFAR10",
         "num_classes": 10, "class_names": "engine.class_names:CIFAR10",
+        "prompt": "A realistic photo of {label}",
         "size": 32, "flip": True, "crop_padding": 4,
         "mean": (0.4914, 0.4822, 0.4465), "std": (0.2023, 0.1994, 0.2010),
     },
     "cifar100": {
         "reader": "engine.datasets:read_torchvision", "source": "CIFAR100",
         "num_classes": 100, "class_names": "engine.class_names:CIFAR100",
+        "prompt": "A realistic photo of {label}",
         "size": 32, "flip": True, "crop_padding": 4,
         "mean": (0.5071, 0.4867, 0.4408), "std": (0.2675, 0.2565, 0.2761),
     },
     "tiny_imagenet": {
         "reader": "engine.datasets:read_tiny_imagenet", "source": "tiny-imagenet-200",
         "num_classes": 200, "class_names": "engine.class_names:tiny_imagenet",
+        "prompt": "A realistic photo of {label}",
         "size": 64, "flip": True, "crop_padding": 8,
         "mean": (0.4802, 0.4481, 0.3975), "std": (0.2770, 0.2691, 0.2821),
     },
@@ -108,6 +117,7 @@ DATASETS = {
             "airplane": 1, "clock": 73, "axe": 11, "basketball": 19, "bicycle": 29,
             "bird": 31, "strawberry": 290, "flower": 121, "pizza": 225, "bracelet": 39,
         },
+        "prompt": "an image of {label}",
         "size": 224, "flip": True, "crop_padding": 28,
         "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225),
     },

@@ -22,14 +22,13 @@ from torch import Tensor, nn
 
 from datafree.base import Task
 from datafree.csd import CSD, CSDConfig
-from datafree.diffusion.prior import Augmenter, denoising_steps, prior_name
+from datafree.diffusion.prior import DTYPES, Augmenter, denoising_steps, diffusion_dtype, prior_name
 from datafree.filter import DEFAULT_MODELS, EMBEDDINGS, build_embedding
 from engine.errors import UserError
 from engine.flags import flag
 
 AUGMENT = ("augment",)
 FILTER = ("distill",)
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -130,9 +129,7 @@ class DDA(CSD):
 
     def dtype(self) -> torch.dtype:
         """Of pretrained models."""
-        if self.config.diffusion_dtype:
-            return DTYPES[self.config.diffusion_dtype]
-        return torch.float16 if self.task.device.type == "cuda" else torch.float32
+        return diffusion_dtype(self.config.diffusion_dtype, self.task.device)
 
     def augmenter(self) -> Augmenter:
         config, task = self.config, self.task

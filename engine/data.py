@@ -41,7 +41,8 @@ class DatasetInfo:
 
     ``crop_padding`` is in pixels of ``image_size``. ``classes`` holds what stands for label 0, 1, … on disk (folder
     names, label numbers of a subset), empty where the labels are used as found. ``crop_fraction`` is the share of the
-    shorter side that the centre crop of an image file keeps.
+    shorter side that the centre crop of an image file keeps. ``prompt`` is what a text-to-image model is told of a class,
+    ``{label}`` standing for its name.
     """
 
     name: str
@@ -58,6 +59,7 @@ class DatasetInfo:
     domain: str | None = None
     classes: tuple = ()
     crop_fraction: float = 1.0
+    prompt: str = "a photo of a {label}"
 
     @property
     def folder(self) -> Path:
@@ -116,6 +118,7 @@ def dataset_info(
         domain=row.get("domain"),
         classes=row.get("classes", ()),
         crop_fraction=row.get("crop_fraction", 1.0),
+        prompt=row.get("prompt", DatasetInfo.prompt),
     )
 
 

@@ -96,7 +96,8 @@ def generate(
             images, labels = torch.cat([parts[i] for i in sorted(parts)]), order.labels(order.positions(round))
             figures = generator.measure(images, labels)
             check_finite(figures, f"round {round} of stage generate", "lower --guidance_lr, --bn or --oh, and run again")
-            run.metrics("generate", round, {"images": len(images)} | figures)  # before the shard: a repeated round rewinds it
+            # before the shard: a repeated round rewinds it
+            run.metrics("generate", round, {"images": len(images)} | figures)
             bank.append("generate", round, images, labels)
             if round % 10 == 0:
                 run.picture("bank", grid(images[:64]), round)

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine import augment, distill, synthesize
+from engine import augment, distill, generate, synthesize
 from engine.data import load_split
 from engine.errors import UserError
 from engine.evaluate import evaluate
 from engine.files import load_checkpoint, read_json, save_checkpoint
 from engine.precision import Precision
+from engine.processes import Processes
 from engine.run import Run
 from engine.seeding import seed_position
 from engine.stages import Stages
@@ -22,7 +23,7 @@ from engine.stages import Stages
 FIRST = ("synthesize", "generate")  # the stages that fill the initial bank; a method has one of them or none
 OUTPUTS = {
     "synthesize": ("bank",),
-    "generate": ("bank",),
+    "generate": ("bank", generate.STATE),
     "augment": ("variants", "prior.pth", "filter_*.safetensors"),
     "distill": ("bank/distill-*", "distill.pth", "student.pth", "result.json"),
 }
@@ -40,10 +41,11 @@ class Pipeline:
         open_bank: (path, manifest, create) -> image bank.
         transfer_set: (capacity, image_size, device) -> the images that the student learns from.
         filter: ``datafree.filter``.
+        processes: those that share stage generate. All but the main one have no ``run`` and no ``stages``, and ``assist``.
     """
 
-    run: Run
-    stages: Stages
+    run: Run | None
+    stages: Stages | None
     method: Any
     info: Any
     manifest: Any
@@ -52,7 +54,9 @@ class Pipeline:
     open_bank: Callable
     transfer_set: Callable
     filter: Any
+    processes: Processes = Processes()
     provenance: dict[str, tuple[str, float | None]] = dataclasses.field(default_factory=dict)
+    made_with: dict[str, Any] = dataclasses.field(default_factory=dict)
     banks: dict[str, Any] = dataclasses.field(default_factory=dict)
     filtered: tuple[dict[str, Tensor], Tensor] | None = None
     omega: float | None = None
@@ -64,6 +68,7 @@ class Pipeline:
             for path in [p for stage in stages.discard(redo) for pattern in OUTPUTS[stage] for p in run.path.glob(pattern)]:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         stages.check(selected)
+        self.processes.broadcast("generate" in selected and stages.status("generate") != "done")
         for stage in [stage for stage in stages.dependencies if stage in selected]:
             if stages.status(stage) == "done":
                 run.log(f"{stage}: done before, skipped ({run.path})")
@@ -85,6 +90,20 @@ class Pipeline:
             self.run, self.stages, bank, self.method.initial_synthesizer(), self.method.student,
             rounds=self.config.init_rounds, seed=self.flags["seed"],
         )  # fmt: skip
+
+    def generate(self) -> None:
+        config, seed = self.config, self.flags["seed"]
+        bank = self.open_bank(self.run.path / "bank", self.manifest_of("generate")) if self.processes.main else None
+        order = generate.Order(
+            config.images_per_class * self.info.num_classes, self.info.num_classes, config.synthesis_batch_size,
+            config.diffusion_batch_size, seed, Path(config.export_png) if config.export_png else None,
+        )  # fmt: skip
+        generate.generate(self.run, self.stages, bank, self.method.generator, order, self.processes)
+
+    def assist(self) -> None:
+        """What a process does that is not the main one: its share of stage generate, if that is to run."""
+        if self.processes.broadcast():
+            self.generate()
 
     def augment(self) -> None:
         sources = self.sources()
@@ -141,7 +160,7 @@ class Pipeline:
         else:
             counts["images"] = counts["bank_images"] + counts.get("variants_kept", 0)
         names = ("method", "teacher", "student", "seed")
-        settings = {flag: value for values in self.stages.dependencies.values() for flag, value in values.items()}
+        settings = self.made_with | {k: v for values in self.stages.dependencies.values() for k, v in values.items()}
         self.stages.update("distill")
         run.result(
             {name: self.flags[name] for name in names}
@@ -222,6 +241,7 @@ class Pipeline:
             raise UserError(f"stage {stage} in {path.parent} is {'incomplete' if entry else 'not begun'}; {advice}")
         bank = self.open_bank(path, self.manifest, create=False)
         self.provenance[stage] = (bank.manifest.external_prior, entry["seconds"] if entry else None)
+        self.made_with |= entry["depends_on"] if entry else {}
         return bank
 
     def external_prior(self) -> str:

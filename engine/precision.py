@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from engine.errors import UserError
+from engine.processes import local_rank
 
 AMP = ("no", "bf16", "fp16")
 
@@ -47,14 +48,14 @@ class Precision:
 
 
 def choose_device(gpu: int | None) -> torch.device:
-    """``--gpu N`` -> that GPU; None -> the first GPU if there is one, else the CPU; -1 -> the CPU.
+    """``--gpu N`` -> that GPU; None -> this process's of several, the first one, else the CPU; -1 -> the CPU.
 
     Raises:
         UserError: that GPU does not exist.
     """
     count = torch.cuda.device_count()
     if gpu is None:
-        gpu = 0 if count else -1
+        gpu = local_rank() if count else -1
     if gpu < 0:
         return torch.device("cpu")
     if gpu >= count:

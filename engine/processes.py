@@ -52,7 +52,7 @@ def join_processes() -> Processes:
         return Processes()
     if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
         raise UserError(
-            f"WORLD_SIZE is {count} and {missing[0]} is not set: start several processes with 'accelerate launch' or 'torchrun'"
+            f"WORLD_SIZE is {count} and {missing[0]} is not set; start several processes with accelerate launch or torchrun"
         )
     if not torch.distributed.is_initialized():
         # A process that waits may do so while the main one trains; the launcher ends all of them if one fails.

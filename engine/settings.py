@@ -18,6 +18,9 @@ class TaskFlags:
     dataset: str = flag("cifar10", "a name of registry.DATASETS, or NAME where DATA_ROOT/NAME.npz exists", stages=ALL)
     data_root: str = flag("data", "folder of the real data (the test split, only to report)")
     domain: str | None = flag(None, "domain of a dataset that has several (domainnet)", stages=ALL)
+    classes: str | None = flag(
+        None, "of such a dataset: ten (its usual subset) or all; unset: ten", choices=("ten", "all"), stages=ALL
+    )
     image_size: int | None = flag(None, "px; unset: the dataset's own", stages=ALL)
     teacher: str = flag(
         "wrn40_2", "a name of registry.MODELS, path/to/file.py:factory or package.module:factory", stages=ALL

@@ -11,5 +11,5 @@ if [ "$VENV" != none ]; then
     "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -r requirements.txt
     cp requirements.txt "$VENV/requirements.installed"
   fi
-  export PATH="$PWD/$VENV/bin:$PATH"
+  export PATH="$(cd "$VENV" && pwd)/bin:$PATH"
 fi

@@ -27,21 +27,44 @@ METHODS = {
     "nayer": "NAYER, CVPR 2024 (arXiv 2310.00258), prior-free label codes; --label_embedding clip for the paper's",
     "csd": "CSD, ICME 2023 (arXiv 2307.04542)",
     "dda": "DDA, ACM MM 2024 (arXiv 2410.17606)",
+    "diffdfkd": "DiffDFKD, ICME 2025 (arXiv 2504.00870), Stable Diffusion 1.5",
+    "dm_kd": "DM-KD (arXiv 2305.12954), Stable Diffusion 1.5: DiffDFKD without guidance",
 }
+# Scripts of a method under another name; flags make the difference.
+BASELINES = {"dm_kd": "diffdfkd"}
 CONTROLS = ("kd", "noise")
 # Methods whose initial bank is the same for every student of a teacher, made by a script of its own; bank size.
-INITIAL_BANK = {"cmi": 80_000, "csd": 80_000, "dda": 80_000}
-DATASETS = {"csd": (*CIFAR, "tiny_imagenet"), "dda": (*CIFAR, "tiny_imagenet")}
+INITIAL_BANK = {"cmi": 80_000, "csd": 80_000, "dda": 80_000, "diffdfkd": 50_000, "dm_kd": 50_000}
+GENERATED = ("diffdfkd", "dm_kd")  # of them, those whose bank stage generate fills
+DATASETS = dict.fromkeys(("csd", "dda", "diffdfkd", "dm_kd"), (*CIFAR, "tiny_imagenet"))
 # Published settings that differ from the method's defaults, by what they depend on.
 FLAGS = {
     ("adi",): "--g_steps 2000",
     ("deepinv",): "--g_steps 2000",
     ("fast", "resnet34"): "--adv 1.33 --oh 0.5",
-    ("fast", "vgg11"): "--adv 1.0",
+    ("fast", "vgg11"): "--adv 1.0 --oh 0.5",
     ("nayer", "cifar100"): "--g_steps 40",
 }
+# The same for the initial bank alone.
+BANK_FLAGS = {
+    ("dm_kd",): "--oh 0 --bn 0 --adv 0 --lca_every 0",
+    ("diffdfkd", "cifar100"): "--images_per_class 500",
+    ("diffdfkd", "tiny_imagenet"): "--images_per_class 250",
+    ("dm_kd", "cifar100"): "--images_per_class 500",
+    ("dm_kd", "tiny_imagenet"): "--images_per_class 250",
+}
+# Settings that were published for other datasets than the script's, or not at all.
+KINDS = {
+    **dict.fromkeys(CONTROLS, "steps and rates as the methods'"),
+    **{(m, dataset): "CIFAR-10's published settings" for m in GENERATED for dataset in ("cifar100", "tiny_imagenet")},
+}
 # Which row of registry.PUBLISHED a method's scripts go for, where that is not its name alone.
-TABLE_ROW = {"adi": "adi --g_steps 2000", "fast": "fast --g_steps 10", "nayer": "nayer --epochs 300"}
+TABLE_ROW = {
+    "adi": "adi --g_steps 2000",
+    "fast": "fast --g_steps 10",
+    "nayer": "nayer --epochs 300",
+    "dm_kd": "diffdfkd --oh 0.0 --bn 0.0 --adv 0.0",
+}
 
 HEAD = """#!/usr/bin/env bash
 # {paper}:
@@ -68,9 +91,9 @@ def published(method: str, dataset: str, pair: tuple[str, str]) -> str:
     return f"\n# The paper's acc1 (best test epoch): {dict(zip(PAIRS, values))[pair]:.2f} %." if values else ""
 
 
-def settings(method: str, *conditions: str) -> str:
+def settings(method: str, *conditions: str, table: dict[tuple[str, ...], str] = FLAGS) -> str:
     """The flags that hold for this method under these conditions."""
-    held = [flags for (name, *of), flags in FLAGS.items() if name == method and set(of) <= set(conditions)]
+    held = [flags for (name, *of), flags in table.items() if name == method and set(of) <= set(conditions)]
     return "".join(f" {flags}" for flags in held)
 
 
@@ -78,8 +101,9 @@ def of_method(method: str, paper: str) -> Iterator[tuple[str, str]]:
     """(path below scripts/, text) of every script of one method."""
     for dataset in DATASETS.get(method, CIFAR):
         for teacher, student in PAIRS:
-            kind = "steps and rates as the methods'" if method in CONTROLS else "published settings"
-            common = {"paper": paper, "method": method, "dataset": dataset, "teacher": teacher, "kind": kind}
+            kind = KINDS.get((method, dataset)) or KINDS.get(method, "published settings")
+            common = {"paper": paper, "dataset": dataset, "teacher": teacher, "kind": kind}
+            common["method"] = BASELINES.get(method, method)
             note = f"Wants checkpoints/pretrained/{dataset}_{teacher}.pth."
             flags = f"--student {student}" + settings(method, dataset, teacher, student)
             if method in INITIAL_BANK:
@@ -90,10 +114,13 @@ def of_method(method: str, paper: str) -> Iterator[tuple[str, str]]:
                     what=f"initial image bank of {teacher} ({INITIAL_BANK[method]:,} images)",
                     note=f"Wants checkpoints/pretrained/{dataset}_{teacher}.pth; makes {bank}/bank.",
                     published="",
-                    flags=f"--stages synthesize --save_dir {bank}",
+                    flags=f"--stages {'generate' if method in GENERATED else 'synthesize'} --save_dir {bank}"
+                    + (f" \\\n {more}" if (more := settings(method, dataset, teacher, table=BANK_FLAGS)) else ""),
                 )
                 note = f"First: bash scripts/{first}"
                 flags += f" --init_bank {bank}/bank"
+            if method in BASELINES:  # not where the method itself keeps its runs
+                flags += f" \\\n  --save_dir checkpoints/{method}/{dataset}_{teacher}_{student}_seed{{seed}}"
             yield f"{method}/{method}_{dataset}_{short(teacher)}_{short(student)}.sh", HEAD.format(
                 **common,
                 what=f"{teacher} -> {student}",

@@ -18,9 +18,17 @@ TINY = {
     "zskt": "--kd_steps 1 --synthesis_batch_size 6 --nz 8",
     "dfad": "--kd_steps 1 --synthesis_batch_size 6 --nz 8",
     "dfq": "--kd_steps 1 --synthesis_batch_size 6 --nz 8",
+    "fast": "--init_rounds 2 --g_steps 2 --synthesis_batch_size 6 --nz 8 --reset_l0_round 1",
+    "nayer": "--init_rounds 2 --init_g_loops 2 --g_steps 2 --g_life 2 --synthesis_batch_size 3 --nz 8 --label_dim 16",
+    "deepinv": "--g_steps 2 --synthesis_batch_size 6",
+    "adi": "--g_steps 2 --synthesis_batch_size 6",
+    "cmi": "--init_rounds 2 --init_g_steps 2 --g_steps 2 --synthesis_batch_size 6 --nz 8 "
+    "--memory_size 15 --negatives 8 --head_dim 8",
     "csd": "--init_rounds 2 --init_g_steps 2 --init_batch_size 6 --g_steps 2 --synthesis_batch_size 6 --nz 8",
     "dda": "--init_rounds 2 --init_g_steps 2 --init_batch_size 6 --g_steps 2 --synthesis_batch_size 6 --nz 8 "
     "--fit_rounds 2 --fit_steps 2 --fit_batch_size 4 --num_inference_steps 4 --variants 2 --omega -1",
+    "diffdfkd": "--images_per_class 1 --synthesis_batch_size 6 --diffusion_batch_size 3 --num_inference_steps 2 "
+    "--lca_every 1",
 }
 TINY_TASK = "--dataset digits --teacher resnet8 --student resnet8 --epochs 2 --kd_steps 3 --ep_steps 3 --batch_size 8 --gpu -1"
 

@@ -163,3 +163,42 @@ def dinov2(folder: Path) -> str:
     config = Dinov2Config(hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=4, image_size=28, patch_size=7)
     Dinov2Model(config).save_pretrained(folder)
     return str(folder)
+
+
+def dit(folder: Path, classes: int = 10) -> str:
+    """As facebook/DiT-XL-2-256, which also predicts a variance; trained weights would not be zero at the end."""
+    from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+
+    torch.manual_seed(0)
+    transformer = DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=1, norm_num_groups=4,
+        sample_size=LATENT, patch_size=4, num_embeds_ada_norm=classes,
+    )  # fmt: skip
+    DiTPipeline(transformer, _autoencoder(), DDIMScheduler()).save_pretrained(folder)
+    return str(folder)
+
+
+def pixel_unet(folder: Path, classes: int | None = 11, channels: int = 3) -> str:
+    """A class-conditional model of 16 px images with DDPM's scheduler; its last class is no class."""
+    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=16, in_channels=channels, out_channels=channels, block_out_channels=(8, 16), layers_per_block=1,
+        down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2, norm_num_groups=4, num_class_embeds=classes,
+    )  # fmt: skip
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(folder)
+    return str(folder)
+
+
+def patch_prior(file: Path, classes: int = 10, size: int = 16) -> str:
+    """As checkpoints/priors/glyphs_digits_16.safetensors: this project's own format."""
+    from datafree.diffusion.pixel import PatchUNet
+    from engine.files import save_tensors
+
+    torch.manual_seed(0)
+    about = {"num_classes": classes, "image_size": size, "patch": 2, "channels": [8, 16], "attention": False}
+    weights = {name: tensor.half() for name, tensor in PatchUNet(**about).state_dict().items()}
+    about |= {"class_names": [str(c) for c in range(classes)], "name": "tiny"}
+    save_tensors(file, weights, {name: json.dumps(value) for name, value in about.items()})
+    return str(file)

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from engine.errors import UserError
 
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
 
 class Augmenter:
     """A source of variants. Subclasses implement ``augment``, and the rest where they learn from the bank.
@@ -86,9 +88,16 @@ def denoising_steps(strength: float, num_inference_steps: int) -> int:
     return steps
 
 
+def diffusion_dtype(name: str | None, device: torch.device) -> torch.dtype:
+    """That of ``--diffusion_dtype``; None: half precision on a GPU, else single."""
+    return DTYPES[name or ("fp16" if device.type == "cuda" else "fp32")]
+
+
 def prior_name(model_id: str, revision: str | None = None) -> str:
-    """``"<model id>[@revision]"`` for the results table; of a local directory its last part, which has no revision."""
+    """``"<model id>[@revision]"`` for the results table; the last part of a local directory or file, without revision."""
     path = Path(model_id)
+    if path.suffix == ".safetensors":
+        return path.stem
     return path.resolve().name if path.is_dir() else f"{model_id}@{revision}" if revision else model_id
 
 
@@ -169,5 +178,6 @@ def load_pipeline(
     if getattr(pipeline, "watermark", None) is not None:
         pipeline.watermark = None
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.vae.enable_slicing()  # decoding is where the memory goes; a slice is one image
+    if getattr(pipeline, "vae", None) is not None:
+        pipeline.vae.enable_slicing()  # decoding is where the memory goes; a slice is one image
     return pipeline.to(device)

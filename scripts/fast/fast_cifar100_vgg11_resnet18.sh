@@ -8,4 +8,4 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 source scripts/environment.sh
 python datafree_kd.py --method fast --dataset cifar100 --teacher vgg11 \
-  --student resnet18 --adv 1.0 "$@"
+  --student resnet18 --adv 1.0 --oh 0.5 "$@"

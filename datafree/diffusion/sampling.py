@@ -1,0 +1,126 @@
+"""The way from noise to a clean latent, one step at a time and in one parametrization for every prior.
+
+A latent at step k is x_k = alpha_k x_0 + sigma_k noise with alpha^2 + sigma^2 = 1, whatever the model calls its time and
+predicts: its own noise levels are read off its scheduler, and its output is turned into a clean latent. Three rules lead
+from x_k to x_{k+1}; written out here, because guidance moves x_k, latent CutMix mixes it and its repair goes a step back,
+all of which the stateful schedulers of libraries forbid.
+
+    ddim         Song et al. 2020 (arXiv 2010.02502), deterministic; Euler steps of the probability flow are the same
+    dpmsolver++  the second-order multistep solver of Lu et al. 2022 (arXiv 2211.01095)
+    ancestral    DDPM's posterior (Ho et al. 2020, arXiv 2006.11239): DDIM with eta 1 and Euler-ancestral are the same
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+RULES = ("ddim", "dpmsolver++", "ancestral")
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """Noise levels of K steps from pure noise, k = 0, to the clean latent, k = K.
+
+    Args:
+        times: (K,) what the model takes as its time.
+        alphas, sigmas: K + 1 numbers each, ending in 1 and 0.
+        prediction: what the model predicts: "epsilon", "v_prediction" or "sample".
+        clip: clean latents are clamped to [-clip, clip] before a step (models of pixels); None: not.
+    """
+
+    times: Tensor
+    alphas: tuple[float, ...]
+    sigmas: tuple[float, ...]
+    prediction: str
+    clip: float | None = None
+
+    def __len__(self) -> int:
+        return len(self.times)
+
+    def clean(self, latents: Tensor, k: int, output: Tensor) -> Tensor:
+        """The clean latents (B, C, h, w) that latents at step k and the model's output for them imply; not clamped."""
+        alpha, sigma = self.alphas[k], self.sigmas[k]
+        if self.prediction == "epsilon":
+            return (latents - sigma * output) / alpha
+        return alpha * latents - sigma * output if self.prediction == "v_prediction" else output
+
+    def step(
+        self, rule: str, latents: Tensor, k: int, clean: Tensor, previous: Tensor | None = None, noise: Tensor | None = None
+    ) -> Tensor:
+        """x_{k+1} from x_k.
+
+        Args:
+            rule: one of ``RULES``.
+            latents, clean: (B, C, h, w), x_k and the clean latents there, clamped to ``clip``.
+            previous: the clean latents of step k - 1, of use to "dpmsolver++"; None where there are none.
+            noise: (B, C, h, w) standard normal, of need to "ancestral".
+        """
+        alpha, sigma, alpha_next, sigma_next = *self._levels(k), *self._levels(k + 1)
+        if rule == "dpmsolver++":
+            if previous is not None:
+                clean = clean + 0.5 * self._ratio(k) * (clean - previous)
+            return sigma_next / sigma * latents + (alpha_next - alpha * sigma_next / sigma) * clean
+        direction = (latents - alpha * clean) / sigma
+        fresh = 0.0
+        if rule == "ancestral" and sigma_next:
+            fresh = sigma_next / sigma * math.sqrt(max(0.0, 1 - (alpha / alpha_next) ** 2))
+        latents = alpha_next * clean + math.sqrt(max(0.0, sigma_next**2 - fresh**2)) * direction
+        return latents + fresh * noise if fresh else latents
+
+    def clamp(self, clean: Tensor) -> Tensor:
+        """Clean latents within the range that the model knows."""
+        return clean if self.clip is None else clean.clamp(-self.clip, self.clip)
+
+    def renoise(self, latents: Tensor, k: int, noise: Tensor) -> Tensor:
+        """x_{k-1} from x_k by the forward process with fresh noise (B, C, h, w), as RePaint does (arXiv 2201.09865)."""
+        ratio = self.alphas[k - 1] / self.alphas[k]
+        return ratio * latents + math.sqrt(max(0.0, self.sigmas[k - 1] ** 2 - (ratio * self.sigmas[k]) ** 2)) * noise
+
+    def _levels(self, k: int) -> tuple[float, float]:
+        return self.alphas[k], self.sigmas[k]
+
+    def _ratio(self, k: int) -> float:
+        """h_k / h_{k-1} of the half log signal-to-noise ratio; 0, a first-order step, next to pure noise and at the end."""
+        if k < 1 or not self.sigmas[k + 1] or not self.alphas[k - 1]:
+            return 0.0
+        before, here, after = (math.log(self.alphas[j] / self.sigmas[j]) for j in (k - 1, k, k + 1))
+        return (after - here) / (here - before)
+
+
+def cosine_trajectory(steps: int, device: torch.device | str) -> Trajectory:
+    """That of ``datafree.diffusion.pixel``: time from 1 to 0, angle t * pi / 2, v-prediction, images in [-1, 1]."""
+    angles = [math.pi / 2 * (1 - k / steps) for k in range(steps)]
+    times = torch.linspace(1, 0, steps + 1, device=device)[:-1]
+    alphas = (0.0, *(math.cos(angle) for angle in angles[1:]), 1.0)
+    return Trajectory(times, alphas, (*(math.sin(angle) for angle in angles), 0.0), "v_prediction", clip=1.0)
+
+
+def scheduler_trajectory(scheduler, steps: int, device: torch.device | str) -> Trajectory:
+    """The noise levels of a diffusers scheduler: its betas, spacing of timesteps and kind of prediction.
+
+    Raises:
+        ValueError: it has no such betas, spacing or prediction (a flow-matching model, say).
+    """
+    from diffusers import DDIMScheduler
+
+    config = scheduler.config
+    prediction = config.get("prediction_type", "epsilon")
+    if "beta_schedule" not in config or prediction not in ("epsilon", "v_prediction", "sample"):
+        raise ValueError(f"a {type(scheduler).__name__} with prediction '{prediction}' is not supported")
+    spaced = DDIMScheduler.from_config(config)
+    spaced.set_timesteps(steps)
+    kept = spaced.alphas_cumprod.double()[spaced.timesteps].tolist()
+    clip = config.get("clip_sample_range", 1.0) if config.get("clip_sample") else None
+    alphas, sigmas = (*(a**0.5 for a in kept), 1.0), (*((1 - a) ** 0.5 for a in kept), 0.0)
+    return Trajectory(spaced.timesteps.to(device), alphas, sigmas, prediction, clip)
+
+
+def own_rule(scheduler) -> str:
+    """The rule that comes nearest to a diffusers scheduler. PNDM, which Stable Diffusion 1 is saved with, is a multistep
+    solver as DPM-Solver++ is."""
+    name = type(scheduler).__name__
+    if "Ancestral" in name or name.startswith(("DDPM", "LCM")):
+        return "ancestral"
+    return "dpmsolver++" if name.startswith(("DPMSolver", "PNDM", "UniPC", "DEIS", "LMS", "Heun")) else "ddim"

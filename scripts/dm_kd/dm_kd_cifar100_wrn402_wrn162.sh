@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# DM-KD (arXiv 2305.12954), Stable Diffusion 1.5: DiffDFKD without guidance:
+# cifar100, wrn40_2 -> wrn16_2; CIFAR-10's published settings.
+# The paper's acc1 (best test epoch): 66.89 %.
+# acc1: not measured yet. Time: not measured yet. Device: one GPU.
+# First: bash scripts/dm_kd/dm_kd_cifar100_initBank_wrn402.sh
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+source scripts/environment.sh
+python datafree_kd.py --method diffdfkd --dataset cifar100 --teacher wrn40_2 \
+  --student wrn16_2 --init_bank checkpoints/dm_kd/cifar100_wrn40_2_initBank/bank \
+  --save_dir checkpoints/dm_kd/cifar100_wrn40_2_wrn16_2_seed{seed} "$@"
