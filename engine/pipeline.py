@@ -56,6 +56,7 @@ class Pipeline:
     filter: Any
     processes: Processes = Processes()
     provenance: dict[str, tuple[str, float | None]] = dataclasses.field(default_factory=dict)
+    measured: dict[str, float] = dataclasses.field(default_factory=dict)
     made_with: dict[str, Any] = dataclasses.field(default_factory=dict)
     banks: dict[str, Any] = dataclasses.field(default_factory=dict)
     filtered: tuple[dict[str, Tensor], Tensor] | None = None
@@ -165,7 +166,7 @@ class Pipeline:
         run.result(
             {name: self.flags[name] for name in names}
             | {"dataset": self.info.name, "external_prior": self.external_prior(), "teacher_acc1": teacher_acc1}
-            | figures | counts | {"seconds": self.seconds(), "settings": settings}
+            | figures | counts | self.measured | {"seconds": self.seconds(), "settings": settings}
         )  # fmt: skip
         self.stages.update("distill", done=True)
         run.log(
@@ -242,6 +243,8 @@ class Pipeline:
         bank = self.open_bank(path, self.manifest, create=False)
         self.provenance[stage] = (bank.manifest.external_prior, entry["seconds"] if entry else None)
         self.made_with |= entry["depends_on"] if entry else {}
+        told = entry["facts"] if entry else {}
+        self.measured |= {f"bank_{name}": told[name] for name in ("teacher_acc1", "loss_bn") if name in told}
         return bank
 
     def external_prior(self) -> str:

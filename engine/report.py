@@ -152,6 +152,8 @@ def row(
     return line | {
         "student steps": str(first.get("student_steps", "")),
         "images": str(first.get("images", first.get("bank_images", ""))),
+        "teacher acc1 on them": over("bank_teacher_acc1"),
+        "BN distance": over("bank_loss_bn"),
         "variants (kept %)": f"{first['variants']} ({kept})" if first.get("variants") else "",
         f"synthesis {unit}": times(making),
         f"distillation {unit}": times(learning),

@@ -1,30 +1,37 @@
 #!/usr/bin/env bash
 # The whole of it on real handwritten digits, from a bare clone: minutes on two CPU cores, no downloads but packages.
-#   bash scripts/quickstart.sh            seed 0
-#   SEED=1 bash scripts/quickstart.sh     another; run the same command again to resume
+#   bash scripts/quickstart.sh              seed 0
+#   bash scripts/quickstart.sh diffdfkd     only DiffDFKD, with the diffusion prior of printed digits that the clone holds
+#   SEED=1 bash scripts/quickstart.sh       another seed; run the same command again to resume
 set -euo pipefail
 cd "$(dirname "$0")/.."
+part="${1:-all}"
+case "$part" in all | diffdfkd) ;; *) echo "error: '$part' found, all or diffdfkd wanted" >&2; exit 2 ;; esac
 source scripts/environment.sh
 seed="${SEED:-0}"
 out="${OUT:-checkpoints/quickstart}/seed$seed"
 task=(--dataset digits --seed "$seed")
-kd=("${task[@]}" --teacher resnet20 --teacher_ckpt "$out/teacher.pth" --student resnet8
-  --batch_size 128 --epochs 6 --kd_steps 50 --g_steps 20 --synthesis_batch_size 100 --oh 5 --lr_g 2e-3)
+kd=("${task[@]}" --teacher resnet20 --teacher_ckpt "$out/teacher.pth" --student resnet8 --batch_size 128 --epochs 6 --kd_steps 50)
 
-echo "== 1/4  teacher: resnet20 on 1195 real digits"
+echo "== 1/5  teacher: resnet20 on 1195 real digits"
 python train_scratch.py --model resnet20 "${task[@]}" --epochs 30 --save_dir "$out/teacher" --output "$out/teacher.pth"
-echo "== 2/4  for comparison: the student, resnet8, on the same real digits, as many steps as below"
-python train_scratch.py --model resnet8 "${task[@]}" --epochs 34 --save_dir "$out/real" --output "$out/real.pth"
-echo "== 3/4  CSD: an image bank inverted from the teacher, and a student that has seen no digit"
-python datafree_kd.py --method csd "${kd[@]}" --save_dir "$out/csd" \
-  --init_rounds 6 --init_g_steps 60
-echo "== 4/4  DDA: the same bank, varied by a diffusion model trained on it, filtered, and distilled"
-python datafree_kd.py --method dda "${kd[@]}" --save_dir "$out/dda" --init_bank "$out/csd/bank" \
-  --variants 2 --strength 0.6 --fit_rounds 8 --fit_steps 100 --fit_lr 4e-3
+if [ "$part" = all ]; then
+  echo "== 2/5  for comparison: the student, resnet8, on the same real digits, as many steps as below"
+  python train_scratch.py --model resnet8 "${task[@]}" --epochs 34 --save_dir "$out/real" --output "$out/real.pth"
+  inversion=(--g_steps 20 --synthesis_batch_size 100 --oh 5 --lr_g 2e-3)
+  echo "== 3/5  CSD: an image bank inverted from the teacher, and a student that has seen no digit"
+  python datafree_kd.py --method csd "${kd[@]}" "${inversion[@]}" --save_dir "$out/csd" --init_rounds 6 --init_g_steps 60
+  echo "== 4/5  DDA: the same bank, varied by a diffusion model trained on it, filtered, and distilled"
+  python datafree_kd.py --method dda "${kd[@]}" "${inversion[@]}" --save_dir "$out/dda" --init_bank "$out/csd/bank" \
+    --variants 2 --strength 0.6 --fit_rounds 8 --fit_steps 100 --fit_lr 4e-3
+fi
+echo "== 5/5  DiffDFKD: a diffusion model that knows printed digits draws what the teacher asks for"
+python datafree_kd.py --method diffdfkd "${kd[@]}" --save_dir "$out/diffdfkd" --images_per_class 60 --num_inference_steps 10 \
+  --bn 0.03 --lr 0.1 --warmup_epochs 0 --weight_decay 1e-4
 
 echo
 python -m engine.report "$out" --rounds
 echo
-echo "pictures:    $out/{csd,dda}/pictures/*.png"
-echo "figures:     $out/{csd,dda}/result.json, metrics.jsonl"
+echo "pictures:    $out/*/pictures/*.png"
+echo "figures:     $out/*/result.json, metrics.jsonl"
 echo "TensorBoard: tensorboard --logdir $out"
