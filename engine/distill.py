@@ -197,7 +197,7 @@ def distill_epoch(
         sums = {name: sums.get(name, 0) + value for name, value in scalars.items()}
     figures = {name: float(total) / schedule.rounds_per_epoch for name, total in sums.items()}
     check_finite(figures, f"epoch {epoch + 1} of stage distill", ADVICE)
-    if makes_images:
+    if makes_images and (epoch % 10 == 0 or epoch + 1 == schedule.epochs):
         run.picture("images", grid(batch.images[:64]), epoch)
     return figures
 

@@ -60,6 +60,20 @@ def test_methods_are_named_in_the_registry_alone():
         assert not re.search(rf"\b({names})\b", code, re.IGNORECASE), path
 
 
+def test_a_method_is_one_file():
+    """No other file of datafree/ names a method in its code, but one that builds on it and imports from its file."""
+    for name, target in registry.METHODS.items():
+        own = ROOT / (target.split(":")[0].replace(".", "/") + ".py")
+        if name in ("kd", "noise", "fast"):  # words with other meanings
+            continue
+        for path in (ROOT / "datafree").glob("**/*.py"):
+            text = path.read_text()
+            code = re.sub(r'"""[\s\S]*?"""|#.*|"[^"\n]*"', "", text)
+            builds_on_it = re.search(rf"^from datafree\.{name} import", text, re.MULTILINE)
+            if path != own and not builds_on_it:
+                assert not re.search(rf"\b{name}", code, re.IGNORECASE), f"{path} names {name}"
+
+
 def test_no_hard_wired_devices_or_sizes():
     for path, text in SOURCES.items():
         assert not re.search(r"\.cuda\(|\(3, *32, *32\)|except *:", text), path
