@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# All tests, from a bare clone: CPU only, no network but the packages, minutes.   bash scripts/test.sh -k bank
+# All tests, from a bare clone: CPU only, no network but the packages, minutes.
+#   bash scripts/test.sh -k bank          some of them; WORKERS=8 for a larger machine than two cores
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh
 # One thread a process: two threads that wait for a busy core can slow a tiny network thirty-fold.
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-python -m pytest -q --durations=5 tests "$@"
+python -m pytest -q -n "${WORKERS:-2}" --durations=5 tests "$@"
