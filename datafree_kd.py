@@ -46,9 +46,9 @@ def main() -> None:
             print(f"== seed {seed}")
         folders.append(run(name, method_class, for_seed(seed, bool(run_flags.seeds), groups)))
     if len(seeds) > 1:
-        from engine.report import table
+        from engine import report
 
-        print(table([folder for folder in folders if (folder / "result.json").exists()]))
+        print(report.table(report.parse([str(folder) for folder in folders if (folder / "result.json").exists()])))
 
 
 def run(name: str, method_class: type, groups: list) -> Path:

@@ -36,7 +36,8 @@ def collect(folders: list[Path]) -> list[dict[str, Any]]:
         for file in sorted(folder.rglob("result.json")):
             metrics = file.parent / "metrics.jsonl"
             lines = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
-            results.append(read_json(file) | {"history": [line for line in lines if "acc1" in line]})
+            parts = [part for part in file.parent.relative_to(folder).parts if not re.fullmatch(r"seed\d+", part)]
+            results.append(read_json(file) | {"folder": "/".join(parts), "history": [line for line in lines if "acc1" in line]})
     if not results:
         raise UserError(f"no result.json under {', '.join(map(str, folders))}; a run writes it when it is finished")
     return results
@@ -212,37 +213,44 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", action="store_true", help="add the accuracy on the way")
     parser.add_argument("--budget", type=int, metavar="STEPS", help="add the accuracy after so many student steps")
     parser.add_argument("--target", type=float, metavar="ACC1", help="add the student steps to this accuracy in %%")
+    parser.add_argument("--folders", action="store_true", help="name rows by their folders, not by the flags that differ")
     parser.add_argument("--csv", type=Path, help="write the table here too")
     parser.add_argument("--into", type=Path, help="rewrite a table in this file instead of printing it")
     parser.add_argument("--name", help="which table of that file")
     return parser.parse_args(argv)
 
 
-def rows_of(groups: list[list[dict[str, Any]]], budget: int | None = None, target: float | None = None) -> list[dict]:
-    """The lines of the table, times in hours if any is an hour or more."""
+def rows_of(
+    groups: list[list[dict[str, Any]]], budget: int | None = None, target: float | None = None, folders: bool = False
+) -> list[dict]:
+    """The lines of the table, times in hours if any is an hour or more; ``folders`` names them by their folders."""
     known = [t for runs in groups for run in runs if run["method"] != "scratch" for t in synthesis_and_distillation(run)]
     hours = any(t is not None and t >= 3600 for t in known)
     flags = differing_flags(groups)
-    return [row(runs, text, budget, target, hours) for runs, text in zip(groups, flags)]
+    rows = [row(runs, text, budget, target, hours) for runs, text in zip(groups, flags)]
+    if folders:
+        rows = [{"run": runs[0]["folder"]} | line | {"method": runs[0]["method"]} for runs, line in zip(groups, rows)]
+        rows.sort(key=lambda line: line["run"])
+    return rows
 
 
-def table(folders: list[Path], rounds: bool = False, budget: int | None = None, target: float | None = None) -> str:
-    """The Markdown table of every result under ``folders``."""
-    groups = group(collect(folders))
-    text = markdown(rows_of(groups, budget, target))
-    way = rounds_table(groups) if rounds else ""
+def table(args: argparse.Namespace) -> str:
+    """The Markdown table of every result under ``args.runs``, as the command line asks for it."""
+    groups = group(collect(args.runs))
+    text = markdown(rows_of(groups, args.budget, args.target, args.folders))
+    way = rounds_table(groups) if args.rounds else ""
     return text + ("\n\n" + way if way else "")
 
 
 def main() -> None:
     args = parse()
     if args.csv:
-        rows = rows_of(group(collect(args.runs)), args.budget, args.target)
+        rows = rows_of(group(collect(args.runs)), args.budget, args.target, args.folders)
         with atomic_path(args.csv) as temporary, open(temporary, "w", newline="") as file:
             writer = csv.DictWriter(file, rows[0])
             writer.writeheader()
             writer.writerows(rows)
-    text = table(args.runs, args.rounds, args.budget, args.target)
+    text = table(args)
     if args.into:
         replace_table(args.into, args.name, text)
     else:

@@ -28,4 +28,4 @@ for name in ${METHODS:-kd noise pictures dafl zskt dfad dfq deepinv adi cmi fast
     --teacher resnet20 --teacher_ckpt "${TEACHER:-cifar10_resnet20.pth}" --teacher_mean .4914,.4822,.4465 --teacher_std .2470,.2435,.2616 \
     --student wrn16_1 --batch_size 128 --epochs 3 ${flags[$name]} --save_dir "$out/$name"
 done
-python -m engine.report "$out"
+python -m engine.report "$out" --folders

@@ -156,6 +156,14 @@ def test_runs_that_differ_in_a_flag_are_apart_and_say_so(tmp_path):
     assert [(r["method"], r["seeds"]) for r in rows] == [("m --bn 0.0", "0,1"), ("m --bn 10.0", "2")]
 
 
+def test_report_can_name_rows_by_their_folders(tmp_path):
+    for seed in (0, 1):
+        write_result(tmp_path / "with_x" / f"seed{seed}", seed=seed, settings={"x": 1})
+    write_result(tmp_path / "plain", settings={"x": 0})
+    text = report.table(report.parse([str(tmp_path), "--folders"]))
+    assert "| plain | m |" in text and "| with_x | m |" in text and "--x" not in text and text.index("plain") < text.index("with_x")
+
+
 def test_report_rewrites_a_table_in_place(tmp_path, monkeypatch):
     write_result(tmp_path / "a")
     file = tmp_path / "page.md"
@@ -186,8 +194,7 @@ def tables_in_readme():
 @pytest.mark.parametrize("name, command_line, text", tables_in_readme(), ids=lambda v: v[:20])
 def test_readme_tables_are_made_from_result_files(name, command_line, text, monkeypatch):
     monkeypatch.chdir(ROOT)
-    args = report.parse(command_line.split())
-    assert text == report.table(args.runs, args.rounds, args.budget, args.target)
+    assert text == report.table(report.parse(command_line.split()))
 
 
 def test_readme_has_its_tables():
