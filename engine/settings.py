@@ -47,7 +47,7 @@ class RunFlags:
     redo: str | None = flag(None, "forget this stage of the run folder and those after it, then run")
     init_bank: str | None = flag(
         None,
-        "image bank to start from, instead of stage synthesize (made with the same teacher)",
+        "image bank to start from, instead of stage synthesize or generate (made with the same teacher)",
         stages=("augment", "distill"),
     )
     init_variants: str | None = flag(
