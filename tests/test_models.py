@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from engine.errors import UserError
-from models.classifier import Classifier, Output, eval_mode, frozen
+from models.classifier import Classifier, Output, eval_mode, frozen, weights_fixed
 from models.load import build_network, load_weights
 from registry import MODELS
 
@@ -201,7 +201,7 @@ def test_nothing_outlives_a_forward():
     classifier(torch.rand(2, 3, 32, 32))
     classifier.network(torch.rand(2, 3, 32, 32))
     assert [reference() for reference in references] == [None, None]
-    assert all(tap.tensor is None for tap in (classifier._features, classifier._feature_map))
+    assert all(tap.tensor is None for tap in (classifier._features, *classifier._maps))
 
 
 def test_compiles_once_and_whole():
@@ -398,3 +398,16 @@ def test_public_checkpoint_loads_unmodified():
     if not path.is_file():
         pytest.skip("shared/teachers/cifar10_resnet20.pth is not here")
     assert load_weights(build_network("resnet20", 10), path) == {"best_acc1": 94.0}
+
+
+def test_weights_fixed_is_undone():
+    """No gradients to weights and eval mode inside, gradients to inputs as ever; what was fixed before stays so."""
+    classifier = wrap(build_network("resnet8", 10)).train()
+    first = next(classifier.network.parameters()).requires_grad_(False)
+    images = torch.rand(2, 3, 32, 32, requires_grad=True)
+    with weights_fixed(classifier):
+        assert not classifier.training and not any(p.requires_grad for p in classifier.parameters())
+        classifier(images).sum().backward()
+    assert images.grad.abs().sum() > 0 and all(p.grad is None for p in classifier.parameters())
+    assert classifier.training and not first.requires_grad
+    assert all(p.requires_grad for p in classifier.parameters() if p is not first)
