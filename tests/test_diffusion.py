@@ -313,3 +313,29 @@ def test_seeded_noise_is_one_stream_a_seed():
     noise = seeded_noise([5, 6, 5], (3, 4, 4))
     assert torch.equal(noise[0], noise[2]) and not torch.equal(noise[0], noise[1])
     assert torch.equal(seeded_noise([6], (3, 4, 4))[0], noise[1])
+
+
+def test_without_a_network_the_hub_is_not_asked(monkeypatch):
+    """Where its name does not resolve, the client is told to keep to its cache; behind a proxy that says nothing."""
+    import socket
+
+    from huggingface_hub import constants
+
+    from datafree.diffusion import prior
+
+    def nowhere(*args):
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(prior, "getproxies", dict)
+    monkeypatch.setattr(prior.socket, "getaddrinfo", lambda *args: [])
+    prior.notice_missing_network()
+    assert not constants.HF_HUB_OFFLINE
+    monkeypatch.setattr(prior.socket, "getaddrinfo", nowhere)
+    monkeypatch.setattr(prior, "getproxies", lambda: {"https": "http://proxy:1"})
+    prior.notice_missing_network()
+    assert not constants.HF_HUB_OFFLINE
+    monkeypatch.setattr(prior, "getproxies", dict)
+    with pytest.raises(UserError, match="hf download some/model"), prior.hub_errors("some/model", None, "--x"):
+        raise OSError("not in the cache")
+    assert constants.HF_HUB_OFFLINE

@@ -5,10 +5,14 @@ CPU whatever the device, so that neither the batch size nor the order of the ima
 """
 
 import errno
+import socket
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
 from torch import Tensor
@@ -101,6 +105,18 @@ def prior_name(model_id: str, revision: str | None = None) -> str:
     return path.resolve().name if path.is_dir() else f"{model_id}@{revision}" if revision else model_id
 
 
+def notice_missing_network() -> None:
+    """Tells the hub's client to keep to its cache where the hub's name does not resolve: five retries cost 23 s otherwise."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE or getproxies():  # a proxy resolves names itself
+        return
+    try:
+        socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, 443)
+    except OSError:
+        constants.HF_HUB_OFFLINE = True
+
+
 @contextmanager
 def hub_errors(model_id: str, revision: str | None, flag: str) -> Iterator[None]:
     """Turns what a hub or a model directory can refuse into one line that says how to get the model.
@@ -114,6 +130,8 @@ def hub_errors(model_id: str, revision: str | None, flag: str) -> Iterator[None]
     """
     from httpx import HTTPError
 
+    if not Path(model_id).is_dir():
+        notice_missing_network()
     try:
         yield
     except (HTTPError, OSError, ValueError) as error:
@@ -135,6 +153,7 @@ def quiet_libraries() -> None:
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
+    warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")  # of one library, for another's sake
     for library in (diffusers_logging, transformers_logging):
         library.set_verbosity_error()
         library.disable_progress_bar()
