@@ -5,7 +5,6 @@ import math
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
 LARGE = (256, 128, 64)  # channels of the large one
 
 

@@ -117,7 +117,9 @@ def filter_variants(
         cosine, calibrated = stored["cosine"], stored["calibrated_omega"].item()
     omega = calibrated if omega is None else omega
     keep = keep_mask(cosine, omega)
-    save_tensors(file, {"cosine": cosine, "keep": keep, "calibrated_omega": torch.tensor([calibrated])}, {"omega": repr(omega)})
+    save_tensors(
+        file, {"cosine": cosine, "keep": keep, "calibrated_omega": torch.tensor([calibrated])}, {"omega": repr(omega)}
+    )
     low, middle, high = torch.quantile(cosine[:1_000_000].float(), torch.tensor([0.1, 0.5, 0.9])).tolist()
     run.log(
         f"filter: {int(keep.sum())} of {len(keep)} variants kept at omega {omega:.3f} ({name} embedding; "

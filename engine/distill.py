@@ -166,9 +166,7 @@ def distill(
         save_checkpoint(file, distillation.state_dict(rounds))
         stages.update("distill", rounds=rounds)
     bar.close()
-    return summary(distillation.accuracies, schedule) | {
-        "synthesis_seconds": round(distillation.synthesis_clock.read(), 3)
-    }
+    return summary(distillation.accuracies, schedule) | {"synthesis_seconds": round(distillation.synthesis_clock.read(), 3)}
 
 
 def distill_epoch(

@@ -37,7 +37,9 @@ def collect(folders: list[Path]) -> list[dict[str, Any]]:
             metrics = file.parent / "metrics.jsonl"
             lines = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
             parts = [part for part in file.parent.relative_to(folder).parts if not re.fullmatch(r"seed\d+", part)]
-            results.append(read_json(file) | {"folder": "/".join(parts), "history": [line for line in lines if "acc1" in line]})
+            results.append(
+                read_json(file) | {"folder": "/".join(parts), "history": [line for line in lines if "acc1" in line]}
+            )
     if not results:
         raise UserError(f"no result.json under {', '.join(map(str, folders))}; a run writes it when it is finished")
     return results
@@ -69,7 +71,9 @@ def differing_flags(groups: list[list[dict[str, Any]]]) -> list[str]:
     texts = []
     for runs in groups:
         mine = runs[0]
-        alike = [g[0] for g in groups if all(g[0].get(n) == mine.get(n) for n in ("method", "dataset", "teacher", "student"))]
+        alike = [
+            g[0] for g in groups if all(g[0].get(n) == mine.get(n) for n in ("method", "dataset", "teacher", "student"))
+        ]
         flags = [name for name in settings(mine) if len({str(settings(other).get(name)) for other in alike}) > 1]
         texts.append("".join(f" --{name} {show(settings(mine)[name])}" for name in flags))
     return texts
@@ -146,7 +150,9 @@ def row(
         "difference": "" if paper is None else f"{best - paper:+.2f}",
     }
     if budget:
-        at = [next((line["acc1"] for line in run["history"] if line.get("student_steps", 0) >= budget), None) for run in runs]
+        at = [
+            next((line["acc1"] for line in run["history"] if line.get("student_steps", 0) >= budget), None) for run in runs
+        ]
         line[f"acc1 at {budget} steps"] = "" if real else spread(at, 1)
     if target:
         line[f"steps to {target:g} %"] = "" if real else steps_to(runs, target)

@@ -102,9 +102,7 @@ def published_weights(spec: str) -> Path:
     return file
 
 
-def load_weights(
-    network: nn.Module, path: Path, what: str = "teacher checkpoint", new_head: bool = False
-) -> dict[str, Any]:
+def load_weights(network: nn.Module, path: Path, what: str = "teacher checkpoint", new_head: bool = False) -> dict[str, Any]:
     """Loads a published checkpoint into ``network``, cast to its dtypes, or leaves it untouched and says why.
 
     Taken are a plain state dict or one under ``state_dict``, ``model`` or ``net``, with or without the prefixes of

@@ -109,24 +109,30 @@ def of_method(method: str, paper: str) -> Iterator[tuple[str, str]]:
             if method in INITIAL_BANK:
                 bank = f"checkpoints/{method}/{dataset}_{teacher}_initBank"
                 first = f"{method}/{method}_{dataset}_initBank_{short(teacher)}.sh"
-                yield first, HEAD.format(
-                    **common,
-                    what=f"initial image bank of {teacher} ({INITIAL_BANK[method]:,} images)",
-                    note=f"Wants checkpoints/pretrained/{dataset}_{teacher}.pth; makes {bank}/bank.",
-                    published="",
-                    flags=f"--stages {'generate' if method in GENERATED else 'synthesize'} --save_dir {bank}"
-                    + (f" \\\n {more}" if (more := settings(method, dataset, teacher, table=BANK_FLAGS)) else ""),
+                yield (
+                    first,
+                    HEAD.format(
+                        **common,
+                        what=f"initial image bank of {teacher} ({INITIAL_BANK[method]:,} images)",
+                        note=f"Wants checkpoints/pretrained/{dataset}_{teacher}.pth; makes {bank}/bank.",
+                        published="",
+                        flags=f"--stages {'generate' if method in GENERATED else 'synthesize'} --save_dir {bank}"
+                        + (f" \\\n {more}" if (more := settings(method, dataset, teacher, table=BANK_FLAGS)) else ""),
+                    ),
                 )
                 note = f"First: bash scripts/{first}"
                 flags += f" --init_bank {bank}/bank"
             if method in BASELINES:  # not where the method itself keeps its runs
                 flags += f" \\\n  --save_dir checkpoints/{method}/{dataset}_{teacher}_{student}_seed{{seed}}"
-            yield f"{method}/{method}_{dataset}_{short(teacher)}_{short(student)}.sh", HEAD.format(
-                **common,
-                what=f"{teacher} -> {student}",
-                note=note,
-                published=published(method, dataset, (teacher, student)),
-                flags=flags,
+            yield (
+                f"{method}/{method}_{dataset}_{short(teacher)}_{short(student)}.sh",
+                HEAD.format(
+                    **common,
+                    what=f"{teacher} -> {student}",
+                    note=note,
+                    published=published(method, dataset, (teacher, student)),
+                    flags=flags,
+                ),
             )
 
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from datafree.base import ImageBatch
 from datafree.bank import ImageBank, Manifest
+from datafree.base import ImageBatch
 from datafree.diffdfkd import DEFAULT_MODEL, MapDistillation, default_model, mixed
 from engine import generate
 from engine.errors import UserError

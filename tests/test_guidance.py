@@ -53,9 +53,7 @@ def task():
 def drawn(generator, batch_size=5, order=None):
     """Images of all labels and seeds, ``batch_size`` at a time."""
     index = torch.arange(len(LABELS)) if order is None else order
-    parts = [
-        generator.generate(LABELS[i], [SEEDS[j] for j in i], [0] * len(i)).images for i in index.split(batch_size)
-    ]
+    parts = [generator.generate(LABELS[i], [SEEDS[j] for j in i], [0] * len(i)).images for i in index.split(batch_size)]
     return torch.cat(parts)[index.argsort()]
 
 

@@ -189,7 +189,9 @@ def test_noise_from_a_folder_of_pictures(distill, tmp_path):
         distill("noise", tmp_path / "run2", f"--images {tmp_path / 'empty'}")
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if "bn" in registry.resolve(registry.METHODS[m]).Config.__dataclass_fields__])
+@pytest.mark.parametrize(
+    "method", [m for m in METHODS if "bn" in registry.resolve(registry.METHODS[m]).Config.__dataclass_fields__]
+)
 def test_a_teacher_without_batch_norm(method, command, tmp_path):
     """One line that names the methods which need no BN statistics; with --bn 0 the method runs."""
     from tests.plain_network import plain

@@ -161,7 +161,12 @@ def test_report_can_name_rows_by_their_folders(tmp_path):
         write_result(tmp_path / "with_x" / f"seed{seed}", seed=seed, settings={"x": 1})
     write_result(tmp_path / "plain", settings={"x": 0})
     text = report.table(report.parse([str(tmp_path), "--folders"]))
-    assert "| plain | m |" in text and "| with_x | m |" in text and "--x" not in text and text.index("plain") < text.index("with_x")
+    assert (
+        "| plain | m |" in text
+        and "| with_x | m |" in text
+        and "--x" not in text
+        and text.index("plain") < text.index("with_x")
+    )
 
 
 def test_report_rewrites_a_table_in_place(tmp_path, monkeypatch):

@@ -111,7 +111,11 @@ def test_attention_matches_where_maps_are_active():
 def test_every_scale_of_a_network_is_found(networks):
     """The last map of each size: three in CIFAR ResNets and WRNs; the last is the map before pooling."""
     teacher, student = networks
-    assert [s[1:] for s in teacher.feature_map_shapes] == [s[1:] for s in student.feature_map_shapes] == [(16, 16), (8, 8), (4, 4)]
+    assert (
+        [s[1:] for s in teacher.feature_map_shapes]
+        == [s[1:] for s in student.feature_map_shapes]
+        == [(16, 16), (8, 8), (4, 4)]
+    )
     images, seen = torch.rand(2, 3, 16, 16), {}
     for key, module in (("teacher", teacher.network.layer1), ("student", student.network.block2.layer[0].relu1)):
         module.register_forward_hook(lambda module, inputs, output, key=key: seen.setdefault(key, output))
@@ -206,6 +210,8 @@ def test_the_control_is_hinton_s_loss():
 def test_noise_has_the_distribution_it_says(task):
     torch.manual_seed(0)
     uniform, normal = (next(NoiseImages(task, kind).batches(200))[0] for kind in ("uniform", "normal"))
-    assert uniform.mean().item() == pytest.approx(0.5, abs=0.01) and uniform.std().item() == pytest.approx(12**-0.5, abs=0.01)
+    assert uniform.mean().item() == pytest.approx(0.5, abs=0.01) and uniform.std().item() == pytest.approx(
+        12**-0.5, abs=0.01
+    )
     assert normal.mean().item() == pytest.approx(0.5, abs=0.01) and 0.2 < normal.std().item() < 0.26
     assert min(uniform.min(), normal.min()) >= 0 and max(uniform.max(), normal.max()) <= 1
