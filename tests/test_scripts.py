@@ -211,3 +211,9 @@ def test_every_path_in_the_readme_exists():
     paths = re.findall(r"(?<![\w/.])((?:scripts|engine|datafree|models|tests|docs)/[\w./-]+\w)", text)
     missing = {p for p in paths if not (ROOT / p).exists() and not (ROOT / (p + ".py")).exists()}
     assert paths and not missing
+
+
+def test_the_readme_lists_every_method():
+    text = (ROOT / "README.md").read_text()
+    rows = set(re.findall(r"^\| `(\w+)` \|", text[: text.index("## Every method")], re.MULTILINE))
+    assert rows == set(registry.METHODS)
