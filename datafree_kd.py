@@ -45,10 +45,11 @@ def main() -> None:
         if len(seeds) > 1:
             print(f"== seed {seed}")
         folders.append(run(name, method_class, for_seed(seed, bool(run_flags.seeds), groups)))
-    if len(seeds) > 1:
+    finished = [str(folder) for folder in folders if (folder / "result.json").exists()]
+    if len(seeds) > 1 and finished:
         from engine import report
 
-        print(report.table(report.parse([str(folder) for folder in folders if (folder / "result.json").exists()])))
+        print(report.table(report.parse(finished)))
 
 
 def run(name: str, method_class: type, groups: list) -> Path:

@@ -42,7 +42,7 @@ from datafree.bn_statistics import BNStatistics, Stats, bn_loss, collected, laye
 from datafree.generators import Generator, reset
 from datafree.losses import KLDistillation, adversarial_loss, one_hot_loss, weighted_sum
 from engine.errors import UserError
-from engine.flags import flag
+from engine.flags import check_least, flag
 
 BOTH = ("synthesize", "distill")
 
@@ -232,9 +232,7 @@ class CMI(Method):
 
     def __init__(self, config: CMIConfig, teacher: nn.Module, student: nn.Module, task: Task):
         super().__init__(config, teacher, student, task)
-        for name, steps in (("init_g_steps", config.init_g_steps), ("g_steps", config.g_steps)):
-            if steps < 1:
-                raise UserError(f"--{name} {steps} found, a whole number from 1 on wanted")
+        check_least(config, init_g_steps=1, g_steps=1, synthesis_batch_size=1)
 
     def initial_synthesizer(self) -> CMISynthesizer:
         return CMISynthesizer(self.config, self.teacher, self.task, g_steps=self.config.init_g_steps, adv=0.0)

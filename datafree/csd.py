@@ -27,7 +27,7 @@ from datafree.bn_statistics import BNStatistics, bn_loss, collected
 from datafree.generators import Generator, reset
 from datafree.losses import feature_loss, kd_loss, one_hot_loss, rotation_labels, rotations, weighted_sum
 from engine.errors import UserError
-from engine.flags import flag
+from engine.flags import check_least, flag
 from models.classifier import eval_mode
 
 BOTH = ("synthesize", "distill")
@@ -181,8 +181,8 @@ class CSD(Method):
 
     def __init__(self, config: CSDConfig, teacher: nn.Module, student: nn.Module, task: Task):
         super().__init__(config, teacher, student, task)
-        if config.head_interval < 1:
-            raise UserError(f"--head_interval {config.head_interval} found, a whole number from 1 on wanted")
+        counts = ("init_g_steps", "init_batch_size", "g_steps", "synthesis_batch_size", "head_interval")
+        check_least(config, **dict.fromkeys(counts, 1))
 
     def initial_synthesizer(self) -> CSDSynthesizer:
         config = self.config

@@ -25,7 +25,7 @@ from datafree.csd import CSD, CSDConfig
 from datafree.diffusion.prior import DTYPES, Augmenter, denoising_steps, diffusion_dtype, prior_name
 from datafree.filter import DEFAULT_MODELS, EMBEDDINGS, build_embedding
 from engine.errors import UserError
-from engine.flags import flag
+from engine.flags import check_least, flag
 
 AUGMENT = ("augment",)
 FILTER = ("distill",)
@@ -106,9 +106,7 @@ class DDA(CSD):
 
     def __init__(self, config: DDAConfig, teacher: nn.Module, student: nn.Module, task: Task):
         super().__init__(config, teacher, student, task)
-        for name in ("variants", "diffusion_batch_size"):
-            if getattr(config, name) < 1:
-                raise UserError(f"--{name} {getattr(config, name)} found, a whole number from 1 on wanted")
+        check_least(config, variants=1, diffusion_batch_size=1)
         default = PRIORS[config.prior]
         self.steps = config.num_inference_steps or default.num_inference_steps
         self.guidance_scale = default.guidance_scale if config.guidance_scale is None else config.guidance_scale

@@ -32,8 +32,7 @@ from torch import Tensor, nn
 from datafree.base import ImageBatch, LowestLoss, Method, Synthesizer, Task, balanced_labels
 from datafree.bn_statistics import BNStatistics, bn_loss, collected
 from datafree.losses import KLDistillation, Terms, one_hot_loss, weighted_sum
-from engine.errors import UserError
-from engine.flags import flag
+from engine.flags import check_least, flag
 
 DISTILL = ("distill",)
 
@@ -129,8 +128,7 @@ class DeepInversion(Method):
 
     def __init__(self, config: DeepInversionConfig, teacher: nn.Module, student: nn.Module, task: Task):
         super().__init__(config, teacher, student, task)
-        if config.g_steps < 1:
-            raise UserError(f"--g_steps {config.g_steps} found, a whole number from 1 on wanted")
+        check_least(config, g_steps=1, synthesis_batch_size=1)
 
     def synthesizer(self) -> DeepInversionSynthesizer:
         return DeepInversionSynthesizer(self.config, self.teacher, self.task)

@@ -46,7 +46,7 @@ from datafree.diffusion.prior import DTYPES, diffusion_dtype, prior_name
 from datafree.diffusion.sampling import RULES
 from datafree.losses import kd_loss
 from engine.errors import UserError
-from engine.flags import flag
+from engine.flags import check_least, flag
 
 EMBEDDED = Path("checkpoints/priors/glyphs_digits_16.safetensors")
 DEFAULT_MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -198,11 +198,7 @@ class DiffDFKD(Method):
             task = dataclasses.replace(task, augment=lambda images: mixed(augment(images), config.mix))
         super().__init__(config, teacher, student, task)
         positive = ("images_per_class", "synthesis_batch_size", "diffusion_batch_size", "num_inference_steps", "adv_steps")
-        least_values = dict.fromkeys(positive, 1) | {"lca_every": 0, "lca_repair": 0, "guidance_micro_batch": 0}
-        for name, least in least_values.items():
-            value = getattr(config, name)
-            if value is not None and value < least:
-                raise UserError(f"--{name} {value} found, a whole number from {least} on wanted")
+        check_least(config, **dict.fromkeys(positive, 1), lca_every=0, lca_repair=0, guidance_micro_batch=0)
         if config.msarc and not (teacher.feature_map_shapes and student.feature_map_shapes):
             raise UserError("a network without feature maps has no activation maps; give --msarc 0")
         self.model = config.diffusion_model or default_model(task)

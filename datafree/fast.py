@@ -50,7 +50,7 @@ from datafree.bn_statistics import BNStatistics, Stats, bn_loss, collected
 from datafree.generators import Generator, reset
 from datafree.losses import KLDistillation, adversarial_loss, one_hot_loss, weighted_sum
 from engine.errors import UserError
-from engine.flags import flag
+from engine.flags import check_least, flag
 
 BOTH = ("synthesize", "distill")
 BETAS = (0.5, 0.999)
@@ -240,17 +240,6 @@ def own_state() -> Iterator[None]:
             "the synthesizer's state beside the image bank was left by another --method or with other flags of size "
             f"({type(error).__name__}); give an --init_bank of this method and these flags, or none"
         ) from error
-
-
-def check_least(config: Any, **least: int) -> None:
-    """Of flags that count things.
-
-    Raises:
-        UserError: one is smaller than given here.
-    """
-    for name, wanted in least.items():
-        if getattr(config, name) < wanted:
-            raise UserError(f"--{name} {getattr(config, name)} found, a whole number from {wanted} on wanted")
 
 
 def check_momentum(momentum: float) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from datafree.base import ImageBatch, Method, Synthesizer, Task
 from datafree.generators import LARGE, Generator, reset
 from datafree.losses import KLDistillation
-from engine.flags import flag
+from engine.flags import check_least, flag
 
 DISTILL = ("distill",)
 
@@ -87,6 +87,10 @@ class StreamingMethod(Method):
     stages = ("distill",)
     streams = True
     defaults = {"epochs": 200, "kd_steps": 5, "ep_steps": 400, "batch_size": 256, "lr": 0.1}
+
+    def __init__(self, config: StreamConfig, teacher: nn.Module, student: nn.Module, task: Task):
+        super().__init__(config, teacher, student, task)
+        check_least(config, g_steps=1, synthesis_batch_size=1)
 
     def objective(self) -> nn.Module:
         return KLDistillation(self.config.T)

@@ -23,6 +23,18 @@ def flag(
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def check_least(config: Any, **least: int) -> None:
+    """Of flags that count things: ``check_least(config, epochs=1)``. One that is unset (None) passes.
+
+    Raises:
+        UserError: one is smaller than given here.
+    """
+    for name, wanted in least.items():
+        value = getattr(config, name)
+        if value is not None and value < wanted:
+            raise UserError(f"--{name} {value} found, a whole number from {wanted} on wanted")
+
+
 class Parser(argparse.ArgumentParser):
     """Takes no abbreviations; a wrong flag is one line that names the nearest right one."""
 

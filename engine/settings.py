@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from engine.distill import Schedule
-from engine.flags import flag
+from engine.flags import check_least, flag
 from engine.precision import AMP
 
 ALL = ("synthesize", "augment", "generate", "distill")
@@ -76,6 +76,7 @@ class DistillFlags:
 
     def schedule(self) -> Schedule:
         """The same in the form that stage distill takes."""
+        check_least(self, epochs=1, kd_steps=1, ep_steps=0, batch_size=1, warmup_epochs=0)
         steps = self.ep_steps or self.kd_steps
         return Schedule(
             self.epochs, steps, self.kd_steps, self.batch_size, self.lr, self.momentum, self.weight_decay, self.warmup_epochs

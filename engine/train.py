@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from engine.augmentation import crop_flip
 from engine.evaluate import check_finite, evaluate
 from engine.files import load_checkpoint, save_checkpoint
-from engine.flags import flag
+from engine.flags import check_least, flag
 from engine.precision import Precision
 from engine.run import Run, progress
 from engine.seeding import seed_position
@@ -57,6 +57,7 @@ def train(
     seed: int,
 ) -> list[float]:
     """Trains ``classifier``, goes on after the last whole epoch, and returns the test accuracy of every epoch in %."""
+    check_least(flags, epochs=1, batch_size=1)
     stages.begin("train")
     optimizer = torch.optim.SGD(
         classifier.parameters(), lr=flags.lr, momentum=flags.momentum, weight_decay=flags.weight_decay, nesterov=flags.momentum > 0,

@@ -63,7 +63,7 @@ TABLE_ROW = {
     "adi": "adi --g_steps 2000",
     "fast": "fast --g_steps 10",
     "nayer": "nayer --epochs 300",
-    "dm_kd": "diffdfkd --oh 0.0 --bn 0.0 --adv 0.0",
+    "dm_kd": "diffdfkd --oh 0.0 --bn 0.0 --adv 0.0 --lca_every 0",
 }
 
 HEAD = """#!/usr/bin/env bash

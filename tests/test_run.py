@@ -161,8 +161,8 @@ def test_several_seeds_in_one_command(distill, tmp_path, capsys):
     distill("noise", tmp_path / "runs", "--seeds 0,2,3")
     out = capsys.readouterr().out
     assert out.count("distill: done before, skipped") == 2 and "| 0,2,3 |" in out
-    for seed in (0, 1):
-        distill("csd", tmp_path / f"bank{seed}", f"--stages synthesize --seed {seed}")
+    distill("csd", tmp_path / "bank{seed}", "--stages synthesize --seeds 0,1")
+    assert "| csd" not in capsys.readouterr().out, "no run is finished, so there is no table"
     distill("csd", tmp_path / "s{seed}", f"--seeds 0,1 --init_bank {tmp_path}/bank{{seed}}")
     digests = [json.loads((tmp_path / f"s{seed}" / "args.json").read_text())["args"]["init_bank"] for seed in (0, 1)]
     assert digests == [f"{tmp_path}/bank0", f"{tmp_path}/bank1"]
@@ -362,6 +362,18 @@ BAD = {
     "--method dda --embedding nonsense": "none of teacher, clip, dinov2",
     "": "--method",
 }
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_counts_below_one_are_one_line(method, distill, tmp_path):
+    """Of student and synthesis steps alike."""
+    with pytest.raises(UserError, match="--epochs 0 found, a whole number from 1 on wanted"):
+        distill(method, tmp_path, "--epochs 0")
+    for name in {"g_steps", "synthesis_batch_size"} & set(
+        registry.resolve(registry.METHODS[method]).Config.__dataclass_fields__
+    ):
+        with pytest.raises(UserError, match=f"--{name} 0 found, a whole number from [12] on wanted"):
+            distill(method, tmp_path, f"--{name} 0")
 
 
 @pytest.mark.parametrize("arguments", BAD)
