@@ -60,6 +60,7 @@ def run(name: str, method_class: type, groups: list) -> Path:
     from datafree.bank import ImageBank, Manifest, TransferSet
     from datafree.base import Task
     from engine.augmentation import crop_flip
+    from engine.compilation import Compiler
     from engine.data import allow_train_split, dataset_info, forbid_train_split, load_split
     from engine.files import weights_digest
     from engine.networks import build_classifier, load_teacher, require_batch_norm, short_name
@@ -71,7 +72,8 @@ def run(name: str, method_class: type, groups: list) -> Path:
     from engine.stages import Stages
 
     processes, device = join_processes(), choose_device(run_flags.gpu)
-    precision = Precision(run_flags.amp, device)
+    precision, schedule = Precision(run_flags.amp, device), distill_flags.schedule()
+    compiler = Compiler(run_flags.compile, device, log=print if processes.main else lambda text: None)
     forbid_train_split()
     info = dataset_info(
         task_flags.dataset, task_flags.data_root, task_flags.image_size, task_flags.domain, task_flags.classes
@@ -92,7 +94,7 @@ def run(name: str, method_class: type, groups: list) -> Path:
 
     task = Task(
         info.num_classes, info.image_size, device, random_view, precision, info.class_names, info.flip,
-        training_split if method_class.reads_train_split else None, info.prompt,
+        training_split if method_class.reads_train_split else None, info.prompt, schedule.rounds, schedule.kd_steps, compiler,
     )  # fmt: skip
     method = method_class(config, teacher, student, task)
 
@@ -115,11 +117,12 @@ def run(name: str, method_class: type, groups: list) -> Path:
     flags = {"method": name} | {k: v for group in groups for k, v in dataclasses.asdict(group).items()}
     folder = Path(run_flags.save_dir or Path("checkpoints", name, f"{pair}_seed{run_flags.seed}"))
     inputs = {"method": name, "teacher_ckpt": f"(weights {weights})"}
-    parts = method, info, manifest, distill_flags.schedule(), flags, ImageBank, TransferSet, filter, processes
+    parts = method, info, manifest, schedule, flags, ImageBank, TransferSet, filter, processes
     if not processes.main:  # of those that a launcher started, one keeps the folder
         Pipeline(None, None, *parts).assist()
         return folder
     run_folder = Run(folder, flags)
+    compiler.log = run_folder.log
     stages = Stages(folder / "stages.json", {stage: inputs | stage_flags(stage, *groups) for stage in order})
     pipeline = Pipeline(run_folder, stages, *parts)
     try:

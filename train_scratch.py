@@ -49,6 +49,7 @@ class ScratchFlags:
     gpu: int | None = flag(None, "index of the GPU, -1 for the CPU; unset: GPU 0 if there is one")
     amp: str = flag("no", "mixed precision", choices=("no", "bf16", "fp16"), stages=TRAIN)
     fp16: bool = flag(False, "the same as --amp fp16")
+    compile: str = flag("auto", "torch.compile; auto: in a run long enough to win by it", choices=("auto", "yes", "no"))
     workers: int = flag(4, "processes that decode images which do not fit in memory", short="-j")
 
 
@@ -99,6 +100,7 @@ def train_run(flags: ScratchFlags, lengths, classifier, info, precision, save_di
         classifier: on ``precision.device``, with random weights.
         info: ``engine.data.DatasetInfo``.
     """
+    from engine.compilation import Compiler
     from engine.data import load_split
     from engine.files import save_checkpoint
     from engine.run import Run
@@ -125,7 +127,8 @@ def train_run(flags: ScratchFlags, lengths, classifier, info, precision, save_di
         run.log(
             f"{flags.model} on {info.name}: {len(splits[0])} training and {len(splits[1])} test images on {precision.device}"
         )
-        accuracies = train(run, stages, classifier, *splits, lengths, info, precision, flags.seed)
+        compiler = Compiler(flags.compile, precision.device, run.log)
+        accuracies = train(run, stages, classifier, *splits, lengths, info, precision, compiler, flags.seed)
         about |= {"acc1": accuracies[-1], "acc1_best": max(accuracies)}
         normalization = {"mean": list(flags.mean or info.mean), "std": list(flags.std or info.std)}
         save_checkpoint(output, {"state_dict": classifier.network.state_dict(), **about, **normalization})

@@ -61,17 +61,20 @@ def competition_loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
 class ADISynthesizer(DeepInversionSynthesizer):
     """DeepInversion in competition with the student."""
 
+    def __init__(self, config: ADIConfig, teacher: nn.Module, student: nn.Module, task: Task):
+        super().__init__(config, teacher, task)
+        self.student_statistics = BNStatistics(student) if config.student_bn else None
+
     def student_terms(self, images: Tensor, teacher_logits: Tensor, student: nn.Module) -> Terms:
         """Low where the student disagrees with the teacher, and where images are unlike those that it was trained on."""
         config = self.config
         if not config.adv and not config.student_bn:
             return {}
-        statistics = BNStatistics(student) if config.student_bn else None
-        with collected(statistics) as batch_stats, self.task.precision.autocast():
+        with collected(self.student_statistics) as batch_stats, self.task.precision.autocast():
             logits = student(images)
         terms = {"loss_adv": (config.adv, competition_loss(logits, teacher_logits))}
-        if statistics:
-            terms["loss_student_bn"] = -config.student_bn, bn_loss(batch_stats, statistics.running)
+        if self.student_statistics:
+            terms["loss_student_bn"] = -config.student_bn, bn_loss(batch_stats, self.student_statistics.running)
         return terms
 
 
@@ -86,4 +89,4 @@ class ADI(DeepInversion):
             raise UserError(f"the student {student.name} has no BatchNorm layer, hence no statistics; give --student_bn 0")
 
     def synthesizer(self) -> ADISynthesizer:
-        return ADISynthesizer(self.config, self.teacher, self.task)
+        return ADISynthesizer(self.config, self.teacher, self.student, self.task)

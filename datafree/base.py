@@ -47,6 +47,9 @@ class Task:
     ``precision`` has ``autocast()``, the context in which networks run, and ``minimize(loss, optimizer)``.
     ``prompt`` is the dataset's for a text-to-image model, with ``{label}`` for a class's name.
     ``training_split`` opens the real training images (``engine.data.Split``) for a method that has ``reads_train_split``.
+    ``rounds`` and ``kd_steps`` are the lengths of stage distill. ``compile(function, calls, name)`` gives a function of
+    tensors compiled where that pays (``engine.compilation``): what a step spends its time on, but no loops and no drawing of
+    random numbers.
     """
 
     num_classes: int
@@ -58,6 +61,9 @@ class Task:
     flip: bool = False
     training_split: Callable[[], Any] | None = None
     prompt: str = "a photo of a {label}"
+    rounds: int = 1
+    kd_steps: int = 1
+    compile: Callable[..., Callable] = lambda function, calls, name: function
 
 
 class Synthesizer:

@@ -87,18 +87,32 @@ class BNStatistics:
             teacher(images)
         loss = bn_loss(batch_stats, statistics.running)
 
-    Outside ``collect`` the network runs without any hook. Works for any number of BN layers, 1-d to 3-d; layers are in
-    the order in which they run, and one that runs twice counts twice.
+    Outside ``collect`` its hooks do nothing. Works for any number of BN layers, 1-d to 3-d; layers are in the order in which
+    they run, and one that runs twice counts twice.
 
     Raises:
         UserError: the network has no BN layer with running statistics.
     """
 
     def __init__(self, network: nn.Module):
-        self.layers = layers_with_statistics(network)
-        if not self.layers:
+        layers = layers_with_statistics(network)
+        if not layers:
             raise UserError("the teacher has no BatchNorm layer, so it keeps no statistics to match; give --bn 0")
         self.running: list[Stats] = []
+        self._batch: list[Stats] | None = None
+        self._rows: int | None = None
+        self._pooled: list[Tensor] | None = None
+        for layer in layers:  # for good: compiled code cannot put hooks on and take them off
+            layer.register_forward_pre_hook(self._record)
+
+    def _record(self, layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if self._batch is None:
+            return
+        inputs = args[0]
+        self._batch.append(batch_statistics(inputs if self._rows is None else inputs[: self._rows]))
+        if self._pooled is not None:
+            self._pooled.append(inputs.mean(tuple(range(2, inputs.ndim))) if inputs.ndim > 2 else inputs)
+        self.running.append((layer.running_mean, layer.running_var))
 
     @contextmanager
     def collect(self, rows: int | None = None, pooled: list[Tensor] | None = None) -> Iterator[list[Stats]]:
@@ -109,17 +123,8 @@ class BNStatistics:
             pooled: a list that takes every layer's input averaged over positions, (B, C_l) each, of the whole batch.
         """
         batch: list[Stats] = []
-        self.running = []
-
-        def record(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            batch.append(batch_statistics(inputs[0] if rows is None else inputs[0][:rows]))
-            if pooled is not None:
-                pooled.append(inputs[0].mean(tuple(range(2, inputs[0].ndim))) if inputs[0].ndim > 2 else inputs[0])
-            self.running.append((layer.running_mean, layer.running_var))
-
-        handles = [layer.register_forward_pre_hook(record) for layer in self.layers]
+        self.running, self._batch, self._rows, self._pooled = [], batch, rows, pooled
         try:
             yield batch
         finally:
-            for handle in handles:
-                handle.remove()
+            self._batch = self._pooled = None

@@ -123,7 +123,7 @@ def local_views(images: Tensor, flip: bool) -> Tensor:
 class CMISynthesizer(Synthesizer):
     """Inverts the teacher by a fresh generator each round, each image unlike the others and those remembered."""
 
-    def __init__(self, config: CMIConfig, teacher: nn.Module, task: Task, *, g_steps: int, adv: float):
+    def __init__(self, config: CMIConfig, teacher: nn.Module, task: Task, *, rounds: int, g_steps: int, adv: float):
         self.config, self.teacher, self.task, self.g_steps, self.adv = config, teacher, task, g_steps, adv
         wanted = config.bn or config.cr and layers_with_statistics(teacher)
         self.statistics = BNStatistics(teacher) if wanted else None
@@ -138,8 +138,10 @@ class CMISynthesizer(Synthesizer):
             self.head = nn.Sequential(*layers).to(task.device)
             self.memory = torch.zeros(0, length, dtype=torch.half, device=task.device)  # oldest first
             groups.append({"params": [*self.head.parameters()]})
+        self.generate = task.compile(self.generator, rounds * g_steps, "generator")
+        self.observe = task.compile(self.represent, rounds * g_steps, "teacher and its statistics")
         # One optimizer: the fresh part's state goes at the end of a round, the head's stays.
-        self.optimizer = torch.optim.Adam(groups, lr=config.lr_g)
+        self.optimizer = torch.optim.Adam(groups, lr=config.lr_g, fused=True)
 
     def synthesize(self, student: nn.Module) -> ImageBatch:
         """One inverted batch, the best of ``g_steps`` steps by total loss."""
@@ -150,7 +152,7 @@ class CMISynthesizer(Synthesizer):
         best = LowestLoss()
         for _ in range(self.g_steps):
             with self.task.precision.autocast():
-                images = self.generator(self.z).float()
+                images = self.generate(self.z).float()
             losses = self.losses(images, labels, student)
             best.update(images, losses)
             self.task.precision.minimize(losses["loss"], self.optimizer)
@@ -166,7 +168,7 @@ class CMISynthesizer(Synthesizer):
         if config.cr:
             views = torch.cat([global_view, local_views(images, self.task.flip)])
             views = views.contiguous(memory_format=torch.channels_last)
-        logits, features, batch_stats = self.represent(views, rows=count)
+        logits, features, batch_stats = self.observe(views, rows=count)
         logits = logits[:count]
         terms = {"loss_oh": (config.oh, one_hot_loss(logits, labels))}
         if config.bn:
@@ -235,10 +237,12 @@ class CMI(Method):
         check_least(config, init_g_steps=1, g_steps=1, synthesis_batch_size=1)
 
     def initial_synthesizer(self) -> CMISynthesizer:
-        return CMISynthesizer(self.config, self.teacher, self.task, g_steps=self.config.init_g_steps, adv=0.0)
+        lengths = {"rounds": self.config.init_rounds, "g_steps": self.config.init_g_steps}
+        return CMISynthesizer(self.config, self.teacher, self.task, **lengths, adv=0.0)
 
     def synthesizer(self) -> CMISynthesizer:
-        return CMISynthesizer(self.config, self.teacher, self.task, g_steps=self.config.g_steps, adv=self.config.adv)
+        lengths = {"rounds": self.task.rounds, "g_steps": self.config.g_steps}
+        return CMISynthesizer(self.config, self.teacher, self.task, **lengths, adv=self.config.adv)
 
     def objective(self) -> KLDistillation:
         return KLDistillation(self.config.T)

@@ -62,8 +62,9 @@ class CSDSynthesizer(Synthesizer):
     """Inverts the teacher by a fresh generator each round; with ``csd > 0`` against the student's rotation head."""
 
     def __init__(
-        self, config: CSDConfig, teacher: nn.Module, task: Task, *, feature_dim: int, g_steps: int, images: int, csd: float
-    ):
+        self, config: CSDConfig, teacher: nn.Module, task: Task, *, feature_dim: int, rounds: int, g_steps: int, images: int,
+        csd: float,
+    ):  # fmt: skip
         self.config, self.teacher, self.task = config, teacher, task
         self.g_steps, self.images, self.csd = g_steps, images, csd
         self.generator = Generator(config.nz, task.image_size).to(task.device, memory_format=torch.channels_last)
@@ -73,7 +74,10 @@ class CSDSynthesizer(Synthesizer):
             self.head = nn.Sequential(
                 nn.Linear(feature_dim, feature_dim), nn.ReLU(inplace=True), nn.Linear(feature_dim, 4 * task.num_classes)
             ).to(task.device)
-            self.head_optimizer = torch.optim.SGD(self.head.parameters(), lr=config.lr_head)
+            self.head_optimizer = torch.optim.SGD(self.head.parameters(), lr=config.lr_head, fused=True)
+            self.measure_head = task.compile(self.head_loss, task.rounds * task.kd_steps, "rotation head's step")
+        self.generate = task.compile(self.generator, rounds * g_steps, "generator")
+        self.measure = task.compile(self.losses, rounds * g_steps, "synthesis losses")
 
     def synthesize(self, student: nn.Module) -> ImageBatch:
         """One inverted batch, the best of ``g_steps`` steps by total loss."""
@@ -81,12 +85,12 @@ class CSDSynthesizer(Synthesizer):
         reset(self.generator).train()
         z = torch.randn(self.images, config.nz, device=device, requires_grad=True)
         labels = balanced_labels(self.images, self.task.num_classes, device)
-        optimizer = torch.optim.Adam([*self.generator.parameters(), z], lr=config.lr_g, betas=(0.5, 0.999))
+        optimizer = torch.optim.Adam([*self.generator.parameters(), z], lr=config.lr_g, betas=(0.5, 0.999), fused=True)
         best = LowestLoss()
         for _ in range(self.g_steps):
             with self.task.precision.autocast():
-                images = self.generator(z).float()
-            losses = self.losses(self.task.augment(images), labels, student)
+                images = self.generate(z).float()
+            losses = self.measure(self.task.augment(images), labels, student)
             best.update(images, losses)
             self.task.precision.minimize(losses["loss"], optimizer)
         if self.csd:
@@ -118,12 +122,16 @@ class CSDSynthesizer(Synthesizer):
         self.steps += 1
         if not self.csd or self.steps % self.config.head_interval:
             return
-        with eval_mode(student), torch.no_grad(), self.task.precision.autocast():
-            features = student(rotations(images), return_features=True).features
-        loss = F.cross_entropy(self.head(features.float()), rotation_labels(labels))
         self.head_optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        with eval_mode(student):
+            self.measure_head(images, labels, student).backward()
         self.head_optimizer.step()
+
+    def head_loss(self, images: Tensor, labels: Tensor, student: nn.Module) -> Tensor:
+        """Cross-entropy of the rotation head; the student's features are taken as they are."""
+        with torch.no_grad(), self.task.precision.autocast():
+            features = student(rotations(images), return_features=True).features
+        return F.cross_entropy(self.head(features.float()), rotation_labels(labels))
 
     def state_dict(self) -> dict:
         """The rotation head, which the next round's images are made against."""
@@ -186,11 +194,12 @@ class CSD(Method):
 
     def initial_synthesizer(self) -> CSDSynthesizer:
         config = self.config
-        return self._synthesizer(g_steps=config.init_g_steps, images=config.init_batch_size, csd=0.0)
+        return self._synthesizer(rounds=config.init_rounds, g_steps=config.init_g_steps, images=config.init_batch_size, csd=0.0)
 
     def synthesizer(self) -> CSDSynthesizer:
         config = self.config
-        return self._synthesizer(g_steps=config.g_steps, images=config.synthesis_batch_size, csd=config.csd)
+        lengths = {"rounds": self.task.rounds, "g_steps": config.g_steps, "images": config.synthesis_batch_size}
+        return self._synthesizer(**lengths, csd=config.csd)
 
     def _synthesizer(self, **lengths) -> CSDSynthesizer:
         return CSDSynthesizer(self.config, self.teacher, self.task, feature_dim=self.student.feature_dim, **lengths)

@@ -146,10 +146,14 @@ class DDA(CSD):
             "dtype": self.dtype(), "device": task.device,
         }  # fmt: skip
         if config.prior == "image_variation":
-            return ImageVariation(self.model, self.revision, **common)
-        return ImageToImage(
-            self.model, self.revision, prompt=config.prompt, class_names=task.class_names, strength=config.strength, **common
-        )
+            augmenter = ImageVariation(self.model, self.revision, **common)
+        else:
+            words = {"prompt": config.prompt, "class_names": task.class_names, "strength": config.strength}
+            augmenter = ImageToImage(self.model, self.revision, **words, **common)
+        sources = config.init_rounds * config.init_batch_size  # of a bank that this run's flags describe
+        unet, calls = augmenter.pipeline.unet, config.variants * sources * self.steps // config.diffusion_batch_size
+        unet.forward = task.compile(unet.forward, calls, "denoising network")
+        return augmenter
 
     def embedding(self) -> Callable[[Tensor], Tensor]:
         return build_embedding(self.config.embedding, self.embedding_model, self.teacher, self.task.device, self.dtype())

@@ -81,6 +81,7 @@ class DeepInversionSynthesizer(Synthesizer):
     def __init__(self, config: DeepInversionConfig, teacher: nn.Module, task: Task):
         self.config, self.teacher, self.task = config, teacher, task
         self.statistics = BNStatistics(teacher) if config.bn else None
+        self.measure = task.compile(self.losses, task.rounds * config.g_steps, "synthesis losses")
 
     def synthesize(self, student: nn.Module) -> ImageBatch:
         """One inverted batch, the best of ``g_steps`` steps by total loss."""
@@ -89,20 +90,20 @@ class DeepInversionSynthesizer(Synthesizer):
         labels = balanced_labels(config.synthesis_batch_size, task.num_classes, task.device)
         pixels = torch.randn(len(labels), 3, task.image_size, task.image_size, device=task.device).clamp_(black, white)
         pixels = pixels.contiguous(memory_format=torch.channels_last).requires_grad_()
-        optimizer = torch.optim.Adam([pixels], lr=config.lr_g, betas=(0.5, 0.99))
+        optimizer = torch.optim.Adam([pixels], lr=config.lr_g, betas=(0.5, 0.99), fused=True)
         best = LowestLoss()
         for _ in range(config.g_steps):
-            losses = weighted_sum(self.terms(pixels, labels, student))
+            losses = self.measure(pixels, jitter(pixels, task.flip), labels, student)
             best.update(pixels, losses)
             task.precision.minimize(losses["loss"], optimizer)
             with torch.no_grad():
                 pixels.clamp_(black, white)
         return ImageBatch((best.images * std + mean).clamp(0, 1), labels, best.scalars())
 
-    def terms(self, pixels: Tensor, labels: Tensor, student: nn.Module) -> Terms:
-        """Weighted losses of normalized pixels (B, 3, H, W) that are to be of classes ``labels`` (B,)."""
+    def losses(self, pixels: Tensor, jittered: Tensor, labels: Tensor, student: nn.Module) -> dict[str, Tensor]:
+        """Named losses of normalized pixels (B, 3, H, W), and of the same jittered, that are to be of classes ``labels`` (B,)."""
         config = self.config
-        images = jitter(pixels, self.task.flip) * self.teacher.std + self.teacher.mean
+        images = jittered * self.teacher.std + self.teacher.mean
         with collected(self.statistics) as batch_stats, self.task.precision.autocast():
             logits = self.teacher(images)
         terms = {"loss_oh": (config.oh, one_hot_loss(logits, labels))}
@@ -112,7 +113,7 @@ class DeepInversionSynthesizer(Synthesizer):
             terms["loss_tv"] = config.tv, total_variation(pixels)
         if config.l2:
             terms["loss_l2"] = config.l2, l2_norm(pixels)
-        return terms | self.student_terms(images, logits, student)
+        return weighted_sum(terms | self.student_terms(images, logits, student))
 
     def student_terms(self, images: Tensor, teacher_logits: Tensor, student: nn.Module) -> Terms:
         """Those that depend on the student; here none."""

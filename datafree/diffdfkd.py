@@ -236,6 +236,8 @@ class DiffDFKD(Method):
             )
         if config.gradient_checkpointing:
             prior.checkpoint_gradients()
+        calls = config.images_per_class * task.num_classes * config.num_inference_steps // config.diffusion_batch_size
+        prior.network.forward = task.compile(prior.network.forward, calls, "denoising network")
         guidance = Guidance(
             self.teacher, task.image_size, config.bn, config.oh, config.adv, config.guidance_lr, config.guidance_backprop,
             config.guidance_micro_batch,

@@ -84,13 +84,15 @@ class Inversion:
     Args:
         config: with ``g_steps``, ``bn``, ``bn_mmt``, ``oh``.
         adv: weight of the competition with the student.
+        batches: that it will take down in the whole run.
     """
 
-    def __init__(self, config: Any, teacher: nn.Module, task: Task, adv: float):
+    def __init__(self, config: Any, teacher: nn.Module, task: Task, adv: float, batches: int = 1):
         self.config, self.teacher, self.task, self.adv = config, teacher, task, adv
         self.statistics = BNStatistics(teacher) if config.bn else None
         self.average: list[Stats] = []
         self.blended: list[Stats] = []
+        self.measure = task.compile(self.losses, batches * config.g_steps, "synthesis losses")
 
     def descend(
         self, generate: Callable[[], Tensor], optimizer: torch.optim.Optimizer, labels: Tensor, student: nn.Module
@@ -107,7 +109,7 @@ class Inversion:
         for _ in range(self.config.g_steps):
             with self.task.precision.autocast():
                 images = generate().float()
-            losses = self.losses(self.task.augment(images), labels, student)
+            losses = self.measure(self.task.augment(images), labels, student)
             best.update(images, losses)
             self.task.precision.minimize(losses["loss"], optimizer)
         self.average = [(mean.detach(), var.detach()) for mean, var in self.blended]
@@ -179,11 +181,13 @@ class FastSynthesizer(Synthesizer):
 
     def __init__(self, config: FastConfig, teacher: nn.Module, task: Task, *, warm_up: bool):
         self.config, self.task, self.warm_up = config, task, warm_up
-        self.inversion = Inversion(config, teacher, task, 0.0 if warm_up else config.adv)
+        rounds = config.init_rounds if warm_up else task.rounds
+        self.inversion = Inversion(config, teacher, task, 0.0 if warm_up else config.adv, rounds)
         self.generator = reset(Generator(config.nz, task.image_size)).to(task.device, memory_format=torch.channels_last)
         self.adapted = copy.deepcopy(self.generator)  # overwritten every round
+        self.generate = task.compile(self.adapted, rounds * config.g_steps, "generator")
         self.lr = config.lr_g * config.g_steps
-        self.meta_optimizer = torch.optim.Adam(self.generator.parameters(), lr=self.lr, betas=BETAS)
+        self.meta_optimizer = torch.optim.Adam(self.generator.parameters(), lr=self.lr, betas=BETAS, fused=True)
         self.rounds = 0
 
     def synthesize(self, student: nn.Module) -> ImageBatch:
@@ -197,9 +201,9 @@ class FastSynthesizer(Synthesizer):
         z = torch.randn(config.synthesis_batch_size, config.nz, device=device, requires_grad=True)
         labels = balanced_labels(len(z), self.task.num_classes, device)
         groups = [{"params": adapted, "lr": config.lr_g}, {"params": [z], "lr": config.lr_z}]
-        optimizer = torch.optim.Adam(groups, betas=BETAS)
+        optimizer = torch.optim.Adam(groups, betas=BETAS, fused=True)
         gradients = fomaml_gradient(optimizer, adapted) if config.is_maml else None
-        batch = self.inversion.descend(lambda: self.adapted(z), optimizer, labels, student)
+        batch = self.inversion.descend(lambda: self.generate(z), optimizer, labels, student)
         gradients = gradients or reptile_gradient(meta, adapted)
         self.task.precision.minimize(with_gradient(meta, gradients), self.meta_optimizer)
         self.rounds += 1

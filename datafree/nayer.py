@@ -149,8 +149,11 @@ class NAYERSynthesizer(Synthesizer):
 
     def __init__(self, config: NAYERConfig, teacher: nn.Module, task: Task, *, warm_up: bool):
         self.config, self.task, self.warm_up = config, task, warm_up
-        self.inversion = Inversion(config, teacher, task, 0.0 if warm_up else config.adv)
+        self.loops = config.init_g_loops if warm_up else config.g_loops
+        batches = self.loops * (config.init_rounds if warm_up else task.rounds)
+        self.inversion = Inversion(config, teacher, task, 0.0 if warm_up else config.adv, batches)
         self.generator = Generator(config.nz, task.image_size).to(task.device, memory_format=torch.channels_last)
+        self.compiled_generator = task.compile(self.generator, batches * config.g_steps, "generator")
         self.rounds = 0
         clip = ["clip", Path(config.text_model).name, config.prompt]
         self.source = clip if config.label_embedding == "clip" else ["orthogonal", config.label_dim]
@@ -177,8 +180,7 @@ class NAYERSynthesizer(Synthesizer):
             reset(self.generator)
             self.norm.reset_parameters()
         self.rounds += 1
-        loops = self.config.init_g_loops if self.warm_up else self.config.g_loops
-        batches = [self.batch(student) for _ in range(loops)]
+        batches = [self.batch(student) for _ in range(self.loops)]
         scalars = {name: torch.stack([b.scalars[name] for b in batches]).mean() for name in batches[0].scalars}
         return ImageBatch(torch.cat([b.images for b in batches]), torch.cat([b.labels for b in batches]), scalars)
 
@@ -190,10 +192,10 @@ class NAYERSynthesizer(Synthesizer):
         shape = (-(-len(labels) // group), self.codes.shape[1], config.nz)
         weights = torch.randn(shape, device=task.device, requires_grad=True)
         parameters = [*self.generator.parameters(), *self.norm.parameters(), weights]
-        optimizer = torch.optim.Adam(parameters, lr=config.lr_g, betas=BETAS)
+        optimizer = torch.optim.Adam(parameters, lr=config.lr_g, betas=BETAS, fused=True)
 
         def generate() -> Tensor:
-            return self.generator(noisy_layers(self.norm(self.codes[labels]), weights, group))
+            return self.compiled_generator(noisy_layers(self.norm(self.codes[labels]), weights, group))
 
         return self.inversion.descend(generate, optimizer, labels, student)
 

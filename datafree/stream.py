@@ -39,7 +39,9 @@ class GeneratorStream(Synthesizer):
         self.config, self.teacher, self.task = config, teacher, task
         generator = reset(Generator(config.nz, task.image_size, LARGE))
         self.generator = generator.to(task.device, memory_format=torch.channels_last).train()
-        self.optimizer = torch.optim.Adam(self.generator.parameters(), lr=config.lr_g, betas=(0.5, 0.999))
+        self.optimizer = torch.optim.Adam(self.generator.parameters(), lr=config.lr_g, betas=(0.5, 0.999), fused=True)
+        self.compiled_generator = task.compile(self.generator, task.rounds * (config.g_steps + task.kd_steps), "generator")
+        self.measure = task.compile(self.losses, task.rounds * config.g_steps, "synthesis losses")
 
     def losses(self, images: Tensor, student: nn.Module) -> dict[str, Tensor]:
         """Named losses of generated images (B, 3, H, W); "loss" is their weighted sum."""
@@ -48,13 +50,13 @@ class GeneratorStream(Synthesizer):
     def generate(self, count: int) -> Tensor:
         """(count, 3, H, W) in [0, 1] from fresh noise."""
         with self.task.precision.autocast():
-            return self.generator(torch.randn(count, self.config.nz, device=self.task.device)).float()
+            return self.compiled_generator(torch.randn(count, self.config.nz, device=self.task.device)).float()
 
     def synthesize(self, student: nn.Module) -> ImageBatch:
         """``g_steps`` steps of the generator; the batch returned is that of the last one."""
         for _ in range(self.config.g_steps):
             images = self.generate(self.config.synthesis_batch_size)
-            losses = self.losses(images, student)
+            losses = self.measure(images, student)
             self.task.precision.minimize(losses["loss"], self.optimizer)
         scalars = {("loss_synthesis" if name == "loss" else name): value.detach() for name, value in losses.items()}
         return ImageBatch(images.detach(), unlabelled(images), scalars)

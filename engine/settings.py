@@ -3,6 +3,7 @@
 import dataclasses
 from dataclasses import dataclass
 
+from engine.compilation import CHOICES as COMPILE
 from engine.distill import Schedule
 from engine.flags import check_least, flag
 from engine.precision import AMP
@@ -59,6 +60,7 @@ class RunFlags:
     )
     gpu: int | None = flag(None, "index of the GPU, -1 for the CPU; unset: GPU 0 if there is one")
     amp: str = flag("no", "mixed precision of the networks", choices=AMP, stages=ALL)
+    compile: str = flag("auto", "torch.compile of the inner steps; auto: of those that run often enough to win", choices=COMPILE)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from engine.augmentation import crop_flip
+from engine.compilation import Compiler
 from engine.evaluate import check_finite, evaluate
 from engine.files import load_checkpoint, save_checkpoint
 from engine.flags import check_least, flag
@@ -54,6 +55,7 @@ def train(
     flags: TrainFlags,
     info,
     precision: Precision,
+    compiler: Compiler,
     seed: int,
 ) -> list[float]:
     """Trains ``classifier``, goes on after the last whole epoch, and returns the test accuracy of every epoch in %."""
@@ -61,6 +63,7 @@ def train(
     stages.begin("train")
     optimizer = torch.optim.SGD(
         classifier.parameters(), lr=flags.lr, momentum=flags.momentum, weight_decay=flags.weight_decay, nesterov=flags.momentum > 0,
+        fused=True,
     )  # fmt: skip
     file, start, accuracies = run.path / "last.pth", 0, []
     if file.exists():
@@ -72,6 +75,7 @@ def train(
         run.log(f"going on after epoch {start} of {flags.epochs}")
     run.rewind("train", start)
     steps = max(1, len(train_split) // flags.batch_size)
+    trained = compiler(classifier, flags.epochs * steps, "network")
     bar = progress(flags.epochs * steps, f"train {classifier.name}", "step", start * steps)
     for epoch in range(start, flags.epochs):
         seed_position(seed, "train", epoch)
@@ -82,7 +86,7 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(flags, epoch + step / steps)
             with precision.autocast():
-                logits = classifier(crop_flip(images, info.crop_padding, info.flip))
+                logits = trained(crop_flip(images, info.crop_padding, info.flip))
             loss = F.cross_entropy(logits.float(), labels, label_smoothing=flags.label_smoothing)
             precision.minimize(loss, optimizer)
             total += loss.detach()

@@ -129,10 +129,10 @@ def test_lowest_loss_keeps_a_copy(losses):
 class Scripted(DeepInversionSynthesizer):
     """The loss of step k is the k-th of ``values`` whatever the pixels are; all pixels are pushed up."""
 
-    def terms(self, pixels, labels, student):
+    def losses(self, pixels, jittered, labels, student):
         self.seen.append(pixels.detach().clone())
         push = -pixels.sum()
-        return {"loss_oh": (1.0, push - push.detach() + self.values[len(self.seen) - 1])}
+        return {"loss": push - push.detach() + self.values[len(self.seen) - 1]}
 
 
 def test_the_best_step_is_the_one_kept():
@@ -157,11 +157,15 @@ def test_a_step_is_as_long_as_the_learning_rate_in_normalized_space():
     assert (second == white).any() and (second < white).any()
 
 
+def synthesized(config, teacher, student, **settings):
+    return ADISynthesizer(config, teacher, student, task(**settings)).synthesize(student)
+
+
 def test_pixels_stay_in_range_at_any_rate():
     teacher, seen = classifier(0), []
     teacher.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
     config = ADIConfig(g_steps=5, synthesis_batch_size=6, lr_g=5.0)
-    batch = ADISynthesizer(config, teacher, task(flip=True)).synthesize(classifier(1))
+    batch = synthesized(config, teacher, classifier(1), flip=True)
     assert batch.images.min() >= 0 and batch.images.max() <= 1 and torch.bincount(batch.labels).min() >= 1
     assert len(seen) == 5 and all(x.min() > -1e-6 and x.max() < 1 + 1e-6 for x in seen)
     assert (seen[-1] < 1e-6).any() and (seen[-1] > 1 - 1e-6).any(), "the clip was needed"
@@ -179,7 +183,7 @@ def test_deepinversion_never_asks_the_student():
 def test_the_loss_is_the_weighted_sum():
     teacher, student = classifier(0), classifier(1)
     config = ADIConfig(g_steps=1, synthesis_batch_size=4, bn=3.0, oh=5.0, tv=7.0, l2=11.0, adv=13.0, student_bn=17.0)
-    scalars = ADISynthesizer(config, teacher, task()).synthesize(student).scalars
+    scalars = synthesized(config, teacher, student).scalars
     weights = {"loss_bn": 3, "loss_oh": 5, "loss_tv": 7, "loss_l2": 11, "loss_adv": 13, "loss_student_bn": -17}
     assert float(scalars["loss_synthesis"]) == pytest.approx(
         sum(weight * float(scalars[name]) for name, weight in weights.items()), rel=1e-4
@@ -199,7 +203,7 @@ def test_images_leave_the_students_statistics():
     for steps in (1, 12):
         config = ADIConfig(g_steps=steps, synthesis_batch_size=8, adv=0.0, student_bn=1.0, **OFF)
         torch.manual_seed(0)
-        batch = ADISynthesizer(config, teacher, task()).synthesize(student)
+        batch = synthesized(config, teacher, student)
         distances.append(distance(student, batch.images)[0])
         assert float(batch.scalars["loss_student_bn"]) == pytest.approx(-float(batch.scalars["loss_synthesis"]))
     assert distances[1] > 1.1 * distances[0]
@@ -211,7 +215,7 @@ def test_images_divide_student_and_teacher():
     for steps in (1, 40):
         config = ADIConfig(g_steps=steps, synthesis_batch_size=8, adv=1.0, student_bn=0.0, **OFF)
         torch.manual_seed(0)
-        images = ADISynthesizer(config, teacher, task()).synthesize(student).images
+        images = synthesized(config, teacher, student).images
         divergences.append(naive_js(student(images).tolist(), teacher(images).tolist()))
     assert divergences[1] > 1.2 * divergences[0]
 

@@ -69,11 +69,11 @@ def one_round_by_hand(config, teacher, meta, seed):
 @pytest.mark.parametrize("is_maml", [1, 0])
 def test_the_meta_gradient_is_that_of_autograd(is_maml, teacher, monkeypatch):
     """With SGD within and without, where Reptile's gradient is lr_g times FOMAML's."""
-    monkeypatch.setattr(torch.optim, "Adam", lambda params, lr=1.0, betas=None: torch.optim.SGD(params, lr))
+    monkeypatch.setattr(torch.optim, "Adam", lambda params, lr=1.0, betas=None, fused=None: torch.optim.SGD(params, lr))
     config = small(is_maml=is_maml, bn=0.0, oh=1.0, lr_g=0.5, lr_z=0.3)
     synthesizer = FastSynthesizer(config, teacher, TASK, warm_up=True)
     synthesizer.generator = meta = TwoParameters()
-    synthesizer.adapted = copy.deepcopy(meta)
+    synthesizer.adapted = synthesizer.generate = copy.deepcopy(meta)
     synthesizer.meta_optimizer = torch.optim.SGD(meta.parameters(), lr=1.0)
     before = torch.stack([meta.slope, meta.offset]).detach()
     fomaml, reptile = one_round_by_hand(config, teacher, meta, 5)
@@ -132,13 +132,13 @@ def test_the_average_moves_once_a_round(teacher, student):
     synthesizer = FastSynthesizer(small(g_steps=4), teacher, TASK, warm_up=True)
     synthesizer.synthesize(student)
     seen = []
-    losses = synthesizer.inversion.losses
+    losses = synthesizer.inversion.measure
 
     def watched(*args):
         seen.append(synthesizer.inversion.average[0][0])
         return losses(*args)
 
-    synthesizer.inversion.losses = watched
+    synthesizer.inversion.measure = watched
     synthesizer.synthesize(student)
     assert len(seen) == 4 and all(average is seen[0] for average in seen)
     assert synthesizer.inversion.average[0][0] is not seen[0]
@@ -157,7 +157,7 @@ def test_the_images_of_lowest_loss_are_kept_as_a_copy(wanted, teacher):
         seen.append(pixels.detach().clone())
         return {"loss": value + images.sum() - images.sum().detach()}
 
-    inversion.losses = losses
+    inversion.measure = losses
     batch = inversion.descend(lambda: pixels, torch.optim.SGD([pixels], 0.1), torch.zeros(2, dtype=torch.long), None)
     assert torch.equal(batch.images, seen[wanted]) and batch.scalars["loss_synthesis"] == 0
     assert not torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from datafree.base import ImageBatch, Task
 from datafree.bn_statistics import BNStatistics, bn_loss
 from datafree.diffusion.generative import GenerativePrior
-from datafree.diffusion.guidance import Guidance, batches, finite, memory_errors
+from datafree.diffusion.guidance import Guidance, batches, check_finite, memory_errors
 from datafree.diffusion.latent_cutmix import draw_cutmix, seams
 from datafree.diffusion.prior import seeded_generators
 from datafree.diffusion.sampling import RULES
@@ -105,7 +105,8 @@ class GuidedGenerator:
             latents = self._latents(labels, seeds, repeats)
             parts = batches(len(latents), self.guidance.micro_batch)
             full = torch.cat([self.prior.decode(latents[part]).clamp(0, 1) for part in parts])
-        full = finite(full, len(self.trajectory) - 1, len(self.trajectory)).float()
+            check_finite([True] * (len(self.trajectory) - 1) + [bool(full.isfinite().all())])
+        full = full.float()
         size = (self.task.image_size, self.task.image_size)
         return Generated(full if full.shape[2:] == size else resize(full, size), labels, full=full)
 
@@ -115,7 +116,7 @@ class GuidedGenerator:
         generators = seeded_generators(seeds)
         condition = prior.condition(labels, repeats)
         targets = F.one_hot(labels, self.task.num_classes).float()
-        latents, previous = self._noise(generators), None
+        latents, previous, whole = self._noise(generators), None, []
         for k in range(len(trajectory)):
             if k in self.lca and len(latents) > 1:
                 mix = draw_cutmix(generators, *prior.shape[1:], device)
@@ -128,7 +129,8 @@ class GuidedGenerator:
             else:
                 output = self._predict(latents, k, condition)
             latents, previous = self._step(latents, k, output, previous, generators)
-            finite(latents, k, len(trajectory))
+            whole.append(latents.isfinite().all())
+        check_finite(torch.stack(whole).tolist())
         return latents
 
     def _step(self, latents, k, output, previous, generators) -> tuple[Tensor, Tensor]:

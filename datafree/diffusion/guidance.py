@@ -120,18 +120,17 @@ def batches(count: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
-def finite(latents: Tensor, k: int, steps: int) -> Tensor:
-    """The latents.
+def check_finite(finite: list[bool]) -> None:
+    """Given whether all latents were finite after each denoising step.
 
     Raises:
-        UserError: some are NaN or infinite.
+        UserError: names the first step after which some were not.
     """
-    if not bool(torch.isfinite(latents).all()):
+    if not all(finite):
         raise UserError(
-            f"latents became NaN or infinite at denoising step {k + 1} of {steps}; images made before are kept: give "
-            "--diffusion_dtype fp32 or a lower --guidance_lr, --bn, --oh or --adv"
+            f"latents became NaN or infinite at denoising step {finite.index(False) + 1} of {len(finite)}; images made before "
+            "are kept: give --diffusion_dtype fp32 or a lower --guidance_lr, --bn, --oh or --adv"
         )
-    return latents
 
 
 @contextmanager
