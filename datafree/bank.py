@@ -116,15 +116,19 @@ class ImageBank:
         wanted = range(len(present) if stop is None else stop)
         if missing := sorted(set(wanted) - set(present)):
             raise UserError(f"{self.shard(stage, missing[0])} is missing; make the stage again with --redo {stage}")
-        return self._open([self.shard(stage, round) for round in wanted])
+        return self.open_shards([self.shard(stage, round) for round in wanted])
 
     def read_all(self) -> dict[str, MappedImages | Tensor]:
         """images and labels of every shard there is, stages in alphabetical order."""
-        columns = self._open(sorted(f for f in self.path.iterdir() if SHARD_NAME.match(f.name)))
+        columns = self.open_shards(sorted(f for f in self.path.iterdir() if SHARD_NAME.match(f.name)))
         return {name: columns[name] for name in ("images", "labels")}
 
-    def _open(self, files: list[Path]) -> dict[str, MappedImages | Tensor]:
-        """The columns that all of these shards have: images mapped, the others read."""
+    def open_shards(self, files: list[Path]) -> dict[str, MappedImages | Tensor]:
+        """The columns that all of these files have, in order; see ``read``.
+
+        Raises:
+            UserError: one is missing or damaged, or holds images or labels that do not fit the manifest.
+        """
         size, classes = self.manifest.image_size, self.manifest.num_classes
         nothing = {"images": torch.empty(0, 3, size, size, dtype=torch.uint8), "labels": torch.empty(0, dtype=torch.long)}
         shards = [load_tensors(file) for file in files] or [nothing]

@@ -1,8 +1,8 @@
 """Images that stay in the mapped files of a bank, and batches that are read ahead of the step that needs them.
 
 A mapped page is a page of the operating system's file cache: it counts as resident (``ru_maxrss``) while it is there, and is
-given back as soon as memory is short. What is bounded, whatever the size of a bank, is the anonymous memory: 8 bytes an
-image, and the batches under way.
+given back as soon as memory is short. What is bounded, whatever the size of a bank, is the anonymous memory: some 40 bytes
+an image (where it lies, its label, its place in the order of a pass), and the batches under way.
 """
 
 from collections import deque

@@ -273,6 +273,19 @@ def test_prefetch_runs_ahead_and_ends(monkeypatch):
     assert not prefetching()
 
 
+@pytest.mark.parametrize("limit", [0, 2**40])
+def test_batches_for_another_device_are_pinned_in_the_thread(limit, monkeypatch):
+    """With a device that stands for a GPU."""
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(threading.current_thread().name) or self)
+    monkeypatch.setattr(bank_module, "memory_limit", lambda device: limit)
+    transfer = TransferSet(6, 4, torch.device("meta"))
+    transfer.add(torch.zeros(6, 3, 4, 4, dtype=torch.uint8), torch.arange(6))
+    images, labels = next(transfer.batches(4, lambda images: images, seed=0))
+    assert images.device.type == labels.device.type == "meta" and images.shape == (4, 3, 4, 4)
+    assert len(pinned) >= 2 and all(name.startswith("prefetch") for name in pinned)
+
+
 def test_an_error_while_reading_ahead_reaches_the_caller():
     def items():
         yield 1
