@@ -4,15 +4,18 @@
     bank/<stage>-<round>.safetensors       images (n, 3, H, W) uint8, labels (n,) int64, and any further columns
 
 A shard is named by the position that made it. Writing a position again (after a kill) replaces it by the same bytes,
-so nothing is ever made twice or lost. In use the bank lives in memory, on the device where it fits: ``TransferSet``.
+so nothing is ever made twice or lost. Reading maps the shards, whatever their size, and reads what is indexed. In use the
+images live on the device or in host memory where they fit, else in the mapped shards: ``TransferSet``.
 
     python -m datafree.bank export BANK FOLDER      class folders of PNG, for people and other tools
     python -m datafree.bank import FOLDER BANK --dataset cifar10
 """
 
 import argparse
+import os
 import re
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,10 +25,13 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from datafree.mapped import MappedImages, prefetch
+from engine.data import dataset_info, memory_limit
 from engine.errors import UserError, run_command
 from engine.files import load_tensors, read_json, save_tensors, write_json
 
 FORMAT = 1
+COPIED_AT_ONCE = 256  # images on their way from the shards to memory
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 SHARD_NAME = re.compile(r"^(?P<stage>[a-z]+)-(?P<round>\d{6})\.safetensors$")
 
@@ -83,21 +89,26 @@ class ImageBank:
     def shard(self, stage: str, round: int) -> Path:
         return self.path / f"{stage}-{round:06d}.safetensors"
 
-    def append(self, stage: str, round: int, images: Tensor, labels: Tensor, **columns: Tensor) -> None:
-        """Writes one shard; images float in [0, 1] or uint8, (n, 3, H, W)."""
+    def append(
+        self, stage: str, round: int, images: Tensor, labels: Tensor, **columns: Tensor
+    ) -> tuple[MappedImages, Tensor]:
+        """Writes one shard of images (n, 3, H, W), float in [0, 1] or uint8; returns them, mapped, and the labels."""
         images = images if images.dtype == torch.uint8 else to_uint8(images)
         size = self.manifest.image_size
         assert images.shape[1:] == (3, size, size), images.shape
         save_tensors(self.shard(stage, round), {"images": images, "labels": labels, **columns})
+        return MappedImages.of([load_tensors(self.shard(stage, round))["images"]]), labels
 
     def rounds(self, stage: str) -> list[int]:
         """The rounds of a stage that are present, in order."""
         found = (SHARD_NAME.match(f.name) for f in self.path.iterdir())
         return sorted(int(m["round"]) for m in found if m and m["stage"] == stage)
 
-    def read(self, stage: str, stop: int | None = None) -> dict[str, Tensor]:
-        """All columns of a stage's shards, concatenated in order: rounds 0 .. stop - 1 (default: all that are there).
+    def read(self, stage: str, stop: int | None = None) -> dict[str, MappedImages | Tensor]:
+        """All columns of a stage's shards in order: rounds 0 .. stop - 1 (default: all that are there).
 
+        Returns:
+            "images" as ``MappedImages`` (N, 3, H, W), "labels" and any other column as a tensor (N,).
         Raises:
             UserError: a shard is missing or damaged.
         """
@@ -105,23 +116,34 @@ class ImageBank:
         wanted = range(len(present) if stop is None else stop)
         if missing := sorted(set(wanted) - set(present)):
             raise UserError(f"{self.shard(stage, missing[0])} is missing; make the stage again with --redo {stage}")
-        shards = [load_tensors(self.shard(stage, r)) for r in wanted]
-        if not shards:
-            size = self.manifest.image_size
-            return {"images": torch.empty(0, 3, size, size, dtype=torch.uint8), "labels": torch.empty(0, dtype=torch.long)}
-        columns = {name: torch.cat([s[name] for s in shards]) for name in shards[0]}
-        labels, classes = columns["labels"], self.manifest.num_classes
+        return self.open_shards([self.shard(stage, round) for round in wanted])
+
+    def read_all(self) -> dict[str, MappedImages | Tensor]:
+        """images and labels of every shard there is, stages in alphabetical order."""
+        columns = self.open_shards(sorted(f for f in self.path.iterdir() if SHARD_NAME.match(f.name)))
+        return {name: columns[name] for name in ("images", "labels")}
+
+    def open_shards(self, files: list[Path]) -> dict[str, MappedImages | Tensor]:
+        """The columns that all of these files have, in order; see ``read``.
+
+        Raises:
+            UserError: one is missing or damaged, or holds images or labels that do not fit the manifest.
+        """
+        size, classes = self.manifest.image_size, self.manifest.num_classes
+        nothing = {"images": torch.empty(0, 3, size, size, dtype=torch.uint8), "labels": torch.empty(0, dtype=torch.long)}
+        shards = [load_tensors(file) for file in files] or [nothing]
+        for file, shard in zip(files, shards):
+            images, labels = shard["images"], shard["labels"]
+            if images.shape != (len(labels), 3, size, size) or images.dtype != torch.uint8:
+                raise UserError(f"{file} does not hold a label and a uint8 image of {size} px each; make it again")
+        names = [name for name in shards[0] if name != "images" and all(name in shard for shard in shards)]
+        columns = {name: torch.cat([shard[name] for shard in shards]) for name in names}
+        labels = columns["labels"]
         if len(wrong := labels[(labels < 0) | (labels >= classes)]):
             raise UserError(
                 f"{self.path} has a label {int(wrong[0])} of {classes} classes; make it again, or give another bank"
             )
-        return columns
-
-    def read_all(self) -> dict[str, Tensor]:
-        """images and labels of every shard there is, stages in alphabetical order."""
-        stages = sorted({m["stage"] for f in self.path.iterdir() if (m := SHARD_NAME.match(f.name))})
-        parts = [self.read(stage) for stage in stages or ["none"]]
-        return {name: torch.cat([p[name] for p in parts]) for name in ("images", "labels")}
+        return {"images": MappedImages.of([shard["images"] for shard in shards]), **columns}
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -138,61 +160,94 @@ def read_manifest(path: Path) -> Manifest:
 
 
 class TransferSet:
-    """The images that a student learns from, in one uint8 buffer with room for those still to come.
+    """The images that a student learns from, with room for those still to come.
+
+    They live where they fit, which is decided once: on the device of the networks (at most half of its free memory), in host
+    memory (likewise), else nowhere but in the shards. From the last two, batches are read ahead of the steps.
 
     Args:
         capacity: number of images it will hold in the end.
-        device: where the networks are; the buffer is there too if it takes at most half of the free memory, else in
-            host memory, from which batches are copied.
+        device: where the networks are.
     """
 
     def __init__(self, capacity: int, image_size: int, device: torch.device):
-        size = capacity * 3 * image_size**2
-        fits = device.type != "cuda" or size < torch.cuda.mem_get_info(device)[0] // 2
-        home = device if fits else torch.device("cpu")
-        self.device = device
-        self.images = torch.empty(capacity, 3, image_size, image_size, dtype=torch.uint8, device=home)
-        self.labels = torch.empty(capacity, dtype=torch.long, device=home)
-        self.count = 0
+        self.capacity, self.device, self.count = capacity, device, 0
+        self.bytes = capacity * 3 * image_size**2
+        fits = device.type == "cuda" and self.bytes <= torch.cuda.mem_get_info(device)[0] // 2
+        self.home = device if fits else torch.device("cpu")
+        self.labels = torch.empty(capacity, dtype=torch.long, device=self.home)
+        self.mapped = not fits and self.bytes > memory_limit(self.home)
+        if self.mapped:
+            nothing = torch.empty(0, 3, image_size, image_size, dtype=torch.uint8)
+            self.images = MappedImages([nothing.numpy()], torch.empty(capacity, 2, dtype=torch.int32))
+        else:
+            self.images = torch.empty(capacity, 3, image_size, image_size, dtype=torch.uint8, device=self.home)
 
     def __len__(self) -> int:
         return self.count
 
-    def add(self, images: Tensor, labels: Tensor) -> None:
-        """Appends images (n, 3, H, W), float in [0, 1] or uint8."""
-        images = images if images.dtype == torch.uint8 else to_uint8(images)
+    @property
+    def description(self) -> str:
+        """Room and home, in one line."""
+        place = "in mapped shards" if self.mapped else "in host memory" if self.home.type == "cpu" else f"on {self.home}"
+        return f"transfer set: {self.capacity} images, {self.bytes / 1e6:.0f} MB, {place}"
+
+    def add(self, images: MappedImages | Tensor, labels: Tensor) -> None:
+        """Appends images (n, 3, H, W) uint8 and labels (n,); a mapped set holds on to ``images`` and copies nothing."""
         end = self.count + len(images)
-        assert end <= len(self.images), f"{end} images for room for {len(self.images)}"
-        self.images[self.count : end].copy_(images)
-        self.labels[self.count : end].copy_(labels)
+        assert images.dtype == torch.uint8 and end <= self.capacity, f"{end} images for room for {self.capacity}"
+        if self.mapped:
+            self.images.refer(self.count, images if isinstance(images, MappedImages) else MappedImages.of([images.cpu()]))
+        else:
+            for part, target in zip(images.split(COPIED_AT_ONCE), self.images[self.count : end].split(COPIED_AT_ONCE)):
+                target.copy_(part)
+        self.labels[self.count : end] = labels
         self.count = end
 
-    def batches(self, batch_size: int, augment) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(
+        self, batch_size: int, augment: Callable[[Tensor], Tensor], *, seed: int, rank: int = 0, count: int = 1
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """Endless shuffled passes: images float32 (B, 3, H, W) in [0, 1] channels_last, labels (B,).
 
         The last batch of a pass is filled from the next one, so every batch has ``batch_size`` images.
+
+        Args:
+            batch_size: images a step, of all processes together.
+            augment: uint8 images on the device -> the same; draws from the global random stream, in the caller's thread.
+            seed: decides the order, which depends neither on that stream nor on where the images live.
+            rank, count: of these processes this one gets every ``count``-th image of each batch, from ``rank`` on.
         """
-        order = torch.empty(0, dtype=torch.long, device=self.images.device)
-        while True:
-            while len(order) < batch_size:
-                order = torch.cat([order, torch.randperm(self.count, device=order.device)])
-            chosen, order = order[:batch_size], order[batch_size:]
-            images = augment(self.images[chosen].to(self.device, non_blocking=True))
+        drawn = self._drawn(batch_size, seed, rank, count)
+        for images, labels in prefetch(drawn) if self.mapped or self.home != self.device else drawn:
+            images = augment(images.to(self.device, non_blocking=True))
             yield (
                 images.to(torch.float32, memory_format=torch.channels_last).div_(255),
-                self.labels[chosen].to(self.device, non_blocking=True),
+                labels.to(self.device, non_blocking=True),
             )
+
+    def _drawn(self, batch_size: int, seed: int, rank: int, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """This process's images (b, 3, H, W) uint8 and labels (b,) of each batch: at home, pinned on the way to a GPU."""
+        assert self.count, "no images to draw from"
+        generator, total = torch.Generator().manual_seed(seed), self.count
+        order = torch.empty(0, dtype=torch.long, device=self.home)
+        while True:
+            while len(order) < batch_size:
+                order = torch.cat([order, torch.randperm(total, generator=generator).to(self.home)])
+            chosen, order = order[:batch_size][rank::count], order[batch_size:]
+            # index_select copies whole images, twenty times as fast as images[chosen] does on a CPU.
+            images = self.images[chosen] if self.mapped else self.images.index_select(0, chosen)
+            batch = images, self.labels[chosen]
+            yield batch if self.home == self.device else (batch[0].pin_memory(), batch[1].pin_memory())
 
 
 def export_folders(bank: ImageBank, folder: Path) -> int:
     """Writes every image as ``folder/<class id>/<position>.png``; returns how many."""
     columns = bank.read_all()
-    images = columns["images"].permute(0, 2, 3, 1).numpy()
-    for position, (image, label) in enumerate(zip(tqdm(images, "export", unit="img"), columns["labels"].tolist())):
+    for position, label in enumerate(tqdm(columns["labels"].tolist(), "export", unit="img")):
         file = Path(folder) / str(label) / f"{position:07d}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image).save(file)
-    return len(images)
+        Image.fromarray(columns["images"][position].permute(1, 2, 0).numpy()).save(file)
+    return len(columns["labels"])
 
 
 def image_files(folder: Path) -> list[Path]:
@@ -226,29 +281,26 @@ def read_images(files: list[Path], image_size: int) -> Tensor:
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
 
 
-def import_folders(folder: Path, image_size: int) -> tuple[Tensor, Tensor, int]:
-    """Reads class folders of images; folders are sorted by number where all names are numbers ("2" before "10").
+def class_files(folder: Path) -> tuple[list[Path], Tensor]:
+    """The files and labels (N,) in class folders, sorted by number where all names are numbers ("2" before "10").
 
     Where names are numbers they are the labels themselves, so that a class without images leaves its label free.
 
-    Returns:
-        images (N, 3, H, W) uint8, labels (N,), largest label + 1.
     Raises:
-        UserError: no class folder, no image, or an image that cannot be read.
+        UserError: no class folder, or no image in any.
     """
     folders = [f for f in Path(folder).iterdir() if f.is_dir()] if Path(folder).is_dir() else []
     numbers = all(f.name.isdecimal() for f in folders)
     folders.sort(key=lambda f: int(f.name) if numbers else f.name)
-    files = [
+    found = [
         (file, int(f.name) if numbers else label)
         for label, f in enumerate(folders)
         for file in sorted(f.iterdir())
         if file.suffix.lower() in SUFFIXES
     ]
-    if not files:
+    if not found:
         raise UserError(f"{folder} has no class folders with images; wanted {folder}/<class>/<name>.png")
-    labels = torch.tensor([label for _, label in files])
-    return read_images([file for file, _ in files], image_size), labels, int(labels.max()) + 1
+    return [file for file, _ in found], torch.tensor([label for _, label in found])
 
 
 def main() -> None:
@@ -269,19 +321,21 @@ def main() -> None:
         bank = ImageBank(args.bank, read_manifest(args.bank), create=False)
         print(f"{export_folders(bank, args.folder)} images -> {args.folder}")
         return
-    from engine.data import dataset_info
-
     info = dataset_info(args.dataset, image_size=args.image_size)
-    if (args.bank / "manifest.json").exists():
-        raise UserError(f"{args.bank} is a bank already; give a new folder")
-    images, labels, classes = import_folders(args.folder, info.image_size)
+    if args.bank.exists():
+        raise UserError(f"{args.bank} is there already; give a new folder")
+    files, labels = class_files(args.folder)
+    classes = int(labels.max()) + 1
     if classes > info.num_classes:
         raise UserError(f"{args.folder} has {classes} classes, {info.name} has {info.num_classes}")
-    bank = ImageBank(args.bank, Manifest(info.name, info.num_classes, info.image_size))
-    for round, start in enumerate(range(0, len(images), args.shard_size)):
+    unfinished = args.bank.with_name(f"{args.bank.name}.tmp")  # whole or absent: a damaged image may come late
+    shutil.rmtree(unfinished, ignore_errors=True)
+    bank = ImageBank(unfinished, Manifest(info.name, info.num_classes, info.image_size))
+    for round, start in enumerate(range(0, len(files), args.shard_size)):
         part = slice(start, start + args.shard_size)
-        bank.append("synthesize", round, images[part], labels[part])
-    print(f"{len(images)} images of {classes} classes -> {args.bank}")
+        bank.append("synthesize", round, read_images(files[part], info.image_size), labels[part])
+    os.replace(unfinished, args.bank)
+    print(f"{len(files)} images of {classes} classes -> {args.bank}")
 
 
 if __name__ == "__main__":

@@ -122,8 +122,8 @@ def cosines(
 
     Args:
         embedding: images (B, 3, H, W) in [0, 1] -> (B, D).
-        sources_u8: (N, 3, H, W) uint8.
-        variants_u8: (M, 3, H, W) uint8, M = N * V.
+        sources_u8: (N, 3, H, W) uint8, a tensor or ``MappedImages``.
+        variants_u8: (M, 3, H, W) uint8, M = N * V, likewise.
         source_index: (M,) int64, the row of each variant's source.
         batch_size: images embedded at a time.
         progress: called with the number of images after each batch, N + M in all.
@@ -140,10 +140,15 @@ def cosines(
 
     if not len(variants_u8):
         return torch.empty(0)
-    sources = torch.cat([embed(part) for part in sources_u8.split(batch_size)])
-    parts = zip(variants_u8.split(batch_size), source_index.cpu().split(batch_size))
-    found = [(embed(part) * sources[index]).sum(1) for part, index in parts]
-    return torch.cat(found).clamp(-1, 1)
+    source_index, found = source_index.cpu(), torch.empty(len(variants_u8))
+    starts = range(0, len(sources_u8), batch_size)
+    counts = torch.bincount(source_index // batch_size, minlength=len(starts)).tolist()
+    # Variants in the order of their sources, so that the embeddings of one batch of sources are all that is held.
+    for start, mine in zip(starts, source_index.argsort(stable=True).split(counts)):
+        sources = embed(sources_u8[start : start + batch_size])
+        for part in mine.split(batch_size) if len(mine) else ():
+            found[part] = (embed(variants_u8[part]) * sources[source_index[part] - start]).sum(1)
+    return found.clamp(-1, 1)
 
 
 @torch.no_grad()
@@ -157,7 +162,8 @@ def calibrated_omega(embedding: Embedding, images_u8: Tensor, labels: Tensor, mo
         The ``OMEGA_QUANTILE`` of the cosines between images of different classes; -1, which keeps all, if there is one class.
     """
     chosen = torch.arange(0, len(labels), -(-len(labels) // most))
-    unit = torch.cat([F.normalize(embedding(part.float() / 255), dim=1).cpu() for part in images_u8[chosen].split(256)])
+    parts = (images_u8[part].float() / 255 for part in chosen.split(256))
+    unit = torch.cat([F.normalize(embedding(part), dim=1).cpu() for part in parts])
     apart = labels[chosen][:, None] != labels[chosen][None, :]
     between = (unit @ unit.T)[apart]
     return torch.quantile(between, OMEGA_QUANTILE).item() if len(between) else -1.0

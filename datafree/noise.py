@@ -68,8 +68,8 @@ class FolderImages(NoiseImages):
         self.images_total = len(images)
 
     def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """As ``TransferSet.batches``, labels -1."""
-        return self.pictures.batches(batch_size, self.task.augment)
+        """As ``TransferSet.batches``, labels -1; the order comes out of the global random stream."""
+        return self.pictures.batches(batch_size, self.task.augment, seed=int(torch.randint(2**62, ())))
 
 
 class Noise(Method):

@@ -40,7 +40,7 @@ def fit_augmenter(run: Run, augmenter, images: Tensor, labels: Tensor, seed: int
 def augment(
     run: Run,
     stages: Stages,
-    sources: dict[str, Tensor],
+    sources: dict,
     store,
     make_augmenter,
     device,

@@ -17,7 +17,7 @@ from engine.files import load_checkpoint, save_checkpoint
 from engine.pictures import grid
 from engine.precision import Precision
 from engine.run import Run, Stopwatch, progress
-from engine.seeding import seed_position
+from engine.seeding import position_seed, seed_position
 from engine.stages import Stages
 from models.classifier import weights_fixed
 
@@ -188,9 +188,8 @@ def distill_epoch(
             if makes_images:
                 values = {name: float(value) for name, value in scalars.items()}
                 check_finite(values, f"round {round} of stage distill (synthesis)", ADVICE)
-                bank.append("distill", round, batch.images, batch.labels)
-                transfer.add(batch.images, batch.labels)
-            batches = transfer.batches(schedule.batch_size, augment_batch)
+                transfer.add(*bank.append("distill", round, batch.images, batch.labels))
+            batches = transfer.batches(schedule.batch_size, augment_batch, seed=position_seed(seed, "order", round))
         scalars = scalars | distillation.student_steps(batches, round, bar)
         sums = {name: sums.get(name, 0) + value for name, value in scalars.items()}
     figures = {name: float(total) / schedule.rounds_per_epoch for name, total in sums.items()}

@@ -77,7 +77,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
-    """Reads a safetensors file to CPU memory.
+    """Maps a safetensors file: what is not looked at is not read.
 
     Raises:
         UserError: the file is missing, truncated or not safetensors.
@@ -89,6 +89,8 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path} does not exist") from None
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path} is not a whole safetensors file ({error}); delete it and make it again") from None
+    except RuntimeError as error:  # Linux allows a process 65530 maps unless told otherwise
+        raise UserError(f"{path} cannot be mapped ({error}); of very many files, raise sysctl vm.max_map_count") from None
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ from engine.evaluate import evaluate
 from engine.files import load_checkpoint, read_json, save_checkpoint
 from engine.precision import Precision
 from engine.processes import Processes
-from engine.run import Run
+from engine.run import Run, peak_memory
 from engine.seeding import seed_position
 from engine.stages import Stages
 
@@ -139,6 +139,8 @@ class Pipeline:
     def distill(self) -> None:
         method, run = self.method, self.run
         bank, transfer, counts = self.transfer()
+        if transfer is not None:
+            run.log(transfer.description)
         test = load_split(self.info, "test", self.device)
         teacher_acc1 = evaluate(method.teacher, test)["acc1"]
         run.log(f"teacher {self.flags['teacher']}: {teacher_acc1:.2f} % on the {len(test)} test images of {self.info.name}")
@@ -169,9 +171,11 @@ class Pipeline:
             | figures | counts | self.measured | {"seconds": self.seconds(), "settings": settings}
         )  # fmt: skip
         self.stages.update("distill", done=True)
+        memory = ", ".join(f"{name.replace('_', ' ').removesuffix(' mib')} {mib} MiB" for name, mib in peak_memory().items())
         run.log(
             f"distill: acc1 {figures['acc1_last']:.2f} % (last), {figures['acc1_best']:.2f} % (best) after "
-            f"{figures['student_steps']} student steps ({self.stages.seconds()['distill']:.0f} s) -> {run.path / 'result.json'}"
+            f"{figures['student_steps']} student steps ({self.stages.seconds()['distill']:.0f} s, {memory}) -> "
+            f"{run.path / 'result.json'}"
         )
 
     def synthesizer(self) -> Any:

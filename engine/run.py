@@ -173,7 +173,10 @@ def commit() -> str:
 
 
 def peak_memory() -> dict[str, float]:
-    """Peak memory of this process in MiB: resident, and on the GPU where there is one."""
+    """Peak memory of this process in MiB: resident, and on the GPU where there is one.
+
+    Pages of a mapped bank count as resident while the system has room for them; it takes them back when memory is short.
+    """
     peak = {"peak_memory_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)}
     if torch.cuda.is_available():
         peak["peak_gpu_memory_mib"] = round(torch.cuda.max_memory_allocated() / 2**20)

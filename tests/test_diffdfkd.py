@@ -56,7 +56,7 @@ class Scribbler:
         return images >= self.learns_from
 
     def fit(self, images, labels):
-        self.level = self.level / 2 + images.float().mean() / 1000 + torch.rand(()) / 10
+        self.level = self.level / 2 + images[:].float().mean() / 1000 + torch.rand(()) / 10
         return {"level": self.level}
 
     def state_dict(self):
@@ -81,7 +81,7 @@ def filled(path, order=ORDER, processes=Processes(), **settings):
 
 
 def same(one, other):
-    return torch.equal(one["images"], other["images"]) and torch.equal(one["labels"], other["labels"])
+    return torch.equal(one["images"][:], other["images"][:]) and torch.equal(one["labels"], other["labels"])
 
 
 class Thread(Processes):

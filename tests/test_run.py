@@ -153,6 +153,17 @@ def test_every_method_goes_on_after_its_first_epoch(method, distill, tmp_path, m
     assert outcome(tmp_path / "run") == whole[method]
 
 
+def test_images_that_stay_in_their_shards_make_the_same_student(distill, tmp_path, monkeypatch, whole):
+    """Where no memory is free: bank, kept variants and the images of the rounds alike."""
+    if "dda" not in whole:
+        distill("dda", tmp_path / "whole")
+        whole["dda"] = outcome(tmp_path / "whole")
+    monkeypatch.setattr("datafree.bank.memory_limit", lambda device: 0)
+    distill("dda", tmp_path / "run")
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert outcome(tmp_path / "run") == whole["dda"] and "in mapped shards" in log and "peak memory" in log.splitlines()[-1]
+
+
 def test_several_seeds_in_one_command(distill, tmp_path, capsys):
     """--seeds makes one folder a seed and a table; done ones are skipped, and {seed} stands for the seed in paths."""
     distill("noise", tmp_path / "runs", "--seeds 0,2")
