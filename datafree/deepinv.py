@@ -72,7 +72,9 @@ def jitter(images: Tensor, flip: bool) -> Tensor:
     down, right, mirrored = torch.rand(3).tolist()
     shifts = int(down * (2 * (height // 8) + 1)) - height // 8, int(right * (2 * (width // 8) + 1)) - width // 8
     rolled = torch.roll(images, shifts, (2, 3))
-    return rolled.flip(3) if flip and mirrored < 0.5 else rolled
+    rolled = rolled.flip(3) if flip and mirrored < 0.5 else rolled
+    layout = torch.channels_last if images.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+    return rolled.contiguous(memory_format=layout)  # roll alone would lose it
 
 
 class DeepInversionSynthesizer(Synthesizer):

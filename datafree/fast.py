@@ -109,7 +109,9 @@ class Inversion:
         for _ in range(self.config.g_steps):
             with self.task.precision.autocast():
                 images = generate().float()
-            losses = self.measure(self.task.augment(images), labels, student)
+            # The first round, which has no average, is not worth a compilation of its own.
+            measure = self.measure if self.average or not self.statistics else self.losses
+            losses = measure(self.task.augment(images), labels, student)
             best.update(images, losses)
             self.task.precision.minimize(losses["loss"], optimizer)
         self.average = [(mean.detach(), var.detach()) for mean, var in self.blended]

@@ -1,0 +1,135 @@
+"""Compiled inner steps: of every method without a break in the graph, and equal to plain ones."""
+
+import shutil
+
+import pytest
+import torch
+from torch import nn
+
+from datafree.base import Task
+from datafree.csd import CSD, AlignedDistillation, CSDConfig
+from engine.compilation import Compiler
+from engine.distill import StudentStep
+from engine.precision import Precision
+from models.classifier import Classifier, frozen, weights_fixed
+from registry import METHODS
+
+CPU = torch.device("cpu")
+needs_compiler = pytest.mark.skipif(
+    not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler"
+)
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """torch.compile as far as the graph, which must be whole; no code is generated."""
+    compile = torch.compile
+
+    def whole_graph(function, dynamic, options):
+        return compile(function, dynamic=dynamic, fullgraph=True, backend="eager")
+
+    monkeypatch.setattr("torch.compile", whole_graph)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_is_one_graph_a_step(method, distill, traced, tmp_path):
+    for choice in ("no", "yes"):
+        distill(method, tmp_path / choice, f"--compile {choice}")
+    log = (tmp_path / "yes/log.txt").read_text()
+    assert "uncompiled" not in log, log
+    assert "compile" not in (tmp_path / "no/log.txt").read_text()
+    plain, compiled = (torch.load(tmp_path / c / "student.pth", weights_only=True)["state_dict"] for c in ("no", "yes"))
+    for name, value in plain.items():
+        assert torch.allclose(value.float(), compiled[name].float(), rtol=1e-4, atol=1e-6), name
+
+
+def classifier(seed, width):
+    """A small network for 16 px digits with BN statistics that are not the initial ones."""
+    torch.manual_seed(seed)
+    norm = nn.BatchNorm2d(width)
+    norm.running_mean.normal_()
+    norm.running_var.uniform_(0.5, 2)
+    layers = nn.Conv2d(3, width, 3, 2), norm, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 10)
+    return Classifier(nn.Sequential(*layers), 10, 16, (0.5,) * 3, (0.1,) * 3).to(memory_format=torch.channels_last)
+
+
+def relative(values, expected):
+    """Norm of the difference of two lists of tensors over the norm of the second, as one vector each."""
+    value, expected = (torch.cat([v.detach().flatten() for v in each]) for each in (values, expected))
+    return float((value - expected).norm() / expected.norm())
+
+
+@needs_compiler
+def test_an_inversion_step_is_the_plain_one():
+    """Generator, losses and the gradient at the noise."""
+    torch._dynamo.reset()
+    teacher, student, lines, found = frozen(classifier(0, 8)), classifier(1, 6), [], []
+    for choice in ("no", "yes"):
+        compiler = Compiler(choice, CPU, log=lines.append)
+        task = Task(10, 16, CPU, lambda images: images, Precision("no", CPU), compile=compiler)
+        torch.manual_seed(2)
+        synthesizer = CSD(CSDConfig(synthesis_batch_size=20, nz=16), teacher, student, task).synthesizer()
+        z, labels = torch.randn(20, 16, requires_grad=True), torch.arange(20) % 10
+        with weights_fixed(student):
+            images = synthesizer.generate(z)
+            losses = synthesizer.measure(images, labels, student)
+            losses["loss"].backward()
+        found.append([*losses.values(), images, z.grad])
+    assert len(lines) == 2 and not any("uncompiled" in line for line in lines), lines
+    assert all(relative([compiled], [plain]) < 1e-4 for plain, compiled in zip(*found))
+
+
+@needs_compiler
+def test_a_student_step_is_the_plain_one():
+    """The teacher with constant weights, losses, and the gradient of all weights."""
+    torch._dynamo.reset()
+    teacher, lines, found = frozen(classifier(0, 8)), [], []
+    images, labels = torch.rand(20, 3, 16, 16).to(memory_format=torch.channels_last), torch.arange(20) % 10
+    for choice in ("no", "yes"):
+        compiler, student = Compiler(choice, CPU, log=lines.append), classifier(1, 6)
+        torch.manual_seed(2)
+        objective = AlignedDistillation(CSDConfig(), student.feature_map_shape, teacher.feature_map_shape)
+        step = StudentStep(student, objective).train()
+        with torch.no_grad():
+            output = compiler(teacher, 1, "teacher", constant_weights=True)(images, return_features=True)
+        losses = compiler(step, 1, "student step")(images, labels, output)
+        losses["loss"].backward()
+        buffers = [b for b in student.buffers() if b.is_floating_point()]
+        found.append([[output.logits], [output.features], losses.values(), [p.grad for p in step.parameters()], buffers])
+    assert len(lines) == 2 and not any("uncompiled" in line for line in lines), lines
+    assert all(relative(compiled, plain) < 1e-4 for plain, compiled in zip(*found))
+
+
+def test_a_function_that_cannot_be_compiled_runs_as_it_is(monkeypatch):
+    lines = []
+    monkeypatch.setattr("torch.compile", lambda function, **_: raising)
+    double = Compiler("yes", CPU, lines.append)(lambda x: 2 * x, 1, "doubling")
+    assert double(3) == 6 and double(4) == 8
+    assert len(lines) == 2 and lines[1] == "compile: the doubling runs uncompiled: OSError: no space left on device"
+
+
+def raising(*_):
+    raise OSError("no space left on device\nand a traceback")
+
+
+def test_its_own_errors_come_up():
+    def wrong(x):
+        raise ValueError("wrong")
+
+    with pytest.raises(ValueError, match="wrong"):
+        Compiler("yes", CPU, lambda line: None)(wrong, 1, "function")(1)
+
+
+@pytest.mark.parametrize("choice, calls, compiled", [("auto", 1999, 0), ("auto", 2000, 1), ("yes", 1, 1), ("no", 9999, 0)])
+def test_what_is_compiled(choice, calls, compiled):
+    function = Compiler(choice, CPU)(abs, calls, "function")
+    assert (function is not abs) == bool(compiled)
+
+
+def test_without_a_compiler_nothing_is_compiled(monkeypatch):
+    lines = []
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    monkeypatch.delenv("CXX", raising=False)
+    assert Compiler("yes", CPU, lines.append)(abs, 1, "function") is abs
+    assert lines == ["compile: the function runs uncompiled: there is no C++ compiler"]
