@@ -1,6 +1,6 @@
 """What each loop does here: rate, ratio to the plain loop of the field, memory, and share of what this machine can do.
 
-    python -m engine.benchmark                                        four pairs of networks; ten minutes and more on two cores
+    python -m engine.benchmark                                        four pairs of networks; ten minutes or so on two cores
     python -m engine.benchmark --pairs resnet20:wrn16_1 --loops sample,inversion --amp bf16
 
 The plain loop is what public code of this field does: images as PNG files behind a DataLoader with worker processes,
@@ -8,8 +8,9 @@ contiguous NCHW tensors, mean and variance of every BN input in two passes, upsa
 read back at every step. Both loops compute the same losses on networks of the same weights, in turns in one run.
 
 The ceilings are measured, too: arithmetic as the highest rate of matrix products and a large convolution in the number
-format of our loop, memory as the rate of a large copy, before and after every pair of networks; the best so far counts. A
-step's operations are counted as it runs, those of matrix products and convolutions. Peak memory is that of this process with
+format of our loop, memory as the rate of a large copy, before and after every pair of networks; the best so far counts. More
+than 100 % of it says that the machine was busy with something else then, and that the run is worth repeating. A step's
+operations are counted as it runs, those of matrix products and convolutions. Peak memory is that of this process with
 both loops' networks in it, or of the GPU's tensors; the plain loop's workers come on top.
 """
 
@@ -294,9 +295,9 @@ def ceilings(device: torch.device, dtype: torch.dtype, seconds: float = 0.7, sca
     Args:
         dtype: of the arithmetic; float32 means what the run makes of it, TF32 on GPUs that have it.
         seconds: for each of the candidates.
-        scale: side of the smaller matrices, a multiple of 64; None: 1024 on a CPU, 4096 on a GPU.
+        scale: side of the smaller matrices; None: 4096 on a GPU, 512 on a CPU: few milliseconds, seldom disturbed.
     """
-    scale = scale or (4096 if device.type == "cuda" else 1024)
+    scale = scale or (4096 if device.type == "cuda" else 512)
 
     def fastest(step: Step) -> float:
         """Seconds of the quickest of the calls that fit; the first is not counted."""
@@ -321,7 +322,7 @@ def ceilings(device: torch.device, dtype: torch.dtype, seconds: float = 0.7, sca
         weight = random(256, 256, 3, 3).contiguous(memory_format=torch.channels_last)
         work = 2 * images.numel() * weight[0].numel()
         rates[f"{name} 3 x 3 convolution, 256 channels"] = work / fastest(lambda: F.conv2d(images, weight, padding=1))
-        source = torch.ones(scale**2 * 64, dtype=torch.uint8, device=device)
+        source = torch.ones(2**28, dtype=torch.uint8, device=device)  # more than caches hold
         target = torch.empty_like(source)
         memory = 2 * source.numel() / fastest(lambda: target.copy_(source))
     kind = max(rates, key=rates.get)
