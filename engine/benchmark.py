@@ -1,36 +1,80 @@
-"""What each loop does on this machine, and its ratio to the plain loop of the field, measured in turns in one run.
+"""What each loop does here: rate, ratio to the plain loop of the field, memory, and share of what this machine can do.
 
-    python -m engine.benchmark --teacher resnet20 --student wrn16_1
+    python -m engine.benchmark                                        four pairs of networks; ten minutes or so on two cores
+    python -m engine.benchmark --pairs resnet20:wrn16_1 --loops sample,inversion --amp bf16
 
 The plain loop is what public code of this field does: images as PNG files behind a DataLoader with worker processes,
 contiguous NCHW tensors, mean and variance of every BN input in two passes, upsampling and convolution apart, and a loss
-read back at every step. Both loops compute the same losses on networks of the same weights.
+read back at every step. Both loops compute the same losses on networks of the same weights, in turns in one run.
+
+The ceilings are measured, too: arithmetic as the highest rate of matrix products and a large convolution in the number
+format of our loop, memory as the rate of a large copy, before and after every pair of networks; the best so far counts. More
+than 100 % of it says that the machine was busy with something else then, and that the run is worth repeating. A step's
+operations are counted as it runs, those of matrix products and convolutions. Peak memory is that of this process with
+both loops' networks in it, or of the GPU's tensors; the plain loop's workers come on top.
 """
 
 import argparse
+import contextlib
+import gc
+import io
+import re
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.flop_counter import FlopCounterMode
 
 from datafree.bank import ImageBank, Manifest, TransferSet, export_folders
 from datafree.bn_statistics import BNStatistics, bn_loss
 from datafree.generators import Generator, UpsampleConv2d, reset
 from datafree.losses import kd_loss, one_hot_loss
 from engine.augmentation import crop_flip
-from engine.data import dataset_info
-from engine.errors import run_command
+from engine.data import DatasetInfo, dataset_info
+from engine.errors import UserError, run_command
 from engine.networks import build_classifier
 from engine.precision import AMP, Precision, choose_device
 from engine.report import markdown, replace_table
-from engine.run import machine, peak_memory
+from engine.run import machine, progress
 from models.classifier import frozen
+from registry import lookup
+
+PAIRS = "wrn40_2:wrn16_1,wrn40_2:wrn16_2,resnet34:resnet18,resnet20:wrn16_1"
+LOOPS = {
+    "sample": "bank sampling",
+    "teacher_forward": "teacher forward",
+    "distillation": "distillation step",
+    "inversion": "inversion step",
+    "growth": "sampling from banks of growing size",
+}
+GROWING = (4096, 16384, 65536)  # images
+COMPILE = ("auto", "no", "yes")
+Step = Callable[[], None]
+Compiler = Callable[[Callable, str], Callable]
+
+
+def eager(function: Callable, name: str) -> Callable:
+    """The compiler that leaves a function as it is."""
+    return function
+
+
+def choose_compiler(choice: str) -> Compiler:
+    """``--compile`` -> what makes a fast function of (function, name).
+
+    Raises:
+        UserError: "yes", and there is none.
+    """
+    if choice == "yes":
+        raise UserError("--compile yes: this version has no compiler; give --compile auto or no")
+    return eager
 
 
 class Plain:
@@ -112,22 +156,50 @@ class Plain:
         loss.item()
 
 
-class Ours:
-    """This project's loop, from the same pieces as ``datafree_kd.py``."""
+class StudentStep(nn.Module):
+    """The student's part of a distillation step: images (B, 3, S, S), teacher_logits (B, C) -> loss, scalar."""
 
-    def __init__(self, info, teacher, student, columns: dict[str, Tensor], batch_size: int, precision: Precision):
-        self.teacher, self.student, self.precision, self.info = teacher, student.train(), precision, info
+    def __init__(self, student: nn.Module):
+        super().__init__()
+        self.student = student
+
+    def forward(self, images: Tensor, teacher_logits: Tensor) -> Tensor:
+        return kd_loss(self.student(images), teacher_logits, 20.0)
+
+
+class Ours:
+    """This project's loop, from the same pieces as ``datafree_kd.py``.
+
+    Args:
+        compiler: is given teacher, student step, generator and synthesis losses, each with its name, and gives what runs.
+    """
+
+    def __init__(
+        self, info, teacher, student, columns: dict[str, Tensor], batch_size: int, precision: Precision,
+        compiler: Compiler = eager,
+    ):  # fmt: skip
+        self.precision, self.info = precision, info
         device = precision.device
         transfer = TransferSet(len(columns["labels"]), info.image_size, device)
         transfer.add(columns["images"], columns["labels"])
         self.batches = transfer.batches(batch_size, self.view, seed=0)
         self.images = next(self.batches)[0]
-        self.generator = reset(Generator(256, info.image_size)).to(device, memory_format=torch.channels_last)
-        self.statistics = BNStatistics(teacher)
+        generator = reset(Generator(256, info.image_size)).to(device, memory_format=torch.channels_last)
+        self.network, self.statistics = teacher, BNStatistics(teacher)
         self.optimizer = torch.optim.SGD(student.parameters(), lr=1e-3, momentum=0.9, fused=True)
         self.z = torch.randn(batch_size, 256, device=device, requires_grad=True)
         self.labels = torch.randint(info.num_classes, (batch_size,), device=device)
-        self.inversion_optimizer = torch.optim.Adam([*self.generator.parameters(), self.z], lr=1e-3)
+        self.inversion_optimizer = torch.optim.Adam([*generator.parameters(), self.z], lr=1e-3)
+        self.teacher = compiler(teacher, "teacher")
+        self.student_step = compiler(StudentStep(student.train()), "student step")
+        self.generator = compiler(generator, "generator")
+        self.synthesis_losses = compiler(self._synthesis_losses, "synthesis losses")
+
+    def _synthesis_losses(self, images: Tensor, labels: Tensor) -> Tensor:
+        """bn + oh of images (B, 3, S, S) that are to be of classes labels (B,), scalar."""
+        with self.statistics.collect() as stats:
+            logits = self.network(images)
+        return bn_loss(stats, self.statistics.running) + one_hot_loss(logits, labels)
 
     def view(self, images: Tensor) -> Tensor:
         return crop_flip(images, self.info.crop_padding, self.info.flip)
@@ -144,13 +216,12 @@ class Ours:
         with self.precision.autocast():
             with torch.no_grad():
                 teacher_logits = self.teacher(images)
-            logits = self.student(images)
-        self.precision.minimize(kd_loss(logits, teacher_logits, 20.0), self.optimizer)
+            loss = self.student_step(images, teacher_logits)
+        self.precision.minimize(loss, self.optimizer)
 
     def inversion(self) -> None:
-        with self.statistics.collect() as stats, self.precision.autocast():
-            logits = self.teacher(self.view(self.generator(self.z)))
-        loss = bn_loss(stats, self.statistics.running) + one_hot_loss(logits, self.labels)
+        with self.precision.autocast():
+            loss = self.synthesis_losses(self.view(self.generator(self.z)), self.labels)
         self.precision.minimize(loss, self.inversion_optimizer)
 
 
@@ -165,84 +236,304 @@ def _apart(module: nn.Module) -> nn.Module:
     return module
 
 
-def rate(step: Callable[[], None], images: int, seconds: float, device: torch.device) -> float:
-    """Images a second of one loop over about ``seconds``, after one step unmeasured."""
+def clock(device: torch.device) -> float:
+    """Seconds, when all that was asked of the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
-    def now() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter()
 
-    step()
-    begun, steps = now(), 0
-    while (passed := now() - begun) < seconds or steps < 2:
+def rate(step: Step, images: int, seconds: float, device: torch.device) -> float:
+    """Images a second of a step of so many images, over about ``seconds`` and at least two steps."""
+    begun, steps = clock(device), 0
+    while (passed := clock(device) - begun) < seconds or steps < 2:
         step()
         steps += 1
     return steps * images / passed
 
 
-def main() -> None:
+def flops(step: Step) -> int:
+    """Floating-point operations of one step, forward and backward: matrix products' and convolutions'."""
+    # Counted on the way to the device, where a compiled function shows nothing.
+    with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
+
+
+def sampling_bytes(image_size: int) -> int:
+    """Least memory traffic of one image on its way from the bank into a batch, in bytes.
+
+    Of P = 3 * image_size^2 values: gathered as uint8 (read P, write P), augmented as uint8 (read P, write P), made float32
+    (read P, write 4 P); 9 P. Padding and index arithmetic come on top, and caches may serve part of it.
+    """
+    return 9 * 3 * image_size**2
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What this machine does at best: FLOP/s, and of what; bytes/s read and written by a large copy."""
+
+    arithmetic: float
+    kind: str
+    memory: float
+
+    def or_higher(self, other: "Ceilings") -> "Ceilings":
+        """The higher of each."""
+        best = max(self, other, key=lambda c: c.arithmetic)
+        return Ceilings(best.arithmetic, best.kind, max(self.memory, other.memory))
+
+    def __str__(self) -> str:
+        return (
+            f"{machine()}; ceilings: {self.arithmetic / 1e12:.3g} TFLOP/s ({self.kind}), "
+            f"{self.memory / 1e9:.3g} GB/s (copy, read + written)"
+        )
+
+
+def ceilings(device: torch.device, dtype: torch.dtype, seconds: float = 0.7, scale: int | None = None) -> Ceilings:
+    """Measures them.
+
+    Args:
+        dtype: of the arithmetic; float32 means what the run makes of it, TF32 on GPUs that have it.
+        seconds: for each of the candidates.
+        scale: side of the smaller matrices; None: 4096 on a GPU, 512 on a CPU: few milliseconds, seldom disturbed.
+    """
+    scale = scale or (4096 if device.type == "cuda" else 512)
+
+    def fastest(step: Step) -> float:
+        """Seconds of the quickest of the calls that fit; the first is not counted."""
+        step()
+        times, begun = [], clock(device)
+        while not times or sum(times) < seconds:
+            step()
+            now = clock(device)
+            times.append(now - begun)
+            begun = now
+        return min(times)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device).to(dtype)
+
+    name, rates = str(dtype).removeprefix("torch."), {}
+    with torch.no_grad():
+        for side in (scale, 2 * scale):
+            a, b = random(side, side), random(side, side)
+            rates[f"{name} product of {side} x {side}"] = 2 * side**3 / fastest(lambda: a @ b)
+        images = random(max(1, scale**2 // 2**17), 256, 32, 32).contiguous(memory_format=torch.channels_last)
+        weight = random(256, 256, 3, 3).contiguous(memory_format=torch.channels_last)
+        work = 2 * images.numel() * weight[0].numel()
+        rates[f"{name} 3 x 3 convolution, 256 channels"] = work / fastest(lambda: F.conv2d(images, weight, padding=1))
+        source = torch.ones(2**28, dtype=torch.uint8, device=device)  # more than caches hold
+        target = torch.empty_like(source)
+        memory = 2 * source.numel() / fastest(lambda: target.copy_(source))
+    kind = max(rates, key=rates.get)
+    return Ceilings(rates[kind], kind, memory)
+
+
+def resident(name: str) -> int:
+    """MiB of this process on Linux: "VmRSS" now, "VmHWM" at most."""
+    return int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) // 1024
+
+
+def reset_peak(device: torch.device) -> bool:
+    """Lets the peak of memory start from what is taken now; False where the system cannot."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+        return resident("VmHWM") < resident("VmRSS") + 8  # some systems take the write and do nothing
+    except OSError:
+        return False
+
+
+def peak(device: torch.device) -> int:
+    """MiB at most since ``reset_peak``: on a GPU of its tensors, else of this process."""
+    return torch.cuda.max_memory_allocated(device) // 2**20 if device.type == "cuda" else resident("VmHWM")
+
+
+@dataclass
+class Measured:
+    """Of one kind of loop: images/s, one value a turn, and peak MiB over all turns, 0 where it is not known."""
+
+    rates: list[float]
+    peak: int = 0
+
+    @property
+    def rate(self) -> float:
+        return statistics.median(self.rates)
+
+
+def in_turns(
+    steps: dict[str, Step], images: int, seconds: float, repeats: int, device: torch.device, bar
+) -> dict[str, Measured]:
+    """Measures steps that were taken once before, in turns: ``repeats`` of them, or fewer where two steps take longer than
+    ``seconds``, so that slow networks cost no more than a few steps."""
+    measured = {kind: Measured([]) for kind in steps}
+    begun = time.perf_counter()
+    for turn in range(repeats):
+        for kind, step in steps.items():
+            time.sleep(min(seconds, 0.3))  # a DataLoader's workers fill their queue, which is no part of what comes next
+            known = reset_peak(device)
+            measured[kind].rates.append(rate(step, images, seconds, device))
+            measured[kind].peak = max(measured[kind].peak, peak(device)) if known else 0
+        bar.update()
+        if time.perf_counter() - begun > len(steps) * seconds * repeats:
+            break
+    bar.update(repeats - turn - 1)
+    return measured
+
+
+def line(name: str, ours: Measured, plain: Measured, work: int, best: Ceilings) -> dict[str, str]:
+    """One row of the table.
+
+    Args:
+        work: operations an image, or, of bank sampling, bytes.
+    """
+    ratios = [a / b for a, b in zip(ours.rates, plain.rates, strict=True)]
+    spread = f" ({min(ratios):.2f} to {max(ratios):.2f})" if len(ratios) > 1 else ""
+    limit, what = (best.memory, "copy") if name == "sample" else (best.arithmetic, "arithmetic")
+    return {
+        "loop": LOOPS[name],
+        "ours, images/s": f"{ours.rate:.0f}",
+        "plain, images/s": f"{plain.rate:.0f}",
+        "ratio": f"{statistics.median(ratios):.2f}{spread}",
+        "ours, peak MiB": f"{ours.peak or ''}",
+        "plain, peak MiB": f"{plain.peak or ''}",
+        "GFLOP an image": "" if name == "sample" else f"{work / 1e9:.3g}",
+        "ours, of the ceiling": f"{100 * ours.rate * work / limit:.0f} % ({what})",
+    }
+
+
+class Benchmark:
+    """The measurements that a command line asks for.
+
+    Args:
+        args: see ``parse``.
+        bank: random images; png: the same as class folders.
+    """
+
+    def __init__(self, args: argparse.Namespace, bank: ImageBank, png: Path, device: torch.device, info: DatasetInfo, bar):
+        self.args, self.bank, self.png, self.device, self.info, self.bar = args, bank, png, device, info, bar
+        self.precision = Precision(args.amp, device)
+        self.ceilings = Ceilings(0, "", 0)
+
+    def look(self) -> None:
+        """Measures the ceilings once more: the higher ones count, so that a busy moment makes none too low."""
+        measured = ceilings(self.device, self.precision.dtype or torch.float32, min(0.7, self.args.seconds))
+        self.ceilings = self.ceilings.or_higher(measured)
+
+    def in_turns(self, steps: dict[str, Step]) -> dict[str, Measured]:
+        return in_turns(steps, self.args.batch_size, self.args.seconds, self.args.repeats, self.device, self.bar)
+
+    def pair(self, teacher: str, student: str, loops: list[str]) -> str:
+        """The table of a pair of networks."""
+        args, info, compiler = self.args, self.info, choose_compiler(self.args.compile)
+        networks = [[build_classifier(name, info, self.device) for name in (teacher, student)] for _ in range(2)]
+        for mine, theirs in zip(*networks):
+            theirs.load_state_dict(mine.state_dict())
+        (mine, learner), (theirs, other) = networks
+        columns = self.bank.read("synthesize")
+        ours = Ours(info, frozen(mine), learner, columns, args.batch_size, self.precision, compiler)
+        plain = Plain(info, frozen(theirs), other, self.png, args.batch_size, args.workers)
+        work = {name: flops(getattr(ours, name)) // args.batch_size for name in loops if name != "sample"}
+        work["sample"] = sampling_bytes(info.image_size)
+        begun = clock(self.device)
+        for name in loops if compiler is not eager else ():
+            getattr(ours, name)()  # compiled at their first step
+        compiling = clock(self.device) - begun if compiler is not eager else 0
+        self.look()
+        found = {}
+        for name in loops:
+            self.bar.set_postfix_str(f"{teacher} -> {student}, {LOOPS[name]}")
+            getattr(plain, name)()  # as ours was, when its operations were counted
+            found[name] = self.in_turns({"ours": getattr(ours, name), "plain": getattr(plain, name)})
+        self.look()
+        rows = [line(name, m["ours"], m["plain"], work[name], self.ceilings) for name, m in found.items()]
+        setting = f"{teacher} -> {student}, {info.image_size} px, batch {args.batch_size}, amp {args.amp}"
+        return f"{setting}; compile seconds {compiling:.0f}  \n{self.ceilings}\n\n{markdown(rows)}"
+
+    def growth(self) -> str:
+        """The table of sampling from banks of growing size: what a batch costs should not grow with them."""
+        self.bar.set_postfix_str(LOOPS["growth"])
+        size, steps = self.info.image_size, {}
+        view = partial(crop_flip, padding=self.info.crop_padding, flip=self.info.flip)
+        for count in GROWING:
+            transfer = TransferSet(count, size, self.device)
+            images = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8)
+            transfer.add(images, torch.zeros(count, dtype=torch.long))
+            steps[str(count)] = transfer.batches(self.args.batch_size, view).__next__
+            steps[str(count)]()
+        times = {count: 1000 * self.args.batch_size / m.rate for count, m in self.in_turns(steps).items()}
+        rows = [
+            {
+                "images in the bank": count,
+                "MiB": f"{int(count) * 3 * size**2 / 2**20:.0f}",
+                "sampling, ms a batch": f"{value:.2f}",
+                "against the smallest": f"{value / times[str(GROWING[0])]:.2f}",
+            }
+            for count, value in times.items()
+        ]
+        return f"{machine()}; bank sampling, {size} px, batch {self.args.batch_size}\n\n{markdown(rows)}"
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line; ``pairs`` as a list of (teacher, student), ``loops`` as a list of names.
+
+    Raises:
+        UserError: a pair is none, or a loop is not known.
+    """
     parser = argparse.ArgumentParser(prog="python -m engine.benchmark", description=__doc__.splitlines()[0])
-    parser.add_argument("--teacher", default="resnet20", help="a name of registry.MODELS [resnet20]")
-    parser.add_argument("--student", default="wrn16_1", help="a name of registry.MODELS [wrn16_1]")
+    parser.add_argument("--pairs", default=PAIRS, help=f"teacher:student,..., names of registry.MODELS [{PAIRS}]")
+    parser.add_argument("--loops", default=",".join(LOOPS), help=f"what to measure [{','.join(LOOPS)}]")
     parser.add_argument("--dataset", default="cifar10", help="for image size and classes; its data are not opened [cifar10]")
     parser.add_argument("--batch_size", type=int, default=256, help="images a step [256]")
     parser.add_argument("--bank", type=int, default=4096, help="random images in the bank [4096]")
     parser.add_argument("--workers", type=int, default=2, help="DataLoader processes of the plain loop [2]")
-    parser.add_argument("--seconds", type=float, default=4.0, help="of each measurement [4]")
-    parser.add_argument("--repeats", type=int, default=3, help="measurements in turn; the median counts [3]")
+    parser.add_argument("--seconds", type=float, default=2.5, help="of each measurement, at least two steps [2.5]")
+    parser.add_argument("--repeats", type=int, default=3, help="measurements in turn, fewer if slow; medians count [3]")
     parser.add_argument("--amp", default="no", choices=AMP, help="of our loop; the plain one is fp32 [no]")
+    parser.add_argument("--compile", default="auto", choices=COMPILE, help="our loop; the plain one is not compiled [auto]")
     parser.add_argument("--gpu", type=int, default=None, help="index, -1 for the CPU; default: GPU 0 if there is one")
     parser.add_argument("--into", type=Path, help="rewrite the table 'benchmark' in this file as well")
-    args = parser.parse_args()
-    device = choose_device(args.gpu)
-    info = dataset_info(args.dataset)
+    args = parser.parse_args(argv)
+    args.pairs = [tuple(pair.split(":")) for pair in args.pairs.split(",")]
+    if wrong := [pair for pair in args.pairs if len(pair) != 2 or not all(pair)]:
+        raise UserError(f"--pairs {':'.join(wrong[0])} is no pair; wanted teacher:student,teacher:student,...")
+    args.loops = args.loops.split(",")
+    for name in args.loops:
+        lookup(LOOPS, name, "loop")
+    if args.bank < args.batch_size or args.repeats < 1:
+        raise UserError(f"--bank {args.bank} must hold a batch ({args.batch_size}), and --repeats be at least 1")
+    return args
+
+
+def main() -> None:
+    args = parse()
+    device, info = choose_device(args.gpu), dataset_info(args.dataset)
     torch.manual_seed(0)
-    rates: dict[str, dict[str, list[float]]] = {}
+    loops = [name for name in args.loops if name != "growth"]
+    bar = progress(args.repeats * (len(args.pairs) * len(loops) + ("growth" in args.loops)), "benchmark", "turn")
+    texts = []
+
+    def say(text: str) -> None:
+        texts.append(text)
+        bar.write(text + "\n")  # on stdout, above the bar
+
     with tempfile.TemporaryDirectory() as folder:
-        manifest = Manifest(info.name, info.num_classes, info.image_size)
-        bank = ImageBank(Path(folder, "bank"), manifest)
+        bank = ImageBank(Path(folder, "bank"), Manifest(info.name, info.num_classes, info.image_size))
         images = torch.randint(0, 256, (args.bank, 3, info.image_size, info.image_size), dtype=torch.uint8)
         bank.append("synthesize", 0, images, torch.arange(args.bank) % info.num_classes)
-        export_folders(bank, Path(folder, "png"))
-        networks = [[build_classifier(name, info, device) for name in (args.teacher, args.student)] for _ in range(2)]
-        for mine, plain in zip(*networks):
-            plain.load_state_dict(mine.state_dict())
-        (teacher, student), (plain_teacher, plain_student) = networks
-        loops = {
-            "ours": Ours(
-                info, frozen(teacher), student, bank.read("synthesize"), args.batch_size, Precision(args.amp, device)
-            ),
-            "plain": Plain(info, frozen(plain_teacher), plain_student, Path(folder, "png"), args.batch_size, args.workers),
-        }
-        for name in ("sample", "teacher_forward", "distillation", "inversion"):
-            for _ in range(args.repeats):
-                for kind, loop in loops.items():
-                    value = rate(getattr(loop, name), args.batch_size, args.seconds, device)
-                    rates.setdefault(name, {}).setdefault(kind, []).append(value)
-    titles = {
-        "sample": "bank sampling",
-        "teacher_forward": "teacher forward",
-        "distillation": "distillation step",
-        "inversion": "inversion step",
-    }
-    rows = []
-    for name, by_kind in rates.items():
-        ours, plain = (statistics.median(by_kind[kind]) for kind in ("ours", "plain"))
-        rows.append(
-            {
-                "loop": titles[name],
-                "ours, images/s": f"{ours:.0f}",
-                "plain, images/s": f"{plain:.0f}",
-                "ratio": f"{ours / plain:.2f}",
-            }
-        )
-    memory = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in peak_memory().items())
-    setting = f"{args.teacher} -> {args.student}, {info.image_size} px, batch {args.batch_size}, amp {args.amp}"
-    table = f"{setting}; {machine()}, {memory}\n\n{markdown(rows)}"
-    print(table)
+        with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
+            export_folders(bank, Path(folder, "png"))
+        benchmark = Benchmark(args, bank, Path(folder, "png"), device, info, bar)
+        for teacher, student in args.pairs if loops else ():
+            say(benchmark.pair(teacher, student, loops))
+            gc.collect()  # ends the plain loop's workers
+        if "growth" in args.loops:
+            say(benchmark.growth())
+        bar.close()
     if args.into:
-        replace_table(args.into, "benchmark", table)
+        replace_table(args.into, "benchmark", "\n\n".join(texts))
 
 
 if __name__ == "__main__":

@@ -1,17 +1,58 @@
-"""The benchmark runs, and its two loops do the same work."""
+"""The benchmark runs, its two loops do the same work, and what it counts is what closed forms say."""
 
+import copy
+
+import pytest
 import torch
+from torch import nn
 
+from datafree.bank import ImageBank, Manifest
 from datafree.generators import Generator, reset
 from engine import benchmark
+from engine.benchmark import Ceilings, Measured
+from engine.data import dataset_info
+from engine.errors import UserError
+from engine.networks import build_classifier
+from engine.precision import Precision
+from models.classifier import frozen
+
+CPU = torch.device("cpu")
+TINY = "--dataset digits --batch_size 8 --bank 16 --workers 0 --seconds 0.01 --repeats 2 --gpu -1"
 
 
-def test_it_prints_a_ratio_for_every_loop(monkeypatch, capsys, tmp_path):
-    flags = "--teacher resnet8 --student resnet8 --dataset digits --batch_size 8 --bank 16 --workers 0 --seconds 0.01 --repeats 1 --gpu -1"
-    monkeypatch.setattr("sys.argv", ["benchmark", *flags.split()])
-    benchmark.main()
-    out = capsys.readouterr().out
-    assert out.count("\n| ") == 6 and "inversion step" in out and "ratio" in out
+@pytest.fixture
+def run(monkeypatch, capsys):
+    def go(flags):
+        monkeypatch.setattr("sys.argv", ["benchmark", *TINY.split(), *flags.split()])
+        monkeypatch.setattr(benchmark, "ceilings", lambda device, dtype, seconds: Ceilings(1e12, "float32", 1e10))
+        benchmark.main()
+        return capsys.readouterr()
+
+    return go
+
+
+def test_it_prints_a_table_a_pair_and_rewrites_the_file(run, monkeypatch, tmp_path):
+    monkeypatch.setattr(benchmark, "GROWING", (16, 32))
+    page = tmp_path / "page.md"
+    page.write_text("<!-- table:benchmark -->\n<!-- /table:benchmark -->\n")
+    out, err = run(f"--pairs resnet8:resnet8,resnet8:wrn16_1 --into {page}")
+    assert out.count("| inversion step |") == out.count("| bank sampling |") == 2 and "resnet8 -> wrn16_1, 16 px" in out
+    assert "ceilings: 1 TFLOP/s (float32), 10 GB/s" in out and "compile seconds 0" in out and "| 32 |" in out
+    assert out.strip() in page.read_text()
+    assert "export" not in err and "benchmark:" in err
+
+
+def test_loops_can_be_chosen(run, monkeypatch):
+    monkeypatch.setattr(benchmark, "GROWING", (16,))
+    assert "resnet" not in run("--loops growth").out
+    out = run("--pairs resnet8:resnet8 --loops sample").out
+    assert "| bank sampling |" in out and "teacher forward" not in out and "images in the bank" not in out
+
+
+@pytest.mark.parametrize("flags", ["--pairs resnet8", "--pairs a:b:c", "--loops sampel", "--bank 3", "--repeats 0"])
+def test_wrong_flags_are_refused(flags):
+    with pytest.raises(UserError):
+        benchmark.parse(flags.split())
 
 
 def test_the_plain_generator_is_the_same_map():
@@ -21,3 +62,68 @@ def test_the_plain_generator_is_the_same_map():
     plain.load_state_dict(dict(zip(plain.state_dict(), ours.state_dict().values())))
     z = torch.randn(2, 8)
     assert torch.allclose(ours(z), plain(z), atol=1e-5)
+
+
+def test_the_compiler_is_given_four_functions_and_what_it_gives_runs(tmp_path):
+    info, calls = dataset_info("digits"), []
+
+    def compiler(function, name):
+        return lambda *inputs: (calls.append(name), function(*inputs))[1]
+
+    teacher, student = (build_classifier("resnet8", info, CPU) for _ in range(2))
+    before = copy.deepcopy(student.state_dict())
+    bank = ImageBank(tmp_path / "bank", Manifest(info.name, info.num_classes, info.image_size))
+    bank.append("synthesize", 0, torch.rand(8, 3, 16, 16), torch.zeros(8, dtype=torch.long))
+    ours = benchmark.Ours(info, frozen(teacher), student, bank.read("synthesize"), 4, Precision("no", CPU), compiler)
+    ours.sample()
+    assert calls == []
+    ours.distillation()
+    assert calls == ["teacher", "student step"]
+    ours.inversion()
+    assert calls[2:] == ["generator", "synthesis losses"]
+    ours.teacher_forward()
+    assert calls[4:] == ["teacher"]
+    assert any(not torch.equal(before[name], value) for name, value in student.state_dict().items())
+
+
+def test_operations_of_a_step_are_those_of_its_products_and_convolutions():
+    linear, convolution = nn.Linear(5, 7), nn.Conv2d(3, 4, 3, padding=1)
+    rows, images = torch.randn(11, 5), torch.randn(2, 3, 8, 8, requires_grad=True)
+    product, window = 2 * 11 * 5 * 7, 2 * (2 * 8 * 8) * 4 * 3 * 9
+    assert benchmark.flops(lambda: linear(rows)) == product
+    assert benchmark.flops(lambda: linear(rows).sum().backward()) == 2 * product  # no gradient to the rows
+    assert benchmark.flops(lambda: convolution(images).sum().backward()) == 3 * window
+
+
+def test_a_row_is_medians_spread_and_the_share_of_the_ceiling():
+    ours, plain = Measured([10.0, 30.0, 20.0], 5), Measured([10.0, 10.0, 10.0])
+    row = benchmark.line("inversion", ours, plain, 10**9, Ceilings(40e9, "", 1e10))
+    assert row["ratio"] == "2.00 (1.00 to 3.00)" and row["ours, of the ceiling"] == "50 % (arithmetic)"
+    assert row["ours, peak MiB"] == "5" and row["plain, peak MiB"] == ""
+    row = benchmark.line("sample", ours, plain, 10**8, Ceilings(1.0, "", 1e10))
+    assert row["ours, of the ceiling"] == "20 % (copy)"
+
+
+def test_slow_steps_are_measured_once(monkeypatch):
+    """A clock that ticks once a step: steps of a second, of which 0.1 are asked for."""
+    now, bar = [0.0], type("Bar", (), {"done": 0, "update": lambda self, n=1: setattr(self, "done", self.done + n)})()
+    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: now[0])
+    steps = {kind: lambda: now.__setitem__(0, now[0] + 1) for kind in ("ours", "plain")}
+    measured = benchmark.in_turns(steps, 8, 0.1, 3, CPU, bar)
+    assert [m.rates for m in measured.values()] == [[8.0], [8.0]] and bar.done == 3
+    assert now[0] == 4  # two steps of each
+
+
+def test_ceilings_are_of_the_order_of_the_machine():
+    measured = benchmark.ceilings(CPU, torch.float32, seconds=0.01, scale=64)
+    assert measured.or_higher(Ceilings(1.0, "slow", 1e15)) == Ceilings(measured.arithmetic, measured.kind, 1e15)
+    assert 1e7 < measured.arithmetic < 1e16 and 1e6 < measured.memory < 1e14 and "float32" in measured.kind
+
+
+@pytest.mark.skipif(not benchmark.reset_peak(CPU), reason="this system cannot reset the peak of a process")
+def test_the_peak_of_memory_is_that_since_the_reset():
+    torch.ones(64 * 2**18)  # 64 MiB, gone before the reset
+    assert benchmark.reset_peak(CPU)
+    before = benchmark.peak(CPU)
+    torch.ones(32 * 2**18)
+    assert 24 < benchmark.peak(CPU) - before < 56
