@@ -167,16 +167,19 @@ class TransferSet:
         self.labels[self.count : end].copy_(labels)
         self.count = end
 
-    def batches(self, batch_size: int, augment) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(
+        self, batch_size: int, augment, *, seed: int, rank: int = 0, count: int = 1
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """Endless shuffled passes: images float32 (B, 3, H, W) in [0, 1] channels_last, labels (B,).
 
-        The last batch of a pass is filled from the next one, so every batch has ``batch_size`` images.
+        The last batch of a pass is filled from the next one, so every batch has ``batch_size`` images, of which process
+        ``rank`` of ``count`` takes every ``count``-th. ``seed`` decides the order, apart from the global random stream.
         """
-        order = torch.empty(0, dtype=torch.long, device=self.images.device)
+        generator, order = torch.Generator().manual_seed(seed), torch.empty(0, dtype=torch.long)
         while True:
             while len(order) < batch_size:
-                order = torch.cat([order, torch.randperm(self.count, device=order.device)])
-            chosen, order = order[:batch_size], order[batch_size:]
+                order = torch.cat([order, torch.randperm(self.count, generator=generator)])
+            chosen, order = order[:batch_size][rank::count].to(self.images.device), order[batch_size:]
             images = augment(self.images[chosen].to(self.device, non_blocking=True))
             yield (
                 images.to(torch.float32, memory_format=torch.channels_last).div_(255),

@@ -73,6 +73,7 @@ class CSDSynthesizer(Synthesizer):
             self.head = nn.Sequential(
                 nn.Linear(feature_dim, feature_dim), nn.ReLU(inplace=True), nn.Linear(feature_dim, 4 * task.num_classes)
             ).to(task.device)
+            self.shared = self.head
             self.head_optimizer = torch.optim.SGD(self.head.parameters(), lr=config.lr_head)
 
     def synthesize(self, student: nn.Module) -> ImageBatch:
@@ -123,6 +124,7 @@ class CSDSynthesizer(Synthesizer):
         loss = F.cross_entropy(self.head(features.float()), rotation_labels(labels))
         self.head_optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        self.task.average_gradients(self.head.parameters())
         self.head_optimizer.step()
 
     def state_dict(self) -> dict:

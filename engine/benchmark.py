@@ -120,7 +120,7 @@ class Ours:
         device = precision.device
         transfer = TransferSet(len(columns["labels"]), info.image_size, device)
         transfer.add(columns["images"], columns["labels"])
-        self.batches = transfer.batches(batch_size, self.view)
+        self.batches = transfer.batches(batch_size, self.view, seed=0)
         self.images = next(self.batches)[0]
         self.generator = reset(Generator(256, info.image_size)).to(device, memory_format=torch.channels_last)
         self.statistics = BNStatistics(teacher)
