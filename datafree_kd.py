@@ -13,7 +13,7 @@ from pathlib import Path
 
 from engine.errors import UserError, run_command
 from engine.flags import Parser, add_flags, from_args, stage_flags
-from engine.processes import is_main
+from engine.processes import is_main, leave_processes
 from engine.settings import DistillFlags, RunFlags, TaskFlags, for_seed
 from registry import METHODS, lookup, resolve
 
@@ -136,3 +136,4 @@ def run(name: str, method_class: type, groups: list) -> Path:
 
 if __name__ == "__main__":
     run_command(main)
+    leave_processes()

@@ -64,11 +64,16 @@ class Task:
 
 
 class Synthesizer:
-    """Makes the images of one round. It computes: no files, no loaders, no device choice."""
+    """Makes the images of one round. It computes: no files, no loaders, no device choice.
 
-    images_total: int | None = None  # of one that streams: how many different images there are; None: each is new
-    shared: nn.Module | None = None  # what ``batches`` and ``after_step`` need; where several processes train the student, each
-    # gets the main one's after every ``synthesize``, which the main one alone calls
+    Attributes:
+        images_total: of one that streams, how many different images there are; None: each is new.
+        shared: what ``batches`` and ``after_step`` need of it. Where several processes train the student, the main one alone
+            calls ``synthesize``, and the others get the weights of this module after it.
+    """
+
+    images_total: int | None = None
+    shared: nn.Module | None = None
 
     def synthesize(self, student: nn.Module) -> ImageBatch:
         """One round of synthesis against the teacher and, where the method competes, the student.

@@ -1,4 +1,4 @@
-"""Stage distill: rounds of [synthesize; kd_steps student steps], by one process or several. It never asks which method it serves.
+"""Stage distill: rounds of [synthesize; kd_steps student steps]. It never asks which method it serves.
 
 A round may be as short as one generator step and five student steps, so whatever costs time apart from them (reading a
 loss back, a line of metrics, a checkpoint, the test accuracy) comes once an epoch.

@@ -41,8 +41,9 @@ class Pipeline:
         open_bank: (path, manifest, create) -> image bank.
         transfer_set: (capacity, image_size, device) -> the images that the student learns from.
         filter: ``datafree.filter``.
-        processes: those that share the stages. All but the main one have no ``run`` and no ``stages``, and read what the main
-            one has written to ``path``, the run folder.
+        path: the run folder.
+        run, stages: the main process's; None in the others, which read what it has written to the folder.
+        processes: those that share the stages.
     """
 
     path: Path
@@ -171,7 +172,8 @@ class Pipeline:
         run.result(
             {name: self.flags[name] for name in names}
             | {"dataset": self.info.name, "external_prior": self.external_prior(), "teacher_acc1": teacher_acc1}
-            | figures | counts | self.measured | {"processes": self.processes.count, "seconds": self.seconds(), "settings": settings}
+            | figures | counts | self.measured
+            | {"processes": self.processes.count, "seconds": self.seconds(), "settings": settings}
         )  # fmt: skip
         self.stages.update("distill", done=True)
         run.log(

@@ -1,6 +1,7 @@
 """Several processes that share a run's work: ``accelerate launch`` or ``torchrun`` start them, on one machine or more."""
 
 import os
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -82,7 +83,10 @@ class Processes:
 
     def parallel(self, module: nn.Module) -> nn.Module:
         """A module whose backward averages gradients over the processes; batch statistics are each process's own."""
-        return nn.parallel.DistributedDataParallel(module) if self.count > 1 else module
+        if self.count == 1:
+            return module
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")  # channels_last; costs a copy
+        return nn.parallel.DistributedDataParallel(module)
 
     def check_divides(self, batch_size: int) -> None:
         """Every process takes an equal share of a batch.
@@ -117,6 +121,13 @@ def join_processes(gpu: int | None = None) -> Processes:
         # A process that waits may do so while the main one makes images; the launcher ends all of them if one fails.
         dist.init_process_group(backend, timeout=timedelta(days=7))
     return Processes(dist.get_rank(), count)
+
+
+def leave_processes() -> None:
+    """The end of a command that went well: waits for the main one, as nccl wants all to leave together."""
+    if dist.is_initialized():
+        dist.broadcast_object_list([None])
+        dist.destroy_process_group()
 
 
 def local_rank() -> int:
