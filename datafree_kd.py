@@ -13,6 +13,7 @@ from pathlib import Path
 
 from engine.errors import UserError, run_command
 from engine.flags import Parser, add_flags, from_args, stage_flags
+from engine.processes import is_main, leave_processes
 from engine.settings import DistillFlags, RunFlags, TaskFlags, for_seed
 from registry import METHODS, lookup, resolve
 
@@ -42,11 +43,11 @@ def main() -> None:
     seeds = run_flags.seeds or (run_flags.seed,)
     folders = []
     for seed in seeds:
-        if len(seeds) > 1:
+        if len(seeds) > 1 and is_main():
             print(f"== seed {seed}")
         folders.append(run(name, method_class, for_seed(seed, bool(run_flags.seeds), groups)))
     finished = [str(folder) for folder in folders if (folder / "result.json").exists()]
-    if len(seeds) > 1 and finished:
+    if len(seeds) > 1 and finished and is_main():
         from engine import report
 
         print(report.table(report.parse(finished)))
@@ -71,8 +72,8 @@ def run(name: str, method_class: type, groups: list) -> Path:
     from engine.seeding import seed_position
     from engine.stages import Stages
 
-    processes, device = join_processes(), choose_device(run_flags.gpu)
-    precision, schedule = Precision(run_flags.amp, device), distill_flags.schedule()
+    device, schedule = choose_device(run_flags.gpu), distill_flags.schedule()
+    processes, precision = join_processes(run_flags.gpu), Precision(run_flags.amp, device)
     compiler = Compiler(run_flags.compile, device, log=print if processes.main else lambda text: None)
     forbid_train_split()
     info = dataset_info(
@@ -88,13 +89,15 @@ def run(name: str, method_class: type, groups: list) -> Path:
         return crop_flip(images, info.crop_padding, info.flip)
 
     def training_split():
-        print(f"{name} opens the training images of {info.name}: a control, not a data-free method")
+        if processes.main:
+            print(f"{name} opens the training images of {info.name}: a control, not a data-free method")
         with allow_train_split():
             return load_split(info, "train", device)
 
     task = Task(
         info.num_classes, info.image_size, device, random_view, precision, info.class_names, info.flip,
         training_split if method_class.reads_train_split else None, info.prompt, schedule.rounds, schedule.kd_steps, compiler,
+        processes.average_gradients,
     )  # fmt: skip
     method = method_class(config, teacher, student, task)
 
@@ -112,6 +115,8 @@ def run(name: str, method_class: type, groups: list) -> Path:
     selected = list(run_flags.stages or order)
     if wrong := [stage for stage in selected if stage not in order]:
         raise UserError(f"--stages {','.join(wrong)}: this run has the stages {', '.join(order)}")
+    if "distill" in selected:
+        processes.check_divides(distill_flags.batch_size)
 
     pair = f"{info.name}_{short_name(task_flags.teacher)}_{short_name(task_flags.student)}"
     flags = {"method": name} | {k: v for group in groups for k, v in dataclasses.asdict(group).items()}
@@ -119,14 +124,13 @@ def run(name: str, method_class: type, groups: list) -> Path:
     inputs = {"method": name, "teacher_ckpt": f"(weights {weights})"}
     parts = method, info, manifest, schedule, flags, ImageBank, TransferSet, filter, processes
     if not processes.main:  # of those that a launcher started, one keeps the folder
-        Pipeline(None, None, *parts).assist()
+        Pipeline(folder, None, None, *parts).execute(selected, redo=None)
         return folder
     run_folder = Run(folder, flags)
     compiler.log = run_folder.log
     stages = Stages(folder / "stages.json", {stage: inputs | stage_flags(stage, *groups) for stage in order})
-    pipeline = Pipeline(run_folder, stages, *parts)
     try:
-        pipeline.execute(selected, redo=run_flags.redo)
+        Pipeline(folder, run_folder, stages, *parts).execute(selected, run_flags.redo)
     finally:
         run_folder.close()
     return folder
@@ -134,3 +138,4 @@ def run(name: str, method_class: type, groups: list) -> Path:
 
 if __name__ == "__main__":
     run_command(main)
+    leave_processes()

@@ -19,7 +19,7 @@ How to add one, "mine":
    What they cannot know is whether its losses are the paper's: test those against a closed form in ``tests/``.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -48,8 +48,10 @@ class Task:
     ``prompt`` is the dataset's for a text-to-image model, with ``{label}`` for a class's name.
     ``training_split`` opens the real training images (``engine.data.Split``) for a method that has ``reads_train_split``.
     ``rounds`` and ``kd_steps`` are the lengths of stage distill. ``compile(function, calls, name)`` gives a function of
-    tensors compiled where that pays (``engine.compilation``): what a step spends its time on, but no loops and no drawing of
+    tensors compiled where that pays (``engine.compilation.Compiler``): what a step spends its time on, but no loops and no drawing of
     random numbers.
+    ``average_gradients(parameters)`` comes between backward and step of what ``after_step`` trains: its images are a share of
+    the student's batch where several processes train it.
     """
 
     num_classes: int
@@ -63,13 +65,21 @@ class Task:
     prompt: str = "a photo of a {label}"
     rounds: int = 1
     kd_steps: int = 1
-    compile: Callable[..., Callable] = lambda function, calls, name: function
+    compile: Callable[..., Callable] = lambda function, calls, name, **_: function
+    average_gradients: Callable[[Iterable[nn.Parameter]], None] = lambda parameters: None
 
 
 class Synthesizer:
-    """Makes the images of one round. It computes: no files, no loaders, no device choice."""
+    """Makes the images of one round. It computes: no files, no loaders, no device choice.
 
-    images_total: int | None = None  # of one that streams: how many different images there are; None: each is new
+    Attributes:
+        images_total: of one that streams, how many different images there are; None: each is new.
+        shared: what ``batches`` and ``after_step`` need of it. Where several processes train the student, the main one alone
+            calls ``synthesize``, and the others get the weights of this module after it.
+    """
+
+    images_total: int | None = None
+    shared: nn.Module | None = None
 
     def synthesize(self, student: nn.Module) -> ImageBatch:
         """One round of synthesis against the teacher and, where the method competes, the student.
@@ -79,8 +89,12 @@ class Synthesizer:
         """
         raise NotImplementedError
 
-    def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Of a method that streams: endless images (B, 3, H, W) in [0, 1] and labels (B,) for the student's steps."""
+    def batches(self, batch_size: int, *, seed: int, rank: int = 0, count: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+        """Of a method that streams: endless images (B, 3, H, W) in [0, 1] and labels (B,) for the student's steps.
+
+        B is the share of process ``rank`` of ``count`` of every ``batch_size`` images. Images that are not new at every step
+        come in an order that ``seed``, the same in all processes, decides.
+        """
         raise NotImplementedError
 
     def after_step(self, student: nn.Module, images: Tensor, labels: Tensor) -> None:

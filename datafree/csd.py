@@ -74,6 +74,7 @@ class CSDSynthesizer(Synthesizer):
             self.head = nn.Sequential(
                 nn.Linear(feature_dim, feature_dim), nn.ReLU(inplace=True), nn.Linear(feature_dim, 4 * task.num_classes)
             ).to(task.device)
+            self.shared = self.head
             self.head_optimizer = torch.optim.SGD(self.head.parameters(), lr=config.lr_head, fused=True)
             self.measure_head = task.compile(self.head_loss, task.rounds * task.kd_steps, "rotation head's step")
         self.generate = task.compile(self.generator, rounds * g_steps, "generator")
@@ -125,6 +126,7 @@ class CSDSynthesizer(Synthesizer):
         self.head_optimizer.zero_grad(set_to_none=True)
         with eval_mode(student):
             self.measure_head(images, labels, student).backward()
+        self.task.average_gradients(self.head.parameters())
         self.head_optimizer.step()
 
     def head_loss(self, images: Tensor, labels: Tensor, student: nn.Module) -> Tensor:

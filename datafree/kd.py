@@ -41,16 +41,17 @@ class RealImages(Synthesizer):
 
     def synthesize(self, student: nn.Module) -> ImageBatch:
         """Some images to look at."""
-        images, labels = next(self.batches(min(64, len(self.split))))
+        images, labels = next(self.batches(min(64, len(self.split)), seed=0))
         return ImageBatch(images, labels)
 
-    def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, batch_size: int, *, seed: int, rank: int = 0, count: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
         """Endless shuffled passes; what is left over at the end of one is left out."""
         if batch_size > len(self.split):
             raise UserError(f"--batch_size {batch_size} is more than the {len(self.split)} training images; give less")
+        generator, whole = torch.Generator().manual_seed(seed), len(self.split) // batch_size * batch_size
         while True:
-            order = torch.randperm(len(self.split))
-            for images, labels in self.split.batches(batch_size, order, drop_last=True):
+            order = torch.randperm(len(self.split), generator=generator)[:whole].view(-1, batch_size)
+            for images, labels in self.split.batches(batch_size // count, order[:, rank::count].flatten()):
                 yield self.task.augment(images), labels
 
 

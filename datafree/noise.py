@@ -44,11 +44,11 @@ class NoiseImages(Synthesizer):
 
     def synthesize(self, student: nn.Module) -> ImageBatch:
         """Some images to look at."""
-        return ImageBatch(*next(self.batches(64)))
+        return ImageBatch(*next(self.batches(64, seed=0)))
 
-    def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, batch_size: int, *, seed: int, rank: int = 0, count: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
         """Images of independent pixels."""
-        shape = (batch_size, 3, self.task.image_size, self.task.image_size)
+        shape = (batch_size // count, 3, self.task.image_size, self.task.image_size)
         while True:
             if self.noise == "uniform":
                 images = torch.rand(shape, device=self.task.device)
@@ -67,9 +67,9 @@ class FolderImages(NoiseImages):
         self.pictures.add(images, torch.full((len(images),), -1))
         self.images_total = len(images)
 
-    def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """As ``TransferSet.batches``, labels -1; the order comes out of the global random stream."""
-        return self.pictures.batches(batch_size, self.task.augment, seed=int(torch.randint(2**62, ())))
+    def batches(self, batch_size: int, **share: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """As ``TransferSet.batches``, labels -1."""
+        return self.pictures.batches(batch_size, self.task.augment, **share)
 
 
 class Noise(Method):

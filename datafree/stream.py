@@ -39,6 +39,7 @@ class GeneratorStream(Synthesizer):
         self.config, self.teacher, self.task = config, teacher, task
         generator = reset(Generator(config.nz, task.image_size, LARGE))
         self.generator = generator.to(task.device, memory_format=torch.channels_last).train()
+        self.shared = self.generator
         self.optimizer = torch.optim.Adam(self.generator.parameters(), lr=config.lr_g, betas=(0.5, 0.999), fused=True)
         self.compiled_generator = task.compile(self.generator, task.rounds * (config.g_steps + task.kd_steps), "generator")
         self.measure = task.compile(self.losses, task.rounds * config.g_steps, "synthesis losses")
@@ -61,11 +62,11 @@ class GeneratorStream(Synthesizer):
         scalars = {("loss_synthesis" if name == "loss" else name): value.detach() for name, value in losses.items()}
         return ImageBatch(images.detach(), unlabelled(images), scalars)
 
-    def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, batch_size: int, *, seed: int, rank: int = 0, count: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
         """New images at every step, without augmentation."""
         while True:
             with torch.no_grad():
-                images = self.generate(batch_size)
+                images = self.generate(batch_size // count)
             yield images, unlabelled(images)
 
     def state_dict(self) -> dict[str, Any]:

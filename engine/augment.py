@@ -1,4 +1,8 @@
-"""Stage augment: V variants of every bank image, then the cosine between each variant and its source."""
+"""Stage augment: V variants of every bank image, then the cosine between each variant and its source.
+
+Of several processes the main one trains an augmenter that learns from the bank; process r draws batches r, r + W, ... of a
+shard, which the main one writes.
+"""
 
 from pathlib import Path
 
@@ -8,7 +12,9 @@ from torch import Tensor
 from engine.errors import UserError
 from engine.evaluate import check_finite
 from engine.files import load_checkpoint, load_tensors, save_checkpoint, save_tensors
+from engine.generate import to_uint8
 from engine.pictures import variants_grid
+from engine.processes import Processes
 from engine.run import Run, progress
 from engine.seeding import position_seed, seed_position
 from engine.stages import Stages
@@ -38,8 +44,8 @@ def fit_augmenter(run: Run, augmenter, images: Tensor, labels: Tensor, seed: int
 
 
 def augment(
-    run: Run,
-    stages: Stages,
+    run: Run | None,
+    stages: Stages | None,
     sources: dict,
     store,
     make_augmenter,
@@ -48,6 +54,7 @@ def augment(
     variants: int,
     batch_size: int,
     seed: int,
+    processes: Processes = Processes(),
 ) -> None:
     """Fills ``store`` with ``variants`` variants of every source image.
 
@@ -55,39 +62,53 @@ def augment(
     ``SHARD`` positions; the work goes on after the last whole one.
 
     Args:
+        run, stages, store: the main process's, ``store`` an image bank for the variants; None in the others.
         sources: images (N, 3, H, W) uint8 and labels (N,).
-        store: an image bank for the variants.
         make_augmenter: builds the augmenter; called only if something is left to do.
     """
-    stages.begin("augment")
     images, labels = sources["images"], sources["labels"]
     if not len(images):
         raise UserError("the image bank is empty: there is nothing to vary; make images with --stages synthesize first")
     total = variants * len(images)
     shards = -(-total // SHARD)
-    present = set(store.rounds("augment"))
-    start = next((s for s in range(shards) if s not in present), shards)
+    start = None
+    if processes.main:
+        stages.begin("augment")
+        present = set(store.rounds("augment"))
+        start = next((s for s in range(shards) if s not in present), shards)
+    start = processes.broadcast(start)
     if start < shards:
         augmenter = make_augmenter()
         if augmenter.fit_rounds:
-            fit_augmenter(run, augmenter, images, labels, seed)
+            if processes.main:
+                fit_augmenter(run, augmenter, images, labels, seed)
+            state = processes.broadcast(augmenter.state_dict() if processes.main else None)
+            if not processes.main:
+                augmenter.load_state_dict(state)
         bar = progress(total, "augment", "img", start * SHARD)
         for shard in range(start, shards):
             positions = torch.arange(shard * SHARD, min((shard + 1) * SHARD, total))
-            made = []
-            for part in positions.split(batch_size):
+            parts = positions.split(batch_size)
+            made = {}
+            for number in range(processes.rank, len(parts), processes.count):
+                part = parts[number]
                 source_index = part % len(images)
                 seeds = [position_seed(seed, "variant", int(p % len(images)), int(p // len(images))) for p in part]
                 source = images[source_index].to(device).float().div_(255)
                 varied = augmenter.augment(source, labels[source_index].to(device), seeds)
                 if not bool(torch.isfinite(varied).all()):
                     raise UserError(f"the diffusion model made NaN pixels in shard {shard}; give --diffusion_dtype fp32")
-                made.append((varied.clamp(0, 1) * 255).round().to(torch.uint8).cpu())
+                made[number] = to_uint8(varied).cpu()
                 bar.update(len(part))
-            source_index = positions % len(images)
-            store.append("augment", shard, torch.cat(made), labels[source_index], source_index=source_index)
-            stages.update("augment", variants=int(positions[-1]) + 1)
+            made = {number: part for found in processes.gather(made) for number, part in found.items()}
+            if processes.main:
+                source_index, varied = positions % len(images), torch.cat([made[number] for number in sorted(made)])
+                store.append("augment", shard, varied, labels[source_index], source_index=source_index)
+                stages.update("augment", variants=int(positions[-1]) + 1)
+                bar.update(int(positions[-1]) + 1 - bar.n)
         bar.close()
+    if not processes.main:
+        return
     stages.update("augment", done=True, variants=total)
     run.log(f"augment: {total} variants of {len(images)} images in {store.path} ({stages.seconds()['augment']:.0f} s)")
 

@@ -265,7 +265,7 @@ def _home(num_bytes: int, device: torch.device) -> torch.device | None:
 
 
 def memory_limit(device: torch.device) -> int:
-    """Bytes that a split may take: a quarter of the free GPU memory, half of the free host memory."""
+    """Bytes that a split may take: a quarter of the free GPU memory, half of this process's share of the free host memory."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] // 4
     free = _read_bytes("/proc/meminfo", "MemAvailable:", 1024)
@@ -274,7 +274,7 @@ def memory_limit(device: torch.device) -> int:
     limit, used = (_read_bytes(f"/sys/fs/cgroup/memory.{what}") for what in ("max", "current"))  # a container's
     if limit is not None and used is not None:
         free = min(free, max(limit - used, 0))
-    return free // 2
+    return free // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def _read_bytes(path: str, key: str = "", unit: int = 1) -> int | None:

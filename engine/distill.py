@@ -2,20 +2,25 @@
 
 A round may be as short as one generator step and five student steps, so whatever costs time apart from them (reading a
 loss back, a line of metrics, a checkpoint, the test accuracy) comes once an epoch.
+
+Of several processes the main one makes each round's images and keeps the run; all hold the same images and take equal shares
+of the same student batches, whose gradients they average.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 
 import torch
 from torch import Tensor, nn
 
+from engine.errors import UserError
 from engine.evaluate import check_finite, evaluate
 from engine.files import load_checkpoint, save_checkpoint
 from engine.pictures import grid
 from engine.precision import Precision
+from engine.processes import Processes
 from engine.run import Run, Stopwatch, progress
 from engine.seeding import position_seed, seed_position
 from engine.stages import Stages
@@ -54,6 +59,17 @@ class Schedule:
         return self.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
+class StudentStep(nn.Module):
+    """All that is trained: images (B, 3, H, W), labels (B,) and the teacher's outputs in, the student's named losses out."""
+
+    def __init__(self, student: nn.Module, objective: nn.Module):
+        super().__init__()
+        self.student, self.objective = student, objective
+
+    def forward(self, images: Tensor, labels: Tensor, teacher_out) -> dict[str, Tensor]:
+        return self.objective(teacher_out, self.student(images, return_features=True), labels)
+
+
 class Distillation:
     """The state that rounds change, and its checkpoint.
 
@@ -62,6 +78,8 @@ class Distillation:
         objective: (teacher_out, student_out, labels) -> named losses; its own parameters are trained too.
         synthesizer: see ``datafree.base.Synthesizer``.
         images_per_round: that it adds to the bank; 0 and with a bank: it is never called.
+        processes: those that train the student together.
+        compile: (function, calls, name) -> one to call instead; see ``engine.compilation.Compiler``.
     """
 
     def __init__(
@@ -73,9 +91,16 @@ class Distillation:
         schedule: Schedule,
         precision: Precision,
         images_per_round: int = 0,
+        processes: Processes = Processes(),
+        compile: Callable[..., Callable] = lambda function, calls, name, **_: function,
     ):
-        self.teacher, self.student, self.objective, self.synthesizer = teacher, student, objective, synthesizer
+        self.student, self.objective, self.synthesizer = student, objective, synthesizer
         self.schedule, self.precision, self.images_per_round = schedule, precision, images_per_round
+        self.processes = processes
+        steps, step = schedule.rounds * schedule.kd_steps, StudentStep(student, objective)
+        self.teacher = compile(teacher, steps, "teacher", constant_weights=True)
+        step.forward = compile(step.forward, steps, "student step")
+        self.step = processes.parallel(step)
         self.parameters = [*student.parameters(), *objective.parameters()]
         fused = {"fused": True} if precision.device.type in ("cuda", "cpu") else {}
         self.optimizer = torch.optim.SGD(
@@ -85,7 +110,9 @@ class Distillation:
         self.synthesis_clock = Stopwatch(precision.device)
 
     def synthesize(self):
-        """One round of synthesis, its seconds counted apart."""
+        """One round of synthesis by the main process, its seconds counted apart; the others get None."""
+        if not self.processes.main:
+            return None
         with self.synthesis_clock, weights_fixed(self.student):
             return self.synthesizer.synthesize(self.student)
 
@@ -93,18 +120,17 @@ class Distillation:
         """``kd_steps`` student steps; returns the mean of every named loss, on the device."""
         first = round * self.schedule.kd_steps
         sums: dict[str, Tensor] = {}
-        self.student.train()
-        self.objective.train()
+        self.step.train()
         for step, (images, labels) in enumerate(islice(batches, self.schedule.kd_steps), first):
             for group in self.optimizer.param_groups:
                 group["lr"] = self.schedule.learning_rate(step)
             with self.precision.autocast():
                 with torch.no_grad():
                     teacher_out = self.teacher(images, return_features=True)
-                losses = self.objective(teacher_out, self.student(images, return_features=True), labels)
+                losses = self.step(images, labels, teacher_out)
             self.precision.minimize(losses["loss"], self.optimizer)
             self.synthesizer.after_step(self.student, images, labels)
-            sums = {name: sums.get(name, 0) + value.detach() for name, value in losses.items()}
+            sums = add(sums, {name: value.detach() for name, value in losses.items()})
             bar.update()
         return {name: total / self.schedule.kd_steps for name, total in sums.items()}
 
@@ -133,30 +159,45 @@ class Distillation:
 
 
 def distill(
-    run: Run, stages: Stages, distillation: Distillation, bank, transfer, augment_batch, test, *, seed: int
+    run: Run | None, stages: Stages | None, distillation: Distillation, bank, transfer, augment_batch, test, *, seed: int
 ) -> dict[str, float]:
     """Runs every epoch that is left; one checkpoint and one accuracy an epoch.
 
     Args:
+        run, stages, test: the main process's; None in the others.
         bank: where the images of each round are kept, or None for a method that only streams.
         transfer: ``TransferSet`` with the images there before the first round; None where ``bank`` is None.
         augment_batch: random crop and flip of the student's batches.
         test: the test split, only to report.
     Returns:
-        acc1_last, acc1_best, acc1_mean (over epochs) in %, student_steps, synthesis_seconds (within this stage).
+        acc1_last, acc1_best, acc1_mean (over epochs) in %, student_steps, synthesis_seconds (within this stage); of the
+        others nothing.
     """
-    schedule, file = distillation.schedule, run.path / "distill.pth"
-    stages.begin("distill")
-    start = distillation.load_state_dict(load_checkpoint(file, "run checkpoint")) if file.exists() else 0
-    run.rewind("distill", start)
-    if bank is not None and distillation.images_per_round:
-        made = bank.read("distill", start)
-        transfer.add(made["images"], made["labels"])
-    if start:
+    schedule, processes = distillation.schedule, distillation.processes
+    state = None
+    if processes.main:
+        stages.begin("distill")
+        file = run.path / "distill.pth"
+        state = load_checkpoint(file, "run checkpoint") if file.exists() else None
+        run.rewind("distill", state["round"] if state else 0)
+    state = processes.broadcast(state)
+    start = distillation.load_state_dict(state) if state else 0
+    if bank is not None:
+        if distillation.images_per_round:
+            made = bank.read("distill", start)
+            transfer.add(made["images"], made["labels"])
+        if len(transfer) != (images := processes.broadcast(len(transfer))):
+            raise UserError(
+                f"process {processes.rank} finds {len(transfer)} images in {bank.path}, the main one {images}; wait until "
+                "the file system shows the same everywhere, and run again"
+            )
+    if start and processes.main:
         run.log(f"distill: going on after round {start} of {schedule.rounds}")
     bar = progress(schedule.rounds * schedule.kd_steps, "distill", "step", start * schedule.kd_steps)
     for epoch in range(start // schedule.rounds_per_epoch, schedule.epochs):
         figures = distill_epoch(distillation, epoch, bank, transfer, augment_batch, seed, bar, run)
+        if not processes.main:
+            continue
         accuracy = evaluate(distillation.student, test)
         distillation.accuracies.append(accuracy["acc1"])
         rounds = (epoch + 1) * schedule.rounds_per_epoch
@@ -166,37 +207,61 @@ def distill(
         save_checkpoint(file, distillation.state_dict(rounds))
         stages.update("distill", rounds=rounds)
     bar.close()
+    if not processes.main:
+        return {}
     return summary(distillation.accuracies, schedule) | {"synthesis_seconds": round(distillation.synthesis_clock.read(), 3)}
 
 
 def distill_epoch(
-    distillation: Distillation, epoch: int, bank, transfer, augment_batch, seed: int, bar, run: Run
+    distillation: Distillation, epoch: int, bank, transfer, augment_batch, seed: int, bar, run: Run | None
 ) -> dict[str, float]:
-    """The rounds of one epoch; returns the means of their named figures."""
-    schedule = distillation.schedule
+    """The rounds of one epoch; returns the means of their named figures, the student's over all processes."""
+    schedule, processes, synthesizer = distillation.schedule, distillation.processes, distillation.synthesizer
     makes_images = bank is None or distillation.images_per_round > 0
-    sums: dict[str, Tensor] = {}
+    made: dict[str, Tensor] = {}
+    learned: dict[str, Tensor] = {}
     for round in range(epoch * schedule.rounds_per_epoch, (epoch + 1) * schedule.rounds_per_epoch):
-        seed_position(seed, "distill", round)
-        scalars: dict[str, Tensor] = {}
+        seed_position(seed, "distill", round, *processes.stream)
+        share = {"seed": position_seed(seed, "order", round), "rank": processes.rank, "count": processes.count}
         if makes_images:
             batch = distillation.synthesize()
-            scalars = batch.scalars
+            made = add(made, batch.scalars if batch else {})
+            if bank is not None:
+                keep(distillation, bank, transfer, batch, round)
+            processes.broadcast_weights(synthesizer.shared)
         if bank is None:
-            batches = distillation.synthesizer.batches(schedule.batch_size)
+            batches = synthesizer.batches(schedule.batch_size, **share)
         else:
-            if makes_images:
-                values = {name: float(value) for name, value in scalars.items()}
-                check_finite(values, f"round {round} of stage distill (synthesis)", ADVICE)
-                transfer.add(*bank.append("distill", round, batch.images, batch.labels))
-            batches = transfer.batches(schedule.batch_size, augment_batch, seed=position_seed(seed, "order", round))
-        scalars = scalars | distillation.student_steps(batches, round, bar)
-        sums = {name: sums.get(name, 0) + value for name, value in scalars.items()}
+            batches = transfer.batches(schedule.batch_size, augment_batch, **share)
+        learned = add(learned, distillation.student_steps(batches, round, bar))
+    sums = made | processes.mean(learned)
     figures = {name: float(total) / schedule.rounds_per_epoch for name, total in sums.items()}
     check_finite(figures, f"epoch {epoch + 1} of stage distill", ADVICE)
-    if makes_images and (epoch % 10 == 0 or epoch + 1 == schedule.epochs):
+    if processes.main and makes_images and (epoch % 10 == 0 or epoch + 1 == schedule.epochs):
         run.picture("images", grid(batch.images[:64]), epoch)
     return figures
+
+
+def add(sums: dict[str, Tensor], values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Named sums with named values added."""
+    return sums | {name: sums.get(name, 0) + value for name, value in values.items()}
+
+
+def keep(distillation: Distillation, bank, transfer, batch, round: int) -> None:
+    """The main process's new images into its bank and into the transfer set of every process."""
+    processes, device = distillation.processes, distillation.precision.device
+    images = labels = None
+    if batch is not None:
+        values = {name: float(value) for name, value in batch.scalars.items()}
+        check_finite(values, f"round {round} of stage distill (synthesis)", ADVICE)
+        images, labels = bank.append("distill", round, batch.images, batch.labels)
+    if processes.count > 1 and processes.broadcast(transfer.mapped):  # what the main one found room for; its shard is there
+        columns = bank.open_shards([bank.shard("distill", round)])
+        images, labels = columns["images"], columns["labels"]
+    elif processes.count > 1:
+        images = processes.broadcast_tensor(images[:] if processes.main else None, device)
+        labels = processes.broadcast_tensor(labels, device)
+    transfer.add(images, labels)
 
 
 def summary(accuracies: list[float], schedule: Schedule) -> dict[str, float]:

@@ -1,11 +1,14 @@
 """How a command ends: the one exception for mistakes that the user can mend, and the wrapper of every entry point."""
 
 import errno
+import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 
 EXIT_USER_ERROR = 2
+PATIENCE = 5  # s; see ``follow``
 
 
 class UserError(Exception):
@@ -28,6 +31,20 @@ def explain_os_error(error: OSError) -> UserError:
     return UserError(f"{error.strerror or error}: {name}")
 
 
+def follow(main: Callable[[], None]) -> None:
+    """``main`` of a process that is not the main one, whose launcher ends it when another one fails.
+
+    An error is mostly the main one's too, or comes of the main one's end: only who is still there a little later tells it.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+    try:
+        main()
+    except Exception:
+        time.sleep(PATIENCE)
+        raise
+
+
 def run_command(main: Callable[[], None]) -> None:
     """Runs ``main``; a UserError or a refused write is one line on stderr and exit code 2, a stop is 130 or 143."""
 
@@ -35,8 +52,9 @@ def run_command(main: Callable[[], None]) -> None:
         raise Terminated
 
     signal.signal(signal.SIGTERM, on_sigterm)
+    rank = int(os.environ.get("RANK", 0))
     try:
-        main()
+        follow(main) if rank else main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
@@ -45,6 +63,12 @@ def run_command(main: Callable[[], None]) -> None:
             raise
         print(f"error: {explain_os_error(error)}", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
+    except RuntimeError as error:
+        if "closed by peer" not in str(error) and "reset by peer" not in str(error):
+            raise
+        print(f"error: process {rank} has lost another one, which says why in its own last line", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(EXIT_USER_ERROR)  # gloo's threads, which still wait for the other one, would end an orderly exit by abort()
     except (KeyboardInterrupt, Terminated) as stop:
         print("\nstopped; nothing written is lost: run the same command again to go on", file=sys.stderr)
         sys.exit(143 if isinstance(stop, Terminated) else 130)

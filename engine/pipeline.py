@@ -41,9 +41,12 @@ class Pipeline:
         open_bank: (path, manifest, create) -> image bank.
         transfer_set: (capacity, image_size, device) -> the images that the student learns from.
         filter: ``datafree.filter``.
-        processes: those that share stage generate. All but the main one have no ``run`` and no ``stages``, and ``assist``.
+        path: the run folder.
+        run, stages: the main process's; None in the others, which read what it has written to the folder.
+        processes: those that share the stages.
     """
 
+    path: Path
     run: Run | None
     stages: Stages | None
     method: Any
@@ -63,19 +66,22 @@ class Pipeline:
     omega: float | None = None
 
     def execute(self, selected: list[str], redo: str | None) -> None:
-        """Runs the selected stages that are not done."""
-        run, stages = self.run, self.stages
-        if redo:
-            for path in [p for stage in stages.discard(redo) for pattern in OUTPUTS[stage] for p in run.path.glob(pattern)]:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        stages.check(selected)
-        self.processes.broadcast("generate" in selected and stages.status("generate") != "done")
-        for stage in [stage for stage in stages.dependencies if stage in selected]:
-            if stages.status(stage) == "done":
-                run.log(f"{stage}: done before, skipped ({run.path})")
-            else:
+        """Runs the selected stages that are not done, as the main process finds."""
+        for stage, done in self.processes.broadcast(self.plan(selected, redo) if self.processes.main else None):
+            if not done:
                 seed_position(self.flags["seed"], stage)
                 getattr(self, stage)()
+            elif self.processes.main:
+                self.run.log(f"{stage}: done before, skipped ({self.path})")
+
+    def plan(self, selected: list[str], redo: str | None) -> list[tuple[str, bool]]:
+        """The selected stages in order and whether each is done, after what is to be made again is deleted."""
+        stages = self.stages
+        if redo:
+            for path in [p for stage in stages.discard(redo) for pattern in OUTPUTS[stage] for p in self.path.glob(pattern)]:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        stages.check(selected)
+        return [(stage, stages.status(stage) == "done") for stage in stages.dependencies if stage in selected]
 
     @property
     def device(self) -> torch.device:
@@ -86,32 +92,26 @@ class Pipeline:
         return self.method.config
 
     def synthesize(self) -> None:
-        bank = self.open_bank(self.run.path / "bank", self.manifest_of("synthesize"))
         synthesize.synthesize(
-            self.run, self.stages, bank, self.method.initial_synthesizer(), self.method.student,
-            rounds=self.config.init_rounds, seed=self.flags["seed"],
+            self.run, self.stages, self.own_bank("synthesize"), self.method.initial_synthesizer(), self.method.student,
+            rounds=self.config.init_rounds, seed=self.flags["seed"], processes=self.processes,
         )  # fmt: skip
 
     def generate(self) -> None:
         config, seed = self.config, self.flags["seed"]
-        bank = self.open_bank(self.run.path / "bank", self.manifest_of("generate")) if self.processes.main else None
         order = generate.Order(
             config.images_per_class * self.info.num_classes, self.info.num_classes, config.synthesis_batch_size,
             config.diffusion_batch_size, seed, Path(config.export_png) if config.export_png else None,
         )  # fmt: skip
-        generate.generate(self.run, self.stages, bank, self.method.generator, order, self.processes)
-
-    def assist(self) -> None:
-        """What a process does that is not the main one: its share of stage generate, if that is to run."""
-        if self.processes.broadcast():
-            self.generate()
+        generate.generate(self.run, self.stages, self.own_bank("generate"), self.method.generator, order, self.processes)
 
     def augment(self) -> None:
         sources = self.sources()
-        store = self.open_bank(self.run.path / "variants", self.manifest_of("augment"))
+        store = self.own_bank("augment", "variants")
         augment.augment(
             self.run, self.stages, sources, store, self.method.augmenter, self.device,
             variants=self.config.variants, batch_size=self.config.diffusion_batch_size, seed=self.flags["seed"],
+            processes=self.processes,
         )  # fmt: skip
         self.kept(sources)  # cosines, mask and picture now; distill takes them up
 
@@ -119,7 +119,9 @@ class Pipeline:
         """This run's bank, the images that are there before the first round, and figures for result.json."""
         if self.method.streams:
             return None, None, {}
-        bank = self.open_bank(self.run.path / "bank", self.manifest_of(self.first or "distill"))
+        bank = self.own_bank(self.first or "distill")
+        self.meet()
+        bank = bank or self.open_bank(self.path / "bank", self.manifest, create=False)
         counts = {"bank_images": self.schedule.rounds * self.method.images_per_round}
         parts = []
         if self.first:
@@ -139,25 +141,29 @@ class Pipeline:
     def distill(self) -> None:
         method, run = self.method, self.run
         bank, transfer, counts = self.transfer()
-        if transfer is not None:
-            run.log(transfer.description)
-        test = load_split(self.info, "test", self.device)
-        teacher_acc1 = evaluate(method.teacher, test)["acc1"]
-        run.log(f"teacher {self.flags['teacher']}: {teacher_acc1:.2f} % on the {len(test)} test images of {self.info.name}")
+        test = load_split(self.info, "test", self.device) if self.processes.main else None
+        if self.processes.main:
+            if transfer is not None:
+                run.log(transfer.description)
+            teacher_acc1 = evaluate(method.teacher, test)["acc1"]
+            run.log(f"teacher {self.flags['teacher']}: {teacher_acc1:.2f} % on the {len(test)} test images of {self.info.name}")
         distillation = distill.Distillation(
             method.teacher, method.student, method.objective().to(self.device), self.synthesizer(), self.schedule,
             Precision(self.flags["amp"], self.device), method.images_per_round if bank is not None else 0,
+            self.processes, method.task.compile,
         )  # fmt: skip
         figures = distill.distill(
             run, self.stages, distillation, bank, transfer, method.task.augment, test, seed=self.flags["seed"]
         )
+        if not self.processes.main:
+            return
         about = {
             "arch": self.flags["student"],
             "dataset": self.info.name,
             "epoch": self.schedule.epochs,
             "acc1": figures["acc1_last"],
         }
-        save_checkpoint(run.path / "student.pth", {"state_dict": method.student.network.state_dict(), **about})
+        save_checkpoint(self.path / "student.pth", {"state_dict": method.student.network.state_dict(), **about})
         if bank is None:
             counts["images"] = distillation.synthesizer.images_total or figures["student_steps"] * self.schedule.batch_size
         else:
@@ -168,19 +174,22 @@ class Pipeline:
         run.result(
             {name: self.flags[name] for name in names}
             | {"dataset": self.info.name, "external_prior": self.external_prior(), "teacher_acc1": teacher_acc1}
-            | figures | counts | self.measured | {"seconds": self.seconds(), "settings": settings}
+            | figures | counts | self.measured
+            | {"processes": self.processes.count, "seconds": self.seconds(), "settings": settings}
         )  # fmt: skip
         self.stages.update("distill", done=True)
         memory = ", ".join(f"{name.replace('_', ' ').removesuffix(' mib')} {mib} MiB" for name, mib in peak_memory().items())
         run.log(
             f"distill: acc1 {figures['acc1_last']:.2f} % (last), {figures['acc1_best']:.2f} % (best) after "
             f"{figures['student_steps']} student steps ({self.stages.seconds()['distill']:.0f} s, {memory}) -> "
-            f"{run.path / 'result.json'}"
+            f"{self.path / 'result.json'}"
         )
 
     def synthesizer(self) -> Any:
         """That of the rounds, going on from where the one of the initial bank stopped, if that left a state."""
         synthesizer = self.method.synthesizer()
+        if not self.processes.main:  # it makes no images
+            return synthesizer
         state = self.banks[self.first].path / synthesize.STATE if self.first else None
         if state and state.exists():
             synthesizer.load_state_dict(load_checkpoint(state, "synthesizer")["synthesizer"])
@@ -190,6 +199,23 @@ class Pipeline:
     def first(self) -> str | None:
         """The stage of this method that fills the initial bank."""
         return next((stage for stage in FIRST if stage in self.method.stages), None)
+
+    def own_bank(self, stage: str, folder: str = "bank") -> Any:
+        """The bank in a folder of this run, made if there is none; None in the processes that only compute."""
+        return self.open_bank(self.path / folder, self.manifest_of(stage)) if self.processes.main else None
+
+    def meet(self) -> None:
+        """Waits for the main process, whose files the others read from now on.
+
+        Raises:
+            UserError: this one does not see them.
+        """
+        self.processes.broadcast()
+        if not (self.path / "args.json").exists():
+            raise UserError(
+                f"process {self.processes.rank} does not see {self.path.resolve()}, where the main one writes; give a "
+                "--save_dir on a file system that all machines share"
+            )
 
     def manifest_of(self, stage: str) -> Any:
         """For the bank that a stage of this run fills."""
@@ -218,11 +244,13 @@ class Pipeline:
             cosine = self.filter.cosines(embedding, sources["images"], variants["images"], index, progress=show)
             return cosine, self.filter.calibrated_omega(embedding, sources["images"], sources["labels"])
 
-        keep, self.omega = augment.filter_variants(
-            self.run, store.path, sources, variants, omega=self.config.omega, name=self.method.embedding_name,
-            score=score, keep_mask=self.filter.keep_mask,
-        )  # fmt: skip
-        self.filtered = variants, keep
+        keep = None
+        if self.processes.main:
+            keep, self.omega = augment.filter_variants(
+                self.run, store.path, sources, variants, omega=self.config.omega, name=self.method.embedding_name,
+                score=score, keep_mask=self.filter.keep_mask,
+            )  # fmt: skip
+        self.filtered = variants, self.processes.broadcast(keep)
         return self.filtered
 
     def made_by(self, stage: str, flag: str, folder: str):
@@ -231,8 +259,9 @@ class Pipeline:
         Raises:
             UserError: the stage is not done, or the bank does not fit this run.
         """
+        self.meet()
         given = self.flags[flag]
-        path = Path(given) if given else self.run.path / folder
+        path = Path(given) if given else self.path / folder
         if given and not (path / "manifest.json").exists() and (path / folder).is_dir():
             path = path / folder
         record = path.parent / "stages.json"

@@ -62,4 +62,5 @@ def choose_device(gpu: int | None) -> torch.device:
         found = f"this machine has GPUs 0 to {count - 1}" if count else "this machine has no GPU that torch can use"
         raise UserError(f"--gpu {gpu}: {found}; leave --gpu out, or give -1 for the CPU")
     torch.set_float32_matmul_precision("high")
+    torch.cuda.set_device(gpu)
     return torch.device("cuda", gpu)

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from engine.errors import UserError
 from engine.files import atomic_path, write_json
+from engine.processes import is_main
 
 
 class Run:
@@ -197,11 +198,14 @@ class _Lines:
 def progress(total: int, what: str, unit: str, start: int = 0, delay: float = 0) -> tqdm:
     """A progress bar on stderr with rate and time left; where stderr is no terminal, a line every ten seconds.
 
+    Of several processes the main one alone shows it.
+
     Args:
         start: units done before.
         delay: seconds before it shows; what is done by then needs no bar.
     """
     common = {"total": total, "initial": start, "desc": what, "unit": unit, "delay": delay, "leave": False}
+    common["disable"] = not is_main()
     if sys.stderr.isatty():
         return tqdm(**common, mininterval=0.2, dynamic_ncols=True)
     return tqdm(**common, mininterval=10, maxinterval=20, ncols=110, file=_Lines())
