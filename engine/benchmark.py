@@ -18,7 +18,6 @@ import argparse
 import contextlib
 import gc
 import io
-import re
 import statistics
 import tempfile
 import time
@@ -31,13 +30,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.flop_counter import FlopCounterMode
 
 from datafree.bank import ImageBank, Manifest, TransferSet, export_folders
 from datafree.bn_statistics import BNStatistics, bn_loss
 from datafree.generators import Generator, UpsampleConv2d, reset
 from datafree.losses import kd_loss, one_hot_loss
 from engine.augmentation import crop_flip
+from engine.ceilings import Ceilings, Step, ceilings, clock, flops, peak, reset_peak
+from engine.compilation import CHOICES, Compiler
 from engine.data import DatasetInfo, dataset_info
 from engine.errors import UserError, run_command
 from engine.networks import build_classifier
@@ -56,25 +56,7 @@ LOOPS = {
     "growth": "sampling from banks of growing size",
 }
 GROWING = (4096, 16384, 65536)  # images
-COMPILE = ("auto", "no", "yes")
-Step = Callable[[], None]
-Compiler = Callable[[Callable, str], Callable]
-
-
-def eager(function: Callable, name: str) -> Callable:
-    """The compiler that leaves a function as it is."""
-    return function
-
-
-def choose_compiler(choice: str) -> Compiler:
-    """``--compile`` -> what makes a fast function of (function, name).
-
-    Raises:
-        UserError: "yes", and there is none.
-    """
-    if choice == "yes":
-        raise UserError("--compile yes: this version has no compiler; give --compile auto or no")
-    return eager
+ALWAYS = 10**9  # calls, as of a run that is long enough to compile for
 
 
 class Plain:
@@ -171,12 +153,12 @@ class Ours:
     """This project's loop, from the same pieces as ``datafree_kd.py``.
 
     Args:
-        compiler: is given teacher, student step, generator and synthesis losses, each with its name, and gives what runs.
+        compiler: of teacher, student step, generator and synthesis losses.
     """
 
     def __init__(
         self, info, teacher, student, columns: dict[str, Tensor], batch_size: int, precision: Precision,
-        compiler: Compiler = eager,
+        compiler: Compiler,
     ):  # fmt: skip
         self.precision, self.info = precision, info
         device = precision.device
@@ -190,10 +172,10 @@ class Ours:
         self.z = torch.randn(batch_size, 256, device=device, requires_grad=True)
         self.labels = torch.randint(info.num_classes, (batch_size,), device=device)
         self.inversion_optimizer = torch.optim.Adam([*generator.parameters(), self.z], lr=1e-3)
-        self.teacher = compiler(teacher, "teacher")
-        self.student_step = compiler(StudentStep(student.train()), "student step")
-        self.generator = compiler(generator, "generator")
-        self.synthesis_losses = compiler(self._synthesis_losses, "synthesis losses")
+        self.teacher = compiler(teacher, ALWAYS, "teacher", constant_weights=True)
+        self.student_step = compiler(StudentStep(student.train()), ALWAYS, "student step")
+        self.generator = compiler(generator, ALWAYS, "generator")
+        self.synthesis_losses = compiler(self._synthesis_losses, ALWAYS, "synthesis losses")
 
     def _synthesis_losses(self, images: Tensor, labels: Tensor) -> Tensor:
         """bn + oh of images (B, 3, S, S) that are to be of classes labels (B,), scalar."""
@@ -236,13 +218,6 @@ def _apart(module: nn.Module) -> nn.Module:
     return module
 
 
-def clock(device: torch.device) -> float:
-    """Seconds, when all that was asked of the device is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
 def rate(step: Step, images: int, seconds: float, device: torch.device) -> float:
     """Images a second of a step of so many images, over about ``seconds`` and at least two steps."""
     begun, steps = clock(device), 0
@@ -252,14 +227,6 @@ def rate(step: Step, images: int, seconds: float, device: torch.device) -> float
     return steps * images / passed
 
 
-def flops(step: Step) -> int:
-    """Floating-point operations of one step, forward and backward: matrix products' and convolutions'."""
-    # Counted on the way to the device, where a compiled function shows nothing.
-    with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
-        step()
-    return counter.get_total_flops()
-
-
 def sampling_bytes(image_size: int) -> int:
     """Least memory traffic of one image on its way from the bank into a batch, in bytes.
 
@@ -267,88 +234,6 @@ def sampling_bytes(image_size: int) -> int:
     (read P, write 4 P); 9 P. Padding and index arithmetic come on top, and caches may serve part of it.
     """
     return 9 * 3 * image_size**2
-
-
-@dataclass(frozen=True)
-class Ceilings:
-    """What this machine does at best: FLOP/s, and of what; bytes/s read and written by a large copy."""
-
-    arithmetic: float
-    kind: str
-    memory: float
-
-    def or_higher(self, other: "Ceilings") -> "Ceilings":
-        """The higher of each."""
-        best = max(self, other, key=lambda c: c.arithmetic)
-        return Ceilings(best.arithmetic, best.kind, max(self.memory, other.memory))
-
-    def __str__(self) -> str:
-        return (
-            f"{machine()}; ceilings: {self.arithmetic / 1e12:.3g} TFLOP/s ({self.kind}), "
-            f"{self.memory / 1e9:.3g} GB/s (copy, read + written)"
-        )
-
-
-def ceilings(device: torch.device, dtype: torch.dtype, seconds: float = 0.7, scale: int | None = None) -> Ceilings:
-    """Measures them.
-
-    Args:
-        dtype: of the arithmetic; float32 means what the run makes of it, TF32 on GPUs that have it.
-        seconds: for each of the candidates.
-        scale: side of the smaller matrices; None: 4096 on a GPU, 512 on a CPU: few milliseconds, seldom disturbed.
-    """
-    scale = scale or (4096 if device.type == "cuda" else 512)
-
-    def fastest(step: Step) -> float:
-        """Seconds of the quickest of the calls that fit; the first is not counted."""
-        step()
-        times, begun = [], clock(device)
-        while not times or sum(times) < seconds:
-            step()
-            now = clock(device)
-            times.append(now - begun)
-            begun = now
-        return min(times)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(shape, device=device).to(dtype)
-
-    name, rates = str(dtype).removeprefix("torch."), {}
-    with torch.no_grad():
-        for side in (scale, 2 * scale):
-            a, b = random(side, side), random(side, side)
-            rates[f"{name} product of {side} x {side}"] = 2 * side**3 / fastest(lambda: a @ b)
-        images = random(max(1, scale**2 // 2**17), 256, 32, 32).contiguous(memory_format=torch.channels_last)
-        weight = random(256, 256, 3, 3).contiguous(memory_format=torch.channels_last)
-        work = 2 * images.numel() * weight[0].numel()
-        rates[f"{name} 3 x 3 convolution, 256 channels"] = work / fastest(lambda: F.conv2d(images, weight, padding=1))
-        source = torch.ones(2**28, dtype=torch.uint8, device=device)  # more than caches hold
-        target = torch.empty_like(source)
-        memory = 2 * source.numel() / fastest(lambda: target.copy_(source))
-    kind = max(rates, key=rates.get)
-    return Ceilings(rates[kind], kind, memory)
-
-
-def resident(name: str) -> int:
-    """MiB of this process on Linux: "VmRSS" now, "VmHWM" at most."""
-    return int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) // 1024
-
-
-def reset_peak(device: torch.device) -> bool:
-    """Lets the peak of memory start from what is taken now; False where the system cannot."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return True
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-        return resident("VmHWM") < resident("VmRSS") + 8  # some systems take the write and do nothing
-    except OSError:
-        return False
-
-
-def peak(device: torch.device) -> int:
-    """MiB at most since ``reset_peak``: on a GPU of its tensors, else of this process."""
-    return torch.cuda.max_memory_allocated(device) // 2**20 if device.type == "cuda" else resident("VmHWM")
 
 
 @dataclass
@@ -427,20 +312,24 @@ class Benchmark:
 
     def pair(self, teacher: str, student: str, loops: list[str]) -> str:
         """The table of a pair of networks."""
-        args, info, compiler = self.args, self.info, choose_compiler(self.args.compile)
+        args, info, notes = self.args, self.info, []
+        compiler = Compiler(args.compile, self.device, notes.append)
         networks = [[build_classifier(name, info, self.device) for name in (teacher, student)] for _ in range(2)]
         for mine, theirs in zip(*networks):
             theirs.load_state_dict(mine.state_dict())
         (mine, learner), (theirs, other) = networks
         columns = self.bank.read("synthesize")
-        ours = Ours(info, frozen(mine), learner, columns, args.batch_size, self.precision, compiler)
+        parts = info, frozen(mine), learner, columns, args.batch_size, self.precision
+        eager, ours = Ours(*parts, Compiler("no", self.device)), Ours(*parts, compiler)
         plain = Plain(info, frozen(theirs), other, self.png, args.batch_size, args.workers)
-        work = {name: flops(getattr(ours, name)) // args.batch_size for name in loops if name != "sample"}
+        # Compiled functions show no operations to count.
+        work = {name: flops(getattr(eager, name)) // args.batch_size for name in loops if name != "sample"}
+        del eager
         work["sample"] = sampling_bytes(info.image_size)
         begun = clock(self.device)
-        for name in loops if compiler is not eager else ():
+        for name in loops:
             getattr(ours, name)()  # compiled at their first step
-        compiling = clock(self.device) - begun if compiler is not eager else 0
+        compiling = clock(self.device) - begun
         self.look()
         found = {}
         for name in loops:
@@ -450,7 +339,9 @@ class Benchmark:
         self.look()
         rows = [line(name, m["ours"], m["plain"], work[name], self.ceilings) for name, m in found.items()]
         setting = f"{teacher} -> {student}, {info.image_size} px, batch {args.batch_size}, amp {args.amp}"
-        return f"{setting}; compile seconds {compiling:.0f}  \n{self.ceilings}\n\n{markdown(rows)}"
+        compiled = "not compiled" if not notes else f"compiled in {compiling:.0f} s"
+        failed = [note for note in notes if "uncompiled" in note]
+        return "  \n".join([f"{setting}, {compiled}", *failed, f"{self.ceilings}\n\n{markdown(rows)}"])
 
     def growth(self) -> str:
         """The table of sampling from banks of growing size: what a batch costs should not grow with them."""
@@ -461,7 +352,7 @@ class Benchmark:
             transfer = TransferSet(count, size, self.device)
             images = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8)
             transfer.add(images, torch.zeros(count, dtype=torch.long))
-            steps[str(count)] = transfer.batches(self.args.batch_size, view).__next__
+            steps[str(count)] = transfer.batches(self.args.batch_size, view, seed=0).__next__
             steps[str(count)]()
         times = {count: 1000 * self.args.batch_size / m.rate for count, m in self.in_turns(steps).items()}
         rows = [
@@ -492,7 +383,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=2.5, help="of each measurement, at least two steps [2.5]")
     parser.add_argument("--repeats", type=int, default=3, help="measurements in turn, fewer if slow; medians count [3]")
     parser.add_argument("--amp", default="no", choices=AMP, help="of our loop; the plain one is fp32 [no]")
-    parser.add_argument("--compile", default="auto", choices=COMPILE, help="our loop; the plain one is not compiled [auto]")
+    parser.add_argument("--compile", default="auto", choices=CHOICES, help="of our loop, auto as in a long run; the plain one is not [auto]")
     parser.add_argument("--gpu", type=int, default=None, help="index, -1 for the CPU; default: GPU 0 if there is one")
     parser.add_argument("--into", type=Path, help="rewrite the table 'benchmark' in this file as well")
     args = parser.parse_args(argv)

@@ -1,0 +1,112 @@
+"""What a machine does at best, what a step asks of it, and how much memory that takes: what rates are measured against."""
+
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from engine.run import machine
+
+Step = Callable[[], None]
+
+
+def clock(device: torch.device) -> float:
+    """Seconds, when all that was asked of the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def flops(step: Step) -> int:
+    """Floating-point operations of one step, forward and backward: matrix products' and convolutions'."""
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What this machine does at best: FLOP/s, and of what; bytes/s read and written by a large copy."""
+
+    arithmetic: float
+    kind: str
+    memory: float
+
+    def or_higher(self, other: "Ceilings") -> "Ceilings":
+        """The higher of each."""
+        best = max(self, other, key=lambda c: c.arithmetic)
+        return Ceilings(best.arithmetic, best.kind, max(self.memory, other.memory))
+
+    def __str__(self) -> str:
+        return (
+            f"{machine()}; ceilings: {self.arithmetic / 1e12:.3g} TFLOP/s ({self.kind}), "
+            f"{self.memory / 1e9:.3g} GB/s (copy, read + written)"
+        )
+
+
+def ceilings(device: torch.device, dtype: torch.dtype, seconds: float = 0.7, scale: int | None = None) -> Ceilings:
+    """Measures them.
+
+    Args:
+        dtype: of the arithmetic; float32 means what the run makes of it, TF32 on GPUs that have it.
+        seconds: for each of the candidates.
+        scale: side of the smaller matrices; None: 4096 on a GPU, 512 on a CPU: few milliseconds, seldom disturbed.
+    """
+    scale = scale or (4096 if device.type == "cuda" else 512)
+
+    def fastest(step: Step) -> float:
+        """Seconds of the quickest of the calls that fit; the first is not counted."""
+        step()
+        times, begun = [], clock(device)
+        while not times or sum(times) < seconds:
+            step()
+            now = clock(device)
+            times.append(now - begun)
+            begun = now
+        return min(times)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device).to(dtype)
+
+    name, rates = str(dtype).removeprefix("torch."), {}
+    with torch.no_grad():
+        for side in (scale, 2 * scale):
+            a, b = random(side, side), random(side, side)
+            rates[f"{name} product of {side} x {side}"] = 2 * side**3 / fastest(lambda: a @ b)
+        images = random(max(1, scale**2 // 2**17), 256, 32, 32).contiguous(memory_format=torch.channels_last)
+        weight = random(256, 256, 3, 3).contiguous(memory_format=torch.channels_last)
+        work = 2 * images.numel() * weight[0].numel()
+        rates[f"{name} 3 x 3 convolution, 256 channels"] = work / fastest(lambda: F.conv2d(images, weight, padding=1))
+        source = torch.ones(2**28, dtype=torch.uint8, device=device)  # more than caches hold
+        target = torch.empty_like(source)
+        memory = 2 * source.numel() / fastest(lambda: target.copy_(source))
+    kind = max(rates, key=rates.get)
+    return Ceilings(rates[kind], kind, memory)
+
+
+def resident(name: str) -> int:
+    """MiB of this process on Linux: "VmRSS" now, "VmHWM" at most."""
+    return int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) // 1024
+
+
+def reset_peak(device: torch.device) -> bool:
+    """Lets the peak of memory start from what is taken now; False where the system cannot."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+        return resident("VmHWM") < resident("VmRSS") + 8  # some systems take the write and do nothing
+    except OSError:
+        return False
+
+
+def peak(device: torch.device) -> int:
+    """MiB at most since ``reset_peak``: on a GPU of its tensors, else of this process."""
+    return torch.cuda.max_memory_allocated(device) // 2**20 if device.type == "cuda" else resident("VmHWM")
