@@ -55,6 +55,7 @@ def run(method, folder, teacher, extra="", stop=False):
 
     with (
         mock.patch("sys.argv", ["datafree_kd.py", *flags.split()]),
+        mock.patch("engine.data._train_split_forbidden", False),
         mock.patch.object(stage, "distill", recorded),
         mock.patch.object(stage, "distill_epoch", stopping),
     ):
