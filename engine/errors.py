@@ -31,6 +31,11 @@ def explain_os_error(error: OSError) -> UserError:
     return UserError(f"{error.strerror or error}: {name}")
 
 
+def launched_rank() -> int:
+    """This process's number among those that a launcher has started; 0, the main one's, without a launcher."""
+    return int(os.environ.get("RANK", 0)) if int(os.environ.get("WORLD_SIZE", 1)) > 1 else 0
+
+
 def follow(main: Callable[[], None]) -> None:
     """``main`` of a process that is not the main one, whose launcher ends it when another one fails.
 
@@ -52,7 +57,7 @@ def run_command(main: Callable[[], None]) -> None:
         raise Terminated
 
     signal.signal(signal.SIGTERM, on_sigterm)
-    rank = int(os.environ.get("RANK", 0))
+    rank = launched_rank()
     try:
         follow(main) if rank else main()
     except UserError as error:

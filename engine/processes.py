@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from engine.errors import UserError
+from engine.errors import UserError, launched_rank
 
 
 @dataclass(frozen=True)
@@ -137,4 +137,4 @@ def local_rank() -> int:
 
 def is_main() -> bool:
     """Whether this is the process that prints and writes."""
-    return int(os.environ.get("RANK", 0)) == 0
+    return launched_rank() == 0

@@ -27,15 +27,26 @@ class Stopped(Exception):
 
 
 def run(method, folder, teacher, extra="", stop=False):
-    """A run within this process; returns its Distillation. ``stop``: ends before the second epoch."""
+    """A run within this process; returns its Distillation, with ``batch``, the last images that the student saw.
+
+    ``stop``: ends before the second epoch.
+    """
     import datafree_kd
 
     flags = f"--method {method} {TINY_TASK} --teacher_ckpt {teacher} {TINY[method]} --save_dir {folder} {extra}"
     made, distill, epoch = [], stage.distill, stage.distill_epoch
 
     def recorded(*args, **kwargs):
+        synthesizer = args[2].synthesizer
+        after_step = synthesizer.after_step
+
+        def looking(student, images, labels):
+            args[2].batch = images.clone()
+            after_step(student, images, labels)
+
         made.append(args[2])
-        return distill(*args, **kwargs)
+        with mock.patch.object(synthesizer, "after_step", looking):
+            return distill(*args, **kwargs)
 
     def stopping(distillation, number, *args):
         if stop and number == 1:
@@ -44,6 +55,7 @@ def run(method, folder, teacher, extra="", stop=False):
 
     with (
         mock.patch("sys.argv", ["datafree_kd.py", *flags.split()]),
+        mock.patch("engine.data._train_split_forbidden", False),
         mock.patch.object(stage, "distill", recorded),
         mock.patch.object(stage, "distill_epoch", stopping),
     ):
@@ -113,6 +125,7 @@ def work(rank, port, folder, teacher):
     }
     for name, distillation in done.items():
         seen[name] = [p.detach() for p in distillation.step.parameters()]
+        seen[name + " batch"] = distillation.batch
         if (shared := distillation.synthesizer.shared) is not None:
             seen[name + " shared"] = [p.detach() for p in shared.parameters()]
     torch.save(seen, folder / f"seen{rank}.pth")
@@ -185,6 +198,13 @@ def test_the_processes_train_one_student(method, seen):
     """And have one rotation head or generator."""
     for name in (method, f"{method} shared"):
         assert same(seen[0][name], seen[1][name]) and all(p.isfinite().all() for p in seen[0][name])
+
+
+@pytest.mark.parametrize("method", ["zskt", "dda"])
+def test_no_image_is_seen_twice(method, seen):
+    """Fresh ones come from random streams of their own, those of a bank are dealt out."""
+    batch = torch.cat([found[f"{method} batch"] for found in seen])
+    assert len(batch) == 8 and len(batch.flatten(1).unique(dim=0)) == 8
 
 
 def test_two_processes_go_on_to_the_same_bits(folder, seen):
