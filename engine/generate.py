@@ -103,14 +103,15 @@ def generate(
                 run.picture("bank", grid(images[:64]), round)
             stages.update("generate", images=order.positions(round).stop)
             bar.n = order.positions(round).stop
-            bar.set_postfix({"teacher_acc1": f"{means_so_far(run)['teacher_acc1']:.1f}"}, refresh=False)
+            bar.set_postfix({"teacher_acc1": f"{figures['teacher_acc1']:.1f}"}, refresh=False)
     if processes.main:
         bar.close()
         run.picture("bank", grid(bank.read("generate", order.rounds)["images"][:64]), order.rounds)
-        stages.update("generate", done=True, images=order.images, **means_so_far(run))
+        means = means_of_rounds(run)
+        stages.update("generate", done=True, images=order.images, **means)
         seconds = stages.seconds()["generate"]
         run.log(
-            f"generate: {order.images} images in {bank.path}, of which the teacher names {means_so_far(run)['teacher_acc1']:.1f} % as "
+            f"generate: {order.images} images in {bank.path}, of which the teacher names {means['teacher_acc1']:.1f} % as "
             f"wanted ({seconds:.0f} s, {order.images / max(seconds, 1e-3):.2f} images/s)"
         )
 
@@ -179,7 +180,7 @@ def export(folder: Path, images: Tensor, labels: Tensor, positions: range) -> No
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(temporary, format="PNG")
 
 
-def means_so_far(run: Run) -> dict[str, float]:
+def means_of_rounds(run: Run) -> dict[str, float]:
     """What was measured of the images of the bank so far, each round by its number of images."""
     lines = run.history("generate")
     count = max(sum(line["images"] for line in lines), 1)

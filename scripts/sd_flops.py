@@ -44,7 +44,7 @@ TEXT = {
 TOKENS = 77  # of a prompt
 FACTOR = 8  # px a latent pixel
 
-BOTH = "UNet and decoder (bf16)"  # the way of the teacher's gradient that the tables start from
+BOTH = "UNet and decoder"  # the way of the teacher's gradient that the tables start from
 GPUS = (8, 64, 512)
 A_NODE = 8  # GPUs
 IMAGES = (100_000, 200_000, 1_281_167)  # the last is ImageNet-1k's training split
@@ -114,8 +114,7 @@ def drawing(found: dict[str, Cost], size: int) -> dict[str, tuple[int, int]]:
 
     At every step (``datafree.diffusion.guidance``): two passes of the UNet, with and without the prompt; and for the
     teacher's gradient the decoder and the teacher there and back, and the UNet's two passes back. The decoder once more at
-    the end. In micro-batches the way there is gone once for the images and again for the gradient. The teacher is float32;
-    with ``--diffusion_dtype fp16`` the decoder is, too, as its configuration wants.
+    the end. In micro-batches the way there is gone once for the images and again for the gradient. The teacher is float32.
 
     Returns:
         {way: (in half precision, in float32)}.
@@ -124,9 +123,8 @@ def drawing(found: dict[str, Cost], size: int) -> dict[str, tuple[int, int]]:
     there, back = 2 * unet.forward, 2 * unet.backward
     a_step = {
         BOTH: (there + back + decoder.both, teacher),
-        "both, decoder in float32 (fp16)": (there + back, decoder.both + teacher),
-        "both, in micro-batches (bf16)": (2 * there + back + decoder.forward + decoder.both, teacher),
-        "decoder alone (bf16)": (there + decoder.both, teacher),
+        "both, in micro-batches": (2 * there + back + decoder.forward + decoder.both, teacher),
+        "decoder alone": (there + decoder.both, teacher),
         "unguided": (there, 0),
     }
     return {way: (STEPS * half + decoder.forward, STEPS * full) for way, (half, full) in a_step.items()}

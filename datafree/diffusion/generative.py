@@ -95,8 +95,9 @@ class _Pipeline(GenerativePrior):
         self.vae = getattr(pipeline, "vae", None)
         for module in filter(None, (network, self.vae)):
             module.eval().requires_grad_(False)
-        if self.vae is not None and self.dtype == torch.float16 and self.vae.config.get("force_upcast"):
-            self.vae.float()  # it overflows in half precision, says its own configuration
+        # SDXL's autoencoder overflows in half precision, and its configuration says so; that of others says so by default.
+        if self.dtype == torch.float16 and hasattr(pipeline, "text_encoder_2") and self.vae.config.get("force_upcast"):
+            self.vae.float()
         factor = 2 ** (len(self.vae.config.block_out_channels) - 1) if self.vae is not None else 1
         own = network.config.sample_size * factor
         resolution = resolution or own
