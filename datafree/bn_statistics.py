@@ -18,14 +18,21 @@ Stats = tuple[Tensor, Tensor]
 
 
 class _BatchStatistics(torch.autograd.Function):
-    """(B, C, ...) -> mean (C,), biased variance (C,)."""
+    """(B, C, ...) -> mean (C,), biased variance (C,), in float32 at least."""
 
     @staticmethod
     def forward(ctx, inputs: Tensor) -> Stats:
-        _, mean, inverse_std = torch.native_batch_norm(inputs, None, None, None, None, True, 0.0, 0.0)
+        if torch.compiler.is_compiling():  # one pass there, too
+            axes = [axis for axis in range(inputs.dim()) if axis != 1]
+            var, mean = torch.var_mean(inputs.float() if inputs.element_size() < 4 else inputs, axes, correction=0)
+        else:
+            # Of inputs in half precision the kernel gives float32 statistics only beside a float32 weight.
+            weight = torch.ones(inputs.shape[1], device=inputs.device) if inputs.element_size() < 4 else None
+            _, mean, inverse_std = torch.native_batch_norm(inputs, weight, None, None, None, True, 0.0, 0.0)
+            # The kernel reports 0 where the variance is 0 (a dead channel).
+            var = torch.where(inverse_std == 0, inverse_std, inverse_std.pow(-2))
         ctx.save_for_backward(inputs, mean)
-        # The kernel reports 0 where the variance is 0 (a dead channel).
-        return mean, torch.where(inverse_std == 0, inverse_std, inverse_std.pow(-2))
+        return mean, var
 
     @staticmethod
     def backward(ctx, grad_mean: Tensor, grad_var: Tensor) -> Tensor:
@@ -43,7 +50,7 @@ def batch_statistics(inputs: Tensor) -> Stats:
     Args:
         inputs: (B, C, ...), any memory format, B * positions >= 2.
     Returns:
-        mean (C,), variance (C,).
+        mean (C,), variance (C,), float32 also of inputs in half precision.
     """
     return _BatchStatistics.apply(inputs)
 

@@ -2,6 +2,7 @@
 # Every method on real handwritten digits, resnet20 -> resnet8, three seeds, 300 student steps each: the README's first table.
 #   bash scripts/compare_digits.sh                                    about an hour on two CPU cores; rerun it to go on
 #   METHODS="zskt csd" SEEDS="0" bash scripts/compare_digits.sh       some of it
+#   OUT=checkpoints/compare_bf16 bash scripts/compare_digits.sh --amp bf16      with further flags of datafree_kd.py
 # Weights of losses are the published ones, but ZSKT's temperature, which is its paper's, and --oh 5 where images are few.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -29,7 +30,7 @@ for seed in ${SEEDS:-0 1 2}; do
   for method in ${METHODS:-kd noise dafl zskt dfad dfq deepinv adi cmi fast nayer csd dda diffdfkd}; do
     python datafree_kd.py --method "$method" --dataset digits --teacher resnet20 --teacher_ckpt "$out/teacher/seed$seed/teacher.pth" \
       --student resnet8 --batch_size 128 --epochs 12 --ep_steps 25 --kd_steps 25 ${flags[$method]} \
-      --save_dir "$out/$method/seed{seed}" --seeds "$seed"
+      --save_dir "$out/$method/seed{seed}" --seeds "$seed" "$@"
   done
 done
 python -m engine.report "$out" --budget 75 --target 95

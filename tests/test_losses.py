@@ -84,6 +84,21 @@ def test_bn_statistics_see_the_inputs_of_bn_layers():
     assert len(batch) == 2, "hooks are gone outside the context"
 
 
+def test_bn_statistics_of_half_precision_are_float32():
+    inputs = (3 * torch.randn(16, 4, 9, 9) + 5).bfloat16()
+    gradients = []
+    for images in (inputs, inputs.float()):
+        images = images.clone().requires_grad_()
+        mean, var = batch_statistics(images)
+        (mean.sum() + var.square().sum()).backward()
+        gradients.append(images.grad.float())
+    assert mean.dtype == var.dtype == torch.float32
+    expected_var, expected_mean = torch.var_mean(inputs.float(), (0, 2, 3), correction=0)
+    mean, var = batch_statistics(inputs)
+    assert torch.allclose(mean, expected_mean, rtol=1e-4) and torch.allclose(var, expected_var, rtol=1e-3)
+    assert (gradients[0] - gradients[1]).norm() < 1e-2 * gradients[1].norm()
+
+
 def test_bn_loss_is_zero_for_the_data_that_set_the_statistics():
     network, x = small_network(), torch.randn(64, 3, 9, 9)
     for layer in (network[1], network[4]):
