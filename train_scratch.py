@@ -8,6 +8,7 @@ the same command again.
 """
 
 import dataclasses
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,7 +50,9 @@ class ScratchFlags:
     gpu: int | None = flag(None, "index of the GPU, -1 for the CPU; unset: GPU 0 if there is one")
     amp: str = flag("no", "mixed precision", choices=("no", "bf16", "fp16"), stages=TRAIN)
     fp16: bool = flag(False, "the same as --amp fp16")
-    compile: str = flag("auto", "torch.compile; auto: in a run long enough to win by it", choices=("auto", "yes", "no"))
+    compile: str = flag(
+        "auto", "torch.compile; auto: in a run long enough to win by it", choices=("auto", "yes", "graphs", "no")
+    )
     workers: int = flag(4, "processes that decode images which do not fit in memory", short="-j")
 
 
@@ -64,6 +67,8 @@ def main() -> None:
         add_flags(parser, group, group.__doc__.rstrip("."))
     args = parser.parse_args()
     flags, lengths = (from_args(group, args) for group in groups)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("train_scratch.py trains in one process; start it without a launcher")
 
     from engine.data import dataset_info, load_split
     from engine.evaluate import evaluate

@@ -8,10 +8,10 @@ from torch import nn
 
 from datafree.base import Task
 from datafree.csd import CSD, AlignedDistillation, CSDConfig
-from engine.compilation import Compiler
+from engine.compilation import Compiler, _copying
 from engine.distill import StudentStep
 from engine.precision import Precision
-from models.classifier import Classifier, frozen, weights_fixed
+from models.classifier import Classifier, Output, frozen, weights_fixed
 from registry import METHODS
 
 CPU = torch.device("cpu")
@@ -126,6 +126,31 @@ def test_what_is_compiled(choice, calls, compiled):
     compiler = Compiler(choice, CPU)
     assert (compiler(abs, calls, "function") is not abs) == bool(compiled)
     assert (compiler(abs, calls, "training step", trains=True) is not abs) == (choice == "yes")
+
+
+def test_outputs_of_a_graph_are_copied():
+    """A graph's outputs are overwritten by its next call."""
+    place = torch.zeros(2)
+
+    def replay(x):
+        return {"loss": place.copy_(x), "named": Output(place, place, None, {(1, 1): place})}
+
+    copying = _copying(replay)
+    first, second = copying(torch.ones(2)), copying(torch.full((2,), 2.0))
+    assert first["loss"].eq(1).all() and first["named"].feature_maps[1, 1].eq(1).all() and second["loss"].eq(2).all()
+    weight = torch.ones(2, requires_grad=True)
+    _copying(lambda x: x * weight)(torch.ones(2)).sum().backward()
+    assert weight.grad.eq(1).all()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_graphs_replay_to_the_plain_results():
+    device = torch.device("cuda")
+    teacher, images = frozen(classifier(0, 8)).to(device), torch.rand(3, 20, 3, 16, 16, device=device)
+    replayed = Compiler("graphs", device)(teacher, 1, "teacher", constant_weights=True)
+    with torch.no_grad():
+        found, expected = [replayed(x) for x in images], [teacher(x) for x in images]
+    assert relative(found, expected) < 1e-2  # TF32
 
 
 def test_without_a_compiler_nothing_is_compiled(monkeypatch):
