@@ -196,7 +196,9 @@ class CSD(Method):
 
     def initial_synthesizer(self) -> CSDSynthesizer:
         config = self.config
-        return self._synthesizer(rounds=config.init_rounds, g_steps=config.init_g_steps, images=config.init_batch_size, csd=0.0)
+        return self._synthesizer(
+            rounds=config.init_rounds, g_steps=config.init_g_steps, images=config.init_batch_size, csd=0.0
+        )
 
     def synthesizer(self) -> CSDSynthesizer:
         config = self.config

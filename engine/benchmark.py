@@ -21,7 +21,6 @@ import io
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -383,7 +382,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=2.5, help="of each measurement, at least two steps [2.5]")
     parser.add_argument("--repeats", type=int, default=3, help="measurements in turn, fewer if slow; medians count [3]")
     parser.add_argument("--amp", default="no", choices=AMP, help="of our loop; the plain one is fp32 [no]")
-    parser.add_argument("--compile", default="auto", choices=CHOICES, help="of our loop, auto as in a long run; the plain one is not [auto]")
+    parser.add_argument(
+        "--compile", default="auto", choices=CHOICES, help="of our loop, auto as in a long run; the plain one is not [auto]"
+    )
     parser.add_argument("--gpu", type=int, default=None, help="index, -1 for the CPU; default: GPU 0 if there is one")
     parser.add_argument("--into", type=Path, help="rewrite the table 'benchmark' in this file as well")
     args = parser.parse_args(argv)

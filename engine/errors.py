@@ -71,7 +71,9 @@ def run_command(main: Callable[[], None]) -> None:
     except RuntimeError as error:
         if "closed by peer" not in str(error) and "reset by peer" not in str(error):
             raise
-        print(f"error: process {rank} has lost another one, which says why in its own last line", file=sys.stderr, flush=True)
+        print(
+            f"error: process {rank} has lost another one, which says why in its own last line", file=sys.stderr, flush=True
+        )
         sys.stdout.flush()
         os._exit(EXIT_USER_ERROR)  # gloo's threads, which still wait for the other one, would end an orderly exit by abort()
     except (KeyboardInterrupt, Terminated) as stop:

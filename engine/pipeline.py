@@ -146,7 +146,9 @@ class Pipeline:
             if transfer is not None:
                 run.log(transfer.description)
             teacher_acc1 = evaluate(method.teacher, test)["acc1"]
-            run.log(f"teacher {self.flags['teacher']}: {teacher_acc1:.2f} % on the {len(test)} test images of {self.info.name}")
+            run.log(
+                f"teacher {self.flags['teacher']}: {teacher_acc1:.2f} % on the {len(test)} test images of {self.info.name}"
+            )
         distillation = distill.Distillation(
             method.teacher, method.student, method.objective().to(self.device), self.synthesizer(), self.schedule,
             Precision(self.flags["amp"], self.device), method.images_per_round if bank is not None else 0,

@@ -61,7 +61,9 @@ class RunFlags:
     gpu: int | None = flag(None, "index of the GPU, -1 for the CPU; unset: GPU 0 if there is one")
     amp: str = flag("no", "mixed precision of the networks", choices=AMP, stages=ALL)
     compile: str = flag(
-        "auto", "torch.compile of inner steps; auto: of those that run often enough to win; graphs: as CUDA graphs", choices=COMPILE
+        "auto",
+        "torch.compile of inner steps; auto: of those that run often enough to win; graphs: as CUDA graphs",
+        choices=COMPILE,
     )
 
 

@@ -14,7 +14,14 @@ import torch
 
 from datafree import bank as bank_module
 from datafree.bank import (
-    ImageBank, Manifest, TransferSet, class_files, export_folders, read_images, read_manifest, to_uint8,
+    ImageBank,
+    Manifest,
+    TransferSet,
+    class_files,
+    export_folders,
+    read_images,
+    read_manifest,
+    to_uint8,
 )  # fmt: skip
 from datafree.mapped import MappedImages, prefetch
 from engine.errors import UserError, explain_os_error

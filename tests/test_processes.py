@@ -69,9 +69,8 @@ def run(method, folder, teacher, extra="", stop=False):
 def plain_step():
     """A student without BatchNorm and its step, batch and teacher's logits, the same in every process."""
     from datafree.losses import KLDistillation
-    from tests.plain_network import plain
-
     from models.classifier import Classifier
+    from tests.plain_network import plain
 
     torch.manual_seed(0)
     student = Classifier(plain(10), 10, 16, (0.5,) * 3, (0.5,) * 3)
