@@ -12,7 +12,7 @@ How to add one, "mine":
    learn from images that are kept (a bank: the default) or from a generator's newest ones (``streams = True``)? With a
    bank, ``synthesize`` returns the round's images and the rest is done. A streaming synthesizer trains its generator in
    ``synthesize`` and hands images to the student in ``batches``. Shared pieces: ``losses``, ``bn_statistics``,
-   ``generators``; the student's loss is mostly ``losses.KLDistillation``.
+   ``generators``; the student's loss is mostly ``losses.KLDistillation``. Give generator and losses to ``task.compile``.
 2. ``registry.py``: ``"mine": "datafree.mine:Mine"``, and its published accuracies in PUBLISHED if there are any.
 3. ``scripts/make_scripts.py``: a line with the paper, and flags that differ between datasets; run it.
 4. ``tests/conftest.py``: flags that shrink a run of it to a second. The tests then run it, kill it, resume it and compare.
@@ -48,8 +48,8 @@ class Task:
     ``prompt`` is the dataset's for a text-to-image model, with ``{label}`` for a class's name.
     ``training_split`` opens the real training images (``engine.data.Split``) for a method that has ``reads_train_split``.
     ``rounds`` and ``kd_steps`` are the lengths of stage distill. ``compile(function, calls, name)`` gives a function of
-    tensors compiled where that pays (``engine.compilation.Compiler``): what a step spends its time on, but no loops and no drawing of
-    random numbers.
+    tensors, called so often in a run, compiled where that pays (``engine.compilation.Compiler``): what a step spends its time
+    on, without loops and random numbers.
     ``average_gradients(parameters)`` comes between backward and step of what ``after_step`` trains: its images are a share of
     the student's batch where several processes train it.
     """

@@ -386,7 +386,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--compile", default="auto", choices=CHOICES, help="of our loop, auto as in a long run; the plain one is not [auto]"
     )
     parser.add_argument("--gpu", type=int, default=None, help="index, -1 for the CPU; default: GPU 0 if there is one")
-    parser.add_argument("--into", type=Path, help="rewrite the table 'benchmark' in this file as well")
+    parser.add_argument("--into", type=Path, help="rewrite a table in this file as well")
+    parser.add_argument("--name", default="benchmark", help="of that table [benchmark]")
     args = parser.parse_args(argv)
     args.pairs = [tuple(pair.split(":")) for pair in args.pairs.split(",")]
     if wrong := [pair for pair in args.pairs if len(pair) != 2 or not all(pair)]:
@@ -425,7 +426,7 @@ def main() -> None:
             say(benchmark.growth())
         bar.close()
     if args.into:
-        replace_table(args.into, "benchmark", "\n\n".join(texts))
+        replace_table(args.into, args.name, "\n\n".join(texts))
 
 
 if __name__ == "__main__":
