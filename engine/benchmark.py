@@ -172,7 +172,7 @@ class Ours:
         self.labels = torch.randint(info.num_classes, (batch_size,), device=device)
         self.inversion_optimizer = torch.optim.Adam([*generator.parameters(), self.z], lr=1e-3)
         self.teacher = compiler(teacher, ALWAYS, "teacher", constant_weights=True)
-        self.student_step = compiler(StudentStep(student.train()), ALWAYS, "student step", trains=True)
+        self.student_step = compiler(StudentStep(student.train()), ALWAYS, "student step")
         self.generator = compiler(generator, ALWAYS, "generator")
         self.synthesis_losses = compiler(self._synthesis_losses, ALWAYS, "synthesis losses")
 

@@ -1,7 +1,6 @@
 """``torch.compile`` of a run's inner steps, where it pays for itself within the run."""
 
 import logging
-import math
 import os
 import shutil
 from collections.abc import Callable
@@ -32,9 +31,7 @@ class Compiler:
     def __init__(self, choice: str, device: torch.device, log: Callable[[str], None] = print):
         self.choice, self.device, self.log = choice, device, log
 
-    def __call__(
-        self, function: Callable, calls: int, name: str, *, constant_weights: bool = False, trains: bool = False
-    ) -> Callable:
+    def __call__(self, function: Callable, calls: int, name: str, *, constant_weights: bool = False) -> Callable:
         """A callable like ``function``, compiled at its first call.
 
         Args:
@@ -43,11 +40,8 @@ class Compiler:
             name: for the log.
             constant_weights: the module's weights never change and nobody wants gradients; they become constants, and batch
                 norms part of the convolutions before them.
-            trains: the function is the training step of a network. On a CPU convolutions are nearly all of it, and "auto"
-                leaves it alone.
         """
-        least = LEAST_CALLS[self.device.type] if not (trains and self.device.type == "cpu") else math.inf
-        if self.choice == "no" or self.choice == "auto" and calls < least:
+        if self.choice == "no" or self.choice == "auto" and calls < LEAST_CALLS[self.device.type]:
             return function
         if self.device.type == "cpu" and not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")):
             self._report(name, "there is no C++ compiler")

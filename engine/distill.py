@@ -99,7 +99,7 @@ class Distillation:
         self.processes = processes
         steps, step = schedule.rounds * schedule.kd_steps, StudentStep(student, objective)
         self.teacher = compile(teacher, steps, "teacher", constant_weights=True)
-        step.forward = compile(step.forward, steps, "student step", trains=True)
+        step.forward = compile(step.forward, steps, "student step")
         self.step = processes.parallel(step)
         self.parameters = [*student.parameters(), *objective.parameters()]
         fused = {"fused": True} if precision.device.type in ("cuda", "cpu") else {}

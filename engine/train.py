@@ -75,7 +75,7 @@ def train(
         run.log(f"going on after epoch {start} of {flags.epochs}")
     run.rewind("train", start)
     steps = max(1, len(train_split) // flags.batch_size)
-    trained = compiler(classifier, flags.epochs * steps, "network", trains=True)
+    trained = compiler(classifier, flags.epochs * steps, "network")
     bar = progress(flags.epochs * steps, f"train {classifier.name}", "step", start * steps)
     for epoch in range(start, flags.epochs):
         seed_position(seed, "train", epoch)
