@@ -20,8 +20,6 @@ import gc
 import io
 import statistics
 import tempfile
-import time
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -35,10 +33,10 @@ from datafree.bn_statistics import BNStatistics, bn_loss
 from datafree.generators import Generator, UpsampleConv2d, reset
 from datafree.losses import kd_loss, one_hot_loss
 from engine.augmentation import crop_flip
-from engine.ceilings import Ceilings, Step, ceilings, clock, flops, peak, reset_peak
 from engine.compilation import CHOICES, Compiler
 from engine.data import DatasetInfo, dataset_info
 from engine.errors import UserError, run_command
+from engine.measuring import Ceilings, Measured, Step, ceilings, clock, flops, in_turns
 from engine.networks import build_classifier
 from engine.precision import AMP, Precision, choose_device
 from engine.report import markdown, replace_table
@@ -217,15 +215,6 @@ def _apart(module: nn.Module) -> nn.Module:
     return module
 
 
-def rate(step: Step, images: int, seconds: float, device: torch.device) -> float:
-    """Images a second of a step of so many images, over about ``seconds`` and at least two steps."""
-    begun, steps = clock(device), 0
-    while (passed := clock(device) - begun) < seconds or steps < 2:
-        step()
-        steps += 1
-    return steps * images / passed
-
-
 def sampling_bytes(image_size: int) -> int:
     """Least memory traffic of one image on its way from the bank into a batch, in bytes.
 
@@ -233,38 +222,6 @@ def sampling_bytes(image_size: int) -> int:
     (read P, write 4 P); 9 P. Padding and index arithmetic come on top, and caches may serve part of it.
     """
     return 9 * 3 * image_size**2
-
-
-@dataclass
-class Measured:
-    """Of one kind of loop: images/s, one value a turn, and peak MiB over all turns, 0 where it is not known."""
-
-    rates: list[float]
-    peak: int = 0
-
-    @property
-    def rate(self) -> float:
-        return statistics.median(self.rates)
-
-
-def in_turns(
-    steps: dict[str, Step], images: int, seconds: float, repeats: int, device: torch.device, bar
-) -> dict[str, Measured]:
-    """Measures steps that were taken once before, in turns: ``repeats`` of them, or fewer where two steps take longer than
-    ``seconds``, so that slow networks cost no more than a few steps."""
-    measured = {kind: Measured([]) for kind in steps}
-    begun = time.perf_counter()
-    for turn in range(repeats):
-        for kind, step in steps.items():
-            time.sleep(min(seconds, 0.3))  # a DataLoader's workers fill their queue, which is no part of what comes next
-            known = reset_peak(device)
-            measured[kind].rates.append(rate(step, images, seconds, device))
-            measured[kind].peak = max(measured[kind].peak, peak(device)) if known else 0
-        bar.update()
-        if time.perf_counter() - begun > len(steps) * seconds * repeats:
-            break
-    bar.update(repeats - turn - 1)
-    return measured
 
 
 def line(name: str, ours: Measured, plain: Measured, work: int, best: Ceilings) -> dict[str, str]:

@@ -8,7 +8,7 @@ from torch import nn
 
 from datafree.bank import ImageBank, Manifest
 from datafree.generators import Generator, reset
-from engine import benchmark
+from engine import benchmark, measuring
 from engine.benchmark import Ceilings, Measured
 from engine.data import dataset_info
 from engine.errors import UserError
@@ -90,9 +90,9 @@ def test_operations_of_a_step_are_those_of_its_products_and_convolutions():
     linear, convolution = nn.Linear(5, 7), nn.Conv2d(3, 4, 3, padding=1)
     rows, images = torch.randn(11, 5), torch.randn(2, 3, 8, 8, requires_grad=True)
     product, window = 2 * 11 * 5 * 7, 2 * (2 * 8 * 8) * 4 * 3 * 9
-    assert benchmark.flops(lambda: linear(rows)) == product
-    assert benchmark.flops(lambda: linear(rows).sum().backward()) == 2 * product  # no gradient to the rows
-    assert benchmark.flops(lambda: convolution(images).sum().backward()) == 3 * window
+    assert measuring.flops(lambda: linear(rows)) == product
+    assert measuring.flops(lambda: linear(rows).sum().backward()) == 2 * product  # no gradient to the rows
+    assert measuring.flops(lambda: convolution(images).sum().backward()) == 3 * window
 
 
 def test_a_row_is_medians_spread_and_the_share_of_the_ceiling():
@@ -107,23 +107,23 @@ def test_a_row_is_medians_spread_and_the_share_of_the_ceiling():
 def test_slow_steps_are_measured_once(monkeypatch):
     """A clock that ticks once a step: steps of a second, of which 0.1 are asked for."""
     now, bar = [0.0], type("Bar", (), {"done": 0, "update": lambda self, n=1: setattr(self, "done", self.done + n)})()
-    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(measuring.time, "perf_counter", lambda: now[0])
     steps = {kind: lambda: now.__setitem__(0, now[0] + 1) for kind in ("ours", "plain")}
-    measured = benchmark.in_turns(steps, 8, 0.1, 3, CPU, bar)
+    measured = measuring.in_turns(steps, 8, 0.1, 3, CPU, bar)
     assert [m.rates for m in measured.values()] == [[8.0], [8.0]] and bar.done == 3
     assert now[0] == 4  # two steps of each
 
 
 def test_ceilings_are_of_the_order_of_the_machine():
-    measured = benchmark.ceilings(CPU, torch.float32, seconds=0.01, scale=64)
+    measured = measuring.ceilings(CPU, torch.float32, seconds=0.01, scale=64)
     assert measured.or_higher(Ceilings(1.0, "slow", 1e15)) == Ceilings(measured.arithmetic, measured.kind, 1e15)
     assert 1e7 < measured.arithmetic < 1e16 and 1e6 < measured.memory < 1e14 and "float32" in measured.kind
 
 
-@pytest.mark.skipif(not benchmark.reset_peak(CPU), reason="this system cannot reset the peak of a process")
+@pytest.mark.skipif(not measuring.reset_peak(CPU), reason="this system cannot reset the peak of a process")
 def test_the_peak_of_memory_is_that_since_the_reset():
     torch.ones(64 * 2**18)  # 64 MiB, gone before the reset
-    assert benchmark.reset_peak(CPU)
-    before = benchmark.peak(CPU)
+    assert measuring.reset_peak(CPU)
+    before = measuring.peak(CPU)
     torch.ones(32 * 2**18)
-    assert 24 < benchmark.peak(CPU) - before < 56
+    assert 24 < measuring.peak(CPU) - before < 56

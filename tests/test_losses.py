@@ -81,7 +81,7 @@ def test_bn_statistics_see_the_inputs_of_bn_layers():
     assert torch.allclose(batch[0][0], mean, atol=1e-5) and torch.allclose(batch[0][1], var, rtol=1e-4)
     assert len(batch) == 2 and statistics.running[1][0] is network[4].running_mean
     network(x)
-    assert len(batch) == 2, "hooks are gone outside the context"
+    assert len(batch) == 2, "hooks do nothing outside the context"
 
 
 def test_bn_statistics_of_half_precision_are_float32():

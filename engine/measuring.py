@@ -1,6 +1,7 @@
-"""What a machine does at best, what a step asks of it, and how much memory that takes: what rates are measured against."""
+"""How fast steps are, how much memory they take, what they ask of a machine, and what that does at best."""
 
 import re
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -110,3 +111,44 @@ def reset_peak(device: torch.device) -> bool:
 def peak(device: torch.device) -> int:
     """MiB at most since ``reset_peak``: on a GPU of its tensors, else of this process."""
     return torch.cuda.max_memory_allocated(device) // 2**20 if device.type == "cuda" else resident("VmHWM")
+
+
+def rate(step: Step, images: int, seconds: float, device: torch.device) -> float:
+    """Images a second of a step of so many images, over about ``seconds`` and at least two steps."""
+    begun, steps = clock(device), 0
+    while (passed := clock(device) - begun) < seconds or steps < 2:
+        step()
+        steps += 1
+    return steps * images / passed
+
+
+@dataclass
+class Measured:
+    """Of one kind of loop: images/s, one value a turn, and peak MiB over all turns, 0 where it is not known."""
+
+    rates: list[float]
+    peak: int = 0
+
+    @property
+    def rate(self) -> float:
+        return statistics.median(self.rates)
+
+
+def in_turns(
+    steps: dict[str, Step], images: int, seconds: float, repeats: int, device: torch.device, bar
+) -> dict[str, Measured]:
+    """Measures steps that were taken once before, in turns: ``repeats`` of them, or fewer where two steps take longer than
+    ``seconds``, so that slow networks cost no more than a few steps."""
+    measured = {kind: Measured([]) for kind in steps}
+    begun = time.perf_counter()
+    for turn in range(repeats):
+        for kind, step in steps.items():
+            time.sleep(min(seconds, 0.3))  # a DataLoader's workers fill their queue, which is no part of what comes next
+            known = reset_peak(device)
+            measured[kind].rates.append(rate(step, images, seconds, device))
+            measured[kind].peak = max(measured[kind].peak, peak(device)) if known else 0
+        bar.update()
+        if time.perf_counter() - begun > len(steps) * seconds * repeats:
+            break
+    bar.update(repeats - turn - 1)
+    return measured
