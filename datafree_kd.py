@@ -11,11 +11,12 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from engine.errors import UserError, run_command
-from engine.flags import Parser, add_flags, from_args, stage_flags
-from engine.processes import is_main, leave_processes
-from engine.settings import DistillFlags, RunFlags, TaskFlags, for_seed
-from registry import METHODS, lookup, resolve
+from engine.loops.settings import DistillFlags, RunFlags, TaskFlags, for_seed
+from engine.runtime.errors import UserError, run_command
+from engine.runtime.flags import Parser, add_flags, from_args, stage_flags
+from engine.runtime.names import lookup, resolve
+from engine.runtime.processes import is_main, leave_processes
+from registry import DATASETS, METHODS, MODELS
 
 
 def parse(argv: list[str]):
@@ -58,32 +59,34 @@ def run(name: str, method_class: type, groups: list) -> Path:
     task_flags, run_flags, distill_flags, config = groups
     # Imported after parsing, so that --help and a misspelt flag answer at once.
     from datafree import filter
-    from datafree.bank import ImageBank, Manifest, TransferSet
     from datafree.base import Task
-    from engine.augmentation import crop_flip
-    from engine.compilation import Compiler
-    from engine.data import allow_train_split, dataset_info, forbid_train_split, load_split
-    from engine.files import weights_digest
-    from engine.networks import build_classifier, load_teacher, require_batch_norm, short_name
-    from engine.pipeline import Pipeline
-    from engine.precision import Precision, choose_device
-    from engine.processes import join_processes
-    from engine.run import Run
-    from engine.seeding import seed_position
-    from engine.stages import Stages
+    from engine.data.bank import ImageBank, Manifest
+    from engine.data.crops import crop_flip
+    from engine.data.datasets import dataset_info
+    from engine.data.splits import allow_train_split, forbid_train_split, load_split
+    from engine.data.transfer_set import TransferSet
+    from engine.loops.pipeline import Pipeline
+    from engine.networks.build import build_classifier, load_teacher, require_batch_norm, short_name
+    from engine.runtime.compilation import Compiler
+    from engine.runtime.files import weights_digest
+    from engine.runtime.precision import Precision, choose_device
+    from engine.runtime.processes import join_processes
+    from engine.runtime.run import Run
+    from engine.runtime.seeding import seed_position
+    from engine.runtime.stage_record import Stages
 
     device, schedule = choose_device(run_flags.gpu), distill_flags.schedule()
     processes, precision = join_processes(run_flags.gpu), Precision(run_flags.amp, device)
     compiler = Compiler(run_flags.compile, device, log=print if processes.main else lambda text: None)
     forbid_train_split()
     info = dataset_info(
-        task_flags.dataset, task_flags.data_root, task_flags.image_size, task_flags.domain, task_flags.classes
+        DATASETS, task_flags.dataset, task_flags.data_root, task_flags.image_size, task_flags.domain, task_flags.classes
     )
     normalization = task_flags.teacher_mean, task_flags.teacher_std
-    teacher = load_teacher(task_flags.teacher, info, device, task_flags.teacher_ckpt, *normalization)
-    require_batch_norm(teacher, config)
+    teacher = load_teacher(MODELS, task_flags.teacher, info, device, task_flags.teacher_ckpt, *normalization)
+    require_batch_norm(teacher, config, METHODS)
     seed_position(run_flags.seed, "student")
-    student = build_classifier(task_flags.student, info, device)
+    student = build_classifier(MODELS, task_flags.student, info, device)
 
     def random_view(images):
         return crop_flip(images, info.crop_padding, info.flip)

@@ -28,8 +28,8 @@ from datafree.base import Task
 from datafree.bn_statistics import BNStatistics, bn_loss, collected, layers_with_statistics
 from datafree.deepinv import DISTILL, DeepInversion, DeepInversionConfig, DeepInversionSynthesizer
 from datafree.losses import Terms
-from engine.errors import UserError
-from engine.flags import flag
+from engine.runtime.errors import UserError
+from engine.runtime.flags import flag
 
 TAU = 3.0
 

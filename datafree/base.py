@@ -1,6 +1,6 @@
 """What a method is made of. A new method is one file with these pieces, one line in ``registry.py``, its scripts and a test.
 
-Config        frozen dataclass of the method's flags (``engine.flags.flag``)
+Config        frozen dataclass of the method's flags (``engine.runtime.flags.flag``)
 Synthesizer   makes images from the teacher (and the student), one round a call
 Objective     nn.Module: (teacher_out, student_out, labels) -> {"loss": ..., every named term}
 Augmenter     optional: varies bank images (``datafree.diffusion.prior``)
@@ -46,9 +46,9 @@ class Task:
     ``augment`` maps images (B, 3, H, W) to randomly cropped and flipped ones, one draw an image, differentiably.
     ``precision`` has ``autocast()``, the context in which networks run, and ``minimize(loss, optimizer)``.
     ``prompt`` is the dataset's for a text-to-image model, with ``{label}`` for a class's name.
-    ``training_split`` opens the real training images (``engine.data.Split``) for a method that has ``reads_train_split``.
+    ``training_split`` opens the real training images (``engine.data.splits.Split``) for a method that has ``reads_train_split``.
     ``rounds`` and ``kd_steps`` are the lengths of stage distill. ``compile(function, calls, name)`` gives a function of
-    tensors, called so often in a run, compiled where that pays (``engine.compilation.Compiler``): what a step spends its time
+    tensors, called so often in a run, compiled where that pays (``engine.runtime.compilation.Compiler``): what a step spends its time
     on, without loops and random numbers.
     ``average_gradients(parameters)`` comes between backward and step of what ``after_step`` trains: its images are a share of
     the student's batch where several processes train it.

@@ -41,8 +41,8 @@ from datafree.base import ImageBatch, LowestLoss, Method, Synthesizer, Task, bal
 from datafree.bn_statistics import BNStatistics, Stats, bn_loss, collected, layers_with_statistics
 from datafree.generators import Generator, reset
 from datafree.losses import KLDistillation, adversarial_loss, one_hot_loss, weighted_sum
-from engine.errors import UserError
-from engine.flags import check_least, flag
+from engine.runtime.errors import UserError
+from engine.runtime.flags import check_least, flag
 
 BOTH = ("synthesize", "distill")
 

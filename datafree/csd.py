@@ -26,8 +26,8 @@ from datafree.base import ImageBatch, LowestLoss, Method, Synthesizer, Task, bal
 from datafree.bn_statistics import BNStatistics, bn_loss, collected
 from datafree.generators import Generator, reset
 from datafree.losses import feature_loss, kd_loss, one_hot_loss, rotation_labels, rotations, weighted_sum
-from engine.errors import UserError
-from engine.flags import check_least, flag
+from engine.runtime.errors import UserError
+from engine.runtime.flags import check_least, flag
 from models.classifier import eval_mode
 
 BOTH = ("synthesize", "distill")

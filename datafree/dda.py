@@ -24,8 +24,8 @@ from datafree.base import Task
 from datafree.csd import CSD, CSDConfig
 from datafree.diffusion.prior import DTYPES, Augmenter, denoising_steps, diffusion_dtype, prior_name
 from datafree.filter import DEFAULT_MODELS, EMBEDDINGS, build_embedding
-from engine.errors import UserError
-from engine.flags import check_least, flag
+from engine.runtime.errors import UserError
+from engine.runtime.flags import check_least, flag
 
 AUGMENT = ("augment",)
 FILTER = ("distill",)

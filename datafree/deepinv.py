@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from datafree.base import ImageBatch, LowestLoss, Method, Synthesizer, Task, balanced_labels
 from datafree.bn_statistics import BNStatistics, bn_loss, collected
 from datafree.losses import KLDistillation, Terms, one_hot_loss, weighted_sum
-from engine.flags import check_least, flag
+from engine.runtime.flags import check_least, flag
 
 DISTILL = ("distill",)
 

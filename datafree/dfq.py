@@ -21,7 +21,7 @@ from datafree.base import Task
 from datafree.bn_statistics import BNStatistics, bn_loss, collected
 from datafree.losses import adversarial_loss, balance_loss, one_hot_loss, weighted_sum
 from datafree.stream import DISTILL, GeneratorStream, StreamConfig, StreamingMethod
-from engine.flags import flag
+from engine.runtime.flags import flag
 
 
 @dataclass(frozen=True)

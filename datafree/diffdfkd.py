@@ -45,8 +45,8 @@ from datafree.diffusion.guidance import BACKPROP, Guidance, lca_steps
 from datafree.diffusion.prior import DTYPES, diffusion_dtype, prior_name
 from datafree.diffusion.sampling import RULES
 from datafree.losses import kd_loss
-from engine.errors import UserError
-from engine.flags import check_least, flag
+from engine.runtime.errors import UserError
+from engine.runtime.flags import check_least, flag
 
 EMBEDDED = Path("checkpoints/priors/glyphs_digits_16.safetensors")
 DEFAULT_MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"

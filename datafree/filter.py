@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from datafree.diffusion.prior import hub_errors, quiet_libraries
-from engine.errors import UserError
+from engine.runtime.errors import UserError
 
 Embedding = Callable[[Tensor], Tensor]
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from datafree.base import ImageBatch, Method, Synthesizer, Task
 from datafree.losses import KLDistillation
-from engine.errors import UserError
-from engine.flags import flag
+from engine.runtime.errors import UserError
+from engine.runtime.flags import flag
 
 DISTILL = ("distill",)
 

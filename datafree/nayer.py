@@ -42,8 +42,8 @@ from datafree.diffusion.prior import hub_errors, prior_name, quiet_libraries
 from datafree.fast import BETAS, Inversion, check_momentum, own_state
 from datafree.generators import Generator, reset
 from datafree.losses import KLDistillation
-from engine.errors import UserError
-from engine.flags import check_least, flag
+from engine.runtime.errors import UserError
+from engine.runtime.flags import check_least, flag
 
 BOTH = ("synthesize", "distill")
 CODE_SEED = 2310

@@ -16,11 +16,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from datafree.bank import TransferSet, image_files, read_images
 from datafree.base import ImageBatch, Method, Synthesizer, Task
 from datafree.losses import KLDistillation
 from datafree.stream import unlabelled
-from engine.flags import flag
+from engine.data.image_files import image_files, read_images
+from engine.data.transfer_set import TransferSet
+from engine.runtime.flags import flag
 
 DISTILL = ("distill",)
 

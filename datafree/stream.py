@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from datafree.base import ImageBatch, Method, Synthesizer, Task
 from datafree.generators import LARGE, Generator, reset
 from datafree.losses import KLDistillation
-from engine.flags import check_least, flag
+from engine.runtime.flags import check_least, flag
 
 DISTILL = ("distill",)
 

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from datafree.losses import adversarial_loss, kd_loss, weighted_sum
 from datafree.stream import DISTILL, GeneratorStream, StreamConfig, StreamingMethod
-from engine.errors import UserError
-from engine.flags import flag
+from engine.runtime.errors import UserError
+from engine.runtime.flags import flag
 
 
 @dataclass(frozen=True)

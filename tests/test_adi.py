@@ -16,8 +16,8 @@ from datafree.deepinv import (
     l2_norm,
     total_variation,
 )
-from engine.errors import UserError
-from engine.precision import Precision
+from engine.runtime.errors import UserError
+from engine.runtime.precision import Precision
 from models.classifier import Classifier, frozen
 
 CPU = torch.device("cpu")

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from engine.augmentation import crop_flip, flip_shift
+from engine.data.crops import crop_flip, flip_shift
 
 FORMATS = [torch.contiguous_format, torch.channels_last]
 

@@ -14,9 +14,9 @@ from datafree.base import Task
 from datafree.bn_statistics import BNStatistics, bn_loss
 from datafree.cmi import CMI, CMIConfig, crop_resize, info_nce, local_views
 from datafree.losses import adversarial_loss, one_hot_loss
-from engine.augmentation import crop_flip
-from engine.errors import UserError
-from engine.precision import Precision
+from engine.data.crops import crop_flip
+from engine.runtime.errors import UserError
+from engine.runtime.precision import Precision
 from tests.test_adi import CPU, classifier
 
 LENGTH = 7 + 5 + 7  # penultimate features, and the inputs of two BN layers

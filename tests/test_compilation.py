@@ -9,9 +9,9 @@ from torch import nn
 
 from datafree.base import Task
 from datafree.csd import CSD, AlignedDistillation, CSDConfig
-from engine.compilation import Compiler, _copying
-from engine.distill import StudentStep
-from engine.precision import Precision
+from engine.loops.distill import StudentStep
+from engine.runtime.compilation import Compiler, _copying
+from engine.runtime.precision import Precision
 from models.classifier import Classifier, Output, frozen, weights_fixed
 from registry import METHODS
 

@@ -11,19 +11,18 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from datafree.bank import ImageBank, Manifest
 from datafree.base import ImageBatch
 from datafree.diffdfkd import DEFAULT_MODEL, MapDistillation, default_model, mixed
-from engine import generate
-from engine.errors import UserError
-from engine.generate import Order
-from engine.processes import Processes
-from engine.run import Run
-from engine.stages import Stages
+from engine.data.bank import ImageBank, Manifest
+from engine.loops import generate
+from engine.loops.generate import Order
+from engine.runtime.errors import UserError
+from engine.runtime.processes import Processes
+from engine.runtime.run import Run
+from engine.runtime.stage_record import Stages
 from models.classifier import Classifier, frozen
-from models.load import build_network
 from tests import tiny_pipelines
-from tests.conftest import ROOT, TINY, TINY_TASK
+from tests.conftest import ROOT, TINY, TINY_TASK, build_network
 
 ORDER = Order(images=46, num_classes=10, round_size=16, batch_size=5, seed=3)
 

@@ -12,8 +12,8 @@ from torch import nn
 from datafree.base import Task, balanced_labels
 from datafree.fast import Fast, FastConfig, FastSynthesizer, Inversion, blend, with_gradient
 from datafree.losses import adversarial_loss
-from engine.errors import UserError
-from engine.precision import Precision
+from engine.runtime.errors import UserError
+from engine.runtime.precision import Precision
 
 CPU = torch.device("cpu")
 TASK = Task(10, 16, CPU, lambda images: images, Precision("no", CPU))

@@ -11,11 +11,9 @@ from torch.nn import functional as F
 from datafree.diffusion import glyphs
 from datafree.diffusion.glyphs import find_fonts, load_patch_prior, render
 from datafree.diffusion.pixel import PatchUNet, PixelPrior
-from engine.data import dataset_info
-from engine.errors import UserError
-from engine.files import load_tensors, save_tensors
-from models.load import build_network
-from tests.conftest import ROOT
+from engine.runtime.errors import UserError
+from engine.runtime.files import load_tensors, save_tensors
+from tests.conftest import ROOT, build_network, dataset_info
 
 SHIPPED = ROOT / glyphs.PRIOR
 TINY = "--images 40 --rounds 3 --steps 2 --batch_size 4 --channels 8,8 --image_size 8"

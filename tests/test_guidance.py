@@ -16,10 +16,10 @@ from datafree.diffusion.guidance import BACKPROP, Guidance, lca_steps, memory_er
 from datafree.diffusion.latent_cutmix import LARGEST_SHARE, draw_cutmix, seams
 from datafree.diffusion.prior import seeded_generators, seeded_noise
 from datafree.diffusion.sampling import RULES, Trajectory, cosine_trajectory, own_rule, scheduler_trajectory
-from engine.errors import UserError
+from engine.runtime.errors import UserError
 from models.classifier import Classifier, frozen
-from models.load import build_network
 from tests import tiny_pipelines
+from tests.conftest import build_network
 
 NAMES = tuple("abcdefghij")
 KINDS = ("stable_diffusion", "sdxl", "turbo", "dit", "pixel_unet", "patch_prior")

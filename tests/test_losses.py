@@ -11,7 +11,7 @@ from datafree.base import balanced_labels
 from datafree.bn_statistics import BNStatistics, batch_statistics, bn_loss
 from datafree.generators import Generator, UpsampleConv2d, reset
 from datafree.losses import kd_loss, one_hot_loss, rotation_labels, rotations
-from engine.errors import UserError
+from engine.runtime.errors import UserError
 
 
 def test_kd_loss_is_temperature_squared_kl():

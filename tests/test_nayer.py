@@ -13,8 +13,8 @@ from torch import nn
 
 from datafree.base import Task
 from datafree.nayer import NAYER, NAYERConfig, NAYERSynthesizer, grouped_labels, noisy_layers, orthogonal_codes, text_codes
-from engine.errors import UserError
-from engine.precision import Precision
+from engine.runtime.errors import UserError
+from engine.runtime.precision import Precision
 from tests.conftest import ROOT
 
 CPU = torch.device("cpu")

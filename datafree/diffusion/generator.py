@@ -23,7 +23,7 @@ from datafree.diffusion.prior import seeded_generators
 from datafree.diffusion.sampling import RULES
 from datafree.diffusion.variation import resize
 from datafree.losses import kd_loss
-from engine.errors import UserError
+from engine.runtime.errors import UserError
 from models.classifier import eval_mode
 
 MEASURED_AT_ONCE = 512  # images

@@ -13,7 +13,7 @@ one with and without flag and foot. Slant, rotation, proportions, stroke width, 
 
 Of the digits dataset only the documented format is used (UCI, "Optical Recognition of Handwritten Digits"): light strokes on
 black, the glyph as high as the image, counts of 4 x 4 blocks of a 32 px bitmap, thus 8 px, enlarged to the size wanted as
-``engine.data`` enlarges them. Stroke widths and contrast were set to the mean and spread that the registry states.
+``engine.data.splits`` enlarges them. Stroke widths and contrast were set to the mean and spread that the registry states.
 
 The shipped file took 12 minutes of one shared CPU core, with 19 fonts (Pillow's and DejaVu). A resnet8 trained on rendered
 glyphs recognised all of 500 samples at guidance 1, 2 and 3 and 10 or 20 DDIM steps; the mean distance between samples of a
@@ -38,9 +38,9 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from datafree.diffusion.pixel import PatchUNet, PixelPrior
-from engine.errors import UserError, run_command
-from engine.files import atomic_path, load_checkpoint, load_tensors, save_checkpoint, save_tensors
-from engine.flags import Parser, add_flags, flag, from_args
+from engine.runtime.errors import UserError, run_command
+from engine.runtime.files import atomic_path, load_checkpoint, load_tensors, save_checkpoint, save_tensors
+from engine.runtime.flags import Parser, add_flags, flag, from_args
 
 CLASS_NAMES = tuple("0123456789")
 PRIOR = Path("checkpoints/priors/glyphs_digits_16.safetensors")

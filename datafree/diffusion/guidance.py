@@ -30,7 +30,7 @@ from datafree.bn_statistics import BNStatistics, bn_loss
 from datafree.diffusion.generative import GenerativePrior
 from datafree.diffusion.sampling import Trajectory
 from datafree.losses import adversarial_loss
-from engine.errors import UserError
+from engine.runtime.errors import UserError
 
 BACKPROP = ("unet", "decoder")
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from datafree.diffusion.prior import Augmenter, denoising_steps, seeded_noise
-from engine.errors import UserError
+from engine.runtime.errors import UserError
 
 LABEL_DROP = 0.1  # share of training images that carry the null label, for guidance
 EMA_DECAY = 0.995

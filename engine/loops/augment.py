@@ -9,15 +9,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engine.errors import UserError
-from engine.evaluate import check_finite
-from engine.files import load_checkpoint, load_tensors, save_checkpoint, save_tensors
-from engine.generate import to_uint8
-from engine.pictures import variants_grid
-from engine.processes import Processes
-from engine.run import Run, progress
-from engine.seeding import position_seed, seed_position
-from engine.stages import Stages
+from engine.data.pictures import variants_grid
+from engine.loops.evaluate import check_finite
+from engine.loops.generate import to_uint8
+from engine.runtime.errors import UserError
+from engine.runtime.files import load_checkpoint, load_tensors, save_checkpoint, save_tensors
+from engine.runtime.processes import Processes
+from engine.runtime.run import Run, progress
+from engine.runtime.seeding import position_seed, seed_position
+from engine.runtime.stage_record import Stages
 
 SHARD = 512  # variants a shard: what a kill can cost
 

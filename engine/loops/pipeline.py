@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine import augment, distill, generate, synthesize
-from engine.data import load_split
-from engine.errors import UserError
-from engine.evaluate import evaluate
-from engine.files import load_checkpoint, read_json, save_checkpoint
-from engine.precision import Precision
-from engine.processes import Processes
-from engine.run import Run, peak_memory
-from engine.seeding import seed_position
-from engine.stages import Stages
+from engine.data.splits import load_split
+from engine.loops import augment, distill, generate, synthesize
+from engine.loops.evaluate import evaluate
+from engine.runtime.errors import UserError
+from engine.runtime.files import load_checkpoint, read_json, save_checkpoint
+from engine.runtime.precision import Precision
+from engine.runtime.processes import Processes
+from engine.runtime.run import Run, peak_memory
+from engine.runtime.seeding import seed_position
+from engine.runtime.stage_record import Stages
 
 FIRST = ("synthesize", "generate")  # the stages that fill the initial bank; a method has one of them or none
 OUTPUTS = {
@@ -35,7 +35,7 @@ class Pipeline:
 
     Args:
         method: ``datafree.base.Method``.
-        info: ``engine.data.DatasetInfo``.
+        info: ``engine.data.datasets.DatasetInfo``.
         manifest: what the banks of this run must be.
         flags: every flag of the command by name.
         open_bank: (path, manifest, create) -> image bank.

@@ -15,15 +15,15 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
-from engine.errors import UserError
-from engine.evaluate import check_finite, evaluate
-from engine.files import load_checkpoint, save_checkpoint
-from engine.pictures import grid
-from engine.precision import Precision
-from engine.processes import Processes
-from engine.run import Run, Stopwatch, progress
-from engine.seeding import position_seed, seed_position
-from engine.stages import Stages
+from engine.data.pictures import grid
+from engine.loops.evaluate import check_finite, evaluate
+from engine.runtime.errors import UserError
+from engine.runtime.files import load_checkpoint, save_checkpoint
+from engine.runtime.precision import Precision
+from engine.runtime.processes import Processes
+from engine.runtime.run import Run, Stopwatch, progress
+from engine.runtime.seeding import position_seed, seed_position
+from engine.runtime.stage_record import Stages
 from models.classifier import weights_fixed
 
 ADVICE = "lower --lr, --lr_g or the loss weights, and run again"
@@ -79,7 +79,7 @@ class Distillation:
         synthesizer: see ``datafree.base.Synthesizer``.
         images_per_round: that it adds to the bank; 0 and with a bank: it is never called.
         processes: those that train the student together.
-        compile: (function, calls, name) -> one to call instead; see ``engine.compilation.Compiler``.
+        compile: (function, calls, name) -> one to call instead; see ``engine.runtime.compilation.Compiler``.
     """
 
     def __init__(

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.errors import UserError
-from engine.evaluate import check_finite
-from engine.files import atomic_path, load_checkpoint, save_checkpoint
-from engine.pictures import grid
-from engine.processes import Processes
-from engine.run import Run, progress
-from engine.seeding import position_seed, seed_position
-from engine.stages import Stages
+from engine.data.pictures import grid
+from engine.loops.evaluate import check_finite
+from engine.runtime.errors import UserError
+from engine.runtime.files import atomic_path, load_checkpoint, save_checkpoint
+from engine.runtime.processes import Processes
+from engine.runtime.run import Run, progress
+from engine.runtime.seeding import position_seed, seed_position
+from engine.runtime.stage_record import Stages
 
 STATE = "generator.pth"
 

@@ -4,8 +4,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from engine.errors import UserError
-from engine.files import read_json, write_json
+from engine.runtime.errors import UserError
+from engine.runtime.files import read_json, write_json
 
 
 class Stages:

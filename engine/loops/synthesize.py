@@ -9,15 +9,15 @@ from typing import Any
 
 from torch import Tensor
 
-from engine.errors import UserError
-from engine.evaluate import check_finite
-from engine.files import load_checkpoint, save_checkpoint
-from engine.generate import to_uint8
-from engine.pictures import grid
-from engine.processes import Processes
-from engine.run import Run, progress
-from engine.seeding import seed_position
-from engine.stages import Stages
+from engine.data.pictures import grid
+from engine.loops.evaluate import check_finite
+from engine.loops.generate import to_uint8
+from engine.runtime.errors import UserError
+from engine.runtime.files import load_checkpoint, save_checkpoint
+from engine.runtime.processes import Processes
+from engine.runtime.run import Run, progress
+from engine.runtime.seeding import seed_position
+from engine.runtime.stage_record import Stages
 from models.classifier import weights_fixed
 
 STATE = "synthesizer.pth"

@@ -3,10 +3,10 @@
 import dataclasses
 from dataclasses import dataclass
 
-from engine.compilation import CHOICES as COMPILE
-from engine.distill import Schedule
-from engine.flags import check_least, flag
-from engine.precision import AMP
+from engine.loops.distill import Schedule
+from engine.runtime.compilation import CHOICES as COMPILE
+from engine.runtime.flags import check_least, flag
+from engine.runtime.precision import AMP
 
 ALL = ("synthesize", "augment", "generate", "distill")
 DISTILL = ("distill",)
