@@ -113,11 +113,11 @@ def train_run(flags: ScratchFlags, lengths, classifier, info, precision, save_di
     from engine.runtime.compilation import Compiler
     from engine.runtime.files import save_checkpoint
     from engine.runtime.run import Run
-    from engine.runtime.stage_record import Stages
+    from engine.runtime.stage_record import StageRecord
 
     run = Run(save_dir, dataclasses.asdict(flags) | dataclasses.asdict(lengths))
     try:
-        stages = Stages(run.path / "stages.json", {"train": stage_flags("train", flags, lengths)})
+        stages = StageRecord(run.path / "stages.json", {"train": stage_flags("train", flags, lengths)})
         if flags.redo:
             stages.discard("train")
             (run.path / "last.pth").unlink(missing_ok=True)

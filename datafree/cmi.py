@@ -41,6 +41,7 @@ from datafree.base import ImageBatch, LowestLoss, Method, Synthesizer, Task, bal
 from datafree.bn_statistics import BNStatistics, Stats, bn_loss, collected, layers_with_statistics
 from datafree.generators import Generator, reset
 from datafree.losses import KLDistillation, adversarial_loss, one_hot_loss, weighted_sum
+from engine.loops.session import Stage
 from engine.runtime.errors import UserError
 from engine.runtime.flags import check_least, flag
 
@@ -131,6 +132,7 @@ class CMISynthesizer(Synthesizer):
         self.z = torch.zeros(config.synthesis_batch_size, config.nz, device=task.device, requires_grad=True)
         self.fresh = [*self.generator.parameters(), self.z]
         groups = [{"params": self.fresh, "betas": (0.5, 0.999)}]
+        self.independent = not config.cr
         if config.cr:
             with torch.no_grad():
                 length = self.represent(self.z.new_zeros(2, 3, task.image_size, task.image_size))[1].shape[1]
@@ -229,12 +231,14 @@ class CMI(Method):
     """Stages synthesize (initial bank, without the student) and distill (rounds with it)."""
 
     Config = CMIConfig
-    stages = BOTH
     defaults = {"epochs": 100, "kd_steps": 2000, "batch_size": 128, "lr": 0.1}
 
     def __init__(self, config: CMIConfig, teacher: nn.Module, student: nn.Module, task: Task):
         super().__init__(config, teacher, student, task)
         check_least(config, init_g_steps=1, g_steps=1, synthesis_batch_size=1)
+
+    def stages(self) -> tuple[Stage, ...]:
+        return self.from_initial_bank(self.config.init_rounds)
 
     def initial_synthesizer(self) -> CMISynthesizer:
         lengths = {"rounds": self.config.init_rounds, "g_steps": self.config.init_g_steps}

@@ -26,6 +26,7 @@ from datafree.base import ImageBatch, LowestLoss, Method, Synthesizer, Task, bal
 from datafree.bn_statistics import BNStatistics, bn_loss, collected
 from datafree.generators import Generator, reset
 from datafree.losses import feature_loss, kd_loss, one_hot_loss, rotation_labels, rotations, weighted_sum
+from engine.loops.session import Stage
 from engine.runtime.errors import UserError
 from engine.runtime.flags import check_least, flag
 from models.classifier import eval_mode
@@ -70,6 +71,7 @@ class CSDSynthesizer(Synthesizer):
         self.generator = Generator(config.nz, task.image_size).to(task.device, memory_format=torch.channels_last)
         self.statistics = BNStatistics(teacher) if config.bn else None
         self.steps = 0
+        self.independent = not csd
         if csd:
             self.head = nn.Sequential(
                 nn.Linear(feature_dim, feature_dim), nn.ReLU(inplace=True), nn.Linear(feature_dim, 4 * task.num_classes)
@@ -186,13 +188,15 @@ class CSD(Method):
     """Stages synthesize (initial bank, csd 0) and distill (rounds with csd)."""
 
     Config = CSDConfig
-    stages = ("synthesize", "distill")
     defaults = {"epochs": 100, "kd_steps": 2000, "batch_size": 128, "lr": 0.1}
 
     def __init__(self, config: CSDConfig, teacher: nn.Module, student: nn.Module, task: Task):
         super().__init__(config, teacher, student, task)
         counts = ("init_g_steps", "init_batch_size", "g_steps", "synthesis_batch_size", "head_interval")
         check_least(config, **dict.fromkeys(counts, 1))
+
+    def stages(self) -> tuple[Stage, ...]:
+        return self.from_initial_bank(self.config.init_rounds)
 
     def initial_synthesizer(self) -> CSDSynthesizer:
         config = self.config

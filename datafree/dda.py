@@ -23,7 +23,9 @@ from torch import Tensor, nn
 from datafree.base import Task
 from datafree.csd import CSD, CSDConfig
 from datafree.diffusion.prior import DTYPES, Augmenter, denoising_steps, diffusion_dtype, prior_name
-from datafree.filter import DEFAULT_MODELS, EMBEDDINGS, build_embedding
+from datafree.filter import DEFAULT_MODELS, EMBEDDINGS, CosineFilter, build_embedding
+from engine.loops.session import Stage
+from engine.loops.stages import Augment, Distill
 from engine.runtime.errors import UserError
 from engine.runtime.flags import check_least, flag
 
@@ -101,7 +103,6 @@ class DDA(CSD):
     """Stages synthesize (initial bank), augment (variants, filter) and distill (CSD's rounds on bank and variants)."""
 
     Config = DDAConfig
-    stages = ("synthesize", "augment", "distill")
     defaults = CSD.defaults | {"epochs": 200}
 
     def __init__(self, config: DDAConfig, teacher: nn.Module, student: nn.Module, task: Task):
@@ -119,11 +120,15 @@ class DDA(CSD):
         self.embedding_model = config.embedding_model or DEFAULT_MODELS.get(config.embedding)
         short = prior_name(self.embedding_model).split("/")[-1] if self.embedding_model else ""
         self.embedding_name = "-".join(filter(None, (config.embedding, short)))
-        pretrained = {
-            "augment": self.model and prior_name(self.model, self.revision),
-            "distill": self.embedding_model and prior_name(self.embedding_model),
-        }
-        self.external_priors = {stage: name for stage, name in pretrained.items() if name}
+
+    def stages(self) -> tuple[Stage, ...]:
+        config = self.config
+        first, _ = self.from_initial_bank(config.init_rounds)
+        filter = CosineFilter(self.embedding_name, config.omega, self.embedding)
+        prior = prior_name(self.model, self.revision) if self.model else "none"
+        augment = Augment(first.name, self.augmenter, config.variants, config.diffusion_batch_size, filter, prior)
+        seen_by = prior_name(self.embedding_model) if self.embedding_model else "none"
+        return first, augment, Distill(self, first.name, filter, seen_by)
 
     def dtype(self) -> torch.dtype:
         """Of pretrained models."""
@@ -156,4 +161,5 @@ class DDA(CSD):
         return augmenter
 
     def embedding(self) -> Callable[[Tensor], Tensor]:
+        """For the filter: images (B, 3, H, W) in [0, 1] to embeddings (B, D)."""
         return build_embedding(self.config.embedding, self.embedding_model, self.teacher, self.task.device, self.dtype())

@@ -126,7 +126,6 @@ class DeepInversion(Method):
     """Stage distill only: the bank starts empty, and each round adds its batch."""
 
     Config = DeepInversionConfig
-    stages = DISTILL
     defaults = {"epochs": 200, "kd_steps": 400, "batch_size": 256, "lr": 0.1}
 
     def __init__(self, config: DeepInversionConfig, teacher: nn.Module, student: nn.Module, task: Task):

@@ -45,6 +45,9 @@ from datafree.diffusion.guidance import BACKPROP, Guidance, lca_steps
 from datafree.diffusion.prior import DTYPES, diffusion_dtype, prior_name
 from datafree.diffusion.sampling import RULES
 from datafree.losses import kd_loss
+from engine.loops.generate import GuidedMaker, Order
+from engine.loops.session import Session, Stage
+from engine.loops.stages import Distill, FillBank
 from engine.runtime.errors import UserError
 from engine.runtime.flags import check_least, flag
 
@@ -187,7 +190,6 @@ class DiffDFKD(Method):
     """Stages generate (the teacher-guided bank) and distill (on that bank)."""
 
     Config = DiffDFKDConfig
-    stages = ("generate", "distill")
     defaults = {
         "epochs": 240, "kd_steps": 200, "batch_size": 256, "lr": 0.2, "weight_decay": 5e-4, "warmup_epochs": 20,
     }  # fmt: skip
@@ -202,7 +204,21 @@ class DiffDFKD(Method):
         if config.msarc and not (teacher.feature_map_shapes and student.feature_map_shapes):
             raise UserError("a network without feature maps has no activation maps; give --msarc 0")
         self.model = config.diffusion_model or default_model(task)
-        self.external_priors = {"generate": prior_name(self.model, config.diffusion_revision)}
+
+    def stages(self) -> tuple[Stage, ...]:
+        config = self.config
+
+        def order(seed: int) -> Order:
+            return Order(
+                config.images_per_class * self.task.num_classes, self.task.num_classes, config.synthesis_batch_size,
+                config.diffusion_batch_size, seed, Path(config.export_png) if config.export_png else None,
+            )  # fmt: skip
+
+        def maker(session: Session) -> GuidedMaker:
+            return GuidedMaker(self.generator(), order(session.seed))
+
+        prior = prior_name(self.model, config.diffusion_revision)
+        return FillBank("generate", order(0).rounds, maker, prior), Distill(self, "generate")
 
     @property
     def images_per_round(self) -> int:

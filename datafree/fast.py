@@ -49,6 +49,7 @@ from datafree.base import ImageBatch, LowestLoss, Method, Synthesizer, Task, bal
 from datafree.bn_statistics import BNStatistics, Stats, bn_loss, collected
 from datafree.generators import Generator, reset
 from datafree.losses import KLDistillation, adversarial_loss, one_hot_loss, weighted_sum
+from engine.loops.session import Stage
 from engine.runtime.errors import UserError
 from engine.runtime.flags import check_least, flag
 
@@ -181,6 +182,8 @@ class FastSynthesizer(Synthesizer):
         warm_up: no competition; rounds are counted from the end of warm-up.
     """
 
+    independent = False
+
     def __init__(self, config: FastConfig, teacher: nn.Module, task: Task, *, warm_up: bool):
         self.config, self.task, self.warm_up = config, task, warm_up
         rounds = config.init_rounds if warm_up else task.rounds
@@ -262,7 +265,6 @@ class Fast(Method):
     """Stages synthesize (warm-up, without competition) and distill (rounds with it)."""
 
     Config = FastConfig
-    stages = ("synthesize", "distill")
     defaults = {"epochs": 200, "kd_steps": 400, "batch_size": 256, "lr": 0.2}
 
     def __init__(self, config: FastConfig, teacher: nn.Module, student: nn.Module, task: Task):
@@ -272,6 +274,9 @@ class Fast(Method):
         for name, meaning in (("is_maml", "0 (Reptile) or 1 (FOMAML)"), ("reset_l0", "0 (never) or 1 (once)")):
             if getattr(config, name) not in (0, 1):
                 raise UserError(f"--{name} {getattr(config, name)} found, {meaning} wanted")
+
+    def stages(self) -> tuple[Stage, ...]:
+        return self.from_initial_bank(self.config.init_rounds)
 
     def initial_synthesizer(self) -> FastSynthesizer:
         return FastSynthesizer(self.config, self.teacher, self.task, warm_up=True)

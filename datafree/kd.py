@@ -75,10 +75,9 @@ class KD(Method):
     """Stage distill, on real images."""
 
     Config = KDConfig
-    stages = ("distill",)
     streams = True
     reads_train_split = True
-    external_priors = {"distill": "real training images"}
+    external_prior = "real training images"
 
     def synthesizer(self) -> RealImages:
         return RealImages(self.task)

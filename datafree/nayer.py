@@ -42,6 +42,7 @@ from datafree.diffusion.prior import hub_errors, prior_name, quiet_libraries
 from datafree.fast import BETAS, Inversion, check_momentum, own_state
 from datafree.generators import Generator, reset
 from datafree.losses import KLDistillation
+from engine.loops.session import Stage
 from engine.runtime.errors import UserError
 from engine.runtime.flags import check_least, flag
 
@@ -147,6 +148,8 @@ class NAYERSynthesizer(Synthesizer):
         warm_up: no competition, and ``init_g_loops`` batches.
     """
 
+    independent = False
+
     def __init__(self, config: NAYERConfig, teacher: nn.Module, task: Task, *, warm_up: bool):
         self.config, self.task, self.warm_up = config, task, warm_up
         self.loops = config.init_g_loops if warm_up else config.g_loops
@@ -226,7 +229,6 @@ class NAYER(Method):
     """Stages synthesize (warm-up, without competition) and distill (rounds with it)."""
 
     Config = NAYERConfig
-    stages = ("synthesize", "distill")
     defaults = {"epochs": 300, "kd_steps": 400, "batch_size": 512, "lr": 0.2}
 
     def __init__(self, config: NAYERConfig, teacher: nn.Module, student: nn.Module, task: Task):
@@ -240,11 +242,14 @@ class NAYER(Method):
                 )
             if "{label}" not in config.prompt:
                 raise UserError(f"--prompt '{config.prompt}' has no {{label}}, so that all classes would have one embedding")
-            self.external_priors = dict.fromkeys(self.stages, prior_name(config.text_model))
+            self.external_prior = prior_name(config.text_model)
 
     @property
     def images_per_round(self) -> int:
         return self.config.synthesis_batch_size * self.config.g_loops
+
+    def stages(self) -> tuple[Stage, ...]:
+        return self.from_initial_bank(self.config.init_rounds)
 
     def initial_synthesizer(self) -> NAYERSynthesizer:
         return NAYERSynthesizer(self.config, self.teacher, self.task, warm_up=True)

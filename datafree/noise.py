@@ -77,13 +77,12 @@ class Noise(Method):
     """Stage distill, on noise or unrelated images."""
 
     Config = NoiseConfig
-    stages = ("distill",)
     streams = True
 
     def __init__(self, config: NoiseConfig, teacher: nn.Module, student: nn.Module, task: Task):
         super().__init__(config, teacher, student, task)
         if config.images:
-            self.external_priors = {"distill": f"images of {Path(config.images).resolve().name}"}
+            self.external_prior = f"images of {Path(config.images).resolve().name}"
 
     def synthesizer(self) -> NoiseImages:
         config = self.config

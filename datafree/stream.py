@@ -87,7 +87,6 @@ def unlabelled(images: Tensor) -> Tensor:
 class StreamingMethod(Method):
     """One stage, distill; the student's loss is KL at temperature T unless a method says otherwise."""
 
-    stages = ("distill",)
     streams = True
     defaults = {"epochs": 200, "kd_steps": 5, "ep_steps": 400, "batch_size": 256, "lr": 0.1}
 

@@ -14,12 +14,13 @@ from torch.nn import functional as F
 from datafree.base import ImageBatch
 from datafree.diffdfkd import DEFAULT_MODEL, MapDistillation, default_model, mixed
 from engine.data.bank import ImageBank, Manifest
-from engine.loops import generate
-from engine.loops.generate import Order
+from engine.loops import fill as fill_module
+from engine.loops.fill import fill
+from engine.loops.generate import GuidedMaker, Order
 from engine.runtime.errors import UserError
 from engine.runtime.processes import Processes
 from engine.runtime.run import Run
-from engine.runtime.stage_record import Stages
+from engine.runtime.stage_record import StageRecord
 from models.classifier import Classifier, frozen
 from tests import tiny_pipelines
 from tests.conftest import ROOT, TINY, TINY_TASK, build_network
@@ -37,6 +38,7 @@ class Scribbler:
 
     def __init__(self, learns_from=1000, stop_after=None):
         self.learns_from, self.stop_after, self.level = learns_from, stop_after, torch.zeros(())
+        self.competes = learns_from < 1000
 
     def generate(self, labels, seeds, repeats):
         if self.stop_after is not None and Scribbler.made >= self.stop_after:
@@ -67,13 +69,13 @@ class Scribbler:
 
 def open_run(path):
     run = Run(path, {})
-    return run, Stages(path / "stages.json", {"generate": {}}), ImageBank(path / "bank", Manifest("d", 10, 8))
+    return run, StageRecord(path / "stages.json", {"generate": {}}), ImageBank(path / "bank", Manifest("d", 10, 8))
 
 
 def filled(path, order=ORDER, processes=Processes(), **settings):
     run, stages, bank = open_run(path)
     try:
-        generate.generate(run, stages, bank, lambda: Scribbler(**settings), order, processes)
+        fill(run, stages, bank, "generate", order.rounds, lambda: GuidedMaker(Scribbler(**settings), order), processes)
     finally:
         run.close()
     return bank.read("generate")
@@ -131,8 +133,8 @@ def test_several_processes_make_the_bank_of_one(tmp_path, count, learns_from):
     queues = [(queue.Queue(), queue.Queue()) for _ in range(count)]
     others = [
         threading.Thread(
-            target=generate.generate,
-            args=(None, None, None, lambda: Scribbler(learns_from), ORDER, Thread(rank, queues)),
+            target=fill,
+            args=(None, None, None, "generate", ORDER.rounds, lambda: GuidedMaker(Scribbler(learns_from), ORDER), Thread(rank, queues)),
         )
         for rank in range(1, count)
     ]
@@ -147,7 +149,7 @@ def test_several_processes_make_the_bank_of_one(tmp_path, count, learns_from):
 def test_a_lost_shard_is_named(tmp_path):
     filled(tmp_path, learns_from=16)
     (tmp_path / "bank" / "generate-000000.safetensors").unlink()
-    with pytest.raises(UserError, match="misses round 0 of 2; .* --redo generate"):
+    with pytest.raises(UserError, match="misses round 0 of 3; .* --redo generate"):
         filled(tmp_path, learns_from=16)
 
 
@@ -256,16 +258,16 @@ def test_a_run_stopped_at_a_shard_goes_on_to_the_same_bits(paths, distill, tmp_p
     extra = f"--diffusion_model {paths['patch_prior']} --images_per_class 2 --stages generate --adv_from 1 --adv_steps 10"
     plain, extra = extra, f"{extra} --adv 1000"
     distill("diffdfkd", tmp_path / "whole", extra)
-    original, calls = generate.save_checkpoint, []
+    original, calls = fill_module.save_checkpoint, []
 
     def failing(*args):
         calls.append(1)
         original(*args)
         if len(calls) == 2:
-            raise KeyboardInterrupt  # the student has learned, the round is not made
+            raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(generate, "save_checkpoint", failing)
+        patch.setattr(fill_module, "save_checkpoint", failing)
         distill("diffdfkd", tmp_path / "broken", extra)
     assert 0 < len(shards(tmp_path / "broken")) < len(shards(tmp_path / "whole")) == 4
     distill("diffdfkd", tmp_path / "broken", extra)

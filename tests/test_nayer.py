@@ -292,4 +292,4 @@ def test_clip_wants_class_names_and_a_place_for_them(teacher, student):
         NAYER(config, teacher, student, nameless)
     with pytest.raises(UserError, match=r"--prompt 'a photo' has no \{label\}"):
         NAYER(dataclasses.replace(config, prompt="a photo"), teacher, student, TASK)
-    assert NAYER(SMALL, teacher, student, nameless).external_priors == {}
+    assert NAYER(SMALL, teacher, student, nameless).external_prior == "none"

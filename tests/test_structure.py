@@ -29,7 +29,7 @@ from engine.runtime.files import (
 from engine.runtime.flags import Parser, add_flags, flag, from_args, stage_flags
 from engine.runtime.names import resolve
 from engine.runtime.seeding import position_seed, seed_position
-from engine.runtime.stage_record import Stages
+from engine.runtime.stage_record import StageRecord
 from tests.conftest import ROOT
 
 SOURCES = {p: p.read_text() for room in ("engine", "datafree", "models") for p in ROOT.glob(f"{room}/**/*.py")}
@@ -151,25 +151,25 @@ def test_wrong_flags_are_refused(text):
 
 def test_stages_go_on_and_name_what_changed(tmp_path):
     path = tmp_path / "stages.json"
-    stages = Stages(path, {"a": {"x": 1}, "b": {"y": [1, 2]}})
+    stages = StageRecord(path, {"a": {"x": 1}, "b": {"y": [1, 2]}})
     stages.check(["a", "b"])
     stages.begin("a")
-    assert Stages(path, {"a": {"x": 1}}).status("a") == "incomplete"
+    assert StageRecord(path, {"a": {"x": 1}}).status("a") == "incomplete"
     stages.update("a", done=True, images=7)
-    again = Stages(path, {"a": {"x": 1}, "b": {"y": [3]}})
+    again = StageRecord(path, {"a": {"x": 1}, "b": {"y": [3]}})
     assert again.status("a") == "done" and again.fact("a", "images") == 7 and again.status("b") == "new"
     again.check(["b"])
     with pytest.raises(UserError, match="--x 1, now 2"):
-        Stages(path, {"a": {"x": 2}, "b": {}}).check(["b"])
+        StageRecord(path, {"a": {"x": 2}, "b": {}}).check(["b"])
     assert again.discard("a") == ["a", "b"] and again.status("a") == "new"
 
 
 def test_a_stage_later_than_those_selected_is_not_compared(tmp_path):
-    stages = Stages(tmp_path / "s.json", {"a": {"x": 1}, "b": {"y": 1}})
+    stages = StageRecord(tmp_path / "s.json", {"a": {"x": 1}, "b": {"y": 1}})
     for stage in "ab":
         stages.begin(stage)
         stages.update(stage, done=True)
-    Stages(tmp_path / "s.json", {"a": {"x": 1}, "b": {"y": 2}}).check(["a"])
+    StageRecord(tmp_path / "s.json", {"a": {"x": 1}, "b": {"y": 2}}).check(["a"])
 
 
 def test_seeds_are_functions_of_position():

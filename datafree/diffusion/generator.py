@@ -155,6 +155,11 @@ class GuidedGenerator:
         noise = torch.stack([torch.randn(self.prior.shape, generator=generator) for generator in generators])
         return noise.to(self.prior.device)
 
+    @property
+    def competes(self) -> bool:
+        """Whether a student learns from each round before the next."""
+        return self.student is not None
+
     def wants_to_learn(self, images: int) -> bool:
         """Whether the student of ``adv`` is to learn from the ``images`` that there are, before more are made."""
         return self.student is not None and images > 0 and images >= self.competitor.after

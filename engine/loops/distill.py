@@ -23,7 +23,7 @@ from engine.runtime.precision import Precision
 from engine.runtime.processes import Processes
 from engine.runtime.run import Run, Stopwatch, progress
 from engine.runtime.seeding import position_seed, seed_position
-from engine.runtime.stage_record import Stages
+from engine.runtime.stage_record import StageRecord
 from models.classifier import weights_fixed
 
 ADVICE = "lower --lr, --lr_g or the loss weights, and run again"
@@ -159,12 +159,12 @@ class Distillation:
 
 
 def distill(
-    run: Run | None, stages: Stages | None, distillation: Distillation, bank, transfer, augment_batch, test, *, seed: int
+    run: Run | None, record: StageRecord | None, distillation: Distillation, bank, transfer, augment_batch, test, *, seed: int
 ) -> dict[str, float]:
     """Runs every epoch that is left; one checkpoint and one accuracy an epoch.
 
     Args:
-        run, stages, test: the main process's; None in the others.
+        run, record, test: the main process's; None in the others.
         bank: where the images of each round are kept, or None for a method that only streams.
         transfer: ``TransferSet`` with the images there before the first round; None where ``bank`` is None.
         augment_batch: random crop and flip of the student's batches.
@@ -176,7 +176,7 @@ def distill(
     schedule, processes = distillation.schedule, distillation.processes
     state = None
     if processes.main:
-        stages.begin("distill")
+        record.begin("distill")
         file = run.path / "distill.pth"
         state = load_checkpoint(file, "run checkpoint") if file.exists() else None
         run.rewind("distill", state["round"] if state else 0)
@@ -205,7 +205,7 @@ def distill(
         bar.set_postfix({"acc1": f"{accuracy['acc1']:.2f}", "best": f"{max(distillation.accuracies):.2f}"}, refresh=False)
         run.metrics("distill", rounds - 1, figures)  # before the checkpoint: a repeated epoch rewinds it
         save_checkpoint(file, distillation.state_dict(rounds))
-        stages.update("distill", rounds=rounds)
+        record.update("distill", rounds=rounds)
     bar.close()
     if not processes.main:
         return {}

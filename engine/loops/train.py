@@ -15,7 +15,7 @@ from engine.runtime.flags import check_least, flag
 from engine.runtime.precision import Precision
 from engine.runtime.run import Run, progress
 from engine.runtime.seeding import seed_position
-from engine.runtime.stage_record import Stages
+from engine.runtime.stage_record import StageRecord
 
 TRAIN = ("train",)
 
@@ -48,7 +48,7 @@ def learning_rate(flags: TrainFlags, epoch: float) -> float:
 
 def train(
     run: Run,
-    stages: Stages,
+    stages: StageRecord,
     classifier: nn.Module,
     train_split,
     test_split,

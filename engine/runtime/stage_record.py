@@ -8,7 +8,7 @@ from engine.runtime.errors import UserError
 from engine.runtime.files import read_json, write_json
 
 
-class Stages:
+class StageRecord:
     """The record ``stages.json`` of a run folder.
 
     A done stage is skipped and an incomplete one goes on, if its flags and inputs and those of the stages before it are
