@@ -29,7 +29,6 @@ this is the paper's algorithm.
 - Resizing from the prior's to the dataset's size is bicubic with antialiasing, in guidance and for the bank alike.
 """
 
-import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,6 +97,9 @@ class DiffDFKDConfig:
     adv: float = flag(0.0, "weight of -KL(S||T) where both name the same class, in the guidance", stages=GENERATE)
     adv_from: int = flag(20, "images a class from which on the adversarial term counts", stages=GENERATE)
     adv_steps: int = flag(200, "steps that its student learns before each round of images", stages=GENERATE)
+    adv_batch_size: int = flag(128, "images a step of its student", stages=GENERATE)
+    adv_lr: float = flag(0.05, "SGD learning rate of its student", stages=GENERATE)
+    adv_T: float = flag(30.0, "temperature at which its student learns", stages=GENERATE)
     guidance_lr: float = flag(1.0, "lr of the guidance, z <- z - lr * gradient at every denoising step", stages=GENERATE)
     guidance_backprop: str = flag(
         "unet", "the gradient's way: decoder and denoising network, or the decoder alone", choices=BACKPROP, stages=GENERATE
@@ -193,16 +195,19 @@ class DiffDFKD(Method):
     }  # fmt: skip
 
     def __init__(self, config: DiffDFKDConfig, teacher: nn.Module, student: nn.Module, task: Task):
-        if config.mix != "no":
-            augment = task.augment
-            task = dataclasses.replace(task, augment=lambda images: mixed(augment(images), config.mix))
         super().__init__(config, teacher, student, task)
-        positive = ("images_per_class", "synthesis_batch_size", "diffusion_batch_size", "num_inference_steps", "adv_steps")
+        positive = ("images_per_class", "synthesis_batch_size", "diffusion_batch_size", "num_inference_steps")
+        positive += ("adv_steps", "adv_batch_size")
         check_least(config, **dict.fromkeys(positive, 1), lca_every=0, lca_repair=0, guidance_micro_batch=0)
         if config.msarc and not (teacher.feature_map_shapes and student.feature_map_shapes):
             raise UserError("a network without feature maps has no activation maps; give --msarc 0")
         self.model = config.diffusion_model or default_model(task)
         self.external_priors = {"generate": prior_name(self.model, config.diffusion_revision)}
+
+    def student_view(self, images: Tensor) -> Tensor:
+        """A random crop and flip of (B, 3, H, W), mixed with another where ``--mix`` says so."""
+        views = self.task.augment(images)
+        return views if self.config.mix == "no" else mixed(views, self.config.mix)
 
     @property
     def images_per_round(self) -> int:
@@ -245,7 +250,9 @@ class DiffDFKD(Method):
         return GuidedGenerator(
             prior, guidance, task, self.student, steps=config.num_inference_steps, rule=config.scheduler,
             lca=lca_steps(config.num_inference_steps, config.lca_every), lca_repair=config.lca_repair,
-            competitor=Competitor(config.adv_from * task.num_classes, config.adv_steps),
+            competitor=Competitor(
+                config.adv_from * task.num_classes, config.adv_steps, config.adv_T, config.adv_batch_size, config.adv_lr
+            ),
         )  # fmt: skip
 
     def objective(self) -> MapDistillation:

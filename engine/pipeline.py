@@ -155,7 +155,7 @@ class Pipeline:
             self.processes, method.task.compile,
         )  # fmt: skip
         figures = distill.distill(
-            run, self.stages, distillation, bank, transfer, method.task.augment, test, seed=self.flags["seed"]
+            run, self.stages, distillation, bank, transfer, method.student_view, test, seed=self.flags["seed"]
         )
         if not self.processes.main:
             return

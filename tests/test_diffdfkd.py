@@ -276,6 +276,26 @@ def test_a_run_stopped_at_a_shard_goes_on_to_the_same_bits(paths, distill, tmp_p
     assert shards(tmp_path / "plain") != shards(tmp_path / "whole")
 
 
+def test_what_the_student_sees_does_not_reach_the_generated_images(paths, distill, tmp_path):
+    """Its mixing is a flag of stage distill: the student that competes while images are drawn must not feel it."""
+    extra = f"--diffusion_model {paths['patch_prior']} --images_per_class 2 --stages generate"
+    extra += " --adv 1000 --adv_from 1 --adv_steps 10"
+    distill("diffdfkd", tmp_path / "plain", extra)
+    distill("diffdfkd", tmp_path / "mixed", f"{extra} --mix cutmix")
+    assert shards(tmp_path / "mixed") == shards(tmp_path / "plain") and len(shards(tmp_path / "plain")) == 4
+
+
+@pytest.mark.parametrize("change", ["--adv_lr .2", "--adv_T 3", "--adv_batch_size 5"])
+def test_the_competitor_s_flags_change_the_images_and_bind_the_bank(change, paths, distill, tmp_path):
+    extra = f"--diffusion_model {paths['patch_prior']} --images_per_class 2 --stages generate"
+    extra += " --adv 1000 --adv_from 1 --adv_steps 10"
+    distill("diffdfkd", tmp_path / "plain", extra)
+    distill("diffdfkd", tmp_path / "changed", f"{extra} {change}")
+    assert shards(tmp_path / "changed") != shards(tmp_path / "plain")
+    with pytest.raises(UserError, match=change.split()[0][2:]):
+        distill("diffdfkd", tmp_path / "plain", f"{extra} {change}")
+
+
 def test_two_real_processes_make_the_bank_of_one(paths, distill, teacher_file, tmp_path):
     extra = f"--diffusion_model {paths['patch_prior']} --images_per_class 2 --epochs 1"
     extra += " --adv 1000 --adv_from 1 --adv_steps 10"

@@ -363,7 +363,7 @@ def test_the_student_learns_from_what_was_made_and_then_competes(priors, teacher
 
     def build():
         guidance = Guidance(teacher, 16, oh=0.0, adv=1.0)
-        competitor = Competitor(20, 3, batch_size=8)
+        competitor = Competitor(20, 3, temperature=30.0, batch_size=8, lr=0.05)
         return GuidedGenerator(priors["patch_prior"], guidance, task, fresh, steps=3, competitor=competitor)
 
     generator = build()
