@@ -145,7 +145,8 @@ class Method:
         external_priors: {stage: id of a pretrained model besides the teacher that it uses}; an instance may set its own.
 
     Fields of Config that the stages read: ``init_rounds`` (synthesize), ``variants``, ``diffusion_batch_size`` (augment),
-    ``images_per_class``, ``synthesis_batch_size``, ``diffusion_batch_size``, ``export_png`` (generate).
+    ``images_per_class``, ``synthesis_batch_size``, ``diffusion_batch_size``, ``batch_classes``, ``export_png`` (generate),
+    ``student_images_per_class`` (distill; a method may be without it).
     A Config with the field ``bn`` needs a teacher with BatchNorm layers wherever that weight is not 0.
     """
 

@@ -102,6 +102,7 @@ class Pipeline:
         order = generate.Order(
             config.images_per_class * self.info.num_classes, self.info.num_classes, config.synthesis_batch_size,
             config.diffusion_batch_size, seed, Path(config.export_png) if config.export_png else None,
+            config.batch_classes == "one",
         )  # fmt: skip
         generate.generate(self.run, self.stages, self.own_bank("generate"), self.method.generator, order, self.processes)
 
@@ -126,8 +127,12 @@ class Pipeline:
         parts = []
         if self.first:
             sources = self.sources()
-            parts.append((sources["images"], sources["labels"]))
-            counts["bank_images"] += len(sources["labels"])
+            images, labels = sources["images"], sources["labels"]
+            if limit := getattr(self.config, "student_images_per_class", None):
+                chosen = first_of_each(labels, limit)
+                images, labels = images[chosen], labels[chosen]
+            parts.append((images, labels))
+            counts["bank_images"] += len(labels)
         if "augment" in self.method.stages:
             variants, keep = self.kept(sources)
             parts.append((variants["images"][keep], variants["labels"][keep]))
@@ -290,3 +295,10 @@ class Pipeline:
     def seconds(self) -> dict[str, float | None]:
         """{stage: seconds}; of a bank that was given, as its own run recorded it (None: not known)."""
         return {stage: seconds for stage, (_, seconds) in self.provenance.items()} | self.stages.seconds()
+
+
+def first_of_each(labels: Tensor, count: int) -> Tensor:
+    """(N,) bool: whether an image is among the first ``count`` of its class, of labels (N,)."""
+    order = labels.argsort(stable=True)
+    ranks = torch.arange(len(labels)) - torch.searchsorted(labels[order], labels[order])
+    return torch.empty(len(labels), dtype=torch.bool).scatter_(0, order, ranks < count)
