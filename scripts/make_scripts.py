@@ -61,7 +61,7 @@ BANK_FLAGS = {
 KINDS = {
     **dict.fromkeys(CONTROLS, "steps and rates as the methods'"),
     **{("diffdfkd", dataset): "CIFAR-10's published settings" for dataset in ("cifar100", "tiny_imagenet")},
-    "dm_kd": "DiffDFKD's settings for CIFAR-10, unguided (DM-KD's own images are of a DiT)",
+    "dm_kd": "DiffDFKD's settings, unguided; DM-KD's images are a DiT's",
 }
 # Which row of registry.PUBLISHED a method's scripts go for, where that is not its name alone.
 TABLE_ROW = {

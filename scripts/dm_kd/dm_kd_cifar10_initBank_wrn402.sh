@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # DM-KD (arXiv 2305.12954), Stable Diffusion 1.5: DiffDFKD without guidance:
-# cifar10, initial image bank of wrn40_2 (50,000 images); DiffDFKD's settings for CIFAR-10, unguided (DM-KD's own images are of a DiT).
+# cifar10, initial image bank of wrn40_2 (50,000 images); DiffDFKD's settings, unguided; DM-KD's images are a DiT's.
 # acc1: not measured yet. Time: not measured yet. Device: one GPU.
 # Wants checkpoints/pretrained/cifar10_wrn40_2.pth; makes checkpoints/dm_kd/cifar10_wrn40_2_initBank/bank.
 set -euo pipefail
