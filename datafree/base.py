@@ -179,6 +179,10 @@ class Method:
         """Images that a round of stage distill adds to the bank; 0: there is nothing to synthesize then."""
         return self.config.synthesis_batch_size
 
+    def student_view(self, images: Tensor) -> Tensor:
+        """What the student sees of images (B, 3, H, W) uint8 of the bank: the task's random crop and flip."""
+        return self.task.augment(images)
+
     def initial_synthesizer(self) -> Synthesizer:
         """For stage synthesize: makes the image bank that distillation starts from; its student knows nothing yet."""
         return self.synthesizer()

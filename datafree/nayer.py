@@ -18,8 +18,8 @@ Where e comes from, ``--label_embedding``:
                 read once, then kept with the synthesizer's state.
 
 Published settings (CIFAR): 20 rounds of warm-up, then 100, 200 or 300 of 400 student steps on batches of 512; SGD lr .2,
-T 20; 2 batches of 400 images a round, 10 in warm-up; g_steps 30 (CIFAR-100: 40), lr_g 4e-3, g_life 10; bn 10, bn_mmt .9,
-adv 1.33, oh .5; nz 1000; CLIP ViT-B/32, "a image of <label>".
+cosine to 2e-4, T 20; 2 batches of 400 images a round, 10 in warm-up; g_steps 30 (CIFAR-100: 40), lr_g 4e-3, g_life 10; bn 10,
+bn_mmt .9, adv 1.33, oh .5; nz 1000; CLIP ViT-B/32, "a image of <label>".
 
 Deviations: the default embedding is not the paper's. Noisy layers have no bias (the script's starts at 0, below outputs
 of standard deviation sqrt(d)). In an incomplete group each class is there at most once; the script draws its labels
@@ -73,7 +73,7 @@ class NAYERConfig:
     text_model: str = flag(
         "openai/clip-vit-base-patch32", "clip: hub id or local directory of a CLIP text encoder", stages=BOTH
     )
-    prompt: str = flag("a photo of a {label}", "clip: the text that is embedded", stages=BOTH)
+    prompt: str = flag("a image of {label}", "clip: the text that is embedded", stages=BOTH)
     bn: float = flag(10.0, "weight of the BN-statistics loss", stages=BOTH)
     bn_mmt: float = flag(0.9, "share of earlier batches' statistics in the BN-statistics loss, [0, 1)", stages=BOTH)
     oh: float = flag(0.5, "weight of the one-hot loss", stages=BOTH)
@@ -229,7 +229,7 @@ class NAYER(Method):
     """Stages synthesize (warm-up, without competition) and distill (rounds with it)."""
 
     Config = NAYERConfig
-    defaults = {"epochs": 300, "kd_steps": 400, "batch_size": 512, "lr": 0.2}
+    defaults = {"epochs": 300, "kd_steps": 400, "batch_size": 512, "lr": 0.2, "lr_min": 2e-4}
 
     def __init__(self, config: NAYERConfig, teacher: nn.Module, student: nn.Module, task: Task):
         super().__init__(config, teacher, student, task)

@@ -47,7 +47,11 @@ FLAGS = {
 }
 # The same for the initial bank alone.
 BANK_FLAGS = {
-    ("dm_kd",): "--oh 0 --bn 0 --adv 0 --lca_every 0",
+    ("dm_kd",): "--oh 0 --bn 0 --adv 0 --lca_every 0 --scheduler ancestral",
+    ("diffdfkd",): "--scheduler ancestral --batch_classes one --lca_every 0",
+    **{(m, teacher): "--num_inference_steps 50" for m in GENERATED for teacher in ("wrn40_2", "vgg11")},
+    ("dm_kd", "resnet34"): "--num_inference_steps 10",
+    ("diffdfkd", "resnet34"): "--num_inference_steps 10 --bn 0",
     ("diffdfkd", "cifar100"): "--images_per_class 500",
     ("diffdfkd", "tiny_imagenet"): "--images_per_class 250",
     ("dm_kd", "cifar100"): "--images_per_class 500",
@@ -56,7 +60,8 @@ BANK_FLAGS = {
 # Settings that were published for other datasets than the script's, or not at all.
 KINDS = {
     **dict.fromkeys(CONTROLS, "steps and rates as the methods'"),
-    **{(m, dataset): "CIFAR-10's published settings" for m in GENERATED for dataset in ("cifar100", "tiny_imagenet")},
+    **{("diffdfkd", dataset): "CIFAR-10's published settings" for dataset in ("cifar100", "tiny_imagenet")},
+    "dm_kd": "DiffDFKD's settings, unguided; DM-KD's images are a DiT's",
 }
 # Which row of registry.PUBLISHED a method's scripts go for, where that is not its name alone.
 TABLE_ROW = {

@@ -211,7 +211,7 @@ def test_text_codes_are_made_once(text_model, teacher, student, monkeypatch):
     method = NAYER(config, teacher, student, TASK)
     warm = method.initial_synthesizer()
     warm.synthesize(student)
-    expected = text_codes(NAMES, "a photo of a {label}", text_model, CPU)
+    expected = text_codes(NAMES, "a image of {label}", text_model, CPU)
     assert torch.equal(warm.codes, expected)
     monkeypatch.setattr("datafree.nayer.text_codes", None)
     main = method.synthesizer()

@@ -202,3 +202,13 @@ def patch_prior(file: Path, classes: int = 10, size: int = 16) -> str:
     about |= {"class_names": [str(c) for c in range(classes)], "name": "tiny"}
     save_tensors(file, weights, {name: json.dumps(value) for name, value in about.items()})
     return str(file)
+
+
+# Every kind of prior that stage generate draws with.
+GENERATIVE = ("stable_diffusion", "sdxl", "turbo", "dit", "pixel_unet", "patch_prior")
+
+
+def generative(root: Path) -> dict[str, str]:
+    """{kind: path} of one of each in ``GENERATIVE``."""
+    builders = {kind: globals()[kind] for kind in GENERATIVE}
+    return {kind: build(root / (kind + ".safetensors" * (kind == "patch_prior"))) for kind, build in builders.items()}

@@ -38,13 +38,13 @@ class Generated(ImageBatch):
 
 @dataclass(frozen=True)
 class Competitor:
-    """How the student of ``adv`` learns: from ``after`` images on, ``steps`` steps before each round."""
+    """How the student of ``adv`` learns: from ``after`` images on, ``steps`` steps of SGD before each round."""
 
     after: int
     steps: int
-    temperature: float = 30.0
-    batch_size: int = 128
-    lr: float = 0.05
+    temperature: float
+    batch_size: int
+    lr: float
 
 
 class GuidedGenerator:

@@ -3,6 +3,9 @@
 A round may be as short as one generator step and five student steps, so whatever costs time apart from them (reading a
 loss back, a line of metrics, a checkpoint, the test accuracy) comes once an epoch.
 
+Deviations from the published scripts: the learning rate follows its cosine student step by student step and ends at
+``lr_min``, where theirs take one step of it an epoch and so never reach the end, which short runs need.
+
 Of several processes the main one makes each round's images and keeps the run; all hold the same images and take equal shares
 of the same student batches, whose gradients they average.
 """
@@ -41,6 +44,7 @@ class Schedule:
     momentum: float
     weight_decay: float
     warmup_epochs: int
+    lr_min: float = 0.0
 
     @property
     def rounds_per_epoch(self) -> int:
@@ -51,12 +55,13 @@ class Schedule:
         return self.epochs * self.rounds_per_epoch
 
     def learning_rate(self, step: int) -> float:
-        """Linear warm-up over ``warmup_epochs``, then cosine to zero; a function of the student step alone."""
+        """Linear warm-up over ``warmup_epochs``, then cosine to ``lr_min``; a function of the student step alone."""
         total = self.rounds * self.kd_steps
         warmup = self.warmup_epochs * self.rounds_per_epoch * self.kd_steps
         if step < warmup:
             return self.lr * (step + 1) / warmup
-        return self.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+        cosine = math.cos(math.pi * (step - warmup) / max(1, total - warmup))
+        return self.lr_min + (self.lr - self.lr_min) * 0.5 * (1 + cosine)
 
 
 class StudentStep(nn.Module):

@@ -23,10 +23,12 @@ class Order:
 
     Args:
         images: how many in all.
-        num_classes: C; every C positions in a row hold every class once, in an order of their own.
+        num_classes: C; every C positions in a row hold every class once, with ``one_class`` every C * batch_size hold it
+            batch_size times in a row, in an order of their own.
         round_size: images a round, a shard of the bank.
         batch_size: images drawn together, within a round.
         seed: of the run.
+        one_class: a batch is of one class; it ends where the next class begins.
         export: folder for full-size PNG files ``<class id>/<position>.png``, or None.
     """
 
@@ -36,6 +38,7 @@ class Order:
     batch_size: int
     seed: int
     export: Path | None = None
+    one_class: bool = False
 
     @property
     def rounds(self) -> int:
@@ -48,11 +51,32 @@ class Order:
     def batches(self, round: int) -> list[range]:
         """The positions of a round's batches."""
         positions = self.positions(round)
-        return [positions[start : start + self.batch_size] for start in range(0, len(positions), self.batch_size)]
+        first, stop = positions.start, positions.stop
+        if self.one_class:
+            starts = [p for p in positions if p == first or self._place(p)[2] == 0]
+        else:
+            starts = list(positions[:: self.batch_size])
+        return [range(start, end) for start, end in zip(starts, [*starts[1:], stop])]
 
     def labels(self, positions: range) -> Tensor:
         """(len(positions),) class ids."""
-        return torch.tensor([self._cycle(p // self.num_classes)[p % self.num_classes] for p in positions])
+        places = map(self._place, positions)
+        return torch.tensor([self._cycle(number)[index] for number, index, _ in places])
+
+    def repeats(self, positions: range) -> list[int]:
+        """How many images of its class come before each position."""
+        return [number * self._run + place for number, _, place in map(self._place, positions)]
+
+    @property
+    def _run(self) -> int:
+        """Images of one class in a row."""
+        return self.batch_size if self.one_class else 1
+
+    def _place(self, position: int) -> tuple[int, int, int]:
+        """(number of its cycle through the classes, index of its class there, its place among those of that class)."""
+        number, rest = divmod(position, self._run * self.num_classes)
+        run = min(self._run, -(-self.images // self.num_classes) - number * self._run)  # the last cycle's may be shorter
+        return number, *divmod(rest, run)
 
     def _cycle(self, number: int) -> list[int]:
         generator = torch.Generator().manual_seed(position_seed(self.seed, "generate", "order", number))
@@ -90,7 +114,7 @@ class GuidedMaker(Maker):
         for index, positions in share.of(self.order.batches(round)):
             labels = self.order.labels(positions)
             seeds = [position_seed(self.order.seed, "generate", p) for p in positions]
-            batch = self.generator.generate(labels, seeds, [p // self.order.num_classes for p in positions])
+            batch = self.generator.generate(labels, seeds, self.order.repeats(positions))
             if self.order.export:
                 export(self.order.export, batch.full, batch.labels, positions)
             parts[index] = Part({"images": to_uint8(batch.images).cpu(), "labels": labels})

@@ -99,12 +99,14 @@ class Distill(Stage):
         initial: name of the stage that fills the initial bank; None: there is none.
         filter: of the variants of stage augment; None: there is no such stage.
         external_prior: a pretrained model besides the teacher that this stage itself uses.
+        images_per_class: of the initial bank that the student sees at most, the first ones; None: all.
     """
 
     method: Any
     initial: str | None = None
     filter: Any = None
     external_prior: str = "none"
+    images_per_class: int | None = None
     name = "distill"
     outputs = ("bank/distill-*", "distill.pth", "student.pth", "result.json")
 
@@ -147,7 +149,7 @@ class Distill(Stage):
             processes, method.task.compile,
         )  # fmt: skip
         figures = distill.distill(
-            run, record, distillation, bank, transfer, method.task.augment, test, seed=session.seed
+            run, record, distillation, bank, transfer, method.student_view, test, seed=session.seed
         )
         if processes.main:
             self._finish(session, images, distillation, figures | {"teacher_acc1": teacher_acc1})
@@ -162,8 +164,12 @@ class Distill(Stage):
         counts, parts = {"bank_images": session.schedule.rounds * self.method.images_per_round}, []
         if initial:
             columns = initial.columns
-            parts.append((columns["images"], columns["labels"]))
-            counts["bank_images"] += len(columns["labels"])
+            images, labels = columns["images"], columns["labels"]
+            if self.images_per_class:
+                chosen = first_of_each(labels, self.images_per_class)
+                images, labels = images[chosen], labels[chosen]
+            parts.append((images, labels))
+            counts["bank_images"] += len(labels)
         if variants:
             filtered, columns = load_tensors(augment.filter_file(session.path, self.filter)), variants.columns
             keep = filtered["keep"]
@@ -218,3 +224,10 @@ class Distill(Stage):
             f"{figures['student_steps']} student steps ({record.seconds()['distill']:.0f} s, {memory}) -> "
             f"{run.path / 'result.json'}"
         )
+
+
+def first_of_each(labels: Tensor, count: int) -> Tensor:
+    """(N,) bool: whether an image is among the first ``count`` of its class, of labels (N,)."""
+    order = labels.argsort(stable=True)
+    ranks = torch.arange(len(labels)) - torch.searchsorted(labels[order], labels[order])
+    return torch.empty(len(labels), dtype=torch.bool).scatter_(0, order, ranks < count)
