@@ -17,10 +17,9 @@ from engine.precision import Precision
 from models.classifier import Classifier, Output, frozen
 from models.load import build_network
 from tests.conftest import TINY
-from tests.test_adi import CPU, classifier
+from tests.test_adi import CPU, classifier, inversion_loss, network_of
 
 LABELS = torch.arange(8) % 4
-MEAN, STD = torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1), torch.tensor([0.2, 0.25, 0.3]).view(3, 1, 1)  # classifier's
 
 
 def method(student=None, **flags):
@@ -58,42 +57,20 @@ def test_the_bounds_are_reached_and_never_left(count):
     assert found == pytest.approx(bounds(count), abs=1e-4)
 
 
-def head_of(synthesizer, features):
+def head_of(parameters, features):
     """The head's logits, from its four tensors."""
-    first, bias, second, other_bias = synthesizer.head.parameters()
+    first, bias, second, other_bias = parameters
     out = (features @ first.T + bias).clamp(min=0) @ second.T + other_bias
     return out / out.square().sum(1, keepdim=True).sqrt()
 
 
-def network_of(wrapped, images):
-    """Inputs of both BN layers, features and logits of ``tests.test_adi.classifier``, layer by layer."""
-    net, x = wrapped.network, (images - MEAN) / STD
-    first = F.conv2d(x, net[0].weight, net[0].bias)
-    second = F.conv2d(F.batch_norm(first, net[1].running_mean, net[1].running_var, net[1].weight, net[1].bias).relu(),
-                      net[3].weight, net[3].bias, stride=2)  # fmt: skip
-    last = F.batch_norm(second, net[4].running_mean, net[4].running_var, net[4].weight, net[4].bias).relu()
-    features = last.mean((2, 3))
-    return first, second, features, features @ net[8].weight.T + net[8].bias
-
-
-def rotation_loss(synthesizer, student, images, labels):
-    """- mean over k and images of CE(head(f_S(rot_k x)), 4y + k)."""
+def rotation_loss(head, student, images, labels):
+    """- mean over k and images of CE(h(f_S(rot_k x)), 4y + k), the head h by its four tensors."""
     total = 0
     for k in range(4):
-        logits = head_of(synthesizer, network_of(student, torch.rot90(images, k, (2, 3)))[2])
+        logits = head_of(head, network_of(student, torch.rot90(images, k, (2, 3)))[2])
         total = total + sum(logits[i].exp().sum().log() - logits[i, 4 * y + k] for i, y in enumerate(labels.tolist()))
     return -total / (4 * len(images))
-
-
-def inversion_loss(teacher, images, labels):
-    """BN distance and one-hot loss."""
-    first, second, _, logits = network_of(teacher, images)
-    distance = 0
-    for inputs, layer in ((first, teacher.network[1]), (second, teacher.network[4])):
-        mean = inputs.mean((0, 2, 3))
-        var = (inputs - mean.view(1, -1, 1, 1)).square().mean((0, 2, 3))
-        distance = distance + (mean - layer.running_mean).norm() + (var - layer.running_var).norm()
-    return distance, -logits.log_softmax(1)[range(len(labels)), labels].mean()
 
 
 def test_every_loss_and_its_gradient():
@@ -101,7 +78,7 @@ def test_every_loss_and_its_gradient():
     synthesizer, images = pieces.synthesizer(), torch.rand(8, 3, 16, 16, requires_grad=True)
     losses = synthesizer.losses(images, LABELS, pieces.student)
     bn, oh = inversion_loss(pieces.teacher, images, LABELS)
-    csd = rotation_loss(synthesizer, pieces.student, images, LABELS)
+    csd = rotation_loss([*synthesizer.head.parameters()], pieces.student, images, LABELS)
     for name, expected in {"loss_bn": bn, "loss_oh": oh, "loss_csd": csd, "loss": 3 * csd + 5 * bn + 7 * oh}.items():
         torch.testing.assert_close(losses[name], expected, rtol=1e-4, atol=1e-5)
         found, wanted = (torch.autograd.grad(x, images, retain_graph=True)[0] for x in (losses[name], expected))
@@ -118,7 +95,6 @@ def test_a_whole_synthesis_step():
     batch = synthesizer.synthesize(pieces.student)
     assert not any(torch.equal(a, b) for a, b in zip(head.parameters(), synthesizer.head.parameters()))
     assert not any(p.any() for name, p in synthesizer.head.named_parameters() if "bias" in name)
-    synthesizer.head = head
     torch.manual_seed(3)
     reset(reference).train()
     z = torch.randn(8, 6, requires_grad=True)
@@ -127,7 +103,7 @@ def test_a_whole_synthesis_step():
     for _ in range(2):
         images = reference(z)
         bn, oh = inversion_loss(pieces.teacher, images, batch.labels)
-        loss = bn + oh + 2 * rotation_loss(synthesizer, pieces.student, images, batch.labels)
+        loss = bn + oh + 2 * rotation_loss([*head.parameters()], pieces.student, images, batch.labels)
         seen.append((loss.item(), images.detach()))
         optimizer.zero_grad()
         loss.backward()
@@ -147,8 +123,7 @@ def test_the_heads_steps_are_sgd_with_momentum_that_outlives_its_weights():
             reset(synthesizer.head)  # as after a round's synthesis
         weights = [p.detach().clone().requires_grad_() for p in synthesizer.head.parameters()]
         images = torch.rand(8, 3, 16, 16)
-        holder = type("", (), {"head": type("", (), {"parameters": lambda self: iter(weights)})()})
-        gradients = torch.autograd.grad(-rotation_loss(holder, pieces.student, images, LABELS), weights)
+        gradients = torch.autograd.grad(-rotation_loss(weights, pieces.student, images, LABELS), weights)
         momenta = [0.9 * m + g + 1e-4 * w for m, g, w in zip(momenta, gradients, weights)]
         synthesizer.after_step(pieces.student, images, LABELS)
         for found, weight, momentum in zip(synthesizer.head.parameters(), weights, momenta):
