@@ -120,7 +120,7 @@ def test_the_heads_steps_are_sgd_with_momentum_that_outlives_its_weights():
     synthesizer, momenta = pieces.synthesizer(), [0, 0, 0, 0]
     for step in range(4):
         if step == 2:
-            reset(synthesizer.head)  # as after a round's synthesis
+            synthesizer.synthesize(pieces.student)  # which draws the weights anew
         weights = [p.detach().clone().requires_grad_() for p in synthesizer.head.parameters()]
         images = torch.rand(8, 3, 16, 16)
         gradients = torch.autograd.grad(-rotation_loss(weights, pieces.student, images, LABELS), weights)
