@@ -12,8 +12,9 @@ Which diffusion model, ``--prior``:
 
 Published settings: CSD's, but for 200 rounds of 400 images; of the diffusion stage none.
 
-Deviations: CSD's. The published code ships no diffusion step and no filter; the default prior is this project's. Omega, the embedding and V are not known: the paper's
-figure keeps .83 and .76 and drops .45. All three are flags; omega's default is measured on the bank (``datafree.filter``).
+Deviations: CSD's. The published code ships no diffusion step and no filter; the default prior is this project's. Omega, the
+embedding and V are not known: the paper's figure keeps .83 and .76 and drops .45. All three are flags; omega's default is
+measured on the bank (``datafree.filter``).
 """
 
 from collections.abc import Callable
