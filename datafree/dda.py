@@ -10,8 +10,11 @@ Which diffusion model, ``--prior``:
     image_variation  the paper's: Stable Diffusion taking a CLIP image embedding (``datafree.diffusion.variation``).
     image_to_image   any Stable Diffusion, SDXL or Turbo checkpoint, from the noised image and a class-name prompt.
 
-Deviations: the published code ships no diffusion step and no filter. Omega, the embedding and V are not known: the paper's
-figure keeps .83 and .76 and drops .45. All three are flags; omega's default is measured on the bank (``datafree.filter``).
+Published settings: CSD's, but for 200 rounds of 400 images; of the diffusion stage none.
+
+Deviations: CSD's. The published code ships no diffusion step and no filter; the default prior is this project's. Omega, the
+embedding and V are not known: the paper's figure keeps .83 and .76 and drops .45. All three are flags; omega's default is
+measured on the bank (``datafree.filter``).
 """
 
 from collections.abc import Callable

@@ -23,9 +23,9 @@ anew once, 120 rounds after warm-up; FOMAML. Fast-2, -5 and -10 have g_steps 2, 
 Deviations: labels are drawn class-balanced, not independently, and generators start from N(0, .02). The images kept are a
 copy of the batch with the lowest loss. The first layer is the linear one; the script also redraws the scale of the BN
 after it, and counts one round less. The meta optimizer's state stays at that reset, as in the script. The last round of
-warm-up does not compete with the untrained student, as it does in the script. Generators always normalize by their batch,
-so the running statistics of their BN layers, which only the adapted copy gathers, are of no account. The learning rate
-falls to 0, not 2e-4.
+warm-up does not compete with the untrained student, as it does in the script. The script takes Reptile's gradient 67 times;
+Adam's step does not depend on its length. The learning rate falls to 0, not 2e-4. As in the script generators always
+normalize by their batch, so the running statistics of their BN layers, which only the adapted copy gathers, are of no account.
 
 FOMAML by the book takes the gradient at the adapted parameters alone. The published script, and so its numbers, sum those
 of all steps, which is first-order MAML of the sum of the steps' losses; so does this file. The last gradient alone fails:

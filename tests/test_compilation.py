@@ -91,7 +91,7 @@ def test_a_student_step_is_the_plain_one():
     for choice in ("no", "yes"):
         compiler, student = Compiler(choice, CPU, log=lines.append), classifier(1, 6)
         torch.manual_seed(2)
-        objective = AlignedDistillation(CSDConfig(), student.feature_map_shape, teacher.feature_map_shape)
+        objective = AlignedDistillation(CSDConfig(), student.block_map_shape, teacher.block_map_shape)
         step = StudentStep(student, objective).train()
         with torch.no_grad():
             output = compiler(teacher, 1, "teacher", constant_weights=True)(images, return_features=True)

@@ -114,6 +114,8 @@ def filter_variants(run: Run, folder: Path, sources: dict[str, Any], variants: d
     else:
         cosine, calibrated = stored["cosine"], stored["calibrated_omega"].item()
     omega = calibrated if filter.omega is None else filter.omega
+    if file.exists() and stored is not None and stored["omega"].item() == omega:
+        return  # decided before
     keep = filter.keep(cosine, omega)
     save_tensors(
         file,
