@@ -9,14 +9,16 @@ To resume, run the same command again. Of the real data only the test split is o
 
 import dataclasses
 import sys
+from functools import partial
 from pathlib import Path
 
+from engine import report
 from engine.loops.settings import DistillFlags, RunFlags, TaskFlags, for_seed
 from engine.runtime.errors import UserError, run_command
 from engine.runtime.flags import Parser, add_flags, from_args, stage_flags
 from engine.runtime.names import lookup, resolve
 from engine.runtime.processes import is_main, leave_processes
-from registry import DATASETS, METHODS, MODELS
+from registry import DATASETS, METHODS, MODELS, PAIRS, PUBLISHED
 
 
 def parse(argv: list[str]):
@@ -49,8 +51,6 @@ def main() -> None:
         folders.append(run(name, method_class, for_seed(seed, bool(run_flags.seeds), groups)))
     finished = [str(folder) for folder in folders if (folder / "result.json").exists()]
     if len(seeds) > 1 and finished and is_main():
-        from engine import report
-
         print(report.table(report.parse(finished)))
 
 
@@ -63,6 +63,7 @@ def run(name: str, method_class: type, groups: list) -> Path:
     from engine.data.bank import ImageBank, Manifest
     from engine.data.crops import crop_flip
     from engine.data.datasets import dataset_info
+    from engine.data.identity import data_identity
     from engine.data.splits import allow_train_split, forbid_train_split, load_split
     from engine.data.transfer_set import TransferSet
     from engine.loops.pipeline import Pipeline
@@ -80,10 +81,11 @@ def run(name: str, method_class: type, groups: list) -> Path:
     compiler = Compiler(run_flags.compile, device, log=print if processes.main else lambda text: None)
     forbid_train_split()
     info = dataset_info(
-        DATASETS, task_flags.dataset, task_flags.data_root, task_flags.image_size, task_flags.domain, task_flags.classes
-    )
-    normalization = task_flags.teacher_mean, task_flags.teacher_std
-    teacher = load_teacher(MODELS, task_flags.teacher, info, device, task_flags.teacher_ckpt, *normalization)
+        DATASETS, task_flags.dataset, task_flags.data_root, task_flags.image_size, task_flags.domain, task_flags.classes,
+        task_flags.name,
+    )  # fmt: skip
+    given = task_flags.teacher_mean, task_flags.teacher_std
+    teacher = load_teacher(MODELS, task_flags.teacher, info, device, task_flags.teacher_ckpt, *given)
     require_batch_norm(teacher, config, METHODS)
     seed_position(run_flags.seed, "student")
     student = build_classifier(MODELS, task_flags.student, info, device)
@@ -106,11 +108,7 @@ def run(name: str, method_class: type, groups: list) -> Path:
 
     weights = weights_digest(teacher.network.state_dict())
     manifest = Manifest(info.name, info.num_classes, info.image_size, short_name(task_flags.teacher), weights, name)
-    replaced = {
-        "synthesize": run_flags.init_bank,
-        "generate": run_flags.init_bank,
-        "augment": run_flags.init_variants,
-    }
+    replaced = {"synthesize": run_flags.init_bank, "generate": run_flags.init_bank, "augment": run_flags.init_variants}
     for flag, stages in (("init_bank", ("synthesize", "generate")), ("init_variants", ("augment",))):
         if getattr(run_flags, flag) and not set(stages) & set(method.stages):
             raise UserError(f"--{flag}: {name} has no stage {' or '.join(stages)} that it could take the place of")
@@ -124,14 +122,19 @@ def run(name: str, method_class: type, groups: list) -> Path:
     pair = f"{info.name}_{short_name(task_flags.teacher)}_{short_name(task_flags.student)}"
     flags = {"method": name} | {k: v for group in groups for k, v in dataclasses.asdict(group).items()}
     folder = Path(run_flags.save_dir or Path("checkpoints", name, f"{pair}_seed{run_flags.seed}"))
-    inputs = {"method": name, "teacher_ckpt": f"(weights {weights})"}
-    parts = method, info, manifest, schedule, flags, ImageBank, TransferSet, filter, processes
+    inputs = {"method": name, "teacher_ckpt": f"(weights {weights})"} | teacher.normalization.as_flags("teacher_")
+    paper = partial(report.published, PUBLISHED, PAIRS, name, info.name, task_flags.teacher, task_flags.student)
+    parts = method, info, manifest, schedule, flags, ImageBank, TransferSet, filter, processes, paper
     if not processes.main:  # of those that a launcher started, one keeps the folder
         Pipeline(folder, None, None, *parts).execute(selected, redo=None)
         return folder
+    real = {"distill": ("train", "test") if method.reads_train_split else ("test",)} if "distill" in selected else {}
+    with allow_train_split(method.reads_train_split):
+        data = {stage: {"data_root": data_identity(info, *real.get(stage, ()))} for stage in order}
     run_folder = Run(folder, flags)
     compiler.log = run_folder.log
-    stages = Stages(folder / "stages.json", {stage: inputs | stage_flags(stage, *groups) for stage in order})
+    compiler.log(f"teacher {teacher.name} normalizes with {teacher.normalization}")
+    stages = Stages(folder / "stages.json", {s: stage_flags(s, *groups) | inputs | data[s] for s in order})
     try:
         Pipeline(folder, run_folder, stages, *parts).execute(selected, run_flags.redo)
     finally:

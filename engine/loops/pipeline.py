@@ -44,6 +44,7 @@ class Pipeline:
         path: the run folder.
         run, stages: the main process's; None in the others, which read what it has written to the folder.
         processes: those that share the stages.
+        published: settings -> the paper's accuracy for such a run, in %, or None.
     """
 
     path: Path
@@ -58,6 +59,7 @@ class Pipeline:
     transfer_set: Callable
     filter: Any
     processes: Processes = Processes()
+    published: Callable[[dict[str, Any]], float | None] = lambda settings: None
     provenance: dict[str, tuple[str, float | None]] = dataclasses.field(default_factory=dict)
     measured: dict[str, float] = dataclasses.field(default_factory=dict)
     made_with: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -161,10 +163,9 @@ class Pipeline:
             return
         about = {
             "arch": self.flags["student"],
-            "dataset": self.info.name,
             "epoch": self.schedule.epochs,
             "acc1": figures["acc1_last"],
-        }
+        } | self.info.for_checkpoint()
         save_checkpoint(self.path / "student.pth", {"state_dict": method.student.network.state_dict(), **about})
         if bank is None:
             counts["images"] = distillation.synthesizer.images_total or figures["student_steps"] * self.schedule.batch_size
@@ -175,7 +176,9 @@ class Pipeline:
         self.stages.update("distill")
         run.result(
             {name: self.flags[name] for name in names}
-            | {"dataset": self.info.name, "external_prior": self.external_prior(), "teacher_acc1": teacher_acc1}
+            | {"dataset": self.info.name, "dataset_identity": settings["data_root"]}
+            | {"teacher_digest": self.manifest.teacher_digest, "published": self.published(settings)}
+            | {"external_prior": self.external_prior(), "teacher_acc1": teacher_acc1}
             | figures | counts | self.measured
             | {"processes": self.processes.count, "seconds": self.seconds(), "settings": settings}
         )  # fmt: skip
