@@ -51,22 +51,25 @@ def collect(folders: list[Path]) -> list[dict[str, Any]]:
 def group(results: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     """Results that differ in nothing but the seed, together; real-data training first, then by method.
 
-    Data and teacher are told apart by their digests, which are among the settings. A seed that comes twice in a group,
-    where nothing tells the two runs apart, is a warning on stderr.
+    Data and teacher are told apart by their digests, which are among the settings.
     """
     groups: dict[tuple, list] = {}
     for result in results:
         key = *(result.get(name) for name in GROUP_BY), json.dumps(settings(result), sort_keys=True)
         groups.setdefault(key, []).append(result)
-    for runs in groups.values():
-        counts = Counter(run["seed"] for run in runs)
-        for seed in (seed for seed, count in counts.items() if count > 1):
-            places = ", ".join(run["path"] for run in runs if run["seed"] == seed)
-            print(f"warning: seed {seed} is {counts[seed]} times in one row ({places}); leave one", file=sys.stderr)
     return sorted(
         groups.values(),
         key=lambda g: (g[0]["dataset"], g[0]["method"] != "scratch", str(g[0].get("student_steps")), g[0]["method"]),
     )
+
+
+def warn_of_repeated_seeds(groups: list[list[dict[str, Any]]]) -> None:
+    """A line on stderr for each seed that is in a row more than once: its run counts twice in mean and spread."""
+    for runs in groups:
+        for seed, count in Counter(run["seed"] for run in runs).items():
+            if count > 1:
+                places = ", ".join(run["path"] for run in runs if run["seed"] == seed)
+                print(f"warning: seed {seed} is {count} times in one row ({places}); leave one", file=sys.stderr)
 
 
 def spread(values: list[float | None], digits: int = 2) -> str:
@@ -275,6 +278,7 @@ def rows_of(
 def table(args: argparse.Namespace) -> str:
     """The Markdown table of every result under ``args.runs``, as the command line asks for it."""
     groups = group(collect(args.runs))
+    warn_of_repeated_seeds(groups)
     text = markdown(rows_of(groups, args.budget, args.target, args.folders))
     way = rounds_table(groups) if args.rounds else ""
     return text + ("\n\n" + way if way else "")

@@ -93,6 +93,7 @@ def test_other_data_teachers_or_banks_are_other_rows(name, one, other, method, t
     found = rows(tmp_path)
     assert [(r["seeds"], r["acc1 last"]) for r in found] == [("0,1", "50.00 ± 0.00"), ("0,1", "51.00 ± 0.00")]
     assert [r["method"].partition(" ")[2] for r in found] == [f"{'data ' * (method == 'scratch')}--{name} {v}" for v in (one, other)]
+    report.table(report.parse([str(tmp_path)]))
     assert not capsys.readouterr().err
 
 
@@ -110,7 +111,7 @@ def test_a_teacher_for_each_seed_is_one_row(paths, tmp_path):
 def test_a_repeated_seed_is_a_warning(tmp_path, capsys):
     for k, seed in enumerate((0, 1, 1)):
         write_result(tmp_path / f"run{k}", seed=seed)
-    assert [r["seeds"] for r in rows(tmp_path)] == ["0,1,1"]
+    assert "| 0,1,1 |" in report.table(report.parse([str(tmp_path)]))
     warning = capsys.readouterr().err
     assert warning.startswith("warning: seed 1 is 2 times in one row") and warning.count("\n") == 1
     assert "run1" in warning and "run2" in warning and "run0" not in warning
