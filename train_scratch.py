@@ -28,6 +28,9 @@ class ScratchFlags:
     )
     dataset: str = flag("cifar10", "a name of registry.DATASETS, or NAME where DATA_ROOT/NAME.npz exists", stages=TRAIN)
     data_root: str = flag("data", "folder of the data; what can be downloaded is put there")
+    name: str | None = flag(
+        None, "what checkpoints, run folders and tables call the dataset; unset: its name, or that of its folder"
+    )
     domain: str | None = flag(None, "domain of a dataset that has several (domainnet)", stages=TRAIN)
     classes: str | None = flag(
         None, "of such a dataset: ten (its usual subset) or all; unset: ten", choices=("ten", "all"), stages=TRAIN
@@ -45,7 +48,9 @@ class ScratchFlags:
         False, "start from torchvision's ImageNet weights (networks named *_imagenet), with a new head", stages=TRAIN
     )
     redo: bool = flag(False, "forget the run folder and train again")
-    mean: tuple[float, ...] | None = flag(None, "normalization r,g,b; unset: the dataset's", stages=TRAIN)
+    mean: tuple[float, ...] | None = flag(
+        None, "normalization r,g,b; unset: that of a checkpoint to start from or evaluate, else the dataset's", stages=TRAIN
+    )
     std: tuple[float, ...] | None = flag(None, "see --mean", stages=TRAIN)
     seed: int = flag(0, "random numbers are a function of seed and epoch", stages=TRAIN)
     gpu: int | None = flag(None, "index of the GPU, -1 for the CPU; unset: GPU 0 if there is one")
@@ -74,8 +79,9 @@ def main() -> None:
     from engine.data.datasets import dataset_info
     from engine.data.splits import load_split
     from engine.loops.evaluate import evaluate
-    from engine.networks.build import PRETRAINED, build_classifier, find_checkpoint, short_name
-    from engine.networks.weights import load_weights
+    from engine.networks.build import PRETRAINED, build_network, find_checkpoint, short_name, wrap
+    from engine.networks.normalization import choose_normalization
+    from engine.networks.weights import load_weights, published_weights
     from engine.runtime.precision import Precision, choose_device
     from engine.runtime.seeding import seed_position
 
@@ -83,41 +89,53 @@ def main() -> None:
         raise UserError(f"--pretrained and {'--resume' if flags.resume else '--evaluate_only'} exclude each other; give one")
     device = choose_device(flags.gpu)
     precision = Precision("fp16" if flags.fp16 else flags.amp, device)
-    info = dataset_info(DATASETS, flags.dataset, flags.data_root, flags.image_size, flags.domain, flags.classes)
-    seed_position(flags.seed, "init")
-    classifier = build_classifier(MODELS, flags.model, info, device, flags.mean, flags.std)
+    info = dataset_info(
+        DATASETS, flags.dataset, flags.data_root, flags.image_size, flags.domain, flags.classes, flags.name
+    )
     stem = f"{info.name}_{short_name(flags.model)}"
     output = Path(flags.output) if flags.output else PRETRAINED / f"{stem}.pth"
     if flags.evaluate_only:
-        given = flags.resume or (str(output) if output.exists() else None)
-        weights = find_checkpoint(flags.model, info.name, given)
-        load_weights(classifier.network, weights, "checkpoint")
+        start = find_checkpoint(flags.model, info.name, flags.resume or (str(output) if output.exists() else None))
+    else:
+        start = published_weights(MODELS, flags.model) if flags.pretrained else flags.resume
+    seed_position(flags.seed, "init")
+    network = build_network(MODELS, flags.model, info.num_classes)
+    stored = load_weights(network, start, "checkpoint", new_head=not flags.evaluate_only) if start else {}
+    normalization = choose_normalization(info, flags.mean, flags.std, stored, f"checkpoint {start}")
+    classifier = wrap(network, flags.model, info, device, normalization)
+    if flags.evaluate_only:
+        print(f"{flags.model} normalizes with {normalization}")
         accuracy = evaluate(classifier, load_split(info, "test", device, flags.workers))
-        print(f"{weights}: acc1 {accuracy['acc1']:.2f} %, acc5 {accuracy['acc5']:.2f} % on the test split of {info.name}")
+        print(f"{start}: acc1 {accuracy['acc1']:.2f} %, acc5 {accuracy['acc5']:.2f} % on the test split of {info.name}")
         return
     save_dir = Path(flags.save_dir) if flags.save_dir else Path("checkpoints", "scratch", stem)
-    train_run(flags, lengths, classifier, info, precision, save_dir, output)
+    train_run(flags, lengths, classifier, info, precision, save_dir, output, start, stored.get("dropped_head"))
 
 
-def train_run(flags: ScratchFlags, lengths, classifier, info, precision, save_dir: Path, output: Path) -> None:
+def train_run(
+    flags: ScratchFlags, lengths, classifier, info, precision, save_dir: Path, output: Path, start=None, dropped_head=None
+) -> None:
     """The run folder ``save_dir`` and the weights ``output`` of one training, which goes on where it was stopped.
 
     Args:
         lengths: ``engine.loops.train.TrainFlags``.
-        classifier: on ``precision.device``, with random weights.
+        classifier: on ``precision.device``, with the weights to start from.
         info: ``engine.data.datasets.DatasetInfo``.
+        start: the checkpoint that these are of, None where they are random; ``dropped_head`` says what was left out of it.
     """
+    from engine.data.identity import data_identity
     from engine.data.splits import load_split
     from engine.loops.train import train
-    from engine.networks.weights import load_weights, published_weights
     from engine.runtime.compilation import Compiler
     from engine.runtime.files import save_checkpoint
     from engine.runtime.run import Run
     from engine.runtime.stage_record import StageRecord
 
+    normalization = classifier.normalization.as_flags()
+    settings = stage_flags("train", flags, lengths) | normalization | {"data_root": data_identity(info, "train", "test")}
     run = Run(save_dir, dataclasses.asdict(flags) | dataclasses.asdict(lengths))
     try:
-        stages = StageRecord(run.path / "stages.json", {"train": stage_flags("train", flags, lengths)})
+        stages = StageRecord(run.path / "stages.json", {"train": settings}, redo="--redo")
         if flags.redo:
             stages.discard("train")
             (run.path / "last.pth").unlink(missing_ok=True)
@@ -126,10 +144,10 @@ def train_run(flags: ScratchFlags, lengths, classifier, info, precision, save_di
             run.log(f"trained before: {output}, acc1 {stages.fact('train', 'acc1'):.2f} %; --redo trains again")
             return
         about = {"arch": flags.model, "dataset": info.name, "epoch": lengths.epochs, "seed": flags.seed}
-        if start := published_weights(MODELS, flags.model) if flags.pretrained else flags.resume:
-            dropped = load_weights(classifier.network, start, "checkpoint", new_head=True).get("dropped_head")
-            run.log(f"starting from {start}" + (f", without its head ({dropped})" if dropped else ""))
+        if start:
+            run.log(f"starting from {start}" + (f", without its head ({dropped_head})" if dropped_head else ""))
             about["start"] = Path(start).name
+        run.log(f"{flags.model} normalizes with {classifier.normalization}")
         splits = [load_split(info, split, precision.device, flags.workers) for split in ("train", "test")]
         run.log(
             f"{flags.model} on {info.name}: {len(splits[0])} training and {len(splits[1])} test images on {precision.device}"
@@ -137,11 +155,13 @@ def train_run(flags: ScratchFlags, lengths, classifier, info, precision, save_di
         compiler = Compiler(flags.compile, precision.device, run.log)
         accuracies = train(run, stages, classifier, *splits, lengths, info, precision, compiler, flags.seed)
         about |= {"acc1": accuracies[-1], "acc1_best": max(accuracies)}
-        normalization = {"mean": list(flags.mean or info.mean), "std": list(flags.std or info.std)}
-        save_checkpoint(output, {"state_dict": classifier.network.state_dict(), **about, **normalization})
+        state = {"state_dict": classifier.network.state_dict()}
+        save_checkpoint(output, state | info.for_checkpoint() | normalization | about)
         stages.update("train", done=True, acc1=accuracies[-1], acc1_best=max(accuracies))
         run.result(
-            about | {"method": "scratch", "student": flags.model, "acc1_last": accuracies[-1], "seconds": stages.seconds()}
+            about
+            | {"method": "scratch", "student": flags.model, "acc1_last": accuracies[-1], "seconds": stages.seconds()}
+            | {"dataset_identity": settings["data_root"], "settings": settings}
         )
         run.log(f"acc1 {accuracies[-1]:.2f} % (last epoch), {max(accuracies):.2f} % (best) -> {output}")
     finally:

@@ -11,16 +11,17 @@ import csv
 import json
 import re
 import statistics
+import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from engine.runtime.errors import UserError, run_command
 from engine.runtime.files import atomic_path, read_json
 from engine.runtime.stage_record import show
-from registry import PAIRS, PUBLISHED
 
 GROUP_BY = ("dataset", "teacher", "student", "method", "external_prior", "student_steps", "bank_images", "variants")
-PER_SEED = ("seed", "teacher_ckpt", "init_bank", "init_variants")  # differ within a group
+PATHS = ("teacher_ckpt", "init_bank", "init_variants")  # a path with the seed in it stands for one of the same kind a seed
 
 
 def collect(folders: list[Path]) -> list[dict[str, Any]]:
@@ -38,7 +39,9 @@ def collect(folders: list[Path]) -> list[dict[str, Any]]:
             lines = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
             parts = [part for part in file.parent.relative_to(folder).parts if not re.fullmatch(r"seed\d+", part)]
             results.append(
-                read_json(file) | {"folder": "/".join(parts), "history": [line for line in lines if "acc1" in line]}
+                read_json(file)
+                | {"folder": "/".join(parts), "path": str(file.parent)}
+                | {"history": [line for line in lines if "acc1" in line]}
             )
     if not results:
         raise UserError(f"no result.json under {', '.join(map(str, folders))}; a run writes it when it is finished")
@@ -46,7 +49,10 @@ def collect(folders: list[Path]) -> list[dict[str, Any]]:
 
 
 def group(results: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """Results that differ in nothing but the seed, together; real-data training first, then by method."""
+    """Results that differ in nothing but the seed, together; real-data training first, then by method.
+
+    Data and teacher are told apart by their digests, which are among the settings.
+    """
     groups: dict[tuple, list] = {}
     for result in results:
         key = *(result.get(name) for name in GROUP_BY), json.dumps(settings(result), sort_keys=True)
@@ -55,6 +61,15 @@ def group(results: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
         groups.values(),
         key=lambda g: (g[0]["dataset"], g[0]["method"] != "scratch", str(g[0].get("student_steps")), g[0]["method"]),
     )
+
+
+def warn_of_repeated_seeds(groups: list[list[dict[str, Any]]]) -> None:
+    """A line on stderr for each seed that is in a row more than once: its run counts twice in mean and spread."""
+    for runs in groups:
+        for seed, count in Counter(run["seed"] for run in runs).items():
+            if count > 1:
+                places = ", ".join(run["path"] for run in runs if run["seed"] == seed)
+                print(f"warning: seed {seed} is {count} times in one row ({places}); leave one", file=sys.stderr)
 
 
 def spread(values: list[float | None], digits: int = 2) -> str:
@@ -80,8 +95,21 @@ def differing_flags(groups: list[list[dict[str, Any]]]) -> list[str]:
 
 
 def settings(result: dict[str, Any]) -> dict[str, Any]:
-    """The flags on which a result depends, but for the seed and what has the seed in its path."""
-    return {k: v for k, v in result.get("settings", {}).items() if k not in PER_SEED}
+    """The flags and inputs on which a result depends, but for the seed.
+
+    A teacher goes by its digest, a bank by its path; where the path has the seed in it (``{seed}`` or ``seed0``), each seed
+    has its own, and it goes by the path with ``{seed}`` in place of the number.
+    """
+    found = {name: value for name, value in result.get("settings", {}).items() if name != "seed"}
+    return found | {name: path for name in PATHS if (path := path_of_every_seed(result, name))}
+
+
+def path_of_every_seed(result: dict[str, Any], name: str) -> str | None:
+    """The path that the command gave with ``--<name>``, ``{seed}`` standing for the run's seed; None without it."""
+    given = re.search(rf"--{name.replace('_', '[_-]')}[ =]'?([^\s']+)", result.get("command", ""))
+    path = given[1] if given else str(result.get("settings", {}).get(name))
+    path = re.sub(rf"(?<=seed){result['seed']}(?!\d)", "{seed}", path)
+    return path if "{seed}" in path else None
 
 
 def synthesis_and_distillation(result: dict[str, Any]) -> tuple[float | None, float | None]:
@@ -93,13 +121,20 @@ def synthesis_and_distillation(result: dict[str, Any]) -> tuple[float | None, fl
     return making, None if total is None else total - inside
 
 
-def published(result: dict[str, Any]) -> float | None:
-    """The accuracy that its paper reports for this method, pair and dataset (best test epoch), or None."""
-    for name, by_pair in PUBLISHED.get(result["dataset"], {}).items():
-        method, *flags = name.split(" --")
+def published(
+    table: dict[str, dict[str, tuple]], pairs: tuple, method: str, dataset: str, teacher: str, student: str, settings: dict
+) -> float | None:
+    """The accuracy that its paper reports for a method, pair and dataset (best test epoch), or None.
+
+    Args:
+        table, pairs: ``registry.PUBLISHED`` and ``registry.PAIRS``.
+        settings: the run's flags by name; a row of the table may ask for some.
+    """
+    for name, by_pair in table.get(dataset, {}).items():
+        row, *flags = name.split(" --")
         wanted = dict(flag.split() for flag in flags)
-        if method == result["method"] and all(str(settings(result).get(k)) == v for k, v in wanted.items()):
-            return dict(zip(PAIRS, by_pair)).get((result.get("teacher"), result["student"]))
+        if row == method and all(str(settings.get(k)) == v for k, v in wanted.items()):
+            return dict(zip(pairs, by_pair)).get((teacher, student))
     return None
 
 
@@ -134,10 +169,10 @@ def row(
 
     making, learning = zip(*(((None, None) if real else synthesis_and_distillation(run)) for run in runs))
     kept = spread([100 * r["variants_kept"] / r["variants"] for r in runs if r.get("variants")], 0)
-    paper = published(first)
+    paper = first.get("published")
     best = statistics.fmean(run["acc1_best"] for run in runs)
     line = {
-        "method": "real data" if real else first["method"] + flags,
+        "method": ("real data" if real else first["method"]) + flags,
         "dataset": first["dataset"],
         "teacher": "" if real else first["teacher"],
         "network": first["student"],
@@ -243,6 +278,7 @@ def rows_of(
 def table(args: argparse.Namespace) -> str:
     """The Markdown table of every result under ``args.runs``, as the command line asks for it."""
     groups = group(collect(args.runs))
+    warn_of_repeated_seeds(groups)
     text = markdown(rows_of(groups, args.budget, args.target, args.folders))
     way = rounds_table(groups) if args.rounds else ""
     return text + ("\n\n" + way if way else "")

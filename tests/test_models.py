@@ -5,6 +5,7 @@ import json
 import re
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from engine.networks.weights import load_weights
 from engine.runtime.errors import UserError
 from models.classifier import Classifier, Output, eval_mode, frozen, weights_fixed
 from registry import MODELS
-from tests.conftest import build_network
+from tests.conftest import build_network, load_teacher
 
 PUBLISHED = json.loads((Path(__file__).parent / "data" / "teacher_keys.json").read_text())
 SHARED = Path(__file__).parents[2] / "shared"
@@ -387,6 +388,54 @@ def test_pickled_code_is_refused_and_not_run(tmp_path, state):
     with pytest.raises(UserError, match="pickled objects"):
         load_weights(build_network("resnet8", 10), tmp_path / "a.pth")
     assert not trace.exists()
+
+
+INFO = SimpleNamespace(name="d", num_classes=10, image_size=32, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+
+
+def load(path, mean=None, std=None):
+    return load_teacher("resnet8", INFO, torch.device("cpu"), str(path), mean, std)
+
+
+def assert_normalizes(teacher, mean, std):
+    images = torch.rand(2, 3, 32, 32)
+    inputs = (images - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    torch.testing.assert_close(teacher(images), teacher.network(inputs))
+
+
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_a_flag_goes_before_the_checkpoint_before_the_dataset(tmp_path, state, as_tensor):
+    torch.save({"state_dict": state}, tmp_path / "published.pth")
+    stored = {"mean": [0.5, 0.5, 0.5], "std": [0.2, 0.2, 0.2]}
+    if as_tensor:
+        stored = {name: torch.tensor(values).view(1, 3, 1, 1) for name, values in stored.items()}
+    torch.save({"state_dict": state, **stored}, tmp_path / "own.pth")
+    teacher = load(tmp_path / "published.pth")
+    assert_normalizes(teacher, INFO.mean, INFO.std)
+    assert str(teacher.normalization) == "mean 0.1,0.2,0.3 (from the dataset), std 0.4,0.5,0.6 (from the dataset)"
+    teacher = load(tmp_path / "own.pth")
+    assert_normalizes(teacher, (0.5,) * 3, (0.2,) * 3)
+    assert str(teacher.normalization) == "mean 0.5,0.5,0.5 (from the checkpoint), std 0.2,0.2,0.2 (from the checkpoint)"
+    teacher = load(tmp_path / "own.pth", std=(1.0, 2.0, 3.0))
+    assert_normalizes(teacher, (0.5,) * 3, (1.0, 2.0, 3.0))
+    assert str(teacher.normalization) == "mean 0.5,0.5,0.5 (from the checkpoint), std 1,2,3 (from the flag)"
+
+
+@pytest.mark.parametrize(
+    "name, values",
+    [("mean", [0.5, 0.5]), ("mean", [0.5, float("nan"), 0.5]), ("mean", "0.5"), ("mean", 0.5), ("mean", [True, 0.5, 0.5]),
+     ("std", [0.2, 0.0, 0.2]), ("std", [0.2, 0.2, -1.0]), ("std", [float("inf")] * 3), ("std", [])],
+)  # fmt: skip
+def test_wrong_normalizations_are_one_line(tmp_path, state, name, values):
+    """Of the checkpoint, where a flag helps, and of a flag."""
+    torch.save({"state_dict": state, name: values}, tmp_path / "a.pth")
+    with pytest.raises(UserError, match=f"a.pth has the {name}.*three finite numbers.*--teacher_{name}") as error:
+        load(tmp_path / "a.pth")
+    assert "\n" not in str(error.value)
+    load(tmp_path / "a.pth", **{name: (0.5, 0.5, 0.5)})
+    if isinstance(values, list):
+        with pytest.raises(UserError, match=f"--teacher_{name} .*three finite numbers"):
+            load(tmp_path / "a.pth", **{name: tuple(values)})
 
 
 def test_missing_file(tmp_path):

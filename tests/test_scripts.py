@@ -13,7 +13,6 @@ import pytest
 import registry
 from engine import report
 from engine.loops.settings import DistillFlags
-from engine.runtime.errors import UserError
 from engine.runtime.names import resolve
 from tests.conftest import ROOT, TINY, TINY_TASK
 
@@ -96,97 +95,6 @@ def test_a_script_runs_in_bash(teacher_file, tmp_path):
         )
         assert done.returncode == 0, done.stderr
     assert (tmp_path / "wrn402_wrn161" / "result.json").exists()
-
-
-def write_result(folder, **values):
-    folder.mkdir(parents=True)
-    base = {
-        "method": "m", "dataset": "d", "teacher": "t", "student": "s", "seed": 0, "external_prior": "none", "acc1_last": 90.0,
-        "acc1_best": 91.0, "acc1_mean": 80.0, "student_steps": 100, "bank_images": 5, "seconds": {"synthesize": 10.0, "distill": 20.0},
-    }  # fmt: skip
-    (folder / "result.json").write_text(json.dumps(base | values))
-    lines = [{"stage": "distill", "round": k, "acc1": 50.0 + k, "student_steps": 50 * (k + 1)} for k in range(2)]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-
-def test_report_takes_mean_and_spread_over_seeds(tmp_path, monkeypatch, capsys):
-    write_result(tmp_path / "a", seed=0, acc1_last=90.0)
-    write_result(tmp_path / "b", seed=1, acc1_last=92.0)
-    write_result(tmp_path / "c", method="n", variants=10, variants_kept=4)
-    table = tmp_path / "t.csv"
-    monkeypatch.setattr("sys.argv", ["report", str(tmp_path), "--rounds", "--csv", str(table)])
-    report.main()
-    out = capsys.readouterr().out
-    assert "91.00 ± 1.41" in out and "| 0,1 |" in out and "10 (40)" in out and "| m | 50.0 ± 0.0 | 51.0 ± 0.0 |" in out
-    assert "training s" not in out and table.read_text().count("\n") == 3 and "published" not in out
-
-
-def test_report_tells_times_budgets_and_targets(tmp_path):
-    """Synthesis inside stage distill counts as synthesis; an hour or more makes all times hours."""
-    write_result(tmp_path / "a", synthesis_seconds=15.0)
-    write_result(tmp_path / "b", seed=1, seconds={"synthesize": 10.0, "distill": 30.0}, synthesis_seconds=25.0)
-    rows = report.rows_of(report.group(report.collect([tmp_path])), budget=60, target=51.0)
-    assert rows[0]["synthesis s"] == "30 ± 7" and rows[0]["distillation s"] == "5 ± 0"
-    assert rows[0]["acc1 at 60 steps"] == "51.0 ± 0.0" and rows[0]["steps to 51 %"] == "100 ± 0"
-    (row,) = report.rows_of(report.group(report.collect([tmp_path])), target=50.5)
-    assert row["steps to 50.5 %"] == "100 ± 0"
-    (row,) = report.rows_of(report.group(report.collect([tmp_path])), target=60.0)
-    assert row["steps to 60 %"] == "(2 of 2 never)"
-    write_result(tmp_path / "c", method="n", seconds={"distill": 7200.0}, synthesis_seconds=3600.0)
-    rows = report.rows_of(report.group(report.collect([tmp_path])))
-    assert [r["synthesis h"] for r in rows] == ["0.01 ± 0.00", "1.00"] and rows[1]["distillation h"] == "1.00"
-
-
-def test_report_sets_the_papers_number_beside_ours(tmp_path):
-    """By method, pair and, where the paper has several rows, the flags; the difference is that of best and best."""
-    task = {"dataset": "cifar10", "teacher": "wrn40_2", "student": "wrn16_2"}
-    write_result(tmp_path / "a", method="dfq", **task)
-    write_result(tmp_path / "b", method="fast", settings={"g_steps": 5}, **task)
-    write_result(tmp_path / "c", method="fast", settings={"g_steps": 7}, **task)
-    write_result(tmp_path / "d", method="dfq", settings={"bn": 1}, **(task | {"student": "resnet8"}))
-    rows = {r["method"] + r["network"]: r for r in report.rows_of(report.group(report.collect([tmp_path])))}
-    assert rows["dfqwrn16_2"]["published best"] == "92.01" and rows["dfqwrn16_2"]["difference"] == "-1.01"
-    assert rows["fast --g_steps 5wrn16_2"]["published best"] == "91.96"
-    assert rows["fast --g_steps 7wrn16_2"]["published best"] == "" == rows["dfqresnet8"]["difference"]
-
-
-def test_runs_that_differ_in_a_flag_are_apart_and_say_so(tmp_path):
-    for k, bn in enumerate((0.0, 0.0, 10.0)):
-        write_result(tmp_path / str(k), seed=k, settings={"bn": bn, "oh": 1.0, "seed": k, "init_bank": f"bank{k}"})
-    rows = report.rows_of(report.group(report.collect([tmp_path])))
-    assert [(r["method"], r["seeds"]) for r in rows] == [("m --bn 0.0", "0,1"), ("m --bn 10.0", "2")]
-
-
-def test_report_can_name_rows_by_their_folders(tmp_path):
-    for seed in (0, 1):
-        write_result(tmp_path / "with_x" / f"seed{seed}", seed=seed, settings={"x": 1})
-    write_result(tmp_path / "plain", settings={"x": 0})
-    text = report.table(report.parse([str(tmp_path), "--folders"]))
-    assert (
-        "| plain | m |" in text
-        and "| with_x | m |" in text
-        and "--x" not in text
-        and text.index("plain") < text.index("with_x")
-    )
-
-
-def test_report_rewrites_a_table_in_place(tmp_path, monkeypatch):
-    write_result(tmp_path / "a")
-    file = tmp_path / "page.md"
-    file.write_text("before\n<!-- table:x from runs -->\nold\n<!-- /table:x -->\nafter\n")
-    monkeypatch.setattr("sys.argv", ["report", str(tmp_path), "--into", str(file), "--name", "x"])
-    report.main()
-    text = file.read_text()
-    assert (
-        text.startswith("before\n<!-- table:x from runs -->\n| method")
-        and text.endswith("<!-- /table:x -->\nafter\n")
-        and "old" not in text
-    )
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="no result.json"):
-        report.collect([tmp_path / "empty"])
-    with pytest.raises(UserError, match="table:y"):
-        report.replace_table(file, "y", "")
 
 
 def tables_in_readme():

@@ -35,7 +35,7 @@ from tests.conftest import ROOT
 SOURCES = {p: p.read_text() for room in ("engine", "datafree", "models") for p in ROOT.glob(f"{room}/**/*.py")}
 # Imports run from right to left only: a room may use itself and the rooms before it.
 ROOMS = ("models", "engine.runtime", "engine.data", "engine.networks", "engine.loops", "engine", "datafree", "registry")
-ENTRY_POINTS = ("datafree.bank", "datafree.benchmark", "engine.report")  # besides the scripts at the top, they alone look names up
+ENTRY_POINTS = ("datafree.bank", "datafree.benchmark")  # besides the scripts at the top, they alone look names up
 
 
 def imports(text):
@@ -162,6 +162,15 @@ def test_stages_go_on_and_name_what_changed(tmp_path):
     with pytest.raises(UserError, match="--x 1, now 2"):
         StageRecord(path, {"a": {"x": 2}, "b": {}}).check(["b"])
     assert again.discard("a") == ["a", "b"] and again.status("a") == "new"
+
+
+def test_a_record_without_an_entry_is_refused_in_one_line(tmp_path):
+    """A run of an earlier version: what it depended on is not known, so it is never taken for this command's."""
+    stages = StageRecord(tmp_path / "stages.json", {"a": {"x": 1}})
+    stages.begin("a")
+    StageRecord(tmp_path / "stages.json", {"a": {"x": 1, "y": None}}).check(["a"])
+    with pytest.raises(UserError, match="earlier version, which did not record --y, now 2: .*--save_dir.*--redo a$"):
+        StageRecord(tmp_path / "stages.json", {"a": {"x": 1, "y": 2}}).check(["a"])
 
 
 def test_a_stage_later_than_those_selected_is_not_compared(tmp_path):

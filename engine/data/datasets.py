@@ -1,5 +1,6 @@
 """What a dataset is: its classes, sizes and normalization, known without opening an image."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ class DatasetInfo:
     ``crop_padding`` is in pixels of ``image_size``. ``classes`` holds what stands for label 0, 1, … on disk (folder
     names, label numbers of a subset), empty where the labels are used as found. ``crop_fraction`` is the share of the
     shorter side that the centre crop of an image file keeps. ``prompt`` is what a text-to-image model is told of a class,
-    ``{label}`` standing for its name.
+    ``{label}`` standing for its name. ``archive`` is the file in ``data_root`` that comes before any other source.
     """
 
     name: str
@@ -39,6 +40,7 @@ class DatasetInfo:
     data_root: str
     reader: str
     source: str = ""
+    archive: str = ""
     domain: str | None = None
     classes: tuple = ()
     crop_fraction: float = 1.0
@@ -49,6 +51,17 @@ class DatasetInfo:
         """Where a dataset of image files lies."""
         return Path(self.data_root, self.source)
 
+    def for_checkpoint(self) -> dict[str, Any]:
+        """What a network trained for this dataset must be told to be of use elsewhere; plain values."""
+        return {
+            "dataset": self.name,
+            "num_classes": self.num_classes,
+            "image_size": self.image_size,
+            "class_names": None if self.class_names is None else list(self.class_names),
+            "mean": list(self.mean),
+            "std": list(self.std),
+        }
+
 
 def dataset_info(
     table: dict[str, dict[str, Any]],
@@ -57,6 +70,7 @@ def dataset_info(
     image_size: int | None = None,
     domain: str | None = None,
     classes: str | None = None,
+    alias: str | None = None,
 ) -> DatasetInfo:
     """Describes a dataset; opens no images.
 
@@ -67,6 +81,7 @@ def dataset_info(
         name: one of its names, ``<name>_<domain>`` for one with domains, or that of an npz file.
         image_size: px; None is the dataset's own.
         domain, classes: of a dataset with domains: which, and 'ten' (default) or 'all' classes.
+        alias: what checkpoints, run folders and tables call it; None is its own name, a tree's that of its folder.
     Raises:
         UserError: unknown name, domain or classes, or what must be read from the disk is not there.
     """
@@ -80,6 +95,11 @@ def dataset_info(
     if image_size is not None and image_size < 1:
         raise UserError(f"--image_size {image_size}: wanted at least 1 px")
 
+    if alias is not None and not re.fullmatch(r"\w[\w.-]*", alias):
+        raise UserError(f"--name {alias}: wanted letters, digits, '_', '-' and '.', for it stands in file names")
+    if alias in table and alias != name:
+        raise UserError(f"--name {alias} is another dataset's name; give one that is not taken")
+
     if "describe" in row:
         row = row | resolve(row["describe"])(row, root, name, domain, classes)
     class_names = row.get("class_names")
@@ -88,8 +108,11 @@ def dataset_info(
     if callable(class_names):
         class_names = class_names(root / row["source"])
     size = image_size or row["size"]
+    own_name = row.get("name", name)
+    if own_name in table and own_name != name:  # a folder that is called like a registered dataset
+        own_name = f"{name}_{own_name}"
     return DatasetInfo(
-        name=row.get("name", name),
+        name=alias or own_name,
         num_classes=row["num_classes"],
         image_size=size,
         mean=row["mean"],
@@ -100,6 +123,7 @@ def dataset_info(
         data_root=str(data_root),
         reader=row["reader"],
         source=row.get("source", ""),
+        archive=f"{name}.npz",
         domain=row.get("domain"),
         classes=row.get("classes", ()),
         crop_fraction=row.get("crop_fraction", 1.0),

@@ -7,6 +7,7 @@ disk knows (number of classes, their names, image size); it opens no images.
 from __future__ import annotations
 
 import os
+import re
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -63,7 +64,7 @@ def describe_npz(row: dict[str, Any], root: Path, name: str, domain: str | None,
 
 def read_npz(info: DatasetInfo, split: str) -> RawSplit:
     """``x_train, y_train, x_test, y_test`` of ``DATA_ROOT/NAME.npz``; only the members of ``split`` are read."""
-    path = Path(info.data_root, f"{info.name}.npz")
+    path = Path(info.data_root, info.archive)
     with open_npz(path) as archive:
         images, labels = _member(archive, path, f"x_{split}"), _labels(archive, path, split)
     if images.ndim == 4 and images.shape[3] == 1:
@@ -151,7 +152,7 @@ def read_torchvision(info: DatasetInfo, split: str) -> RawSplit:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"{info.name} is not whole under {info.data_root} and cannot be downloaded ({reason}); put "
-            f"{Path(info.data_root, info.name)}.npz (x_train, y_train, x_test, y_test) or torchvision's own {info.source} files there"
+            f"{Path(info.data_root, info.archive)} (x_train, y_train, x_test, y_test) or torchvision's own {info.source} files there"
         ) from None
     images = np.asarray(dataset.data)
     images = images.transpose(0, 2, 3, 1) if info.source == "SVHN" else images
@@ -162,9 +163,10 @@ def read_torchvision(info: DatasetInfo, split: str) -> RawSplit:
 
 
 def describe_folders(row: dict[str, Any], root: Path, name: str, domain: str | None, classes: str | None) -> dict[str, Any]:
-    """The classes of a tree of one's own: the class folders of its test split."""
+    """The name of a tree of one's own, and its classes: the class folders of its test split."""
     folders = tuple(class_folders(split_folder(root, "test")))
-    return {"num_classes": len(folders), "class_names": folders, "classes": folders}
+    own_name = re.sub(r"[^\w.-]+", "_", root.resolve().name).lstrip(".-") or name
+    return {"name": own_name, "num_classes": len(folders), "class_names": folders, "classes": folders}
 
 
 def read_folders(info: DatasetInfo, split: str) -> RawSplit:

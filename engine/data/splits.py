@@ -34,10 +34,10 @@ def forbid_train_split() -> None:
 
 
 @contextmanager
-def allow_train_split() -> Iterator[None]:
+def allow_train_split(allowed: bool = True) -> Iterator[None]:
     """Lifts the ban inside the block: for the control that trains the student on real data, and says so."""
     global _train_split_forbidden
-    before, _train_split_forbidden = _train_split_forbidden, False
+    before, _train_split_forbidden = _train_split_forbidden, _train_split_forbidden and not allowed
     try:
         yield
     finally:
@@ -114,14 +114,9 @@ def load_split(info: DatasetInfo, split: str, device: torch.device | str, worker
     Raises:
         UserError: files are missing or damaged, labels do not fit the classes, or a data-free run asks for 'train'.
     """
-    assert split in ("train", "test"), split
-    if split == "train" and _train_split_forbidden:
-        raise UserError(
-            f"this run is data-free: the train split of {info.name} stays closed (only 'test' is opened, to report)"
-        )
     device = torch.device(device)
-    raw = resolve(info.reader)(info, split)
-    labels = _checked_labels(raw, info, split).to(device)
+    raw, labels = read_split(info, split)
+    labels = labels.to(device)
     home = _home(len(labels) * 3 * info.image_size**2, device)
     if isinstance(raw.images, np.ndarray):
         return Split(_resized(raw.images, info.image_size).to(home or "cpu"), labels, info.num_classes)
@@ -136,6 +131,21 @@ def load_split(info: DatasetInfo, split: str, device: torch.device | str, worker
             pixels[chunk[0] : chunk[-1] + 1] = images
             bar.update(len(chunk))
     return Split(pixels.to(home), labels, info.num_classes)
+
+
+def read_split(info: DatasetInfo, split: str) -> tuple[RawSplit, Tensor]:
+    """What the reader finds of 'train' or 'test', no image file opened, and its checked labels (N,) int64.
+
+    Raises:
+        UserError: files are missing or damaged, labels do not fit the classes, or a data-free run asks for 'train'.
+    """
+    assert split in ("train", "test"), split
+    if split == "train" and _train_split_forbidden:
+        raise UserError(
+            f"this run is data-free: the train split of {info.name} stays closed (only 'test' is opened, to report)"
+        )
+    raw = resolve(info.reader)(info, split)
+    return raw, _checked_labels(raw, info, split)
 
 
 def _checked_labels(raw: RawSplit, info: DatasetInfo, split: str) -> Tensor:

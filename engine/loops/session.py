@@ -1,6 +1,7 @@
 """What every stage of a run is given, and how the stages are gone through."""
 
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ class Session:
         info: the dataset.
         manifest: what the banks of this run must be.
         flags: every flag of the command by name.
+        published: settings -> the paper's accuracy for such a run, in %, or None.
     """
 
     path: Path
@@ -41,6 +43,7 @@ class Session:
     flags: dict[str, Any]
     device: torch.device
     processes: Processes = Processes()
+    published: Callable[[dict[str, Any]], float | None] = lambda settings: None
 
     @property
     def seed(self) -> int:

@@ -18,6 +18,9 @@ class TaskFlags:
 
     dataset: str = flag("cifar10", "a name of registry.DATASETS, or NAME where DATA_ROOT/NAME.npz exists", stages=ALL)
     data_root: str = flag("data", "folder of the real data (the test split, only to report)")
+    name: str | None = flag(
+        None, "what checkpoints, run folders and tables call the dataset; unset: its name, or that of its folder"
+    )
     domain: str | None = flag(None, "domain of a dataset that has several (domainnet)", stages=ALL)
     classes: str | None = flag(
         None, "of such a dataset: ten (its usual subset) or all; unset: ten", choices=("ten", "all"), stages=ALL
@@ -30,7 +33,7 @@ class TaskFlags:
         None, "its weights; unset: checkpoints/pretrained/<dataset>_<teacher>.pth or .safetensors"
     )
     teacher_mean: tuple[float, ...] | None = flag(
-        None, "normalization the teacher was trained with, r,g,b; unset: the dataset's", stages=ALL
+        None, "normalization the teacher was trained with, r,g,b; unset: its checkpoint's, else the dataset's", stages=ALL
     )
     teacher_std: tuple[float, ...] | None = flag(None, "see --teacher_mean", stages=ALL)
     student: str = flag("wrn16_1", "as --teacher; starts from random weights", stages=DISTILL)

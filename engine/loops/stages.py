@@ -192,12 +192,8 @@ class Distill(Stage):
         """Writes student.pth and result.json."""
         run, record, flags, info = session.run, session.record, session.flags, session.info
         before = [finished for finished in (images.initial, images.variants) if finished]
-        about = {
-            "arch": flags["student"],
-            "dataset": info.name,
-            "epoch": session.schedule.epochs,
-            "acc1": figures["acc1_last"],
-        }
+        about = {"arch": flags["student"], "epoch": session.schedule.epochs, "acc1": figures["acc1_last"]}
+        about |= info.for_checkpoint()
         save_checkpoint(run.path / "student.pth", {"state_dict": self.method.student.network.state_dict(), **about})
         counts = dict(images.counts)
         counts["images"] = counts.get("bank_images", 0) + counts.get("variants_kept", 0)
@@ -213,7 +209,9 @@ class Distill(Stage):
         seconds = {finished.stage: finished.seconds for finished in before} | record.seconds()
         run.result(
             {name: flags[name] for name in ("method", "teacher", "student", "seed")}
-            | {"dataset": info.name, "external_prior": " + ".join(sorted(priors - {"none"})) or "none"}
+            | {"dataset": info.name, "dataset_identity": settings["data_root"]}
+            | {"teacher_digest": session.manifest.teacher_digest, "published": session.published(settings)}
+            | {"external_prior": " + ".join(sorted(priors - {"none"})) or "none"}
             | figures | counts | measured
             | {"processes": session.processes.count, "seconds": seconds, "settings": settings}
         )  # fmt: skip

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from engine.networks.normalization import Normalization, choose_normalization
 from engine.networks.weights import first_line, load_weights
 from engine.runtime.errors import UserError
 from engine.runtime.names import lookup, resolve
@@ -38,7 +39,7 @@ def find_checkpoint(spec: str, dataset: str, given: str | None, folder: Path = P
             return folder / (stem + suffix)
     raise UserError(
         f"no teacher checkpoint {folder / stem}.pth (or .safetensors); train one with 'python train_scratch.py --model "
-        f"{spec} --dataset {dataset}', put a published one there, or name one with --teacher_ckpt"
+        f"{spec}' and the dataset flags of this command, put a published one there, or name one with --teacher_ckpt"
     )
 
 
@@ -91,26 +92,31 @@ def _takes_num_classes(factory: Callable[..., Any]) -> bool:
     return "num_classes" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
-def build_classifier(table: dict[str, str], spec: str, info, device: torch.device, mean=None, std=None) -> Classifier:
-    """A randomly initialized classifier for a dataset, channels_last on ``device``.
+def build_classifier(table: dict[str, str], spec: str, info, device: torch.device) -> Classifier:
+    """A randomly initialized classifier for a dataset, normalized as that is, channels_last on ``device``.
 
     Args:
         table: ``registry.MODELS``.
         info: ``engine.data.datasets.DatasetInfo``.
-        mean, std: three numbers each; None takes the dataset's.
     Raises:
         UserError: the network cannot be built, or does not fit the dataset.
     """
-    for name, value in (("mean", mean), ("std", std)):
-        if value is not None and (len(value) != 3 or (name == "std" and min(value) <= 0)):
-            raise UserError(f"--teacher_{name} {','.join(map(str, value))}: three numbers r,g,b are wanted, std above 0")
-    network = build_network(table, spec, info.num_classes)
+    return wrap(build_network(table, spec, info.num_classes), spec, info, device, choose_normalization(info))
+
+
+def wrap(network: nn.Module, spec: str, info, device: torch.device, normalization: Normalization) -> Classifier:
+    """The classifier around a network; its attribute ``normalization`` says how it normalizes and why.
+
+    Raises:
+        UserError: the network does not fit the dataset.
+    """
     try:
         classifier = Classifier(
-            network, info.num_classes, info.image_size, mean or info.mean, std or info.std, name=short_name(spec)
+            network, info.num_classes, info.image_size, normalization.mean, normalization.std, name=short_name(spec)
         )
     except ValueError as error:
         raise UserError(f"{spec} does not fit {info.name}: {error}") from None
+    classifier.normalization = normalization
     return classifier.to(device, memory_format=torch.channels_last)
 
 
@@ -131,12 +137,16 @@ def require_batch_norm(teacher: Classifier, config, methods: dict[str, str]) -> 
         )
 
 
-def load_teacher(table: dict[str, str], spec: str, info, device: torch.device, checkpoint: str | None, mean=None, std=None) -> Classifier:
-    """The frozen teacher with its weights.
+def load_teacher(
+    table: dict[str, str], spec: str, info, device: torch.device, checkpoint: str | None, mean=None, std=None
+) -> Classifier:
+    """The frozen teacher with its weights, normalizing as ``mean`` and ``std``, else its checkpoint, else the dataset say.
 
     Raises:
         UserError: no such checkpoint, or it does not fit.
     """
-    teacher = build_classifier(table, spec, info, device, mean, std)
-    load_weights(teacher.network, find_checkpoint(spec, info.name, checkpoint), "teacher checkpoint")
-    return frozen(teacher)
+    network = build_network(table, spec, info.num_classes)
+    file = find_checkpoint(spec, info.name, checkpoint)
+    stored = load_weights(network, file, "teacher checkpoint")
+    normalization = choose_normalization(info, mean, std, stored, f"teacher checkpoint {file}", "--teacher_")
+    return frozen(wrap(network, spec, info, device, normalization))

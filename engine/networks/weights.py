@@ -61,8 +61,8 @@ def load_weights(network: nn.Module, path: Path, what: str = "teacher checkpoint
         what: how errors call the file.
         new_head: where the last layer alone differs, in its number of classes, leave the network's as it is.
     Returns:
-        The plain values that lie beside a wrapped state dict (arch, epoch, acc1, ...), and ``dropped_head``, its name
-        and class count, where that was left out.
+        The plain values that lie beside a wrapped state dict (arch, epoch, mean, class_names, ...), and ``dropped_head``,
+        its name and class count, where that was left out.
     Raises:
         UserError: unreadable, no state dict, NaN or infinite weights, another architecture or number of classes.
     """
@@ -93,9 +93,10 @@ def _unwrap(checkpoint: Any, file: str) -> tuple[dict[str, Tensor], dict[str, An
         raise UserError(f"{file} holds no state_dict ({found}, ...); wanted one, plain or under {', '.join(WRAPPERS)}")
     metadata = {}
     for key, value in () if wrapper is None else checkpoint.items():
-        if isinstance(value, Tensor) and value.numel() == 1:
-            value = value.item()
-        if value is None or isinstance(value, (bool, int, float, str)):
+        if isinstance(value, Tensor):
+            value = value.item() if value.numel() == 1 else value.flatten().tolist()
+        values = value if isinstance(value, (list, tuple)) else [value]
+        if all(v is None or isinstance(v, (bool, int, float, str)) for v in values):
             metadata[key] = value
     return dict(state), metadata
 

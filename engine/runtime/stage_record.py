@@ -17,10 +17,11 @@ class StageRecord:
     Args:
         path: of ``stages.json``.
         dependencies: {stage: {flag or input: value}} of this command, in the method's order.
+        redo: the flag that makes a stage again, for errors.
     """
 
-    def __init__(self, path: Path, dependencies: dict[str, dict[str, Any]]):
-        self.path, self.dependencies = path, dependencies
+    def __init__(self, path: Path, dependencies: dict[str, dict[str, Any]], redo: str = "--redo {stage}"):
+        self.path, self.dependencies, self.redo = path, dependencies, redo
         self.record: dict[str, dict[str, Any]] = read_json(path) if path.exists() else {}
         self.started: dict[str, float] = {}
 
@@ -32,14 +33,22 @@ class StageRecord:
         """
         order = list(self.dependencies)
         for stage in order[: max(map(order.index, selected)) + 1]:
-            before = self.record.get(stage)
+            if stage not in self.record:
+                continue
+            status, before = self.record[stage]["status"], self.record[stage]["depends_on"]
             now = self.dependencies[stage]
-            for name in dict.fromkeys([*now, *(before or {}).get("depends_on", {})]):
-                if before is not None and before["depends_on"].get(name) != now.get(name):
+            again = "give another --save_dir, or make it and what follows again with " + self.redo.format(stage=stage)
+            unknown = [name for name in now if name not in before and now[name] is not None]
+            if unknown:
+                raise UserError(
+                    f"stage {stage} in {self.path.parent} is of an earlier version, which did not record "
+                    f"--{unknown[0]}, now {show(now[unknown[0]])}: whether it fits this command is not known; {again}"
+                )
+            for name in dict.fromkeys([*now, *before]):
+                if before.get(name) != now.get(name):
                     raise UserError(
-                        f"stage {stage} in {self.path.parent} is {before['status']} with --{name} "
-                        f"{show(before['depends_on'].get(name))}, now {show(now.get(name))} is asked for; go back to the former "
-                        f"value, give another --save_dir, or make it and what follows again with --redo {stage}"
+                        f"stage {stage} in {self.path.parent} is {status} with --{name} {show(before.get(name))}, now "
+                        f"{show(now.get(name))} is asked for; go back to the former value, {again}"
                     )
 
     def status(self, stage: str) -> str:

@@ -1,0 +1,55 @@
+"""From flags to a method with its networks."""
+
+from datafree.base import Method, Task
+from engine.data.crops import crop_flip
+from engine.data.datasets import DatasetInfo, dataset_info
+from engine.data.splits import allow_train_split, load_split
+from engine.loops.distill import Schedule
+from engine.networks.build import build_classifier, load_teacher
+from engine.runtime.compilation import Compiler
+from engine.runtime.precision import Precision, choose_device
+from engine.runtime.processes import Processes
+from engine.runtime.seeding import seed_position
+
+
+def build_method(
+    name: str, method_class: type[Method], groups: list, schedule: Schedule, processes: Processes, datasets: dict, models: dict
+) -> tuple[Method, DatasetInfo]:
+    """The method with its networks, and what there is to know of the dataset.
+
+    Args:
+        groups: the flags: ``TaskFlags``, ``RunFlags``, ``DistillFlags`` and the method's Config.
+        datasets, models: the tables of ``registry.py``.
+    Raises:
+        UserError: the dataset, the teacher or a flag of the method is not as it should be.
+    """
+    flags, run_flags, _, config = groups
+    device = choose_device(run_flags.gpu)
+    named = flags.dataset, flags.data_root, flags.image_size, flags.domain, flags.classes, flags.name
+    info = dataset_info(datasets, *named)
+    teacher = load_teacher(models, flags.teacher, info, device, flags.teacher_ckpt, flags.teacher_mean, flags.teacher_std)
+    seed_position(run_flags.seed, "student")
+    student = build_classifier(models, flags.student, info, device)
+
+    def training_split():
+        if processes.main:
+            print(f"{name} opens the training images of {info.name}: a control, not a data-free method")
+        with allow_train_split():
+            return load_split(info, "train", device)
+
+    task = Task(
+        num_classes=info.num_classes,
+        image_size=info.image_size,
+        device=device,
+        augment=lambda images: crop_flip(images, info.crop_padding, info.flip),
+        precision=Precision(run_flags.amp, device),
+        class_names=info.class_names,
+        flip=info.flip,
+        training_split=training_split if method_class.reads_train_split else None,
+        prompt=info.prompt,
+        rounds=schedule.rounds,
+        kd_steps=schedule.kd_steps,
+        compile=Compiler(run_flags.compile, device, log=print if processes.main else lambda text: None),
+        average_gradients=processes.average_gradients,
+    )
+    return method_class(config, teacher, student, task), info

@@ -1,0 +1,149 @@
+"""Tables from result files: what is one row, what is two, and what stands in them."""
+
+import functools
+import json
+
+import pytest
+
+import registry
+from engine import report
+from engine.runtime.errors import UserError
+
+
+def write_result(folder, **values):
+    folder.mkdir(parents=True)
+    base = {
+        "method": "m", "dataset": "d", "teacher": "t", "student": "s", "seed": 0, "external_prior": "none", "acc1_last": 90.0,
+        "acc1_best": 91.0, "acc1_mean": 80.0, "student_steps": 100, "bank_images": 5, "seconds": {"synthesize": 10.0, "distill": 20.0},
+    }  # fmt: skip
+    (folder / "result.json").write_text(json.dumps(base | values))
+    lines = [{"stage": "distill", "round": k, "acc1": 50.0 + k, "student_steps": 50 * (k + 1)} for k in range(2)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_report_takes_mean_and_spread_over_seeds(tmp_path, monkeypatch, capsys):
+    write_result(tmp_path / "a", seed=0, acc1_last=90.0)
+    write_result(tmp_path / "b", seed=1, acc1_last=92.0)
+    write_result(tmp_path / "c", method="n", variants=10, variants_kept=4)
+    table = tmp_path / "t.csv"
+    monkeypatch.setattr("sys.argv", ["report", str(tmp_path), "--rounds", "--csv", str(table)])
+    report.main()
+    out = capsys.readouterr().out
+    assert "91.00 ± 1.41" in out and "| 0,1 |" in out and "10 (40)" in out and "| m | 50.0 ± 0.0 | 51.0 ± 0.0 |" in out
+    assert "training s" not in out and table.read_text().count("\n") == 3 and "published" not in out
+
+
+def test_report_tells_times_budgets_and_targets(tmp_path):
+    """Synthesis inside stage distill counts as synthesis; an hour or more makes all times hours."""
+    write_result(tmp_path / "a", synthesis_seconds=15.0)
+    write_result(tmp_path / "b", seed=1, seconds={"synthesize": 10.0, "distill": 30.0}, synthesis_seconds=25.0)
+    rows = report.rows_of(report.group(report.collect([tmp_path])), budget=60, target=51.0)
+    assert rows[0]["synthesis s"] == "30 ± 7" and rows[0]["distillation s"] == "5 ± 0"
+    assert rows[0]["acc1 at 60 steps"] == "51.0 ± 0.0" and rows[0]["steps to 51 %"] == "100 ± 0"
+    (row,) = report.rows_of(report.group(report.collect([tmp_path])), target=50.5)
+    assert row["steps to 50.5 %"] == "100 ± 0"
+    (row,) = report.rows_of(report.group(report.collect([tmp_path])), target=60.0)
+    assert row["steps to 60 %"] == "(2 of 2 never)"
+    write_result(tmp_path / "c", method="n", seconds={"distill": 7200.0}, synthesis_seconds=3600.0)
+    rows = report.rows_of(report.group(report.collect([tmp_path])))
+    assert [r["synthesis h"] for r in rows] == ["0.01 ± 0.00", "1.00"] and rows[1]["distillation h"] == "1.00"
+
+
+def rows(folder):
+    return report.rows_of(report.group(report.collect([folder])))
+
+
+def test_the_papers_number_stands_beside_ours(tmp_path):
+    """As the run wrote it; the difference is that of best and best. A result without one shows none."""
+    write_result(tmp_path / "a", published=92.01)
+    write_result(tmp_path / "b", method="n", published=None)
+    write_result(tmp_path / "c", method="o")
+    found = {r["method"]: (r["published best"], r["difference"]) for r in rows(tmp_path)}
+    assert found == {"m": ("92.01", "-1.01"), "n": ("", ""), "o": ("", "")}
+
+
+def test_the_papers_number_is_of_a_method_pair_and_flags():
+    table = {"d": {"one": (1.0, 2.0), "two --steps 5": (3.0, 4.0), "two --steps 2": (5.0, 6.0)}}
+    of = functools.partial(report.published, table, (("t", "s"), ("t", "u")))
+    assert of("one", "d", "t", "u", {}) == 2.0
+    assert of("two", "d", "t", "s", {"steps": 5}) == 3.0 and of("two", "d", "t", "s", {"steps": 2}) == 5.0
+    assert of("two", "d", "t", "s", {"steps": 7}) is of("one", "d", "s", "t", {}) is of("one", "e", "t", "s", {}) is None
+    real = functools.partial(report.published, registry.PUBLISHED, registry.PAIRS)
+    assert real("dfq", "cifar10", "wrn40_2", "wrn16_2", {}) == 92.01
+
+
+def test_runs_that_differ_in_a_flag_are_apart_and_say_so(tmp_path):
+    for k, bn in enumerate((0.0, 0.0, 10.0)):
+        write_result(tmp_path / str(k), seed=k, settings={"bn": bn, "oh": 1.0, "seed": k, "init_bank": f"seed{k}/bank"})
+    assert [(r["method"], r["seeds"]) for r in rows(tmp_path)] == [("m --bn 0.0", "0,1"), ("m --bn 10.0", "2")]
+
+
+@pytest.mark.parametrize("name, one, other", [
+    ("data_root", "(pics: 2 classes ab, 16 px, 40 test images cd)", "(pics: 2 classes ab, 16 px, 40 test images ef)"),
+    ("teacher_ckpt", "(weights ab)", "(weights cd)"),
+    ("init_bank", "bank0", "bank1"),
+])  # fmt: skip
+@pytest.mark.parametrize("method", ["m", "scratch"])
+def test_other_data_teachers_or_banks_are_other_rows(name, one, other, method, tmp_path, capsys):
+    """Of equal names, seeds and flags; what sets them apart is said, and no seed is counted twice."""
+    for k, value in enumerate((one, other)):
+        for seed in (0, 1):
+            settings = {name: value, "seed": seed}
+            write_result(tmp_path / f"{k}{seed}", method=method, seed=seed, settings=settings, acc1_last=50.0 + k)
+    found = rows(tmp_path)
+    assert [(r["seeds"], r["acc1 last"]) for r in found] == [("0,1", "50.00 ± 0.00"), ("0,1", "51.00 ± 0.00")]
+    assert [r["method"].partition(" ")[2] for r in found] == [f"{'data ' * (method == 'scratch')}--{name} {v}" for v in (one, other)]
+    report.table(report.parse([str(tmp_path)]))
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("paths", [["t/seed0/a.pth", "t/seed1/a.pth"], ["'t/seed{seed}/a.pth'"] * 2])
+def test_a_teacher_for_each_seed_is_one_row(paths, tmp_path):
+    for seed, path in enumerate(paths):
+        command = f"python datafree_kd.py --teacher_ckpt {path} --seeds 0"
+        write_result(tmp_path / str(seed), seed=seed, command=command, settings={"teacher_ckpt": f"(weights {seed})"})
+    assert [r["seeds"] for r in rows(tmp_path)] == ["0,1"]
+    command = "python datafree_kd.py --teacher_ckpt other/seed2/a.pth"
+    write_result(tmp_path / "2", seed=2, command=command, settings={"teacher_ckpt": "(weights 2)"})
+    assert [r["seeds"] for r in rows(tmp_path)] == ["0,1", "2"]
+
+
+def test_a_repeated_seed_is_a_warning(tmp_path, capsys):
+    for k, seed in enumerate((0, 1, 1)):
+        write_result(tmp_path / f"run{k}", seed=seed)
+    assert "| 0,1,1 |" in report.table(report.parse([str(tmp_path)]))
+    warning = capsys.readouterr().err
+    assert warning.startswith("warning: seed 1 is 2 times in one row") and warning.count("\n") == 1
+    assert "run1" in warning and "run2" in warning and "run0" not in warning
+
+
+def test_report_can_name_rows_by_their_folders(tmp_path):
+    for seed in (0, 1):
+        write_result(tmp_path / "with_x" / f"seed{seed}", seed=seed, settings={"x": 1})
+    write_result(tmp_path / "plain", settings={"x": 0})
+    text = report.table(report.parse([str(tmp_path), "--folders"]))
+    assert (
+        "| plain | m |" in text
+        and "| with_x | m |" in text
+        and "--x" not in text
+        and text.index("plain") < text.index("with_x")
+    )
+
+
+def test_report_rewrites_a_table_in_place(tmp_path, monkeypatch):
+    write_result(tmp_path / "a")
+    file = tmp_path / "page.md"
+    file.write_text("before\n<!-- table:x from runs -->\nold\n<!-- /table:x -->\nafter\n")
+    monkeypatch.setattr("sys.argv", ["report", str(tmp_path), "--into", str(file), "--name", "x"])
+    report.main()
+    text = file.read_text()
+    assert (
+        text.startswith("before\n<!-- table:x from runs -->\n| method")
+        and text.endswith("<!-- /table:x -->\nafter\n")
+        and "old" not in text
+    )
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no result.json"):
+        report.collect([tmp_path / "empty"])
+    with pytest.raises(UserError, match="table:y"):
+        report.replace_table(file, "y", "")
