@@ -13,6 +13,7 @@ import torch
 from datafree.base import Task
 from engine.data import datasets
 from engine.networks import build
+from engine.runtime.files import load_checkpoint, weights_digest
 from engine.runtime.precision import Precision
 from models.classifier import Classifier
 from registry import DATASETS, MODELS
@@ -96,14 +97,44 @@ def command(monkeypatch, teacher_file):
     return call
 
 
+def tiny_flags(method: str, teacher_file: Path, save_dir: Path, extra: str = "") -> str:
+    """Of a tiny data-free run."""
+    return f"--method {method} {TINY_TASK} --teacher_ckpt {teacher_file} {TINY[method]} --save_dir {save_dir} {extra}"
+
+
 @pytest.fixture
 def distill(command, teacher_file):
     """Runs a tiny data-free run: distill("csd", save_dir, "--seed 1")."""
 
     def call(method: str, save_dir: Path, extra: str = "") -> None:
-        command(
-            "datafree_kd",
-            f"--method {method} {TINY_TASK} --teacher_ckpt {teacher_file} {TINY[method]} --save_dir {save_dir} {extra}",
-        )
+        command("datafree_kd", tiny_flags(method, teacher_file, save_dir, extra))
 
     return call
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, teacher_file):
+    """finished("csd"): the folder of a whole tiny run, made once; to look at, compare with or copy, never to change."""
+    folders: dict[str, Path] = {}
+
+    def call(method: str) -> Path:
+        if method not in folders:
+            import datafree_kd
+
+            folder = tmp_path_factory.mktemp("finished") / method
+            with pytest.MonkeyPatch.context() as patch:
+                patch.chdir(ROOT)
+                patch.setattr("engine.data.splits._train_split_forbidden", False)
+                patch.setattr("sys.argv", ["datafree_kd.py", *tiny_flags(method, teacher_file, folder).split()])
+                datafree_kd.main()
+            folders[method] = folder
+        return folders[method]
+
+    return call
+
+
+def outcome(folder: Path) -> tuple[dict[Path, bytes], str, str]:
+    """What must be equal when two runs are: weights, images, metrics."""
+    shards = {f.relative_to(folder): f.read_bytes() for f in sorted(folder.rglob("*.safetensors"))}
+    student = weights_digest(load_checkpoint(folder / "student.pth")["state_dict"])
+    return shards, student, (folder / "metrics.jsonl").read_text()
