@@ -111,20 +111,25 @@ def train_run(flags: ScratchFlags, lengths, classifier, info, precision, save_di
     from engine.loops.train import train
     from engine.networks.weights import load_weights, published_weights
     from engine.runtime.compilation import Compiler
-    from engine.runtime.files import save_checkpoint
+    from engine.runtime.files import delete_files, save_checkpoint
     from engine.runtime.run import Run
     from engine.runtime.stage_record import Stages
 
     run = Run(save_dir, dataclasses.asdict(flags) | dataclasses.asdict(lengths))
     try:
         stages = Stages(run.path / "stages.json", {"train": stage_flags("train", flags, lengths)})
+        written = stages.fact("train", "output")
         if flags.redo:
+            delete_files(run.path, ["last.pth"])
             stages.discard("train")
-            (run.path / "last.pth").unlink(missing_ok=True)
         stages.check(["train"])
         if stages.status("train") == "done" and output.exists():
             run.log(f"trained before: {output}, acc1 {stages.fact('train', 'acc1'):.2f} %; --redo trains again")
             return
+        if output.exists() and written != str(output):
+            raise UserError(f"{output} is there and not of this run; give another --output, or move that file away")
+        stages.begin("train")
+        stages.update("train", output=str(output))
         about = {"arch": flags.model, "dataset": info.name, "epoch": lengths.epochs, "seed": flags.seed}
         if start := published_weights(MODELS, flags.model) if flags.pretrained else flags.resume:
             dropped = load_weights(classifier.network, start, "checkpoint", new_head=True).get("dropped_head")

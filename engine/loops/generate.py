@@ -16,7 +16,7 @@ from torch import Tensor
 from engine.data.pictures import grid
 from engine.loops.evaluate import check_finite
 from engine.runtime.errors import UserError
-from engine.runtime.files import atomic_path, load_checkpoint, save_checkpoint
+from engine.runtime.files import atomic_path, claim_folder, digest, load_checkpoint, save_checkpoint
 from engine.runtime.processes import Processes
 from engine.runtime.run import Run, progress
 from engine.runtime.seeding import position_seed, seed_position
@@ -118,6 +118,8 @@ def generate(
 
 def _begin(run: Run, stages: Stages, bank, order: Order) -> tuple[int, dict]:
     """The first round that is not there, and what the generator had learned by then."""
+    if order.export:
+        claim_folder(order.export, digest(stages.dependencies["generate"]))
     stages.begin("generate")
     present = set(bank.rounds("generate"))
     start = next((round for round in range(order.rounds) if round not in present), order.rounds)

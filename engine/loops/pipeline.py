@@ -1,7 +1,6 @@
 """The stages of a data-free run, in order, each skipped if done. Knows banks and methods only by what they offer."""
 
 import dataclasses
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from engine.data.splits import load_split
 from engine.loops import augment, distill, generate, synthesize
 from engine.loops.evaluate import evaluate
 from engine.runtime.errors import UserError
-from engine.runtime.files import load_checkpoint, read_json, save_checkpoint
+from engine.runtime.files import delete_files, load_checkpoint, read_json, save_checkpoint
 from engine.runtime.precision import Precision
 from engine.runtime.processes import Processes
 from engine.runtime.run import Run, peak_memory
@@ -22,10 +21,10 @@ from engine.runtime.stage_record import Stages
 
 FIRST = ("synthesize", "generate")  # the stages that fill the initial bank; a method has one of them or none
 OUTPUTS = {
-    "synthesize": ("bank",),
-    "generate": ("bank", generate.STATE),
-    "augment": ("variants", "prior.pth", "filter_*.safetensors"),
-    "distill": ("bank/distill-*", "distill.pth", "student.pth", "result.json"),
+    "synthesize": ("bank/manifest.json", "bank/synthesize-*.safetensors", f"bank/{synthesize.STATE}"),
+    "generate": ("bank/manifest.json", "bank/generate-*.safetensors", generate.STATE),
+    "augment": ("variants/manifest.json", "variants/augment-*.safetensors", "prior.pth", "filter_*.safetensors"),
+    "distill": ("bank/distill-*.safetensors", "distill.pth", "student.pth", "result.json"),
 }
 
 
@@ -78,8 +77,8 @@ class Pipeline:
         """The selected stages in order and whether each is done, after what is to be made again is deleted."""
         stages = self.stages
         if redo:
-            for path in [p for stage in stages.discard(redo) for pattern in OUTPUTS[stage] for p in self.path.glob(pattern)]:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            delete_files(self.path, [pattern for stage in stages.from_on(redo) for pattern in OUTPUTS[stage]])
+            stages.discard(redo)
         stages.check(selected)
         return [(stage, stages.status(stage) == "done") for stage in stages.dependencies if stage in selected]
 
