@@ -11,6 +11,7 @@ import collections
 import importlib
 import os
 import runpy
+import shutil
 import socket
 import sys
 import tempfile
@@ -63,14 +64,15 @@ def main() -> int:
     torch.set_num_threads(1)
     for module in IMPORTED:
         importlib.import_module(module)
-    with tempfile.TemporaryDirectory() as name:
-        teacher = Path(name, "teacher.pth")
-        torch.manual_seed(0)
-        torch.save(build_network("resnet8", 10).state_dict(), teacher)
-        for number in range(args.runs):
-            if time.monotonic() - begun > args.seconds:
-                break
-            ends[tuple(run(number, Path(name), args.method, teacher))] += 1
+    folder = Path(tempfile.mkdtemp())  # by a context manager the copies would delete it, too
+    teacher = folder / "teacher.pth"
+    torch.manual_seed(0)
+    torch.save(build_network("resnet8", 10).state_dict(), teacher)
+    for number in range(args.runs):
+        if time.monotonic() - begun > args.seconds:
+            break
+        ends[tuple(run(number, folder, args.method, teacher))] += 1
+    shutil.rmtree(folder)
     print(f"{sum(ends.values())} runs in {time.monotonic() - begun:.0f} s; exit codes: {dict(ends)}")
     return 0 if set(ends) == {(0, 0)} else 1
 
