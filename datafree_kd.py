@@ -104,5 +104,4 @@ def run(name: str, method_class: type, groups: list) -> Path:
 
 
 if __name__ == "__main__":
-    run_command(main)
-    leave_processes()
+    run_command(main, leave_processes)

@@ -127,7 +127,7 @@ def train_run(
     from engine.data.splits import load_split
     from engine.loops.train import train
     from engine.runtime.compilation import Compiler
-    from engine.runtime.files import save_checkpoint
+    from engine.runtime.files import delete_files, save_checkpoint
     from engine.runtime.run import Run
     from engine.runtime.stage_record import StageRecord
 
@@ -136,13 +136,18 @@ def train_run(
     run = Run(save_dir, dataclasses.asdict(flags) | dataclasses.asdict(lengths))
     try:
         stages = StageRecord(run.path / "stages.json", {"train": settings}, redo="--redo")
+        written = stages.fact("train", "output")
         if flags.redo:
+            delete_files(run.path, ["last.pth"])
             stages.discard("train")
-            (run.path / "last.pth").unlink(missing_ok=True)
         stages.check(["train"])
         if stages.status("train") == "done" and output.exists():
             run.log(f"trained before: {output}, acc1 {stages.fact('train', 'acc1'):.2f} %; --redo trains again")
             return
+        if output.exists() and written != str(output):
+            raise UserError(f"{output} is there and not of this run; give another --output, or move that file away")
+        stages.begin("train")
+        stages.update("train", output=str(output))
         about = {"arch": flags.model, "dataset": info.name, "epoch": lengths.epochs, "seed": flags.seed}
         if start:
             run.log(f"starting from {start}" + (f", without its head ({dropped_head})" if dropped_head else ""))

@@ -5,8 +5,6 @@
 """
 
 import argparse
-import os
-import shutil
 from pathlib import Path
 
 from PIL import Image
@@ -16,16 +14,18 @@ from engine.data.bank import ImageBank, Manifest, read_manifest
 from engine.data.datasets import dataset_info
 from engine.data.image_files import class_files, read_images
 from engine.runtime.errors import UserError, run_command
+from engine.runtime.files import atomic_folder, require_new
 from registry import DATASETS
 
 
 def export_folders(bank: ImageBank, folder: Path) -> int:
-    """Writes every image as ``folder/<class id>/<position>.png``; returns how many."""
+    """Writes every image as ``folder/<class id>/<position>.png``, the folder new or empty; returns how many."""
     columns = bank.read_all()
-    for position, label in enumerate(tqdm(columns["labels"].tolist(), "export", unit="img")):
-        file = Path(folder) / str(label) / f"{position:07d}.png"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(columns["images"][position].permute(1, 2, 0).numpy()).save(file)
+    with atomic_folder(folder) as unfinished:
+        for position, label in enumerate(tqdm(columns["labels"].tolist(), "export", unit="img")):
+            file = unfinished / str(label) / f"{position:07d}.png"
+            file.parent.mkdir(exist_ok=True)
+            Image.fromarray(columns["images"][position].permute(1, 2, 0).numpy()).save(file)
     return len(columns["labels"])
 
 
@@ -48,19 +48,16 @@ def main() -> None:
         print(f"{export_folders(bank, args.folder)} images -> {args.folder}")
         return
     info = dataset_info(DATASETS, args.dataset, image_size=args.image_size)
-    if args.bank.exists():
-        raise UserError(f"{args.bank} is there already; give a new folder")
+    require_new(args.bank)
     files, labels = class_files(args.folder)
     classes = int(labels.max()) + 1
     if classes > info.num_classes:
         raise UserError(f"{args.folder} has {classes} classes, {info.name} has {info.num_classes}")
-    unfinished = args.bank.with_name(f"{args.bank.name}.tmp")  # whole or absent: a damaged image may come late
-    shutil.rmtree(unfinished, ignore_errors=True)
-    bank = ImageBank(unfinished, Manifest(info.name, info.num_classes, info.image_size))
-    for round, start in enumerate(range(0, len(files), args.shard_size)):
-        part = slice(start, start + args.shard_size)
-        bank.append("synthesize", round, read_images(files[part], info.image_size), labels[part])
-    os.replace(unfinished, args.bank)
+    with atomic_folder(args.bank) as unfinished:  # a damaged image may come late
+        bank = ImageBank(unfinished, Manifest(info.name, info.num_classes, info.image_size))
+        for round, start in enumerate(range(0, len(files), args.shard_size)):
+            part = slice(start, start + args.shard_size)
+            bank.append("synthesize", round, read_images(files[part], info.image_size), labels[part])
     print(f"{len(files)} images of {classes} classes -> {args.bank}")
 
 

@@ -48,7 +48,8 @@ class Task:
     """What a method may know of its surroundings; it never sees the command line and never picks a device.
 
     ``augment`` maps images (B, 3, H, W) to randomly cropped and flipped ones, one draw an image, differentiably.
-    ``precision`` has ``autocast()``, the context in which networks run, and ``minimize(loss, optimizer)``.
+    ``precision`` has ``autocast()``, the context in which networks run, and ``fresh()``, which makes one for an optimizer:
+    ``fresh().minimize(loss, optimizer)``. Where that outlives a round, its ``state_dict()`` is part of the synthesizer's.
     ``prompt`` is the dataset's for a text-to-image model, with ``{label}`` for a class's name.
     ``training_split`` opens the real training images (``engine.data.splits.Split``) for a method that has ``reads_train_split``.
     ``rounds`` and ``kd_steps`` are the lengths of stage distill. ``compile(function, calls, name)`` gives a function of

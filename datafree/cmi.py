@@ -153,13 +153,13 @@ class CMISynthesizer(Synthesizer):
         with torch.no_grad():
             self.z.normal_()
         labels = balanced_labels(len(self.z), self.task.num_classes, self.task.device)
-        best = LowestLoss()
+        best, precision = LowestLoss(), self.task.precision.fresh()
         for _ in range(self.g_steps):
             with self.task.precision.autocast():
                 images = self.generate(self.z).float()
             losses = self.losses(images, labels, student)
             best.update(images, losses)
-            self.task.precision.minimize(losses["loss"], self.optimizer)
+            precision.minimize(losses["loss"], self.optimizer)
         for parameter in self.fresh:
             self.optimizer.state.pop(parameter, None)
         self.remember(best.images)

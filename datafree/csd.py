@@ -109,13 +109,13 @@ class CSDSynthesizer(Synthesizer):
         z = torch.randn(self.images, config.nz, device=device, requires_grad=True)
         labels = balanced_labels(self.images, self.task.num_classes, device)
         optimizer = torch.optim.Adam([*self.generator.parameters(), z], lr=config.lr_g, betas=(0.5, 0.999), fused=True)
-        best = LowestLoss()
+        best, precision = LowestLoss(), self.task.precision.fresh()
         for _ in range(self.g_steps):
             with self.task.precision.autocast():
                 images = self.generate(z).float()
             losses = self.measure(self.task.augment(images), labels, student)
             best.update(images, losses)
-            self.task.precision.minimize(losses["loss"], optimizer)
+            precision.minimize(losses["loss"], optimizer)
         if self.csd:
             reset(self.head)  # the student has moved on; the optimizer's momentum stays
         return ImageBatch(best.images, labels, best.scalars())

@@ -93,11 +93,11 @@ class DeepInversionSynthesizer(Synthesizer):
         pixels = torch.randn(len(labels), 3, task.image_size, task.image_size, device=task.device).clamp_(black, white)
         pixels = pixels.contiguous(memory_format=torch.channels_last).requires_grad_()
         optimizer = torch.optim.Adam([pixels], lr=config.lr_g, betas=(0.5, 0.99), fused=True)
-        best = LowestLoss()
+        best, precision = LowestLoss(), task.precision.fresh()
         for _ in range(config.g_steps):
             losses = self.measure(pixels, jitter(pixels, task.flip), labels, student)
             best.update(pixels, losses)
-            task.precision.minimize(losses["loss"], optimizer)
+            precision.minimize(losses["loss"], optimizer)
             with torch.no_grad():
                 pixels.clamp_(black, white)
         return ImageBatch((best.images * std + mean).clamp(0, 1), labels, best.scalars())

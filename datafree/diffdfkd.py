@@ -62,6 +62,7 @@ from engine.loops.generate import GuidedMaker, Order
 from engine.loops.session import Session, Stage
 from engine.loops.stages import Distill, FillBank
 from engine.runtime.errors import UserError
+from engine.runtime.files import claim_folder, digest
 from engine.runtime.flags import check_least, flag
 
 EMBEDDED = Path("checkpoints/priors/glyphs_digits_16.safetensors")
@@ -242,6 +243,8 @@ class DiffDFKD(Method):
             )  # fmt: skip
 
         def maker(session: Session) -> GuidedMaker:
+            if config.export_png and session.processes.main:
+                claim_folder(Path(config.export_png), digest(session.record.dependencies["generate"]))
             return GuidedMaker(self.generator(), order(session.seed))
 
         prior = prior_name(self.model, config.diffusion_revision)

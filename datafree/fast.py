@@ -91,6 +91,7 @@ class Inversion:
     def __init__(self, config: Any, teacher: nn.Module, task: Task, adv: float, batches: int = 1):
         self.config, self.teacher, self.task, self.adv = config, teacher, task, adv
         self.statistics = BNStatistics(teacher) if config.bn else None
+        self.precision = task.precision.fresh()  # of all batches: g_steps are too few to find a scale in
         self.average: list[Stats] = []
         self.blended: list[Stats] = []
         self.measure = task.compile(self.losses, batches * config.g_steps, "synthesis losses")
@@ -114,7 +115,7 @@ class Inversion:
             measure = self.measure if self.average or not self.statistics else self.losses
             losses = measure(self.task.augment(images), labels, student)
             best.update(images, losses)
-            self.task.precision.minimize(losses["loss"], optimizer)
+            self.precision.minimize(losses["loss"], optimizer)
         self.average = [(mean.detach(), var.detach()) for mean, var in self.blended]
         return ImageBatch(best.images, labels, best.scalars())
 
@@ -132,9 +133,14 @@ class Inversion:
             terms["loss_adv"] = self.adv, adversarial_loss(student_logits, logits, agreeing_only=True)
         return weighted_sum(terms)
 
-    def load_average(self, average: list[Stats]) -> None:
-        """Takes up the running average that another instance had."""
-        self.average = [(mean.to(self.task.device), var.to(self.task.device)) for mean, var in average]
+    def state_dict(self) -> dict[str, Any]:
+        """The running average and the loss scale."""
+        return {"average": self.average, "precision": self.precision.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes up what another instance had; more in ``state`` than that is passed over."""
+        self.average = [(mean.to(self.task.device), var.to(self.task.device)) for mean, var in state["average"]]
+        self.precision.load_state_dict(state.get("precision", {}))
 
 
 def blend(batch: list[Stats], average: list[Stats], momentum: float) -> list[Stats]:
@@ -193,6 +199,7 @@ class FastSynthesizer(Synthesizer):
         self.generate = task.compile(self.adapted, rounds * config.g_steps, "generator")
         self.lr = config.lr_g * config.g_steps
         self.meta_optimizer = torch.optim.Adam(self.generator.parameters(), lr=self.lr, betas=BETAS, fused=True)
+        self.meta_precision = task.precision.fresh()
         self.rounds = 0
 
     def synthesize(self, student: nn.Module) -> ImageBatch:
@@ -210,18 +217,19 @@ class FastSynthesizer(Synthesizer):
         gradients = fomaml_gradient(optimizer, adapted) if config.is_maml else None
         batch = self.inversion.descend(lambda: self.generate(z), optimizer, labels, student)
         gradients = gradients or reptile_gradient(meta, adapted)
-        self.task.precision.minimize(with_gradient(meta, gradients), self.meta_optimizer)
+        self.meta_precision.minimize(with_gradient(meta, gradients), self.meta_optimizer)
         self.rounds += 1
         return batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Meta generator, its optimizer, the running average and the count of rounds."""
+        """Meta generator, its optimizer, the running average, loss scales and the count of rounds."""
         return {
             "warm_up": self.warm_up,
             "rounds": self.rounds,
             "generator": self.generator.state_dict(),
             "meta_optimizer": self.meta_optimizer.state_dict(),
-            "average": self.inversion.average,
+            "meta_precision": self.meta_precision.state_dict(),
+            **self.inversion.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -230,7 +238,8 @@ class FastSynthesizer(Synthesizer):
             self.rounds = state["rounds"] if state["warm_up"] == self.warm_up else 0
             self.generator.load_state_dict(state["generator"])
             self.meta_optimizer.load_state_dict(state["meta_optimizer"])
-            self.inversion.load_average(state["average"])
+            self.meta_precision.load_state_dict(state.get("meta_precision", {}))
+            self.inversion.load_state_dict(state)
         for group in self.meta_optimizer.param_groups:  # --init_bank of a run with another learning rate
             group["lr"] = self.lr
 

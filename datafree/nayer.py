@@ -203,7 +203,7 @@ class NAYERSynthesizer(Synthesizer):
         return self.inversion.descend(generate, optimizer, labels, student)
 
     def state_dict(self) -> dict[str, Any]:
-        """Label embeddings, generator, the running average and the count of rounds."""
+        """Label embeddings, generator, the running average, the loss scale and the count of rounds."""
         return {
             "warm_up": self.warm_up,
             "rounds": self.rounds,
@@ -211,7 +211,7 @@ class NAYERSynthesizer(Synthesizer):
             "codes": self.codes,
             "norm": self.norm.state_dict() if self.norm else None,
             "generator": self.generator.state_dict(),
-            "average": self.inversion.average,
+            **self.inversion.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -219,7 +219,7 @@ class NAYERSynthesizer(Synthesizer):
         with own_state():
             self.rounds = state["rounds"] if state["warm_up"] == self.warm_up else 0
             self.generator.load_state_dict(state["generator"])
-            self.inversion.load_average(state["average"])
+            self.inversion.load_state_dict(state)
             if state["codes"] is not None and state["source"] == self.source:
                 self.use_codes(state["codes"])
                 self.norm.load_state_dict(state["norm"])

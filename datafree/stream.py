@@ -45,6 +45,7 @@ class GeneratorStream(Synthesizer):
         self.generator = generator.to(task.device, memory_format=torch.channels_last).train()
         self.shared = self.generator
         self.optimizer = torch.optim.Adam(self.generator.parameters(), lr=config.lr_g, betas=(0.5, 0.999), fused=True)
+        self.precision = task.precision.fresh()
         self.compiled_generator = task.compile(self.generator, task.rounds * (config.g_steps + task.kd_steps), "generator")
         self.measure = task.compile(self.losses, task.rounds * config.g_steps, "synthesis losses")
 
@@ -62,7 +63,7 @@ class GeneratorStream(Synthesizer):
         for _ in range(self.config.g_steps):
             images = self.generate(self.config.synthesis_batch_size)
             losses = self.measure(images, student)
-            self.task.precision.minimize(losses["loss"], self.optimizer)
+            self.precision.minimize(losses["loss"], self.optimizer)
         scalars = {("loss_synthesis" if name == "loss" else name): value.detach() for name, value in losses.items()}
         return ImageBatch(images.detach(), unlabelled(images), scalars)
 
@@ -74,13 +75,15 @@ class GeneratorStream(Synthesizer):
             yield images, unlabelled(images)
 
     def state_dict(self) -> dict[str, Any]:
-        """Generator and optimizer."""
-        return {"generator": self.generator.state_dict(), "optimizer": self.optimizer.state_dict()}
+        """Generator, optimizer and its loss scale."""
+        parts = {"generator": self.generator, "optimizer": self.optimizer, "precision": self.precision}
+        return {name: part.state_dict() for name, part in parts.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Undoes ``state_dict``."""
         self.generator.load_state_dict(state["generator"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self.precision.load_state_dict(state.get("precision", {}))
 
 
 def unlabelled(images: Tensor) -> Tensor:

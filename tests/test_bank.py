@@ -107,7 +107,7 @@ def test_a_full_disk_leaves_the_bank_whole(tmp_path, monkeypatch):
     assert "no space left" in str(explain_os_error(caught.value))
     monkeypatch.undo()
     assert bank.rounds("synthesize") == [0, 1, 2] and torch.equal(bank.read("synthesize")["images"][:], before)
-    assert not list((tmp_path / "bank").glob("*.tmp"))
+    assert not list((tmp_path / "bank").glob("*.tmp")) and not list((tmp_path / "bank").glob(".*"))
 
 
 def test_png_export_and_import_are_exact(tmp_path):

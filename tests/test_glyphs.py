@@ -140,7 +140,7 @@ def test_a_stopped_training_goes_on_bit_for_bit(train, tmp_path, monkeypatch):
     monkeypatch.setattr(PixelPrior, "fit", stopping)
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path / "stopped")
-    assert [path.name for path in (tmp_path / "stopped").iterdir()] == ["prior.pth"]
+    assert [path.name for path in (tmp_path / "stopped").iterdir()] == ["prior.unfinished.pth"]
     with pytest.raises(UserError, match="--lr"):
         train(tmp_path / "stopped", "--lr 1e-3")
     resumed = load_tensors(train(tmp_path / "stopped"))

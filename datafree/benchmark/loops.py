@@ -81,6 +81,7 @@ class Plain:
         self.optimizer = torch.optim.SGD(self.student.parameters(), lr=1e-3, momentum=0.9)
         self.z = torch.randn(batch_size, 256, device=self.device, requires_grad=True)
         self.labels = torch.randint(info.num_classes, (batch_size,), device=self.device)
+        self.inversion_precision = self.precision.fresh()
         self.inversion_optimizer = torch.optim.Adam([*self.generator.parameters(), self.z], lr=1e-3)
         self.stats: list[tuple[Tensor, Tensor]] = []
         self.layers = [m for m in teacher.modules() if isinstance(m, _BatchNorm)]
@@ -204,7 +205,7 @@ class Ours:
     def inversion(self) -> None:
         with self.precision.autocast():
             loss = self.synthesis_losses(self.view(self.generator(self.z)), self.labels)
-        self.precision.minimize(loss, self.inversion_optimizer)
+        self.inversion_precision.minimize(loss, self.inversion_optimizer)
 
 
 def _apart(module: nn.Module) -> nn.Module:

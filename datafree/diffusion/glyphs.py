@@ -286,7 +286,7 @@ def train_prior(flags: GlyphFlags, fonts: list[Font]) -> PixelPrior:
         UserError: the output or an unfinished training was made with other flags, or training diverged.
     """
     output = Path(flags.output)
-    unfinished = output.with_suffix(".pth")
+    unfinished = output.with_name(f"{output.stem}.unfinished.pth")
     settings = {k: v for k, v in dataclasses.asdict(flags).items() if k not in ("output", "fonts", "preview", "redo")}
     settings = json.loads(json.dumps(settings | {"fonts": [font.name for font in fonts]}))
     prior = PixelPrior(
@@ -295,6 +295,8 @@ def train_prior(flags: GlyphFlags, fonts: list[Font]) -> PixelPrior:
         strength=1.0, num_inference_steps=20, guidance_scale=2.0, seed=flags.seed, device=flags.device,
     )  # fmt: skip
     if flags.redo:
+        if output.exists():
+            load_patch_prior(output)  # raises: it is something else, which stays
         output.unlink(missing_ok=True)
         unfinished.unlink(missing_ok=True)
     if output.exists():

@@ -1,6 +1,5 @@
 """What every stage of a run is given, and how the stages are gone through."""
 
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from engine.data.bank import ImageBank, Manifest
 from engine.data.datasets import DatasetInfo
 from engine.loops.distill import Schedule
 from engine.runtime.errors import UserError
-from engine.runtime.files import read_json
+from engine.runtime.files import delete_files, read_json
 from engine.runtime.processes import Processes
 from engine.runtime.run import Run
 from engine.runtime.seeding import seed_position
@@ -174,8 +173,9 @@ def run_stages(session: Session, stages: tuple[Stage, ...], selected: list[str],
 def _plan(session: Session, stages: tuple[Stage, ...], selected: list[str], redo: str | None) -> dict[str, str]:
     """{selected stage: "todo" or "done"}, after what is to be made again is deleted."""
     record = session.record
-    gone = record.discard(redo) if redo else []
-    for path in [p for stage in stages if stage.name in gone for pattern in stage.outputs for p in session.path.glob(pattern)]:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if redo:
+        gone = record.from_on(redo)
+        delete_files(session.path, [pattern for stage in stages if stage.name in gone for pattern in stage.outputs])
+        record.discard(redo)
     record.check(selected)
     return {name: "done" if record.status(name) == "done" else "todo" for name in selected}

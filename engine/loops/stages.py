@@ -35,7 +35,10 @@ class FillBank(Stage):
     rounds: int
     maker: Callable[[Session], Maker]
     external_prior: str = "none"
-    outputs = ("bank",)
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        return ("bank/manifest.json", f"bank/{self.name}-*.safetensors", f"bank/{STATE}")
 
     def run(self, session: Session) -> None:
         bank = session.new_bank("bank", self.external_prior)
@@ -62,7 +65,7 @@ class Augment(Stage):
     filter: Any
     external_prior: str = "none"
     name = "augment"
-    outputs = ("variants", "prior.pth", "filter_*.safetensors")
+    outputs = ("variants/manifest.json", "variants/augment-*.safetensors", "prior.pth", "filter_*.safetensors")
 
     def run(self, session: Session) -> None:
         sources = session.finished(self.initial, "init_bank", "bank").columns
@@ -108,7 +111,7 @@ class Distill(Stage):
     external_prior: str = "none"
     images_per_class: int | None = None
     name = "distill"
-    outputs = ("bank/distill-*", "distill.pth", "student.pth", "result.json")
+    outputs = ("bank/distill-*.safetensors", "distill.pth", "student.pth", "result.json")
 
     def prepare(self, session: Session) -> None:
         if not self.method.streams:
