@@ -81,7 +81,6 @@ class Plain:
         self.optimizer = torch.optim.SGD(self.student.parameters(), lr=1e-3, momentum=0.9)
         self.z = torch.randn(batch_size, 256, device=self.device, requires_grad=True)
         self.labels = torch.randint(info.num_classes, (batch_size,), device=self.device)
-        self.inversion_precision = self.precision.fresh()
         self.inversion_optimizer = torch.optim.Adam([*self.generator.parameters(), self.z], lr=1e-3)
         self.stats: list[tuple[Tensor, Tensor]] = []
         self.layers = [m for m in teacher.modules() if isinstance(m, _BatchNorm)]
@@ -172,6 +171,7 @@ class Ours:
         self.optimizer = torch.optim.SGD(student.parameters(), lr=1e-3, momentum=0.9, fused=True)
         self.z = torch.randn(batch_size, 256, device=device, requires_grad=True)
         self.labels = torch.randint(info.num_classes, (batch_size,), device=device)
+        self.inversion_precision = precision.fresh()
         self.inversion_optimizer = torch.optim.Adam([*generator.parameters(), self.z], lr=1e-3)
         self.teacher = compiler(teacher, ALWAYS, "teacher", constant_weights=True)
         self.student_step = compiler(StudentStep(student.train()), ALWAYS, "student step")
