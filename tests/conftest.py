@@ -10,8 +10,11 @@ import functools
 import pytest
 import torch
 
+from datafree.base import Task
 from engine.data import datasets
 from engine.networks import build
+from engine.runtime.precision import Precision
+from models.classifier import Classifier
 from registry import DATASETS, MODELS
 
 dataset_info = functools.partial(datasets.dataset_info, DATASETS)
@@ -19,6 +22,20 @@ build_network, build_classifier, load_teacher = (
     functools.partial(function, MODELS) for function in (build.build_network, build.build_classifier, build.load_teacher)
 )
 ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
+
+
+def make_task(**changes) -> Task:
+    """Ten classes at 16 px on the CPU, without augmentation, but for what is named."""
+    fields = dict(num_classes=10, image_size=16, device=CPU, augment=lambda images: images, precision=Precision("no", CPU))
+    return Task(**fields | changes)
+
+
+def make_classifier(network="resnet8", num_classes=10, image_size=16, mean=0.3, std=0.3) -> Classifier:
+    """A network, or a new one by its name, behind the normalization of all three channels by ``mean`` and ``std``."""
+    network = build_network(network, num_classes) if isinstance(network, str) else network
+    return Classifier(network, num_classes, image_size, (mean,) * 3, (std,) * 3)
+
 
 # What shrinks a run of each method to a few seconds, whatever flags its script has.
 TINY = {

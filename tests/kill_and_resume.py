@@ -2,7 +2,7 @@
 
     python -m tests.kill_and_resume --kills 20 --seed 0
 
-Every run is a whole DDA run on the debug task in processes of their own; ``tests/test_kill.py`` does a few.
+Every run is a whole DDA run on the debug task in processes of their own; ``tests/entry/test_kill.py`` does a few.
 """
 
 import argparse

@@ -7,16 +7,15 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from datafree.base import Task
 from datafree.bn_statistics import BNStatistics, bn_loss
 from datafree.diffusion.generative import load_prior
 from datafree.diffusion.generator import Competitor, GuidedGenerator
 from datafree.diffusion.guidance import BACKPROP, Guidance, memory_errors
 from datafree.diffusion.prior import seeded_generators, seeded_noise
 from engine.runtime.errors import UserError
-from models.classifier import Classifier, frozen
+from models.classifier import frozen
 from tests import tiny_pipelines
-from tests.conftest import build_network
+from tests.conftest import make_classifier, make_task
 
 NAMES = tuple("abcdefghij")
 KINDS = tiny_pipelines.GENERATIVE
@@ -37,7 +36,7 @@ def priors(paths):
 @pytest.fixture(scope="module")
 def teacher():
     torch.manual_seed(0)
-    return frozen(Classifier(build_network("resnet8", 10), 10, 16, (0.3,) * 3, (0.3,) * 3))
+    return frozen(make_classifier())
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +51,7 @@ def competitor(teacher):
 
 @pytest.fixture(scope="module")
 def task():
-    return Task(10, 16, torch.device("cpu"), lambda images: images, None, NAMES)
+    return make_task(class_names=NAMES)
 
 
 def terms(teacher, student, images, labels, bn, oh, adv, held=None):
@@ -113,8 +112,8 @@ def test_gradient_is_that_of_finite_differences(paths, kind, backprop, monkeypat
     torch.manual_seed(1)
     monkeypatch.setattr(torch.Tensor, "float", lambda tensor: tensor)  # all of it in float64
     prior = load_prior(paths[kind], num_classes=10, class_names=NAMES, guidance_scale=2.0, dtype=torch.float64)
-    teacher = frozen(Classifier(build_network("resnet8", 10), 10, 16, (0.3,) * 3, (0.3,) * 3).double())
-    student = Classifier(build_network("resnet8", 10), 10, 16, (0.3,) * 3, (0.3,) * 3).double().eval()
+    teacher = frozen(make_classifier().double())
+    student = make_classifier().double().eval()
     student.load_state_dict(teacher.state_dict())
     surer(student)
     guidance = Guidance(teacher, 16, bn=0.5, oh=1.0, adv=0.7, backprop=backprop, student=student)
@@ -230,7 +229,7 @@ def test_guided_denoising_by_hand(priors, teacher, competitor, task):
 def test_every_term_changes_the_image(priors, teacher, task, backprop, terms):
     prior, settings = priors["patch_prior"], dict(steps=4)
     torch.manual_seed(3)
-    student = Classifier(build_network("resnet8", 10), 10, 16, (0.3,) * 3, (0.3,) * 3).eval()
+    student = make_classifier().eval()
     student.load_state_dict(teacher.state_dict())
     surer(student)
     guidance = Guidance(teacher, 16, **terms, backprop=backprop, student=student)

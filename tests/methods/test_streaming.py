@@ -8,15 +8,11 @@ import torch
 import torch.nn.functional as F
 
 from datafree import dafl, dfad, dfq, zskt
-from datafree.base import Task
 from datafree.kd import KDObjective
 from datafree.losses import KLDistillation, adversarial_loss, balance_loss, kd_loss
 from datafree.noise import NoiseImages
-from engine.runtime.precision import Precision
-from models.classifier import Classifier, Output
-from tests.conftest import build_network
-
-CPU = torch.device("cpu")
+from models.classifier import Output
+from tests.conftest import make_classifier, make_task
 
 
 def softmax(x):
@@ -30,15 +26,13 @@ def out(logits, **maps):
 
 @pytest.fixture
 def task():
-    return Task(10, 16, CPU, lambda x: x, Precision("no", CPU))
+    return make_task()
 
 
 @pytest.fixture
 def networks():
     torch.manual_seed(0)
-    teacher, student = (
-        Classifier(build_network(name, 10), 10, 16, (0.3,) * 3, (0.3,) * 3).eval() for name in ("resnet8", "wrn16_1")
-    )
+    teacher, student = (make_classifier(name).eval() for name in ("resnet8", "wrn16_1"))
     return teacher.requires_grad_(False), student.requires_grad_(False)
 
 

@@ -16,7 +16,7 @@ from engine.loops import distill as stage
 from engine.runtime.errors import UserError
 from engine.runtime.files import load_checkpoint
 from engine.runtime.processes import Processes, join_processes
-from tests.conftest import ROOT, TINY, TINY_TASK
+from tests.conftest import CPU, ROOT, TINY, TINY_TASK, dataset_info, make_classifier, make_task
 
 TIMEOUT = 150  # s, for all that the two processes do
 ROUNDS = "--init_rounds 3"  # so that the last one has no partner
@@ -69,12 +69,11 @@ def run(method, folder, teacher, extra="", stop=False):
 def plain_step():
     """A student without BatchNorm and its step, batch and teacher's logits, the same in every process."""
     from datafree.losses import KLDistillation
-    from models.classifier import Classifier
     from tests.plain_network import plain
 
     torch.manual_seed(0)
-    student = Classifier(plain(10), 10, 16, (0.5,) * 3, (0.5,) * 3)
-    teacher = Classifier(plain(10), 10, 16, (0.5,) * 3, (0.5,) * 3)
+    student = make_classifier(plain(10), mean=0.5, std=0.5)
+    teacher = make_classifier(plain(10), mean=0.5, std=0.5)
     return stage.StudentStep(student, KLDistillation(4.0)), teacher, torch.rand(8, 3, 16, 16), torch.arange(8)
 
 
@@ -87,13 +86,10 @@ def gradients(step, teacher, images, labels):
 
 def trained_head(average_gradients, share):
     """CSD's rotation head after two student steps on a share of each batch."""
-    from datafree.base import Task
     from datafree.csd import CSDConfig, CSDSynthesizer
-    from engine.runtime.precision import Precision
 
     student = plain_step()[0].student
-    device = torch.device("cpu")
-    task = Task(10, 16, device, None, Precision("no", device), average_gradients=average_gradients)
+    task = make_task(average_gradients=average_gradients)
     config = CSDConfig(nz=8, bn=0.0)
     maker = CSDSynthesizer(config, None, task, feature_dim=student.feature_dim, rounds=1, g_steps=1, images=6, csd=10.0)
     for images in torch.rand(2, 8, 3, 16, 16):
@@ -248,18 +244,15 @@ def test_another_number_of_processes_goes_on(name, folder):
 
 def test_shares_are_a_whole_batch():
     """Of a bank, of the training images, and in number of what is drawn anew."""
-    from datafree.base import Task
     from datafree.kd import RealImages
     from datafree.noise import NoiseImages
     from engine.data.splits import load_split
     from engine.data.transfer_set import TransferSet
-    from tests.conftest import dataset_info
 
-    device = torch.device("cpu")
-    transfer = TransferSet(20, 4, device)
+    transfer = TransferSet(20, 4, CPU)
     transfer.add(torch.zeros(20, 3, 4, 4, dtype=torch.uint8), torch.arange(20))
-    split = load_split(dataset_info("digits"), "test", device)
-    task = Task(10, 16, device, lambda images: images, None, training_split=lambda: split)
+    split = load_split(dataset_info("digits"), "test", CPU)
+    task = make_task(training_split=lambda: split)
     real = RealImages(task)
     for batches in (lambda **share: transfer.batches(12, lambda x: x, **share), lambda **share: real.batches(12, **share)):
         whole, *parts = (

@@ -11,15 +11,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from datafree import cmi
-from datafree.base import Task
 from datafree.bn_statistics import BNStatistics, bn_loss
 from datafree.cmi import CMI, CMIConfig, crop_resize, info_nce, local_views
 from datafree.generators import reset
 from datafree.losses import adversarial_loss, one_hot_loss
 from engine.data.crops import crop_flip
 from engine.runtime.errors import UserError
-from engine.runtime.precision import Precision
-from tests.test_adi import CPU, classifier, inversion_loss, network_of
+from tests.conftest import make_task
+from tests.methods.test_adi import classifier, inversion_loss, network_of
 
 LENGTH = 7 + 5 + 7  # penultimate features, and the inputs of two BN layers
 
@@ -28,7 +27,7 @@ def method(augment=lambda x: crop_flip(x, 1, False), student=None, **flags):
     small = {"init_g_steps": 2, "g_steps": 2, "synthesis_batch_size": 6, "nz": 8}
     flags = small | {"memory_size": 15, "negatives": 8, "head_dim": 10} | flags
     torch.manual_seed(5)
-    return CMI(CMIConfig(**flags), classifier(0), student, Task(4, 16, CPU, augment, Precision("no", CPU)))
+    return CMI(CMIConfig(**flags), classifier(0), student, make_task(num_classes=4, augment=augment))
 
 
 def sphere(*shape):

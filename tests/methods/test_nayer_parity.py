@@ -5,14 +5,10 @@ import copy
 import pytest
 import torch
 
-from datafree.base import Task
 from datafree.nayer import NAYERConfig, NAYERSynthesizer
-from engine.runtime.precision import Precision
-from models.classifier import Classifier
-from tests.conftest import build_network
+from tests.conftest import make_classifier, make_task
 
-CPU = torch.device("cpu")
-TASK = Task(10, 16, CPU, lambda images: images, Precision("no", CPU))
+TASK = make_task()
 CONFIG = NAYERConfig(g_steps=2, synthesis_batch_size=14, nz=6, label_dim=12, g_loops=2, g_life=5, lr_g=4e-3)
 
 
@@ -20,7 +16,7 @@ CONFIG = NAYERConfig(g_steps=2, synthesis_batch_size=14, nz=6, label_dim=12, g_l
 def networks():
     """A teacher, and a student that is of its opinion about some images."""
     torch.manual_seed(0)
-    teacher = Classifier(build_network("resnet8", 10), 10, 16, (0.3,) * 3, (0.3,) * 3).eval().requires_grad_(False)
+    teacher = make_classifier().eval().requires_grad_(False)
     student = copy.deepcopy(teacher)
     torch.manual_seed(7)
     student.network.fc.weight.add_(0.5 * torch.randn_like(student.network.fc.weight))

@@ -2,7 +2,6 @@
 
 import re
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,9 +13,9 @@ from engine.data.identity import data_identity
 from engine.data.splits import StreamedSplit, allow_train_split, forbid_train_split, load_split
 from engine.runtime.errors import UserError
 from registry import DATASETS
-from tests.conftest import dataset_info
+from tests.conftest import ROOT, dataset_info
 
-SHARED = Path(__file__).parents[2] / "shared"
+SHARED = ROOT.parent / "shared"
 
 
 @pytest.fixture(autouse=True)

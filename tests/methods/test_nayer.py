@@ -11,15 +11,12 @@ import pytest
 import torch
 from torch import nn
 
-from datafree.base import Task
 from datafree.nayer import NAYER, NAYERConfig, NAYERSynthesizer, grouped_labels, noisy_layers, orthogonal_codes, text_codes
 from engine.runtime.errors import UserError
-from engine.runtime.precision import Precision
-from tests.conftest import ROOT
+from tests.conftest import CPU, ROOT, make_task
 
-CPU = torch.device("cpu")
 NAMES = ("zero", "one", "two", "three")
-TASK = Task(4, 16, CPU, lambda images: images, Precision("no", CPU), class_names=NAMES)
+TASK = make_task(num_classes=4, class_names=NAMES)
 SMALL = NAYERConfig(g_steps=2, synthesis_batch_size=10, nz=6, label_dim=8, g_loops=2, init_g_loops=3, g_life=2)
 
 

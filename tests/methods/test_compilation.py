@@ -7,15 +7,13 @@ import pytest
 import torch
 from torch import nn
 
-from datafree.base import Task
 from datafree.csd import CSD, AlignedDistillation, CSDConfig
 from engine.loops.distill import StudentStep
 from engine.runtime.compilation import Compiler, _copying
-from engine.runtime.precision import Precision
-from models.classifier import Classifier, Output, frozen, weights_fixed
+from models.classifier import Output, frozen, weights_fixed
 from registry import METHODS
+from tests.conftest import CPU, make_classifier, make_task
 
-CPU = torch.device("cpu")
 needs_compiler = pytest.mark.skipif(
     not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler"
 )
@@ -53,7 +51,7 @@ def classifier(seed, width):
     norm.running_mean.normal_()
     norm.running_var.uniform_(0.5, 2)
     layers = nn.Conv2d(3, width, 3, 2), norm, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 10)
-    return Classifier(nn.Sequential(*layers), 10, 16, (0.5,) * 3, (0.1,) * 3).to(memory_format=torch.channels_last)
+    return make_classifier(nn.Sequential(*layers), mean=0.5, std=0.1).to(memory_format=torch.channels_last)
 
 
 def relative(values, expected):
@@ -69,7 +67,7 @@ def test_an_inversion_step_is_the_plain_one():
     teacher, student, lines, found = frozen(classifier(0, 8)), classifier(1, 6), [], []
     for choice in ("no", "yes"):
         compiler = Compiler(choice, CPU, log=lines.append)
-        task = Task(10, 16, CPU, lambda images: images, Precision("no", CPU), compile=compiler)
+        task = make_task(compile=compiler)
         torch.manual_seed(2)
         synthesizer = CSD(CSDConfig(synthesis_batch_size=20, nz=16), teacher, student, task).synthesizer()
         z, labels = torch.randn(20, 16, requires_grad=True), torch.arange(20) % 10

@@ -10,13 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from datafree.base import Task
 from datafree.csd import CSD, AlignedDistillation, CSDConfig
 from datafree.generators import reset
-from engine.runtime.precision import Precision
-from models.classifier import Classifier, Output, frozen
-from tests.conftest import TINY, build_network
-from tests.test_adi import CPU, classifier, inversion_loss, network_of
+from models.classifier import Output, frozen
+from tests.conftest import TINY, build_network, make_classifier, make_task
+from tests.methods.test_adi import classifier, inversion_loss, network_of
 
 LABELS = torch.arange(8) % 4
 
@@ -24,8 +22,7 @@ LABELS = torch.arange(8) % 4
 def method(student=None, **flags):
     torch.manual_seed(5)
     small = {"init_g_steps": 2, "g_steps": 2, "synthesis_batch_size": 8, "nz": 6}
-    task = Task(4, 16, CPU, lambda images: images, Precision("no", CPU))
-    return CSD(CSDConfig(**small | flags), classifier(0), student or classifier(1), task)
+    return CSD(CSDConfig(**small | flags), classifier(0), student or classifier(1), make_task(num_classes=4))
 
 
 def bounds(count):
@@ -141,7 +138,7 @@ def trained(pieces, steps):
 
 def test_a_head_trained_hard_bounds_every_loss():
     torch.manual_seed(0)
-    student = frozen(Classifier(build_network("resnet8", 4), 4, 16, (0.5,) * 3, (0.25,) * 3))
+    student = frozen(make_classifier(num_classes=4, mean=0.5, std=0.25))
     pieces = method(student, csd=100.0, lr_head=1.0, g_steps=30, lr_g=0.05)
     synthesizer, images = trained(pieces, 200)
     least, greatest = bounds(16)
@@ -209,7 +206,7 @@ def test_the_students_loss_and_its_gradient(sizes):
 def test_the_map_of_a_pre_activation_network_is_before_its_last_norm(name):
     network = build_network(name, 10)
     nn.init.uniform_(network.bn1.bias, -1, 1)
-    wrapped, images = frozen(Classifier(network, 10, 32, (0.5,) * 3, (0.25,) * 3)), torch.rand(2, 3, 32, 32)
+    wrapped, images = frozen(make_classifier(network, image_size=32, mean=0.5, std=0.25)), torch.rand(2, 3, 32, 32)
     out = wrapped(images, return_features=True)
     x = network.conv1((images - 0.5) / 0.25)
     expected = network.block3(network.block2(network.block1(x)))
@@ -219,5 +216,5 @@ def test_the_map_of_a_pre_activation_network_is_before_its_last_norm(name):
 
 
 def test_the_map_of_another_network_is_its_last():
-    out = frozen(Classifier(build_network("resnet8", 10), 10, 32, (0.5,) * 3, (0.25,) * 3))(torch.rand(2, 3, 32, 32), True)
+    out = frozen(make_classifier(image_size=32, mean=0.5, std=0.25))(torch.rand(2, 3, 32, 32), True)
     assert out.block_map is out.feature_map and out.block_map.min() >= 0

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from datafree.adi import ADI, ADIConfig, ADISynthesizer, competition_loss
-from datafree.base import LowestLoss, Task, balanced_labels
+from datafree.base import LowestLoss, balanced_labels
 from datafree.deepinv import (
     DeepInversion,
     DeepInversionConfig,
@@ -17,16 +17,15 @@ from datafree.deepinv import (
     total_variation,
 )
 from engine.runtime.errors import UserError
-from engine.runtime.precision import Precision
 from models.classifier import Classifier, frozen
+from tests.conftest import CPU, make_task
 
-CPU = torch.device("cpu")
 MEAN, STD = torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1), torch.tensor([0.2, 0.25, 0.3]).view(3, 1, 1)
 OFF = {"bn": 0.0, "oh": 0.0, "tv": 0.0, "l2": 0.0}
 
 
 def task(flip=False):
-    return Task(4, 16, CPU, lambda x: x, Precision("no", CPU), flip=flip)
+    return make_task(num_classes=4, flip=flip)
 
 
 def classifier(seed, batch_norm=True):

@@ -7,15 +7,12 @@ import torch
 from tqdm import tqdm
 
 from datafree import dafl, dfad, dfq, zskt
-from datafree.base import Task
 from datafree.kd import KDObjective
 from engine.loops.distill import Distillation, Schedule
-from engine.runtime.precision import Precision
-from models.classifier import Classifier, Output
-from tests.conftest import build_network
+from models.classifier import Output
+from tests.conftest import make_classifier, make_task
 
-CPU = torch.device("cpu")
-TASK = Task(10, 16, CPU, lambda x: x, Precision("no", CPU))
+TASK = make_task()
 METHODS = {"DAFL": dafl, "ZSKT": zskt, "DFAD": dfad, "DFQ": dfq}
 
 
@@ -69,7 +66,7 @@ def generator_loss(name, teacher, student, images):
 def networks():
     """Teacher and student, whose answers differ from image to image."""
     torch.manual_seed(0)
-    pair = [Classifier(build_network(name, 10), 10, 16, (0.3,) * 3, (0.3,) * 3).eval() for name in ("resnet8", "wrn16_1")]
+    pair = [make_classifier(name).eval() for name in ("resnet8", "wrn16_1")]
     for network in pair:
         network.network.fc.weight.data.mul_(20)
     return [network.requires_grad_(False) for network in pair]

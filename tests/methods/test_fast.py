@@ -9,14 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from datafree.base import Task, balanced_labels
+from datafree.base import balanced_labels
 from datafree.fast import Fast, FastConfig, FastSynthesizer, Inversion, blend, with_gradient
 from datafree.losses import adversarial_loss
 from engine.runtime.errors import UserError
-from engine.runtime.precision import Precision
+from tests.conftest import CPU, make_task
 
-CPU = torch.device("cpu")
-TASK = Task(10, 16, CPU, lambda images: images, Precision("no", CPU))
+TASK = make_task()
 SMALL = FastConfig(g_steps=3, synthesis_batch_size=6, nz=4, reset_l0=0)
 
 

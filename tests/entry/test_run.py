@@ -11,7 +11,17 @@ import registry
 from engine.runtime.errors import UserError
 from engine.runtime.files import load_checkpoint, load_tensors, weights_digest
 from engine.runtime.names import resolve
-from tests.conftest import ROOT, TINY, TINY_TASK
+from tests.conftest import (
+    CPU,
+    ROOT,
+    TINY,
+    TINY_TASK,
+    build_classifier,
+    build_network,
+    dataset_info,
+    load_teacher,
+    make_task,
+)
 
 METHODS = sorted(registry.METHODS)
 RESULT_FIELDS = {
@@ -67,28 +77,25 @@ def test_the_same_command_gives_the_same_bits(method, distill, tmp_path, whole):
 @pytest.mark.parametrize("method", METHODS)
 def test_the_student_changes_and_the_teacher_does_not(method, teacher_file):
     """One round and three student steps, through the same objects as a run."""
-    from datafree.base import ImageBatch, Task
+    from datafree.base import ImageBatch
     from engine.data.crops import crop_flip
     from engine.data.splits import load_split
     from engine.loops.distill import Distillation, Schedule
     from engine.loops.settings import DistillFlags
     from engine.runtime.flags import Parser, add_flags, from_args
-    from engine.runtime.precision import Precision
     from engine.runtime.run import progress
-    from tests.conftest import build_classifier, dataset_info, load_teacher
 
-    device = torch.device("cpu")
     info = dataset_info("digits")
-    teacher, student = load_teacher("resnet8", info, device, str(teacher_file)), build_classifier("resnet8", info, device)
+    teacher, student = load_teacher("resnet8", info, CPU, str(teacher_file)), build_classifier("resnet8", info, CPU)
     cls = resolve(registry.METHODS[method])
     parser = Parser()
     for group in (DistillFlags, cls.Config):
         add_flags(parser, group, method, cls.defaults)
     config = from_args(cls.Config, parser.parse_args(TINY[method].split()))
-    task = Task(
-        10, 16, device, lambda x: crop_flip(x, 1, False), Precision("no", device),
-        training_split=lambda: load_split(info, "train", device) if cls.reads_train_split else None,
-    )  # fmt: skip
+    task = make_task(
+        augment=lambda x: crop_flip(x, 1, False),
+        training_split=lambda: load_split(info, "train", CPU) if cls.reads_train_split else None,
+    )
     pieces = cls(config, teacher, student, task)
     before = weights_digest(teacher.network.state_dict()), weights_digest(student.network.state_dict())
     schedule = Schedule(1, 3, 3, 8, 0.1, 0.9, 1e-4, 0)
@@ -315,8 +322,6 @@ def test_stages_can_be_run_apart(distill, tmp_path, whole):
 
 
 def test_a_bank_of_another_teacher_is_refused(distill, tmp_path, teacher_file):
-    from tests.conftest import build_network
-
     distill("csd", tmp_path / "a", "--stages synthesize")
     other = tmp_path / "other.pth"
     torch.save(build_network("resnet8", 10).state_dict(), other)
@@ -345,11 +350,10 @@ def test_nan_stops_the_run_before_anything_is_written(distill, tmp_path, monkeyp
 
 def test_a_data_free_run_cannot_open_the_train_split(distill, tmp_path):
     from engine.data.splits import load_split
-    from tests.conftest import dataset_info
 
     distill("csd", tmp_path, "--stages synthesize")
     with pytest.raises(UserError, match="train"):
-        load_split(dataset_info("digits"), "train", torch.device("cpu"))
+        load_split(dataset_info("digits"), "train", CPU)
 
 
 def test_two_processes_do_not_share_a_folder(distill, tmp_path):

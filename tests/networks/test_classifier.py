@@ -17,10 +17,10 @@ from engine.networks.weights import load_weights
 from engine.runtime.errors import UserError
 from models.classifier import Classifier, Output, eval_mode, frozen, weights_fixed
 from registry import MODELS
-from tests.conftest import build_network, load_teacher
+from tests.conftest import ROOT, build_network, load_teacher
 
-PUBLISHED = json.loads((Path(__file__).parent / "data" / "teacher_keys.json").read_text())
-SHARED = Path(__file__).parents[2] / "shared"
+PUBLISHED = json.loads(Path(__file__).with_name("teacher_keys.json").read_text())
+SHARED = ROOT.parent / "shared"
 SMALL = [name for name in PUBLISHED if PUBLISHED[name]["parameters"] < 3e6]
 SLOW = {"vgg11_bn_imagenet", "vit_b_16_imagenet"}  # hundreds of MB of gradients, and 224 px
 TRAINED = [(name, 10) for name in MODELS if name not in SLOW] + [(name, 100) for name in SMALL]

@@ -6,6 +6,7 @@ import queue
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,9 +23,9 @@ from engine.runtime.errors import UserError
 from engine.runtime.processes import Processes
 from engine.runtime.run import Run
 from engine.runtime.stage_record import StageRecord
-from models.classifier import Classifier, frozen
+from models.classifier import frozen
 from tests import tiny_pipelines
-from tests.conftest import ROOT, TINY, TINY_TASK, build_network
+from tests.conftest import ROOT, TINY, TINY_TASK, make_classifier, make_task
 
 ORDER = Order(images=46, num_classes=10, round_size=16, batch_size=5, seed=3)
 
@@ -214,8 +215,8 @@ def output(classifier, images):
 
 def test_map_loss_is_zero_for_equal_networks_and_follows_its_formula():
     torch.manual_seed(0)
-    teacher = frozen(Classifier(build_network("resnet8", 10), 10, 16, (0.3,) * 3, (0.3,) * 3))
-    student = Classifier(build_network("wrn16_1", 10), 10, 16, (0.3,) * 3, (0.3,) * 3)
+    teacher = frozen(make_classifier())
+    student = make_classifier("wrn16_1")
     images = torch.rand(3, 3, 16, 16)
     same_loss = MapDistillation(30.0, 1.0, teacher, teacher)(*[output(teacher, images)] * 2, None)
     assert float(same_loss["msarc"]) < 1e-6 and float(same_loss["kd"]) < 1e-4
@@ -230,8 +231,7 @@ def test_map_loss_is_zero_for_equal_networks_and_follows_its_formula():
 
 
 def test_map_loss_of_known_maps():
-    objective = MapDistillation(1.0, 1.0, frozen(Classifier(build_network("resnet8", 10), 10, 16, (0.3,) * 3, (0.3,) * 3)),
-                                Classifier(build_network("resnet8", 10), 10, 16, (0.3,) * 3, (0.3,) * 3))  # fmt: skip
+    objective = MapDistillation(1.0, 1.0, frozen(make_classifier()), make_classifier())
     objective.heads = (None, None)
     up, down = torch.zeros(1, 2, 2, 2), torch.zeros(1, 5, 2, 2)
     up[:, :, 0], down[:, :, 1] = 3, 4
@@ -410,12 +410,8 @@ def test_bad_input_is_one_line(arguments, paths, distill, tmp_path):
 
 
 def test_the_embedded_prior_is_for_the_dataset_that_it_fits(paths, tmp_path):
-    from pathlib import Path
-
-    from datafree.base import Task
-
     def task(classes, size, names):
-        return Task(classes, size, torch.device("cpu"), None, None, names)
+        return make_task(num_classes=classes, image_size=size, class_names=names)
 
     digits, embedded = tuple("0123456789"), Path(paths["patch_prior"])
     assert default_model(task(10, 16, digits), embedded) == str(embedded)
