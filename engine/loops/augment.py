@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from engine.data.bank import to_uint8
 from engine.data.pictures import variants_grid
 from engine.loops.evaluate import check_finite
-from engine.loops.generate import to_uint8
 from engine.runtime.errors import UserError
 from engine.runtime.files import load_checkpoint, load_tensors, save_checkpoint, save_tensors
 from engine.runtime.processes import Processes

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engine.data.bank import to_uint8
 from engine.data.pictures import grid
 from engine.loops.evaluate import check_finite
 from engine.runtime.errors import UserError
@@ -166,11 +167,6 @@ def _draw(generator, order: Order, round: int, processes: Processes, bar) -> Ite
         if bar is not None:
             bar.update(min(len(positions) * processes.count, max(0, order.positions(round).stop - bar.n)))
         yield index, to_uint8(batch.images).cpu()
-
-
-def to_uint8(images: Tensor) -> Tensor:
-    """(B, 3, H, W) float in [0, 1] to uint8, rounded to nearest."""
-    return (images.clamp(0, 1) * 255).round().to(torch.uint8)
 
 
 def export(folder: Path, images: Tensor, labels: Tensor, positions: range) -> None:

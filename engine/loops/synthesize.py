@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
+from engine.data.bank import to_uint8
 from engine.data.pictures import grid
 from engine.loops.evaluate import check_finite
-from engine.loops.generate import to_uint8
 from engine.runtime.errors import UserError
 from engine.runtime.files import load_checkpoint, save_checkpoint
 from engine.runtime.processes import Processes
