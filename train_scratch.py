@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine.runtime.errors import UserError, run_command
-from engine.runtime.flags import Parser, add_flags, flag, from_args, stage_flags
-from registry import DATASETS, MODELS
+from engine.runtime.flags import Parser, add_flags, add_list, flag, from_args, stage_flags
+from registry import DATASETS, METHODS, MODELS
 
 TRAIN = ("train",)
 
@@ -24,17 +24,17 @@ class ScratchFlags:
     """What to train, on what, where to keep it."""
 
     model: str = flag(
-        "wrn40_2", "a name of registry.MODELS, path/to/file.py:factory or package.module:factory", stages=TRAIN
+        "wrn40_2", "a name of registry.MODELS, path/to/file.py:factory or package.module:factory(key='value')", stages=TRAIN
     )
     dataset: str = flag("cifar10", "a name of registry.DATASETS, or NAME where DATA_ROOT/NAME.npz exists", stages=TRAIN)
-    data_root: str = flag("data", "folder of the data; what can be downloaded is put there")
+    data_root: str = flag("data", "folder of the data, from the current directory on; what can be downloaded is put there")
     domain: str | None = flag(None, "domain of a dataset that has several (domainnet)", stages=TRAIN)
     classes: str | None = flag(
         None, "of such a dataset: ten (its usual subset) or all; unset: ten", choices=("ten", "all"), stages=TRAIN
     )
     image_size: int | None = flag(None, "px; unset: the dataset's own", stages=TRAIN)
-    output: str | None = flag(None, "the weights; unset: checkpoints/pretrained/<dataset>_<model>.pth")
-    save_dir: str | None = flag(None, "run folder (logs, resume); unset: checkpoints/scratch/<dataset>_<model>")
+    output: str | None = flag(None, "the weights; unset, in the current directory: checkpoints/pretrained/<dataset>_<model>.pth")
+    save_dir: str | None = flag(None, "run folder (logs, resume); unset, in the current directory: checkpoints/scratch/<dataset>_<model>")
     evaluate_only: bool = flag(False, "measure the accuracy of --resume, or of the output, and stop")
     resume: str | None = flag(
         None,
@@ -63,6 +63,7 @@ def main() -> None:
     parser = Parser(
         prog="train_scratch.py", description=__doc__.splitlines()[0], epilog="To resume, run the same command again."
     )
+    add_list(parser, models=MODELS, datasets=DATASETS, methods=METHODS)
     groups = (ScratchFlags, TrainFlags)
     for group in groups:
         add_flags(parser, group, group.__doc__.rstrip("."))
@@ -74,8 +75,7 @@ def main() -> None:
     from engine.data.datasets import dataset_info
     from engine.data.splits import load_split
     from engine.loops.evaluate import evaluate
-    from engine.networks.build import PRETRAINED, build_classifier, find_checkpoint, short_name
-    from engine.networks.weights import load_weights
+    from engine.networks.build import PRETRAINED, build_classifier, find_checkpoint, load_classifier_weights, short_name
     from engine.runtime.precision import Precision, choose_device
     from engine.runtime.seeding import seed_position
 
@@ -91,7 +91,7 @@ def main() -> None:
     if flags.evaluate_only:
         given = flags.resume or (str(output) if output.exists() else None)
         weights = find_checkpoint(flags.model, info.name, given)
-        load_weights(classifier.network, weights, "checkpoint")
+        load_classifier_weights(MODELS, classifier, weights)
         accuracy = evaluate(classifier, load_split(info, "test", device, flags.workers))
         print(f"{weights}: acc1 {accuracy['acc1']:.2f} %, acc5 {accuracy['acc5']:.2f} % on the test split of {info.name}")
         return
@@ -109,7 +109,8 @@ def train_run(flags: ScratchFlags, lengths, classifier, info, precision, save_di
     """
     from engine.data.splits import load_split
     from engine.loops.train import train
-    from engine.networks.weights import load_weights, published_weights
+    from engine.networks.build import load_classifier_weights
+    from engine.networks.weights import published_weights
     from engine.runtime.compilation import Compiler
     from engine.runtime.files import delete_files, save_checkpoint
     from engine.runtime.run import Run
@@ -132,7 +133,7 @@ def train_run(flags: ScratchFlags, lengths, classifier, info, precision, save_di
         stages.update("train", output=str(output))
         about = {"arch": flags.model, "dataset": info.name, "epoch": lengths.epochs, "seed": flags.seed}
         if start := published_weights(MODELS, flags.model) if flags.pretrained else flags.resume:
-            dropped = load_weights(classifier.network, start, "checkpoint", new_head=True).get("dropped_head")
+            dropped = load_classifier_weights(MODELS, classifier, start, new_head=True).get("dropped_head")
             run.log(f"starting from {start}" + (f", without its head ({dropped})" if dropped else ""))
             about["start"] = Path(start).name
         splits = [load_split(info, split, precision.device, flags.workers) for split in ("train", "test")]
