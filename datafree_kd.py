@@ -15,7 +15,7 @@ from pathlib import Path
 from engine import report
 from engine.loops.settings import DistillFlags, RunFlags, TaskFlags, for_seed
 from engine.runtime.errors import run_command
-from engine.runtime.flags import Parser, add_flags, from_args, stage_flags
+from engine.runtime.flags import Parser, add_flags, add_list, from_args, stage_flags
 from engine.runtime.names import lookup, resolve
 from engine.runtime.processes import is_main, leave_processes
 from registry import DATASETS, METHODS, MODELS, PAIRS, PUBLISHED
@@ -34,6 +34,7 @@ def parse(argv: list[str]):
         prog="datafree_kd.py", description=__doc__.splitlines()[0], epilog="To resume, run the same command again."
     )
     parser.add_argument("--method", required=True, metavar="NAME", help=known)
+    add_list(parser, models=MODELS, datasets=DATASETS, methods=METHODS)
     for group in groups:
         add_flags(parser, group, group.__doc__.rstrip("."), method.defaults if method else {})
     args = parser.parse_args(argv)

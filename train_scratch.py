@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine.runtime.errors import UserError, run_command
-from engine.runtime.flags import Parser, add_flags, flag, from_args, stage_flags
-from registry import DATASETS, MODELS
+from engine.runtime.flags import Parser, add_flags, add_list, flag, from_args, stage_flags
+from registry import DATASETS, METHODS, MODELS
 
 TRAIN = ("train",)
 
@@ -24,10 +24,10 @@ class ScratchFlags:
     """What to train, on what, where to keep it."""
 
     model: str = flag(
-        "wrn40_2", "a name of registry.MODELS, path/to/file.py:factory or package.module:factory", stages=TRAIN
+        "wrn40_2", "a name of registry.MODELS, path/to/file.py:factory or package.module:factory(key='value')", stages=TRAIN
     )
     dataset: str = flag("cifar10", "a name of registry.DATASETS, or NAME where DATA_ROOT/NAME.npz exists", stages=TRAIN)
-    data_root: str = flag("data", "folder of the data; what can be downloaded is put there")
+    data_root: str = flag("data", "folder of the data, from the current directory on; what can be downloaded is put there")
     name: str | None = flag(
         None, "what checkpoints, run folders and tables call the dataset; unset: its name, or that of its folder"
     )
@@ -36,8 +36,8 @@ class ScratchFlags:
         None, "of such a dataset: ten (its usual subset) or all; unset: ten", choices=("ten", "all"), stages=TRAIN
     )
     image_size: int | None = flag(None, "px; unset: the dataset's own", stages=TRAIN)
-    output: str | None = flag(None, "the weights; unset: checkpoints/pretrained/<dataset>_<model>.pth")
-    save_dir: str | None = flag(None, "run folder (logs, resume); unset: checkpoints/scratch/<dataset>_<model>")
+    output: str | None = flag(None, "the weights; unset, in the current directory: checkpoints/pretrained/<dataset>_<model>.pth")
+    save_dir: str | None = flag(None, "run folder (logs, resume); unset, in the current directory: checkpoints/scratch/<dataset>_<model>")
     evaluate_only: bool = flag(False, "measure the accuracy of --resume, or of the output, and stop")
     resume: str | None = flag(
         None,
@@ -68,6 +68,7 @@ def main() -> None:
     parser = Parser(
         prog="train_scratch.py", description=__doc__.splitlines()[0], epilog="To resume, run the same command again."
     )
+    add_list(parser, models=MODELS, datasets=DATASETS, methods=METHODS)
     groups = (ScratchFlags, TrainFlags)
     for group in groups:
         add_flags(parser, group, group.__doc__.rstrip("."))
@@ -79,9 +80,9 @@ def main() -> None:
     from engine.data.datasets import dataset_info
     from engine.data.splits import load_split
     from engine.loops.evaluate import evaluate
-    from engine.networks.build import PRETRAINED, build_network, find_checkpoint, short_name, wrap
+    from engine.networks.build import PRETRAINED, build_network, find_checkpoint, load_named_weights, short_name, wrap
     from engine.networks.normalization import choose_normalization
-    from engine.networks.weights import load_weights, published_weights
+    from engine.networks.weights import published_weights
     from engine.runtime.precision import Precision, choose_device
     from engine.runtime.seeding import seed_position
 
@@ -100,7 +101,8 @@ def main() -> None:
         start = published_weights(MODELS, flags.model) if flags.pretrained else flags.resume
     seed_position(flags.seed, "init")
     network = build_network(MODELS, flags.model, info.num_classes)
-    stored = load_weights(network, start, "checkpoint", new_head=not flags.evaluate_only) if start else {}
+    loading = {"num_classes": info.num_classes, "new_head": not flags.evaluate_only}
+    stored = load_named_weights(MODELS, network, start, "checkpoint", **loading) if start else {}
     normalization = choose_normalization(info, flags.mean, flags.std, stored, f"checkpoint {start}")
     classifier = wrap(network, flags.model, info, device, normalization)
     if flags.evaluate_only:

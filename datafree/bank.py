@@ -1,20 +1,20 @@
 """Image banks to and from class folders.
 
-    python -m datafree.bank export BANK FOLDER      class folders of PNG, for people and other tools
+    python -m datafree.bank export RUN FOLDER       class folders of PNG, for people and other tools
     python -m datafree.bank import FOLDER BANK --dataset cifar10
 """
 
-import argparse
 from pathlib import Path
 
 from PIL import Image
 from tqdm import tqdm
 
-from engine.data.bank import ImageBank, Manifest, read_manifest
+from engine.data.bank import ImageBank, Manifest, find_bank, read_manifest
 from engine.data.datasets import dataset_info
-from engine.data.image_files import class_files, read_images
+from engine.data.image_files import class_files, read_images, tell_of_cropping
 from engine.runtime.errors import UserError, run_command
 from engine.runtime.files import atomic_folder, require_new
+from engine.runtime.flags import Parser
 from registry import DATASETS
 
 
@@ -31,28 +31,35 @@ def export_folders(bank: ImageBank, folder: Path) -> int:
 
 def main() -> None:
     """Command line of this module: export and import."""
-    parser = argparse.ArgumentParser(prog="python -m engine.data.bank", description="Image banks to and from class folders.")
+    parser = Parser(prog="python -m datafree.bank", description="Image banks to and from class folders.")
     commands = parser.add_subparsers(dest="command", required=True)
     out = commands.add_parser("export", help="write a bank as class folders of PNG")
-    out.add_argument("bank", type=Path)
-    out.add_argument("folder", type=Path)
-    into = commands.add_parser("import", help="make a bank of class folders of images")
+    out.add_argument("bank", type=Path, help="a bank, or the run folder whose bank it is")
+    out.add_argument("folder", type=Path, help="new or empty")
+    into = commands.add_parser("import", help="make a bank of class folders of images, named by class number or name")
     into.add_argument("folder", type=Path)
-    into.add_argument("bank", type=Path)
+    into.add_argument("bank", type=Path, help="new or empty")
     into.add_argument("--dataset", required=True, help="the dataset whose classes the folders are")
-    into.add_argument("--image_size", type=int, default=None, help="px (default: the dataset's)")
-    into.add_argument("--shard_size", type=int, default=4096, help="images a shard")
+    into.add_argument("--data_root", default="data", help="folder of its data, of which no image is opened [data]")
+    into.add_argument("--domain", default=None, help="of a dataset that has several")
+    into.add_argument("--classes", default=None, help="of such a dataset: ten or all; unset: ten")
+    into.add_argument("--image_size", type=int, default=None, help="px; unset: the dataset's")
+    into.add_argument("--shard_size", type=int, default=4096, help="images a shard [4096]")
     args = parser.parse_args()
     if args.command == "export":
-        bank = ImageBank(args.bank, read_manifest(args.bank), create=False)
+        path = find_bank(args.bank)
+        bank = ImageBank(path, read_manifest(path), create=False)
         print(f"{export_folders(bank, args.folder)} images -> {args.folder}")
         return
-    info = dataset_info(DATASETS, args.dataset, image_size=args.image_size)
+    if args.shard_size < 1:
+        raise UserError(f"--shard_size {args.shard_size} found, a whole number from 1 on wanted")
+    info = dataset_info(DATASETS, args.dataset, args.data_root, args.image_size, args.domain, args.classes)
     require_new(args.bank)
-    files, labels = class_files(args.folder)
-    classes = int(labels.max()) + 1
-    if classes > info.num_classes:
-        raise UserError(f"{args.folder} has {classes} classes, {info.name} has {info.num_classes}")
+    files, labels = class_files(args.folder, info.class_names or ())
+    classes = len(labels.unique())
+    if int(labels.max()) >= info.num_classes:
+        raise UserError(f"{args.folder} has a class {int(labels.max())}, {info.name} has the classes 0 to {info.num_classes - 1}")
+    tell_of_cropping(str(args.folder), info.image_size, files)
     with atomic_folder(args.bank) as unfinished:  # a damaged image may come late
         bank = ImageBank(unfinished, Manifest(info.name, info.num_classes, info.image_size))
         for round, start in enumerate(range(0, len(files), args.shard_size)):

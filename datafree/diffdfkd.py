@@ -43,6 +43,7 @@ lost code, so there is no run of it to follow; this is the paper's algorithm.
 """
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,6 +51,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
+from tqdm import tqdm
 
 from datafree.base import Method, Synthesizer, Task
 from datafree.diffusion.generator import Competitor, GuidedGenerator
@@ -62,8 +64,9 @@ from engine.loops.generate import GuidedMaker, Order
 from engine.loops.session import Session, Stage
 from engine.loops.stages import Distill, FillBank
 from engine.runtime.errors import UserError
-from engine.runtime.files import claim_folder, digest
+from engine.runtime.files import claim_folder, digest, shipped
 from engine.runtime.flags import check_least, flag
+from engine.runtime.processes import is_main
 
 EMBEDDED = Path("checkpoints/priors/glyphs_digits_16.safetensors")
 DEFAULT_MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -309,10 +312,27 @@ class DiffDFKD(Method):
 
 
 def default_model(task: Task, embedded: Path = EMBEDDED) -> str:
-    """The embedded prior where it draws this dataset's classes at this size, else Stable Diffusion."""
+    """The embedded prior where it draws this dataset's classes at this size, else Stable Diffusion.
+
+    Where it would draw the classes under other names or at another size, one line says so.
+    """
+    embedded = shipped(embedded)
     if embedded.exists():
         with safe_open(embedded, framework="pt") as file:
             about = {name: json.loads(value) for name, value in (file.metadata() or {}).items()}
         if about.get("image_size") == task.image_size and about.get("class_names") == list(task.class_names or ()):
             return str(embedded)
+        if about.get("num_classes") == task.num_classes == 10 and are_digits(task.class_names) and is_main():
+            tqdm.write(
+                f"--diffusion_model {DEFAULT_MODEL} by default; the shipped {embedded} draws printed digits at "
+                f"{about.get('image_size')} px: if classes 0 to 9 are digits, give --diffusion_model {embedded}"
+            )
     return DEFAULT_MODEL
+
+
+def are_digits(names: tuple[str, ...] | None) -> bool:
+    """Whether ten class names mean 0 to 9 in this order ("3", "digit_3", "three"), or, without any, could."""
+    if not names:
+        return True
+    words = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+    return all(re.findall(r"\d+", name) == [str(i)] or name.lower() == words[i] for i, name in enumerate(names))

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from datafree.base import ImageBatch, Method, Synthesizer, Task
 from datafree.losses import KLDistillation
 from datafree.stream import unlabelled
-from engine.data.image_files import image_files, read_images
+from engine.data.image_files import SUFFIXES, image_files, read_images, tell_of_cropping
 from engine.data.transfer_set import TransferSet
+from engine.runtime.errors import UserError
 from engine.runtime.flags import flag
 
 DISTILL = ("distill",)
@@ -63,7 +64,11 @@ class FolderImages(NoiseImages):
 
     def __init__(self, task: Task, folder: str):
         self.task = task
-        images = read_images(image_files(Path(folder)), task.image_size)
+        files = image_files(folder)
+        if not files:
+            raise UserError(f"--images {folder} holds no images ({', '.join(SUFFIXES)}); give a folder that does")
+        tell_of_cropping(f"--images {folder}", task.image_size, files)
+        images = read_images(files, task.image_size)
         self.pictures = TransferSet(len(images), task.image_size, task.device)
         self.pictures.add(images, torch.full((len(images),), -1))
         self.images_total = len(images)

@@ -17,7 +17,7 @@ class TaskFlags:
     """Which networks, which data, where."""
 
     dataset: str = flag("cifar10", "a name of registry.DATASETS, or NAME where DATA_ROOT/NAME.npz exists", stages=ALL)
-    data_root: str = flag("data", "folder of the real data (the test split, only to report)")
+    data_root: str = flag("data", "folder of the real data (the test split, only to report), from the current directory on")
     name: str | None = flag(
         None, "what checkpoints, run folders and tables call the dataset; unset: its name, or that of its folder"
     )
@@ -27,10 +27,10 @@ class TaskFlags:
     )
     image_size: int | None = flag(None, "px; unset: the dataset's own", stages=ALL)
     teacher: str = flag(
-        "wrn40_2", "a name of registry.MODELS, path/to/file.py:factory or package.module:factory", stages=ALL
+        "wrn40_2", "a name of registry.MODELS, path/to/file.py:factory or package.module:factory(key='value')", stages=ALL
     )
     teacher_ckpt: str | None = flag(
-        None, "its weights; unset: checkpoints/pretrained/<dataset>_<teacher>.pth or .safetensors"
+        None, "its weights; unset: checkpoints/pretrained/<dataset>_<teacher>.pth or .safetensors, here or beside datafree_kd.py"
     )
     teacher_mean: tuple[float, ...] | None = flag(
         None, "normalization the teacher was trained with, r,g,b; unset: its checkpoint's, else the dataset's", stages=ALL
@@ -45,7 +45,8 @@ class RunFlags:
 
     save_dir: str | None = flag(
         None,
-        "run folder, with --seeds one below it for each; unset: checkpoints/<method>/<dataset>_<teacher>_<student>_seed<seed>",
+        "run folder, with --seeds one below it for each; unset, in the current directory: "
+        "checkpoints/<method>/<dataset>_<teacher>_<student>_seed<seed>",
     )
     stages: tuple[str, ...] | None = flag(None, "which stages to run, comma-separated; unset: all of the method's")
     redo: str | None = flag(None, "forget this stage of the run folder and those after it, then run")

@@ -23,8 +23,15 @@ from torch import Tensor
 
 from engine.runtime.errors import UserError
 
+PROJECT = Path(__file__).parents[2]
 TEMPORARY = ".datafree_kd.tmp"  # ends the name of every file that is still being written
 TEMPORARY_NAME = re.compile(rf"\..+\.[a-z0-9_]{{8}}{re.escape(TEMPORARY)}")
+
+
+def shipped(path: Path | str) -> Path:
+    """A default path as it is, below the current directory, or else the file of that name that comes with this project."""
+    path = Path(path)
+    return path if path.exists() or not (PROJECT / path).exists() else PROJECT / path
 
 
 @contextmanager
@@ -198,8 +205,10 @@ def load_checkpoint(path: Path, what: str = "checkpoint") -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises a dozen unrelated types on damaged files
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if "weights_only" in str(error) or "Unsupported" in str(error):
+        reason = str(error).strip().splitlines()[0].split(". ")[0] if str(error).strip() else type(error).__name__
+        if "Unsupported operand" in str(error) or isinstance(error, LookupError | EOFError | ValueError | TypeError | AttributeError):
+            reason = "it is no whole file that torch.save has written"
+        elif "weights_only" in str(error) or "Unsupported" in str(error):
             reason = "it holds pickled objects other than tensors, which may run code and are never loaded"
         raise UserError(f"{what} {path} cannot be read: {reason}; a file with a plain state_dict is wanted") from None
 

@@ -166,7 +166,7 @@ def test_images_that_stay_in_their_shards_make_the_same_student(distill, tmp_pat
     if "dda" not in whole:
         distill("dda", tmp_path / "whole")
         whole["dda"] = outcome(tmp_path / "whole")
-    monkeypatch.setattr("engine.data.transfer_set.memory_limit", lambda device: 0)
+    monkeypatch.setattr("engine.data.memory.memory_limit", lambda device: 0)
     distill("dda", tmp_path / "run")
     log = (tmp_path / "run" / "log.txt").read_text()
     assert outcome(tmp_path / "run") == whole["dda"] and "in mapped shards" in log and "peak memory" in log.splitlines()[-1]
