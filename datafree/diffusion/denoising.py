@@ -7,7 +7,7 @@ decay, and a training can be stopped, and gone on with, at any step.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -51,18 +51,20 @@ class Denoising:
         self.precision = Precision(amp, self.device)
         self.step, self.start = 0, start
 
-    def fit(self, images_u8: Tensor, labels: Tensor, steps: int, batch_size: int) -> float:
-        """``steps`` steps on random images of (N, 3, H, W) uint8 with labels (N,); returns their mean loss.
+    def fit(self, images_u8: Tensor, labels: Tensor, batches: Sequence[Tensor]) -> float:
+        """One step a batch; returns their mean loss.
 
+        Args:
+            images_u8: (N, 3, H, W) uint8; labels: (N,) int64.
+            batches: indices (B,) into them.
         Raises:
             UserError: the loss became NaN or infinite.
         """
-        losses = torch.empty(steps, device=self.device)
+        losses = torch.empty(len(batches), device=self.device)
         weights, averages = list(self.network.parameters()), list(self.ema.parameters())
-        for k in range(steps):
+        for k, index in enumerate(batches):
             for group in self.optimizer.param_groups:
                 group["lr"] = self.learning_rate(self.step)
-            index = torch.randint(len(images_u8), (batch_size,), device=images_u8.device)
             loss = self.loss(images_u8[index].to(self.device), labels[index].to(self.device))
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -74,7 +76,7 @@ class Denoising:
             losses[k] = loss.detach()
         diverged = (~losses.isfinite()).nonzero()
         if len(diverged):
-            step = self.step - steps + int(diverged[0])
+            step = self.step - len(batches) + int(diverged[0])
             rate = self.learning_rate(step)
             raise UserError(f"diffusion training diverged (loss NaN at step {step}, learning rate {rate:.2g}); lower it")
         return float(losses.mean())

@@ -335,41 +335,6 @@ def _check_settings(file: Path, before: dict[str, Any], now: dict[str, Any]) -> 
             raise UserError(f"{found}; give another --output, or --redo")
 
 
-def load_patch_prior(path: Path) -> tuple[PatchUNet, dict[str, Any]]:
-    """A class-conditional pixel prior from one safetensors file.
-
-    The file's tensors are those of ``PatchUNet.state_dict()``; its metadata hold, as JSON, ``num_classes``, ``image_size``,
-    ``patch``, ``channels``, ``attention``, ``class_names`` and ``name``.
-
-    Returns:
-        The network in float32, eval mode and without gradients to its weights, on the CPU: (x_t, t, labels) -> v with
-        images in [-1, 1] and ``num_classes`` as the null label; and the metadata as Python values.
-    Raises:
-        UserError: the file is missing, truncated or something else.
-    """
-    path = Path(path)
-    tensors = load_tensors(path)
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-    try:
-        about = {name: json.loads(value) for name, value in metadata.items()}
-        sizes = [about["num_classes"], about["image_size"], about["patch"], *about["channels"]]
-        if not all(type(size) is int and 0 < size <= 4096 for size in sizes) or len(about["channels"]) > 8:
-            raise ValueError(f"sizes {sizes} are out of range")
-        if len(about["class_names"]) != about["num_classes"]:
-            raise ValueError(f"{len(about['class_names'])} names for {about['num_classes']} classes")
-        about["channels"], about["class_names"] = tuple(about["channels"]), tuple(map(str, about["class_names"]))
-        with torch.device("meta"):  # no memory before the shapes are known to fit
-            network = PatchUNet(*(about[key] for key in ("num_classes", "image_size", "patch", "channels", "attention")))
-        if bad := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
-            raise ValueError(f"NaN or infinite weights in {bad[0]}")
-        network.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
-    except (KeyError, ValueError, TypeError, RuntimeError, UserError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path} is no pixel prior as python -m datafree.diffusion.glyphs writes it ({reason})") from None
-    return network.requires_grad_(False).eval(), about
-
-
 def picture(prior: PixelPrior, image_size: int, fonts: list[Font], seed: int, columns: int = 10) -> Image.Image:
     """A row a class: ``columns`` rendered glyphs, a grey column, ``columns`` that the prior made of noise."""
     rows = len(CLASS_NAMES)

@@ -57,13 +57,6 @@ def ddim_step(x_t: Tensor, clean: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
     return add_noise(clean, (x_t - phi.cos() * clean) / phi.sin(), t_next)
 
 
-def default_network(image_size: int) -> dict[str, Any]:
-    """``patch``, ``channels`` and ``attention`` for square images of ``image_size`` px: below 32 px for two CPU cores."""
-    if image_size < 32:
-        return {"patch": 2 if image_size >= 16 and image_size % 4 == 0 else 1, "channels": (32, 64), "attention": False}
-    return {"patch": 2 * max(1, image_size // 64), "channels": (64, 128, 128), "attention": True}
-
-
 class PatchUNet(nn.Module):
     """A U-Net over ``patch`` x ``patch`` blocks of pixels, (B, 3, H, W), t (B,), labels (B,) -> v (B, 3, H, W).
 

@@ -36,80 +36,11 @@ WARMUP_STEPS = 100
 GROUPS = 8
 
 
-def angle(t: Tensor) -> Tensor:
-    """phi of t in [0, 1], shaped (B, 1, 1, 1) to go with images."""
-    return (t * (math.pi / 2)).view(-1, 1, 1, 1)
-
-
-def add_noise(clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    """x_t of clean images in [-1, 1] and standard normal noise, both (B, 3, H, W); t is (B,) or (1,)."""
-    phi = angle(t)
-    return phi.cos() * clean + phi.sin() * noise
-
-
-def velocity(clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    """v, the target of training; arguments as in ``add_noise``."""
-    phi = angle(t)
-    return phi.cos() * noise - phi.sin() * clean
-
-
-def clean_estimate(x_t: Tensor, v: Tensor, t: Tensor) -> Tensor:
-    """The clean image that x_t and v imply, (B, 3, H, W), not clamped."""
-    phi = angle(t)
-    return phi.cos() * x_t - phi.sin() * v
-
-
-def ddim_step(x_t: Tensor, clean: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
-    """From time t > 0 to t_next < t along the noise that x_t holds if ``clean`` is its clean image."""
-    phi = angle(t)
-    return add_noise(clean, (x_t - phi.cos() * clean) / phi.sin(), t_next)
-
-
 def default_network(image_size: int) -> dict[str, Any]:
     """``patch``, ``channels`` and ``attention`` for square images of ``image_size`` px: below 32 px for two CPU cores."""
     if image_size < 32:
         return {"patch": 2 if image_size >= 16 and image_size % 4 == 0 else 1, "channels": (32, 64), "attention": False}
     return {"patch": 2 * max(1, image_size // 64), "channels": (64, 128, 128), "attention": True}
-
-
-class PatchUNet(nn.Module):
-    """A U-Net over ``patch`` x ``patch`` blocks of pixels, (B, 3, H, W), t (B,), labels (B,) -> v (B, 3, H, W).
-
-    Args:
-        num_classes: C; label C is the null label.
-        image_size: H = W in px, divisible by patch * 2 ** (levels - 1).
-        channels: width of each level, from fine to coarse; multiples of 8.
-        attention: self-attention at the coarsest level.
-    """
-
-    def __init__(self, num_classes: int, image_size: int, patch: int, channels: tuple[int, ...], attention: bool):
-        from diffusers import UNet2DModel
-
-        super().__init__()
-        levels = len(channels)
-        if image_size % (patch * 2 ** (levels - 1)) or any(width % GROUPS for width in channels):
-            raise UserError(
-                f"images of {image_size} px do not fit a diffusion model of patch {patch} and channels {channels}: each of "
-                f"the {levels} levels halves the image, and channels are multiples of {GROUPS}"
-            )
-        self.patch = patch
-        self.unet = UNet2DModel(
-            sample_size=image_size // patch,
-            in_channels=3 * patch**2,
-            out_channels=3 * patch**2,
-            down_block_types=("DownBlock2D",) * levels,
-            up_block_types=("UpBlock2D",) * levels,
-            block_out_channels=channels,
-            layers_per_block=1,
-            norm_num_groups=GROUPS,
-            add_attention=attention,
-            attention_head_dim=channels[-1] // 4,
-            num_class_embeds=num_classes + 1,
-        )
-
-    def forward(self, x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        blocks = F.pixel_unshuffle(x_t, self.patch).contiguous(memory_format=torch.channels_last)
-        return F.pixel_shuffle(self.unet(blocks, t * 1000, class_labels=labels).sample, self.patch)
 
 
 class PixelPrior(Augmenter):

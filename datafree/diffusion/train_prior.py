@@ -245,7 +245,8 @@ def _rounds(run, flags, settings, training, train, report, about, output, first)
     for number in range(first, rounds):
         seed_position(flags.seed, "prior", number)
         started = time.monotonic(), time.process_time()
-        loss = training.fit(images, labels, flags.round_steps, flags.batch_size)
+        batches = torch.randint(len(images), (flags.round_steps, flags.batch_size)).unbind()
+        loss = training.fit(images, labels, batches)
         spent = time.monotonic() - started[0], time.process_time() - started[1]
         drawn = before + (number + 1) * a_round
         figures = {
