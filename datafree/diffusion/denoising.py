@@ -15,12 +15,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from datafree.diffusion.patch_unet import PatchUNet, add_noise, velocity
-from engine.errors import UserError
 from engine.precision import Precision
 
 LABEL_DROP = 0.1  # share of training images that carry the null label, for guidance
 EMA_WIDTH = 0.1  # standard deviation of the average's weights over steps, as a share of the steps taken
 EMA_POWER = 6.94  # g for that width: (g + 1) / ((g + 2)^2 (g + 3)) = EMA_WIDTH^2
+
+
+class Diverged(Exception):
+    """The loss is no longer a number; says at which step."""
 
 
 class Denoising:
@@ -58,7 +61,7 @@ class Denoising:
             images_u8: (N, 3, H, W) uint8; labels: (N,) int64.
             batches: indices (B,) into them.
         Raises:
-            UserError: the loss became NaN or infinite.
+            Diverged: the loss became NaN or infinite.
         """
         losses = torch.empty(len(batches), device=self.device)
         weights, averages = list(self.network.parameters()), list(self.ema.parameters())
@@ -77,8 +80,7 @@ class Denoising:
         diverged = (~losses.isfinite()).nonzero()
         if len(diverged):
             step = self.step - len(batches) + int(diverged[0])
-            rate = self.learning_rate(step)
-            raise UserError(f"diffusion training diverged (loss NaN at step {step}, learning rate {rate:.2g}); lower it")
+            raise Diverged(f"diffusion training diverged (loss NaN at step {step})")
         return float(losses.mean())
 
     def loss(self, images_u8: Tensor, labels: Tensor) -> Tensor:

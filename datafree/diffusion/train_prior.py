@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from datafree.diffusion.denoising import Denoising
+from datafree.diffusion.denoising import Denoising, Diverged
 from datafree.diffusion.patch_unet import PatchUNet, add_noise, denoise, load_patch_prior, save_patch_prior, velocity
 from datafree.diffusion.prior import seeded_noise
 from datafree.diffusion.quality import density_coverage, frechet_distance
@@ -246,7 +246,10 @@ def _rounds(run, flags, settings, training, train, report, about, output, first)
         seed_position(flags.seed, "prior", number)
         started = time.monotonic(), time.process_time()
         batches = torch.randint(len(images), (flags.round_steps, flags.batch_size)).unbind()
-        loss = training.fit(images, labels, batches)
+        try:
+            loss = training.fit(images, labels, batches)
+        except Diverged as error:
+            raise UserError(f"{error}; lower --lr {flags.lr:g}") from None
         spent = time.monotonic() - started[0], time.process_time() - started[1]
         drawn = before + (number + 1) * a_round
         figures = {
