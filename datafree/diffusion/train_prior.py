@@ -37,6 +37,7 @@ from engine.pictures import grid
 from engine.precision import choose_device
 from engine.run import Run, progress
 from engine.seeding import position_seed, seed_position
+from models.classifier import Classifier
 
 TRAIN = ("train",)
 WARMUP_STEPS = 200
@@ -186,11 +187,7 @@ def train_prior(flags: PriorFlags) -> Path:
         train, test = (load_split(info, split, device) for split in ("train", "test"))
         if train.images is None or test.images is None:
             raise UserError(f"the images of {info.name} do not fit into memory; give a smaller --image_size")
-        judge = None
-        if flags.judge:
-            arch = load_checkpoint(Path(flags.judge), "judge").get("arch")
-            judge = load_teacher(arch, info, device, flags.judge)
-        report = Report(flags, info, test, judge, device)
+        report = Report(flags, info, test, _judge(flags, info, device), device)
         about |= {"training_images": len(train), "settings": settings, "amp": flags.amp}
         _rounds(run, flags, settings, training, train, report, about, output, first)
         return output
@@ -215,6 +212,16 @@ def _network(flags: PriorFlags, info: DatasetInfo, device: torch.device) -> tupl
         network.load_state_dict(loaded.state_dict())
         about["images_drawn"] = known.get("images_drawn", 0)
     return network.to(device, memory_format=torch.channels_last), about
+
+
+def _judge(flags: PriorFlags, info: DatasetInfo, device: torch.device) -> Classifier | None:
+    """The frozen classifier of ``--judge``, which says itself what network it is and how it normalizes."""
+    if not flags.judge:
+        return None
+    about = load_checkpoint(Path(flags.judge), "judge")
+    if "arch" not in about:
+        raise UserError(f"--judge {flags.judge} does not say of which network it is; give one that train_scratch.py wrote")
+    return load_teacher(about["arch"], info, device, flags.judge, about.get("mean"), about.get("std"))
 
 
 def _resume(run: Run, flags: PriorFlags, settings: dict[str, Any], training: Denoising) -> int:
