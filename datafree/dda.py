@@ -105,7 +105,7 @@ class DDA(CSD):
 
     def __init__(self, config: DDAConfig, teacher: nn.Module, student: nn.Module, task: Task):
         super().__init__(config, teacher, student, task)
-        check_least(config, variants=1, diffusion_batch_size=1)
+        check_least(config, variants=1, diffusion_batch_size=1, fit_passes=1, fit_batch_size=1)
         default = PRIORS[config.prior]
         self.steps = config.num_inference_steps or default.num_inference_steps
         self.guidance_scale = default.guidance_scale if config.guidance_scale is None else config.guidance_scale

@@ -22,7 +22,7 @@ from models.load import build_network
 from tests.conftest import ROOT, TINY, TINY_TASK
 
 # Long enough that kills land in every stage.
-LONGER = "--init_rounds 25 --fit_rounds 30 --variants 8 --epochs 25"
+LONGER = "--init_rounds 25 --fit_passes 15 --variants 8 --epochs 25"
 
 
 def outcome(folder: Path) -> dict[str, str | bytes]:
