@@ -8,6 +8,7 @@ decay, and a training can be stopped, and gone on with, at any step.
 
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -15,7 +16,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from datafree.diffusion.patch_unet import PatchUNet, add_noise, velocity
-from engine.precision import Precision
 
 LABEL_DROP = 0.1  # share of training images that carry the null label, for guidance
 EMA_WIDTH = 0.1  # standard deviation of the average's weights over steps, as a share of the steps taken
@@ -33,7 +33,7 @@ class Denoising:
         network: on its device, in channels_last; label ``null_label`` stands for none.
         learning_rate: AdamW's, of the number of steps taken so far.
         flip: whether the mirror image of a training image is as good as itself.
-        amp: "no" or "bf16".
+        autocast: the context in which the network runs, for mixed precision.
         start: steps that the network has taken elsewhere; the average counts them.
     """
 
@@ -44,14 +44,14 @@ class Denoising:
         learning_rate: Callable[[int], float],
         *,
         flip: bool = False,
-        amp: str = "no",
+        autocast: Callable[[], AbstractContextManager] = nullcontext,
         start: int = 0,
     ):
         self.network, self.null_label, self.learning_rate, self.flip = network, null_label, learning_rate, flip
         self.ema = copy.deepcopy(network).requires_grad_(False).eval()
         self.optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate(0), betas=(0.9, 0.99), fused=True)
         self.device = next(network.parameters()).device
-        self.precision = Precision(amp, self.device)
+        self.autocast = autocast
         self.step, self.start = 0, start
 
     def fit(self, images_u8: Tensor, labels: Tensor, batches: Sequence[Tensor]) -> float:
@@ -94,7 +94,7 @@ class Denoising:
         labels = torch.where(torch.rand(count, device=self.device) < LABEL_DROP, self.null_label, labels)
         t = (torch.rand(1, device=self.device) + torch.arange(count, device=self.device) / count) % 1
         noise = torch.randn_like(clean)
-        with self.precision.autocast():
+        with self.autocast():
             v = self.network(add_noise(clean, noise, t), t, labels)
         return F.mse_loss(v.float(), velocity(clean, noise, t))
 

@@ -34,7 +34,7 @@ from engine.files import load_checkpoint, save_checkpoint
 from engine.flags import Parser, add_flags, check_least, flag, from_args, stage_flags
 from engine.networks import load_teacher
 from engine.pictures import grid
-from engine.precision import choose_device
+from engine.precision import Precision, choose_device
 from engine.run import Run, progress
 from engine.seeding import position_seed, seed_position
 from models.classifier import Classifier
@@ -118,7 +118,7 @@ class Report:
                 clean = images[start : start + CHUNK].to(self.device).float().div(127.5).sub(1)
                 seeds = [position_seed("held out", start + k, round(100 * t)) for k in range(len(clean))]
                 noise = seeded_noise(seeds, tuple(clean.shape[1:])).to(self.device)
-                with training.precision.autocast():
+                with training.autocast():
                     v = training.ema(add_noise(clean, noise, time), time.expand(len(clean)), labels[start : start + CHUNK])
                 total += float(F.mse_loss(v.float(), velocity(clean, noise, time), reduction="sum"))
             found[f"held_out_{t:g}"] = round(total / images.numel(), 5)
@@ -132,7 +132,7 @@ class Report:
             part = labels[start : start + CHUNK].to(self.device)
             seeds = [position_seed("sample", start + k) for k in range(len(part))]
             noise = seeded_noise(seeds, (3, size, size)).to(self.device)
-            with training.precision.autocast():
+            with training.autocast():
                 images = denoise(training.ema, noise, times, part, self.info.num_classes, self.flags.guidance_scale)
             drawn.append(images.add(1).mul(127.5).round().byte().cpu())
         return torch.cat(drawn)
@@ -180,7 +180,7 @@ def train_prior(flags: PriorFlags) -> Path:
             info.num_classes,
             lambda step: flags.lr * min(1, (step + 1) / WARMUP_STEPS),
             flip=info.flip and not flags.no_flip,
-            amp=flags.amp,
+            autocast=Precision(flags.amp, device).autocast,
             start=about["images_drawn"] // flags.batch_size,
         )
         first = _resume(run, flags, settings, training)
