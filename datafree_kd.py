@@ -11,11 +11,12 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from engine.errors import UserError, run_command
-from engine.flags import Parser, add_flags, from_args, stage_flags
-from engine.processes import is_main, leave_processes
-from engine.settings import DistillFlags, RunFlags, TaskFlags, for_seed
-from registry import METHODS, lookup, resolve
+from engine.loops.settings import DistillFlags, RunFlags, TaskFlags, for_seed
+from engine.runtime.errors import run_command
+from engine.runtime.flags import Parser, add_flags, from_args, stage_flags
+from engine.runtime.names import lookup, resolve
+from engine.runtime.processes import is_main, leave_processes
+from registry import DATASETS, METHODS, MODELS
 
 
 def parse(argv: list[str]):
@@ -55,38 +56,63 @@ def main() -> None:
 
 def run(name: str, method_class: type, groups: list) -> Path:
     """One run with one seed; returns its folder."""
-    task_flags, run_flags, distill_flags, config = groups
     # Imported after parsing, so that --help and a misspelt flag answer at once.
-    from datafree import filter
-    from datafree.bank import ImageBank, Manifest, TransferSet
-    from datafree.base import Task
-    from engine.augmentation import crop_flip
-    from engine.compilation import Compiler
-    from engine.data import allow_train_split, dataset_info, forbid_train_split, load_split
-    from engine.files import weights_digest
-    from engine.networks import build_classifier, load_teacher, require_batch_norm, short_name
-    from engine.pipeline import Pipeline
-    from engine.precision import Precision, choose_device
-    from engine.processes import join_processes
-    from engine.run import Run
-    from engine.seeding import seed_position
-    from engine.stages import Stages
+    from engine.data.bank import Manifest
+    from engine.data.splits import forbid_train_split
+    from engine.loops.session import Session, choose_stages, run_stages
+    from engine.networks.build import short_name
+    from engine.runtime.files import weights_digest
+    from engine.runtime.processes import join_processes
+    from engine.runtime.run import Run
+    from engine.runtime.stage_record import StageRecord
 
-    device, schedule = choose_device(run_flags.gpu), distill_flags.schedule()
-    processes, precision = join_processes(run_flags.gpu), Precision(run_flags.amp, device)
-    compiler = Compiler(run_flags.compile, device, log=print if processes.main else lambda text: None)
+    task_flags, run_flags, distill_flags, config = groups
+    schedule, processes = distill_flags.schedule(), join_processes(run_flags.gpu)
     forbid_train_split()
-    info = dataset_info(
-        task_flags.dataset, task_flags.data_root, task_flags.image_size, task_flags.domain, task_flags.classes
-    )
-    normalization = task_flags.teacher_mean, task_flags.teacher_std
-    teacher = load_teacher(task_flags.teacher, info, device, task_flags.teacher_ckpt, *normalization)
-    require_batch_norm(teacher, config)
-    seed_position(run_flags.seed, "student")
-    student = build_classifier(task_flags.student, info, device)
+    method, info = build_method(name, method_class, groups, schedule, processes)
+    stages = method.stages()
+    order, selected = choose_stages(name, [stage.name for stage in stages], run_flags)
+    if "distill" in selected:
+        processes.check_divides(distill_flags.batch_size)
 
-    def random_view(images):
-        return crop_flip(images, info.crop_padding, info.flip)
+    weights = weights_digest(method.teacher.network.state_dict())
+    pair = f"{info.name}_{short_name(task_flags.teacher)}_{short_name(task_flags.student)}"
+    path = Path(run_flags.save_dir or Path("checkpoints", name, f"{pair}_seed{run_flags.seed}"))
+    flags = {"method": name} | {k: v for group in groups for k, v in dataclasses.asdict(group).items()}
+    inputs = {"method": name, "teacher_ckpt": f"(weights {weights})"}
+    manifest = Manifest(info.name, info.num_classes, info.image_size, short_name(task_flags.teacher), weights, name)
+    folder = record = None
+    if processes.main:  # of those that a launcher started, one keeps the folder
+        folder = Run(path, flags)
+        method.task.compile.log = folder.log
+        record = StageRecord(path / "stages.json", {stage: inputs | stage_flags(stage, *groups) for stage in order})
+    session = Session(path, folder, record, info, manifest, schedule, flags, method.task.device, processes)
+    try:
+        run_stages(session, [stage for stage in stages if stage.name in order], selected, run_flags.redo)
+    finally:
+        if folder:
+            folder.close()
+    return path
+
+
+def build_method(name: str, method_class: type, groups: list, schedule, processes):
+    """The method with its networks, and ``engine.data.datasets.DatasetInfo``."""
+    from datafree.base import Task
+    from engine.data.crops import crop_flip
+    from engine.data.datasets import dataset_info
+    from engine.data.splits import allow_train_split, load_split
+    from engine.networks.build import build_classifier, load_teacher, require_batch_norm
+    from engine.runtime.compilation import Compiler
+    from engine.runtime.precision import Precision, choose_device
+    from engine.runtime.seeding import seed_position
+
+    flags, run_flags, _, config = groups
+    device = choose_device(run_flags.gpu)
+    info = dataset_info(DATASETS, flags.dataset, flags.data_root, flags.image_size, flags.domain, flags.classes)
+    teacher = load_teacher(MODELS, flags.teacher, info, device, flags.teacher_ckpt, flags.teacher_mean, flags.teacher_std)
+    require_batch_norm(teacher, config, METHODS)
+    seed_position(run_flags.seed, "student")
+    student = build_classifier(MODELS, flags.student, info, device)
 
     def training_split():
         if processes.main:
@@ -95,45 +121,21 @@ def run(name: str, method_class: type, groups: list) -> Path:
             return load_split(info, "train", device)
 
     task = Task(
-        info.num_classes, info.image_size, device, random_view, precision, info.class_names, info.flip,
-        training_split if method_class.reads_train_split else None, info.prompt, schedule.rounds, schedule.kd_steps, compiler,
-        processes.average_gradients,
-    )  # fmt: skip
-    method = method_class(config, teacher, student, task)
-
-    weights = weights_digest(teacher.network.state_dict())
-    manifest = Manifest(info.name, info.num_classes, info.image_size, short_name(task_flags.teacher), weights, name)
-    replaced = {
-        "synthesize": run_flags.init_bank,
-        "generate": run_flags.init_bank,
-        "augment": run_flags.init_variants,
-    }
-    for flag, stages in (("init_bank", ("synthesize", "generate")), ("init_variants", ("augment",))):
-        if getattr(run_flags, flag) and not set(stages) & set(method.stages):
-            raise UserError(f"--{flag}: {name} has no stage {' or '.join(stages)} that it could take the place of")
-    order = [stage for stage in method.stages if not replaced.get(stage)]
-    selected = list(run_flags.stages or order)
-    if wrong := [stage for stage in selected if stage not in order]:
-        raise UserError(f"--stages {','.join(wrong)}: this run has the stages {', '.join(order)}")
-    if "distill" in selected:
-        processes.check_divides(distill_flags.batch_size)
-
-    pair = f"{info.name}_{short_name(task_flags.teacher)}_{short_name(task_flags.student)}"
-    flags = {"method": name} | {k: v for group in groups for k, v in dataclasses.asdict(group).items()}
-    folder = Path(run_flags.save_dir or Path("checkpoints", name, f"{pair}_seed{run_flags.seed}"))
-    inputs = {"method": name, "teacher_ckpt": f"(weights {weights})"}
-    parts = method, info, manifest, schedule, flags, ImageBank, TransferSet, filter, processes
-    if not processes.main:  # of those that a launcher started, one keeps the folder
-        Pipeline(folder, None, None, *parts).execute(selected, redo=None)
-        return folder
-    run_folder = Run(folder, flags)
-    compiler.log = run_folder.log
-    stages = Stages(folder / "stages.json", {stage: inputs | stage_flags(stage, *groups) for stage in order})
-    try:
-        Pipeline(folder, run_folder, stages, *parts).execute(selected, run_flags.redo)
-    finally:
-        run_folder.close()
-    return folder
+        num_classes=info.num_classes,
+        image_size=info.image_size,
+        device=device,
+        augment=lambda images: crop_flip(images, info.crop_padding, info.flip),
+        precision=Precision(run_flags.amp, device),
+        class_names=info.class_names,
+        flip=info.flip,
+        training_split=training_split if method_class.reads_train_split else None,
+        prompt=info.prompt,
+        rounds=schedule.rounds,
+        kd_steps=schedule.kd_steps,
+        compile=Compiler(run_flags.compile, device, log=print if processes.main else lambda text: None),
+        average_gradients=processes.average_gradients,
+    )
+    return method_class(config, teacher, student, task), info
 
 
 if __name__ == "__main__":

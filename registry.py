@@ -3,12 +3,6 @@
 Values are ``"module:attribute"``, imported when chosen, so that ``--help`` loads neither networks nor diffusers.
 """
 
-import difflib
-import importlib
-from typing import Any
-
-from engine.errors import UserError
-
 METHODS = {
     "kd": "datafree.kd:KD",  # controls: on the real training images, and on noise or unrelated ones
     "noise": "datafree.noise:Noise",
@@ -66,51 +60,51 @@ MODELS = {
 # leaves open; source: torchvision's class, or the folder under the data root; crop_padding: px at the row's size.
 DATASETS = {
     "digits": {  # 1797 images that scikit-learn carries: the dataset for trying things out
-        "reader": "engine.datasets:read_digits", "num_classes": 10, "class_names": "engine.class_names:DIGITS",
+        "reader": "engine.data.readers:read_digits", "num_classes": 10, "class_names": "engine.data.class_names:DIGITS",
         "size": 16, "flip": False, "crop_padding": 1,
         "mean": (0.305, 0.305, 0.305), "std": (0.319, 0.319, 0.319),
     },
     "mnist": {  # 28 px resized to 32
-        "reader": "engine.datasets:read_torchvision", "source": "MNIST",
-        "num_classes": 10, "class_names": "engine.class_names:DIGITS",
+        "reader": "engine.data.readers:read_torchvision", "source": "MNIST",
+        "num_classes": 10, "class_names": "engine.data.class_names:DIGITS",
         "size": 32, "flip": False, "crop_padding": 2,
         "mean": (0.1307, 0.1307, 0.1307), "std": (0.3081, 0.3081, 0.3081),
     },
     "svhn": {
-        "reader": "engine.datasets:read_torchvision", "source": "SVHN",
-        "num_classes": 10, "class_names": "engine.class_names:DIGITS",
+        "reader": "engine.data.readers:read_torchvision", "source": "SVHN",
+        "num_classes": 10, "class_names": "engine.data.class_names:DIGITS",
         "size": 32, "flip": False, "crop_padding": 4,
         "mean": (0.4377, 0.4438, 0.4728), "std": (0.1980, 0.2010, 0.1970),
     },
     "cifar10": {
-        "reader": "engine.datasets:read_torchvision", "source": "CIFAR10",
-        "num_classes": 10, "class_names": "engine.class_names:CIFAR10",
+        "reader": "engine.data.readers:read_torchvision", "source": "CIFAR10",
+        "num_classes": 10, "class_names": "engine.data.class_names:CIFAR10",
         "prompt": "A realistic photo of {label}",
         "size": 32, "flip": True, "crop_padding": 4,
         "mean": (0.4914, 0.4822, 0.4465), "std": (0.2023, 0.1994, 0.2010),
     },
     "cifar100": {
-        "reader": "engine.datasets:read_torchvision", "source": "CIFAR100",
-        "num_classes": 100, "class_names": "engine.class_names:CIFAR100",
+        "reader": "engine.data.readers:read_torchvision", "source": "CIFAR100",
+        "num_classes": 100, "class_names": "engine.data.class_names:CIFAR100",
         "prompt": "A realistic photo of {label}",
         "size": 32, "flip": True, "crop_padding": 4,
         "mean": (0.5071, 0.4867, 0.4408), "std": (0.2675, 0.2565, 0.2761),
     },
     "tiny_imagenet": {
-        "reader": "engine.datasets:read_tiny_imagenet", "source": "tiny-imagenet-200",
-        "num_classes": 200, "class_names": "engine.class_names:tiny_imagenet",
+        "reader": "engine.data.readers:read_tiny_imagenet", "source": "tiny-imagenet-200",
+        "num_classes": 200, "class_names": "engine.data.class_names:tiny_imagenet",
         "prompt": "A realistic photo of {label}",
         "size": 64, "flip": True, "crop_padding": 8,
         "mean": (0.4802, 0.4481, 0.3975), "std": (0.2770, 0.2691, 0.2821),
     },
     "imagenet": {  # resized to 256, as torchvision's weights are evaluated
-        "reader": "engine.datasets:read_folders", "source": "imagenet",
-        "num_classes": 1000, "class_names": "engine.class_names:imagenet",
+        "reader": "engine.data.readers:read_folders", "source": "imagenet",
+        "num_classes": 1000, "class_names": "engine.data.class_names:imagenet",
         "size": 224, "flip": True, "crop_padding": 28, "crop_fraction": 0.875,
         "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225),
     },
     "domainnet": {  # --domain, or domainnet_sketch for short; ten: label numbers of the subset in the order 0..9
-        "reader": "engine.datasets:read_domainnet", "describe": "engine.datasets:describe_domainnet", "source": "domainnet",
+        "reader": "engine.data.readers:read_domainnet", "describe": "engine.data.readers:describe_domainnet", "source": "domainnet",
         "num_classes": 345,
         "domains": ("clipart", "infograph", "painting", "quickdraw", "real", "sketch"),
         "ten": {
@@ -122,7 +116,7 @@ DATASETS = {
         "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225),
     },
     "folder": {  # any tree DATA_ROOT/train/<class>/*, DATA_ROOT/test or val/<class>/*
-        "reader": "engine.datasets:read_folders", "describe": "engine.datasets:describe_folders", "source": ".",
+        "reader": "engine.data.readers:read_folders", "describe": "engine.data.readers:describe_folders", "source": ".",
         "size": 64, "flip": True, "crop_padding": 8,
         "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225),
     },
@@ -162,22 +156,3 @@ PUBLISHED = {
         "diffdfkd --oh 0.0 --bn 0.0 --adv 0.0 --lca_every 0": (76.58, 70.83, 56.29, 65.01, 66.89),
     },
 }
-
-
-def lookup(table: dict[str, Any], name: str, kind: str) -> Any:
-    """The entry ``name`` of one of the tables above.
-
-    Raises:
-        UserError: there is none; the message lists the nearest names, or all.
-    """
-    if name in table:
-        return table[name]
-    near = difflib.get_close_matches(name, table, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}? " if near else ""
-    raise UserError(f"unknown {kind} '{name}'; {hint}known: {', '.join(sorted(table))}")
-
-
-def resolve(path: str) -> Any:
-    """Imports ``"package.module:attribute"``."""
-    module, _, attribute = path.partition(":")
-    return getattr(importlib.import_module(module), attribute)

@@ -12,8 +12,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.errors import UserError, run_command
-from engine.flags import Parser, add_flags, flag, from_args, stage_flags
+from engine.runtime.errors import UserError, run_command
+from engine.runtime.flags import Parser, add_flags, flag, from_args, stage_flags
+from registry import DATASETS, MODELS
 
 TRAIN = ("train",)
 
@@ -57,7 +58,7 @@ class ScratchFlags:
 
 
 def main() -> None:
-    from engine.train import TrainFlags
+    from engine.loops.train import TrainFlags
 
     parser = Parser(
         prog="train_scratch.py", description=__doc__.splitlines()[0], epilog="To resume, run the same command again."
@@ -70,20 +71,21 @@ def main() -> None:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("train_scratch.py trains in one process; start it without a launcher")
 
-    from engine.data import dataset_info, load_split
-    from engine.evaluate import evaluate
-    from engine.networks import PRETRAINED, build_classifier, find_checkpoint, short_name
-    from engine.precision import Precision, choose_device
-    from engine.seeding import seed_position
-    from models.load import load_weights
+    from engine.data.datasets import dataset_info
+    from engine.data.splits import load_split
+    from engine.loops.evaluate import evaluate
+    from engine.networks.build import PRETRAINED, build_classifier, find_checkpoint, short_name
+    from engine.networks.weights import load_weights
+    from engine.runtime.precision import Precision, choose_device
+    from engine.runtime.seeding import seed_position
 
     if flags.pretrained and (flags.resume or flags.evaluate_only):
         raise UserError(f"--pretrained and {'--resume' if flags.resume else '--evaluate_only'} exclude each other; give one")
     device = choose_device(flags.gpu)
     precision = Precision("fp16" if flags.fp16 else flags.amp, device)
-    info = dataset_info(flags.dataset, flags.data_root, flags.image_size, flags.domain, flags.classes)
+    info = dataset_info(DATASETS, flags.dataset, flags.data_root, flags.image_size, flags.domain, flags.classes)
     seed_position(flags.seed, "init")
-    classifier = build_classifier(flags.model, info, device, flags.mean, flags.std)
+    classifier = build_classifier(MODELS, flags.model, info, device, flags.mean, flags.std)
     stem = f"{info.name}_{short_name(flags.model)}"
     output = Path(flags.output) if flags.output else PRETRAINED / f"{stem}.pth"
     if flags.evaluate_only:
@@ -101,21 +103,21 @@ def train_run(flags: ScratchFlags, lengths, classifier, info, precision, save_di
     """The run folder ``save_dir`` and the weights ``output`` of one training, which goes on where it was stopped.
 
     Args:
-        lengths: ``engine.train.TrainFlags``.
+        lengths: ``engine.loops.train.TrainFlags``.
         classifier: on ``precision.device``, with random weights.
-        info: ``engine.data.DatasetInfo``.
+        info: ``engine.data.datasets.DatasetInfo``.
     """
-    from engine.compilation import Compiler
-    from engine.data import load_split
-    from engine.files import save_checkpoint
-    from engine.run import Run
-    from engine.stages import Stages
-    from engine.train import train
-    from models.load import load_weights, published_weights
+    from engine.data.splits import load_split
+    from engine.loops.train import train
+    from engine.networks.weights import load_weights, published_weights
+    from engine.runtime.compilation import Compiler
+    from engine.runtime.files import save_checkpoint
+    from engine.runtime.run import Run
+    from engine.runtime.stage_record import StageRecord
 
     run = Run(save_dir, dataclasses.asdict(flags) | dataclasses.asdict(lengths))
     try:
-        stages = Stages(run.path / "stages.json", {"train": stage_flags("train", flags, lengths)})
+        stages = StageRecord(run.path / "stages.json", {"train": stage_flags("train", flags, lengths)})
         if flags.redo:
             stages.discard("train")
             (run.path / "last.pth").unlink(missing_ok=True)
@@ -124,7 +126,7 @@ def train_run(flags: ScratchFlags, lengths, classifier, info, precision, save_di
             run.log(f"trained before: {output}, acc1 {stages.fact('train', 'acc1'):.2f} %; --redo trains again")
             return
         about = {"arch": flags.model, "dataset": info.name, "epoch": lengths.epochs, "seed": flags.seed}
-        if start := published_weights(flags.model) if flags.pretrained else flags.resume:
+        if start := published_weights(MODELS, flags.model) if flags.pretrained else flags.resume:
             dropped = load_weights(classifier.network, start, "checkpoint", new_head=True).get("dropped_head")
             run.log(f"starting from {start}" + (f", without its head ({dropped})" if dropped else ""))
             about["start"] = Path(start).name

@@ -1,6 +1,6 @@
 """What a method is made of. A new method is one file with these pieces, one line in ``registry.py``, its scripts and a test.
 
-Config        frozen dataclass of the method's flags (``engine.flags.flag``)
+Config        frozen dataclass of the method's flags (``engine.runtime.flags.flag``)
 Synthesizer   makes images from the teacher (and the student), one round a call
 Objective     nn.Module: (teacher_out, student_out, labels) -> {"loss": ..., every named term}
 Augmenter     optional: varies bank images (``datafree.diffusion.prior``)
@@ -26,6 +26,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from engine.loops.session import Session, Stage
+from engine.loops.stages import Distill, FillBank
+from engine.loops.synthesize import SynthesisMaker
+
 
 @dataclass
 class ImageBatch:
@@ -46,9 +50,9 @@ class Task:
     ``augment`` maps images (B, 3, H, W) to randomly cropped and flipped ones, one draw an image, differentiably.
     ``precision`` has ``autocast()``, the context in which networks run, and ``minimize(loss, optimizer)``.
     ``prompt`` is the dataset's for a text-to-image model, with ``{label}`` for a class's name.
-    ``training_split`` opens the real training images (``engine.data.Split``) for a method that has ``reads_train_split``.
+    ``training_split`` opens the real training images (``engine.data.splits.Split``) for a method that has ``reads_train_split``.
     ``rounds`` and ``kd_steps`` are the lengths of stage distill. ``compile(function, calls, name)`` gives a function of
-    tensors, called so often in a run, compiled where that pays (``engine.compilation.Compiler``): what a step spends its time
+    tensors, called so often in a run, compiled where that pays (``engine.runtime.compilation.Compiler``): what a step spends its time
     on, without loops and random numbers.
     ``average_gradients(parameters)`` comes between backward and step of what ``after_step`` trains: its images are a share of
     the student's batch where several processes train it.
@@ -74,11 +78,13 @@ class Synthesizer:
 
     Attributes:
         images_total: of one that streams, how many different images there are; None: each is new.
+        independent: a round of the initial bank depends on its number alone, not on the rounds before it.
         shared: what ``batches`` and ``after_step`` need of it. Where several processes train the student, the main one alone
             calls ``synthesize``, and the others get the weights of this module after it.
     """
 
     images_total: int | None = None
+    independent: bool = True
     shared: nn.Module | None = None
 
     def synthesize(self, student: nn.Module) -> ImageBatch:
@@ -138,31 +144,44 @@ class Method:
 
     Class attributes:
         Config: the frozen dataclass of flags.
-        stages: in order; of "synthesize" or "generate" (the initial bank), "augment", "distill".
         streams: the student learns from the newest images and none is kept.
         reads_train_split: only for the control that distils on real data.
         defaults: common flags whose default this method changes, as {"epochs": 200}.
-        external_priors: {stage: id of a pretrained model besides the teacher that it uses}; an instance may set its own.
+        external_prior: what besides the teacher its synthesizer uses, as the results table names it; an instance may set it.
 
-    Fields of Config that the stages read: ``init_rounds`` (synthesize), ``variants``, ``diffusion_batch_size`` (augment),
-    ``images_per_class``, ``synthesis_batch_size``, ``diffusion_batch_size``, ``export_png`` (generate).
     A Config with the field ``bn`` needs a teacher with BatchNorm layers wherever that weight is not 0.
     """
 
     Config: ClassVar[type]
-    stages: ClassVar[tuple[str, ...]] = ("synthesize", "distill")
     streams: ClassVar[bool] = False
     reads_train_split: ClassVar[bool] = False
     defaults: ClassVar[dict[str, Any]] = {}
-    external_priors: dict[str, str] = {}
+    external_prior: str = "none"
 
     def __init__(self, config: Any, teacher: nn.Module, student: nn.Module, task: Task):
         self.config, self.teacher, self.student, self.task = config, teacher, student, task
+
+    def stages(self) -> tuple[Stage, ...]:
+        """The stages of a run, in order. Default: all happens while distilling."""
+        return (Distill(self, external_prior=self.external_prior),)
+
+    def from_initial_bank(self, rounds: int) -> tuple[Stage, ...]:
+        """Stages of a method whose distillation starts from a bank of ``rounds`` rounds of ``initial_synthesizer``."""
+
+        def maker(session: Session) -> SynthesisMaker:
+            return SynthesisMaker(self.initial_synthesizer(), self.student, session.seed)
+
+        prior = self.external_prior
+        return FillBank("synthesize", rounds, maker, prior), Distill(self, "synthesize", external_prior=prior)
 
     @property
     def images_per_round(self) -> int:
         """Images that a round of stage distill adds to the bank; 0: there is nothing to synthesize then."""
         return self.config.synthesis_batch_size
+
+    def student_view(self, images: Tensor) -> Tensor:
+        """What the student sees of images (B, 3, H, W) uint8 of the bank: the task's random crop and flip."""
+        return self.task.augment(images)
 
     def initial_synthesizer(self) -> Synthesizer:
         """For stage synthesize: makes the image bank that distillation starts from; its student knows nothing yet."""
@@ -174,21 +193,6 @@ class Method:
 
     def objective(self) -> nn.Module:
         """The student's loss. Its own parameters are trained with the student's."""
-        raise NotImplementedError
-
-    def generator(self):
-        """For stage generate: a ``datafree.diffusion.generator.GuidedGenerator``, or what has the same methods."""
-        raise NotImplementedError
-
-    def augmenter(self):
-        """For stage augment: a ``datafree.diffusion.prior.Augmenter``."""
-        raise NotImplementedError
-
-    def embedding(self) -> Callable[[Tensor], Tensor]:
-        """For the filter of stage augment: images (B, 3, H, W) in [0, 1] to embeddings (B, D).
-
-        Beside it stands ``embedding_name``, for the file of the cosines; ``config.omega`` is the least cosine that stays.
-        """
         raise NotImplementedError
 
 

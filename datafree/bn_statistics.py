@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from engine.errors import UserError
+from engine.runtime.errors import UserError
 
 Stats = tuple[Tensor, Tensor]
 

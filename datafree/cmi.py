@@ -17,17 +17,19 @@ drawn at every step, join the batch's. Memory, head and its optimizer go on from
 into distillation, and with a checkpoint: 2 bytes x memory_size x length of r, e.g. 230 MB for wrn40_2, 740 for resnet34,
 written once a round of the initial bank.
 
-Published settings (CIFAR): initial bank of 400 rounds x 200 images without student; then 100 rounds of 200 images and
-2000 student steps on batches of 128; 500 steps a round, Adam lr 1e-3; bn 1, oh 1, adv .5, cr .8, cr_T .2, memory 40,960,
-4,096 negatives, head of 256; SGD lr .1, T 20.
+Published settings. The defaults are those of CSD's script for this method (CIFAR-10): initial bank of 400 rounds x 200 images
+without student; then 100 rounds of 200 images and 2000 student steps on batches of 128; 500 steps a round, Adam lr 1e-3; bn 1,
+oh 1, adv .5, cr .8, cr_T .2, memory 40,960, 4,096 negatives, head of 256; SGD lr .1, T 20. The scripts have those of the
+method's own: on a bank of about 50,000 images 40 rounds of 256, 200 steps each, with oh .5 and cr_T .1. How that bank was
+made is not published; theirs is 200 rounds of 256 by the same weights, 500 steps each.
 
-Deviations: labels are drawn class-balanced, not independently. The images kept are a copy of the batch at its lowest
-loss; the published script keeps an alias that goes on changing. That script takes r from the BN layers alone, remembers
-both views of an image and lets remembered pairs be anchors and positives too, and stops the gradient at the global views;
-here L_cr is the formula above, its gradient whole, and remembered images are negatives only, in a global view drawn once
-the round is over. The head's hidden layer is as wide as its output; the script's is as wide as r, which for a resnet34
-costs as much as the teacher. A crop that would stick out of the image is cut to it instead of drawn again. Without BN
-layers r is the features alone.
+Deviations: labels are drawn class-balanced, not independently. The published script takes r from the BN layers alone (of a
+resnet34 from the inputs of its four stages alone, 512 entries for the 8,000 of all layers), remembers both views of an image
+as they were at the best step, lets remembered pairs be anchors and positives too, and stops the gradient at the global views;
+here L_cr is the formula above, its gradient whole, and remembered images are negatives only, in a global view drawn once the
+round is over. The head's hidden layer is as wide as its output; the script's is as wide as r, which for a resnet34 costs as
+much as the teacher. A crop that would stick out of the image is cut to it instead of drawn again. Without BN layers r is the
+features alone.
 """
 
 import math
@@ -41,8 +43,9 @@ from datafree.base import ImageBatch, LowestLoss, Method, Synthesizer, Task, bal
 from datafree.bn_statistics import BNStatistics, Stats, bn_loss, collected, layers_with_statistics
 from datafree.generators import Generator, reset
 from datafree.losses import KLDistillation, adversarial_loss, one_hot_loss, weighted_sum
-from engine.errors import UserError
-from engine.flags import check_least, flag
+from engine.loops.session import Stage
+from engine.runtime.errors import UserError
+from engine.runtime.flags import check_least, flag
 
 BOTH = ("synthesize", "distill")
 
@@ -131,6 +134,7 @@ class CMISynthesizer(Synthesizer):
         self.z = torch.zeros(config.synthesis_batch_size, config.nz, device=task.device, requires_grad=True)
         self.fresh = [*self.generator.parameters(), self.z]
         groups = [{"params": self.fresh, "betas": (0.5, 0.999)}]
+        self.independent = not config.cr
         if config.cr:
             with torch.no_grad():
                 length = self.represent(self.z.new_zeros(2, 3, task.image_size, task.image_size))[1].shape[1]
@@ -229,12 +233,14 @@ class CMI(Method):
     """Stages synthesize (initial bank, without the student) and distill (rounds with it)."""
 
     Config = CMIConfig
-    stages = BOTH
     defaults = {"epochs": 100, "kd_steps": 2000, "batch_size": 128, "lr": 0.1}
 
     def __init__(self, config: CMIConfig, teacher: nn.Module, student: nn.Module, task: Task):
         super().__init__(config, teacher, student, task)
         check_least(config, init_g_steps=1, g_steps=1, synthesis_batch_size=1)
+
+    def stages(self) -> tuple[Stage, ...]:
+        return self.from_initial_bank(self.config.init_rounds)
 
     def initial_synthesizer(self) -> CMISynthesizer:
         lengths = {"rounds": self.config.init_rounds, "g_steps": self.config.init_g_steps}

@@ -5,15 +5,24 @@ one-hot) and be hard for the student: a self-supervised head on the student's fe
 rotation of bank images, must be unsure of them. The student learns from all images so far by distillation, by the
 labels they were made for, and by matching the teacher's last feature map through a learned alignment.
 
-    synthesis   bn * L_bn + oh * CE(T(x), y) - csd * mean_k CE(head(f_S(rot_k x)), 4y + k)
+    synthesis   bn * L_bn + oh * CE(T(x), y) - csd * mean_k CE(h(f_S(rot_k x)), 4y + k)
+    h(f)        MLP(f) / ||MLP(f)||_2, of 4C entries
     student     KL_T + ce * CE(S(x), y) + feat * MSE(align(map_S(x)), map_T(x))
 
-Published settings (CIFAR): initial bank of 400 rounds x 200 images, 500 steps each, csd 0; then 100 rounds of 200 images,
-200 steps each, and 2000 student steps on batches of 128; SGD lr .1, T 20, csd 10, feat 30.
+With logits on the unit sphere no image can make the cross-entropy endless: for n = 4C classes it lies between
+log(1 + (n - 1) exp(-s)) and log(1 + (n - 1) exp(s)), s = sqrt(n / (n - 1)): 2.72 and 4.69 for ten classes. The head learns
+by SGD with momentum and weight decay on every student batch; before each round's student steps its weights are drawn anew
+from N(0, .02) and its biases set to 0, while its momentum stays. The feature maps are what the last blocks make: in WRNs
+before the last BN and ReLU.
 
-Deviations: labels are drawn class-balanced, not independently. The head learns on features taken in eval mode without
-gradient to the student. The generator starts afresh every round, and the images kept are a copy of the batch with the
-lowest loss; the published script keeps an alias that goes on changing.
+Published settings (CIFAR-10, WRN-40-2): initial bank of 400 rounds x 200 images, 500 steps each, csd 0; then 100 rounds of
+200 images, 200 steps each, and 2000 student steps on batches of 128; SGD lr .1, T 20, csd 10, feat 30; head's SGD lr .1,
+momentum .9, weight decay 1e-4. With few head steps a round (``kd_steps / head_interval`` below some hundreds) the head knows
+nothing and csd does next to nothing.
+
+Deviations: labels are drawn class-balanced, not independently. Where maps differ in size the larger is pooled; the script
+brings the student's to the teacher's size. Raw logits in the place of h, tried first, leave -csd * CE without a lower bound:
+once the head has learnt anything the images are taken to pieces, and none is to the teacher what it was made for.
 """
 
 from dataclasses import dataclass
@@ -26,8 +35,9 @@ from datafree.base import ImageBatch, LowestLoss, Method, Synthesizer, Task, bal
 from datafree.bn_statistics import BNStatistics, bn_loss, collected
 from datafree.generators import Generator, reset
 from datafree.losses import feature_loss, kd_loss, one_hot_loss, rotation_labels, rotations, weighted_sum
-from engine.errors import UserError
-from engine.flags import check_least, flag
+from engine.loops.session import Stage
+from engine.runtime.errors import UserError
+from engine.runtime.flags import check_least, flag
 from models.classifier import eval_mode
 
 BOTH = ("synthesize", "distill")
@@ -58,6 +68,17 @@ class CSDConfig:
     feat: float = flag(30.0, "weight of the feature-map loss", stages=("distill",))
 
 
+class RotationHead(nn.Module):
+    """Features (B, D) -> logits of class and turn (B, 4C), each row of length 1."""
+
+    def __init__(self, feature_dim: int, num_classes: int):
+        super().__init__()
+        self.hidden, self.output = nn.Linear(feature_dim, feature_dim), nn.Linear(feature_dim, 4 * num_classes)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return F.normalize(self.output(F.relu(self.hidden(features))), dim=1)
+
+
 class CSDSynthesizer(Synthesizer):
     """Inverts the teacher by a fresh generator each round; with ``csd > 0`` against the student's rotation head."""
 
@@ -70,12 +91,13 @@ class CSDSynthesizer(Synthesizer):
         self.generator = Generator(config.nz, task.image_size).to(task.device, memory_format=torch.channels_last)
         self.statistics = BNStatistics(teacher) if config.bn else None
         self.steps = 0
+        self.independent = not csd
         if csd:
-            self.head = nn.Sequential(
-                nn.Linear(feature_dim, feature_dim), nn.ReLU(inplace=True), nn.Linear(feature_dim, 4 * task.num_classes)
-            ).to(task.device)
+            self.head = RotationHead(feature_dim, task.num_classes).to(task.device)
             self.shared = self.head
-            self.head_optimizer = torch.optim.SGD(self.head.parameters(), lr=config.lr_head, fused=True)
+            self.head_optimizer = torch.optim.SGD(
+                self.head.parameters(), lr=config.lr_head, momentum=0.9, weight_decay=1e-4, fused=True
+            )
             self.measure_head = task.compile(self.head_loss, task.rounds * task.kd_steps, "rotation head's step")
         self.generate = task.compile(self.generator, rounds * g_steps, "generator")
         self.measure = task.compile(self.losses, rounds * g_steps, "synthesis losses")
@@ -95,7 +117,7 @@ class CSDSynthesizer(Synthesizer):
             best.update(images, losses)
             self.task.precision.minimize(losses["loss"], optimizer)
         if self.csd:
-            self.restart_head()
+            reset(self.head)  # the student has moved on; the optimizer's momentum stays
         return ImageBatch(best.images, labels, best.scalars())
 
     def losses(self, images: Tensor, labels: Tensor, student: nn.Module) -> dict[str, Tensor]:
@@ -110,13 +132,6 @@ class CSDSynthesizer(Synthesizer):
                 features = student(rotations(images), return_features=True).features
             terms["loss_csd"] = self.csd, -F.cross_entropy(self.head(features.float()), rotation_labels(labels))
         return weighted_sum(terms)
-
-    def restart_head(self) -> None:
-        """The student has moved on: a new rotation head for the next round."""
-        for layer in self.head:
-            if isinstance(layer, nn.Linear):
-                layer.reset_parameters()
-        self.head_optimizer.state.clear()
 
     def after_step(self, student: nn.Module, images: Tensor, labels: Tensor) -> None:
         """Trains the rotation head on the bank images of this student step."""
@@ -136,21 +151,24 @@ class CSDSynthesizer(Synthesizer):
         return F.cross_entropy(self.head(features.float()), rotation_labels(labels))
 
     def state_dict(self) -> dict:
-        """The rotation head, which the next round's images are made against."""
-        return {"steps": self.steps, "head": self.head.state_dict()} if self.csd else {}
+        """The rotation head, which the next round's images are made against, and its momentum."""
+        if not self.csd:
+            return {}
+        return {"steps": self.steps, "head": self.head.state_dict(), "head_optimizer": self.head_optimizer.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
         """Undoes ``state_dict``."""
         if self.csd:
             self.steps = state["steps"]
             self.head.load_state_dict(state["head"])
+            self.head_optimizer.load_state_dict(state["head_optimizer"])
 
 
 class AlignedDistillation(nn.Module):
-    """KL + ce * CE + feat * MSE of the last feature maps, the student's passed through a learned alignment.
+    """KL + ce * CE + feat * MSE of the last blocks' maps, the student's passed through a learned alignment.
 
-    The alignment is three convolutions (1x1, 3x3, 1x1), each with BN and ReLU, 2 * C_T wide; its parameters are trained
-    with the student's and thrown away at the end. Where the maps differ in size, the larger is average-pooled.
+    The alignment is three convolutions (1x1, 3x3, 1x1), 2 * C_T wide, with BN and ReLU between them; its parameters are
+    trained with the student's and thrown away at the end. Where the maps differ in size, the larger is average-pooled.
     """
 
     def __init__(self, config: CSDConfig, student_shape: tuple[int, int, int], teacher_shape: tuple[int, int, int]):
@@ -160,7 +178,7 @@ class AlignedDistillation(nn.Module):
         self.size = (min(student_shape[1], teacher_shape[1]), min(student_shape[2], teacher_shape[2]))
         if self.feat:
             self.align = nn.Sequential(
-                *self._layer(student_shape[0], width, 1), *self._layer(width, width, 3), *self._layer(width, out, 1)
+                *self._layer(student_shape[0], width, 1), *self._layer(width, width, 3), nn.Conv2d(width, out, 1, bias=False)
             )
 
     @staticmethod
@@ -169,15 +187,15 @@ class AlignedDistillation(nn.Module):
         return [convolution, nn.BatchNorm2d(after), nn.ReLU(inplace=True)]
 
     def forward(self, teacher_out, student_out, labels: Tensor) -> dict[str, Tensor]:
-        """Outputs with logits (B, C) and feature_map (B, C_f, h, w) -> named scalar losses."""
+        """Outputs with logits (B, C) and block_map (B, C_b, h, w) -> named scalar losses."""
         losses = {
             "kd": kd_loss(student_out.logits, teacher_out.logits, self.T),
             "ce": F.cross_entropy(student_out.logits.float(), labels),
         }
         losses["loss"] = losses["kd"] + self.ce * losses["ce"]
         if self.feat:
-            aligned = self.align(F.adaptive_avg_pool2d(student_out.feature_map, self.size))
-            losses["feat"] = feature_loss(aligned, F.adaptive_avg_pool2d(teacher_out.feature_map, self.size))
+            aligned = self.align(F.adaptive_avg_pool2d(student_out.block_map, self.size))
+            losses["feat"] = feature_loss(aligned, F.adaptive_avg_pool2d(teacher_out.block_map, self.size))
             losses["loss"] = losses["loss"] + self.feat * losses["feat"]
         return losses
 
@@ -186,13 +204,15 @@ class CSD(Method):
     """Stages synthesize (initial bank, csd 0) and distill (rounds with csd)."""
 
     Config = CSDConfig
-    stages = ("synthesize", "distill")
     defaults = {"epochs": 100, "kd_steps": 2000, "batch_size": 128, "lr": 0.1}
 
     def __init__(self, config: CSDConfig, teacher: nn.Module, student: nn.Module, task: Task):
         super().__init__(config, teacher, student, task)
         counts = ("init_g_steps", "init_batch_size", "g_steps", "synthesis_batch_size", "head_interval")
         check_least(config, **dict.fromkeys(counts, 1))
+
+    def stages(self) -> tuple[Stage, ...]:
+        return self.from_initial_bank(self.config.init_rounds)
 
     def initial_synthesizer(self) -> CSDSynthesizer:
         config = self.config
@@ -209,7 +229,7 @@ class CSD(Method):
         return CSDSynthesizer(self.config, self.teacher, self.task, feature_dim=self.student.feature_dim, **lengths)
 
     def objective(self) -> AlignedDistillation:
-        shapes = self.student.feature_map_shape, self.teacher.feature_map_shape
+        shapes = self.student.block_map_shape, self.teacher.block_map_shape
         if self.config.feat and None in shapes:
             raise UserError("a network without feature maps cannot use the feature-map loss; give --feat 0")
         return AlignedDistillation(self.config, *(s or (1, 1, 1) for s in shapes))

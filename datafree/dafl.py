@@ -7,7 +7,7 @@ features, and all classes should come up equally often.
     student     KL_T
 
 Published settings (CIFAR): 200 epochs of 400 student steps of 256 images, a generator step every 5; noise of 512, the large
-generator; SGD lr .1, Adam lr 1e-3, T 20, oh 1, act .001, balance 20.
+generator; SGD lr .1, Adam lr 1e-3, T 1 (see ``datafree.stream``), oh 1, act .001, balance 20.
 
 Deviations: paper and first script train generator and student on the same batch, step by step; as in the later scripts of
 the field, whose settings these are, they take turns. The activation is the mean over features, not the sum's 1-norm.
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from datafree.losses import balance_loss, one_hot_loss, weighted_sum
 from datafree.stream import DISTILL, GeneratorStream, StreamConfig, StreamingMethod
-from engine.flags import flag
+from engine.runtime.flags import flag
 
 
 @dataclass(frozen=True)

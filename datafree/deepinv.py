@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from datafree.base import ImageBatch, LowestLoss, Method, Synthesizer, Task, balanced_labels
 from datafree.bn_statistics import BNStatistics, bn_loss, collected
 from datafree.losses import KLDistillation, Terms, one_hot_loss, weighted_sum
-from engine.flags import check_least, flag
+from engine.runtime.flags import check_least, flag
 
 DISTILL = ("distill",)
 
@@ -126,7 +126,6 @@ class DeepInversion(Method):
     """Stage distill only: the bank starts empty, and each round adds its batch."""
 
     Config = DeepInversionConfig
-    stages = DISTILL
     defaults = {"epochs": 200, "kd_steps": 400, "batch_size": 256, "lr": 0.1}
 
     def __init__(self, config: DeepInversionConfig, teacher: nn.Module, student: nn.Module, task: Task):

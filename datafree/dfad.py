@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from datafree.losses import weighted_sum
 from datafree.stream import DISTILL, GeneratorStream, StreamConfig, StreamingMethod
-from engine.flags import flag
+from engine.runtime.flags import flag
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ statistics, be of one class without doubt, and of all classes equally often.
     student     KL_T
 
 Published settings (CIFAR): 200 epochs of 400 student steps of 256 images, a generator step every 10; SGD lr .1, Adam lr 1e-3,
-T 20, all weights 1 but balance 20.
+T 1 (see ``datafree.stream``), all weights 1 but balance 20.
 
 Deviations: the paper plays against several generators and warms one up first; as in the later scripts of the field, whose
 settings these are, there is one and no warm-up. Its size is that of the other streaming methods here (noise of 256).
@@ -21,7 +21,7 @@ from datafree.base import Task
 from datafree.bn_statistics import BNStatistics, bn_loss, collected
 from datafree.losses import adversarial_loss, balance_loss, one_hot_loss, weighted_sum
 from datafree.stream import DISTILL, GeneratorStream, StreamConfig, StreamingMethod
-from engine.flags import flag
+from engine.runtime.flags import flag
 
 
 @dataclass(frozen=True)

@@ -9,27 +9,39 @@ towards what it knows: its BN statistics, the wanted class, and where a student 
 ``--oh 0 --bn 0 --adv 0 --lca_every 0`` is the unguided baseline, DM-KD (arXiv 2305.12954). ``--diffusion_model`` says which
 prior (``datafree.diffusion.generative``); for digits it is a file of this repository.
 
-Published settings, CIFAR-10: Stable Diffusion 1.5, 10 to 50 steps, guidance scale 3, bn 0 to .1, oh 1, adv 0, 5000 images a
-class; SGD lr .2, 240 epochs, warm-up 20, weight decay 5e-4, T 30. DomainNet: scale 7 (3 in the distilled sets), 70 steps,
-bn .1, adv 1 from 20 images a class on, 200 a class; lr .1, 220 epochs, weight decay 1e-4.
+Published settings: Stable Diffusion 1.5 by DDPM's ancestral steps (``--scheduler ancestral``), one class a batch
+(``--batch_classes one``), no latent CutMix (``--lca_every 0``), T 30. CIFAR-10: prompt "A realistic photo of {label}",
+guidance scale 3, oh 1, adv 0, bn .1 and 50 steps (teacher resnet34: bn 0 and 10 steps), 5000 images a class; SGD lr .2, 240 epochs,
+weight decay 5e-4. DomainNet: prompt "an image.", without the label, scale 7 (3 in the distilled sets), 70 steps, bn .1, oh 1,
+adv 1 from 20 images a class on, its student at lr .1 on batches of 256, 200 images a class; lr .1, 220 epochs, weight decay
+1e-4, ``--student_crop resized``, at most 4500 images a class. Its teachers there were trained with mean and std .5:
+``--teacher_mean .5,.5,.5 --teacher_std .5,.5,.5`` for one of them.
 
-Deviations. The published script takes the gradient of a tensor computed without one, so there is no run of it to follow;
-this is the paper's algorithm.
-- The step is the gradient of B times the batch-mean loss, so that it does not shrink as batches grow.
-- The noise prediction is made once a step: guidance moves the latent, and the sampler's step reuses the prediction.
+Deviations. The published script takes the gradient of a tensor computed without one, and its authors call it a recreation of
+lost code, so there is no run of it to follow; this is the paper's algorithm.
+- The step is the gradient of B times the batch-mean loss, so that it does not shrink as batches grow. The script's batches
+  are single images (``--diffusion_batch_size 1``), of which L_bn compares statistics of one image.
+- By default a batch has all classes, whose mixture is what the teacher's BN statistics describe, and latent CutMix is on, as
+  in the paper.
+- The noise prediction is made once a step: guidance moves the latent, and the sampler's step reuses the prediction. The
+  script predicts again.
 - "Current student": what is known of the paper leaves open which. Here one of the run's architecture, from its initial
-  weights, learns by KL for ``--adv_steps`` steps before each round from what was made so far, and goes on from there before
-  the next. L_adv has temperature 1.
+  weights, learns by KL for ``--adv_steps`` steps at a constant rate before each round from what was made so far, cropped and
+  flipped as the task says, and goes on from there before the next. The script gives it 30 epochs of all images after every
+  10 a class, with a cosine of their own. L_adv has temperature 1.
 - Latent CutMix pastes at most half of the area, and the mixed labels are the one-hot term's soft targets; the bank keeps the
   label that an image was prompted for. Its repair (``--lca_repair``) is our reading of the paper's inpainting: RePaint's
   resampling by the same prior, a latent pixel to either side of the seam.
 - mSARC (SpaceshipNet, Yu et al., CVPR 2023): class activation maps need the classifier's weights, which fit the last scale
   only; at the others it compares attention maps, mean squares over channels. The class is the teacher's.
-- PNDM, the scheduler that Stable Diffusion 1.5 is saved with, is replaced by DPM-Solver++, another multistep solver.
-- Resizing from the prior's to the dataset's size is bicubic with antialiasing, in guidance and for the bank alike.
+- PNDM, the scheduler that Stable Diffusion 1.5 is saved with, is replaced by DPM-Solver++, another multistep solver, where
+  ``--scheduler`` says nothing else.
+- Resizing from the prior's to the dataset's size is bicubic with antialiasing, in guidance and for the bank alike; the
+  student's crops are of images at the dataset's size, the script's of the full-size ones at 256 px.
+- The student's learning rate follows a warm-up and a cosine; the script has flags for both and divides it by 10 after epochs
+  150, 180 and 210.
 """
 
-import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,8 +58,12 @@ from datafree.diffusion.patch_unet import SHIPPED
 from datafree.diffusion.prior import DTYPES, diffusion_dtype, prior_name
 from datafree.diffusion.sampling import RULES
 from datafree.losses import kd_loss
-from engine.errors import UserError
-from engine.flags import check_least, flag
+from engine.data.crops import resized_crop_flip
+from engine.loops.generate import GuidedMaker, Order
+from engine.loops.session import Session, Stage
+from engine.loops.stages import Distill, FillBank
+from engine.runtime.errors import UserError
+from engine.runtime.flags import check_least, flag
 
 EMBEDDED = SHIPPED / "glyphs_digits_16.safetensors"
 DEFAULT_MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -85,6 +101,9 @@ class DiffDFKDConfig:
     diffusion_batch_size: int = flag(
         16, "images drawn together; BN statistics and latent CutMix range over them", stages=GENERATE
     )
+    batch_classes: str = flag(
+        "all", "classes of images drawn together; one: the same for all of them", choices=("all", "one"), stages=GENERATE
+    )
     num_inference_steps: int = flag(20, "denoising steps", stages=GENERATE)
     scheduler: str = flag(
         "own", "how a step is made; own: as the prior's scheduler does", choices=("own", *RULES), stages=GENERATE
@@ -99,6 +118,9 @@ class DiffDFKDConfig:
     adv: float = flag(0.0, "weight of -KL(S||T) where both name the same class, in the guidance", stages=GENERATE)
     adv_from: int = flag(20, "images a class from which on the adversarial term counts", stages=GENERATE)
     adv_steps: int = flag(200, "steps that its student learns before each round of images", stages=GENERATE)
+    adv_batch_size: int = flag(128, "images a step of its student", stages=GENERATE)
+    adv_lr: float = flag(0.05, "SGD learning rate of its student", stages=GENERATE)
+    adv_T: float = flag(30.0, "temperature at which its student learns", stages=GENERATE)
     guidance_lr: float = flag(1.0, "lr of the guidance, z <- z - lr * gradient at every denoising step", stages=GENERATE)
     guidance_backprop: str = flag(
         "unet", "the gradient's way: decoder and denoising network, or the decoder alone", choices=BACKPROP, stages=GENERATE
@@ -113,6 +135,15 @@ class DiffDFKDConfig:
     T: float = flag(30.0, "temperature of the distillation loss", stages=DISTILL)
     msarc: float = flag(0.0, "weight of the consistency of activation maps at every scale", stages=DISTILL)
     mix: str = flag("no", "mixing of the student's batches", choices=("no", "mixup", "cutmix"), stages=DISTILL)
+    student_crop: str = flag(
+        "padded",
+        "crop of the student's images; padded: out of a zero-padded image; resized: 8 to 100 % of the area at full size",
+        choices=("padded", "resized"),
+        stages=DISTILL,
+    )
+    student_images_per_class: int | None = flag(
+        None, "images of each class that the student learns from, the first ones; unset: all", stages=DISTILL
+    )
 
 
 class MapDistillation(nn.Module):
@@ -188,22 +219,42 @@ class DiffDFKD(Method):
     """Stages generate (the teacher-guided bank) and distill (on that bank)."""
 
     Config = DiffDFKDConfig
-    stages = ("generate", "distill")
     defaults = {
         "epochs": 240, "kd_steps": 200, "batch_size": 256, "lr": 0.2, "weight_decay": 5e-4, "warmup_epochs": 20,
     }  # fmt: skip
 
     def __init__(self, config: DiffDFKDConfig, teacher: nn.Module, student: nn.Module, task: Task):
-        if config.mix != "no":
-            augment = task.augment
-            task = dataclasses.replace(task, augment=lambda images: mixed(augment(images), config.mix))
         super().__init__(config, teacher, student, task)
-        positive = ("images_per_class", "synthesis_batch_size", "diffusion_batch_size", "num_inference_steps", "adv_steps")
+        positive = ("images_per_class", "synthesis_batch_size", "diffusion_batch_size", "num_inference_steps")
+        positive += ("adv_steps", "adv_batch_size", "student_images_per_class")
         check_least(config, **dict.fromkeys(positive, 1), lca_every=0, lca_repair=0, guidance_micro_batch=0)
         if config.msarc and not (teacher.feature_map_shapes and student.feature_map_shapes):
             raise UserError("a network without feature maps has no activation maps; give --msarc 0")
         self.model = config.diffusion_model or default_model(task)
-        self.external_priors = {"generate": prior_name(self.model, config.diffusion_revision)}
+
+    def stages(self) -> tuple[Stage, ...]:
+        config = self.config
+
+        def order(seed: int) -> Order:
+            return Order(
+                config.images_per_class * self.task.num_classes, self.task.num_classes, config.synthesis_batch_size,
+                config.diffusion_batch_size, seed, Path(config.export_png) if config.export_png else None,
+                config.batch_classes == "one",
+            )  # fmt: skip
+
+        def maker(session: Session) -> GuidedMaker:
+            return GuidedMaker(self.generator(), order(session.seed))
+
+        prior = prior_name(self.model, config.diffusion_revision)
+        return FillBank("generate", order(0).rounds, maker, prior), Distill(self, "generate", images_per_class=config.student_images_per_class)
+
+    def student_view(self, images: Tensor) -> Tensor:
+        """A random crop and flip of (B, 3, H, W) uint8, mixed with another where ``--mix`` says so."""
+        if self.config.student_crop == "resized":
+            views = resized_crop_flip(images, self.task.flip)
+        else:
+            views = self.task.augment(images)
+        return views if self.config.mix == "no" else mixed(views, self.config.mix)
 
     @property
     def images_per_round(self) -> int:
@@ -246,7 +297,9 @@ class DiffDFKD(Method):
         return GuidedGenerator(
             prior, guidance, task, self.student, steps=config.num_inference_steps, rule=config.scheduler,
             lca=lca_steps(config.num_inference_steps, config.lca_every), lca_repair=config.lca_repair,
-            competitor=Competitor(config.adv_from * task.num_classes, config.adv_steps),
+            competitor=Competitor(
+                config.adv_from * task.num_classes, config.adv_steps, config.adv_T, config.adv_batch_size, config.adv_lr
+            ),
         )  # fmt: skip
 
     def objective(self) -> MapDistillation:

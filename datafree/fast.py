@@ -23,9 +23,9 @@ anew once, 120 rounds after warm-up; FOMAML. Fast-2, -5 and -10 have g_steps 2, 
 Deviations: labels are drawn class-balanced, not independently, and generators start from N(0, .02). The images kept are a
 copy of the batch with the lowest loss. The first layer is the linear one; the script also redraws the scale of the BN
 after it, and counts one round less. The meta optimizer's state stays at that reset, as in the script. The last round of
-warm-up does not compete with the untrained student, as it does in the script. Generators always normalize by their batch,
-so the running statistics of their BN layers, which only the adapted copy gathers, are of no account. The learning rate
-falls to 0, not 2e-4.
+warm-up does not compete with the untrained student, as it does in the script. The script takes Reptile's gradient 67 times;
+Adam's step does not depend on its length. The learning rate falls to 0, not 2e-4. As in the script generators always
+normalize by their batch, so the running statistics of their BN layers, which only the adapted copy gathers, are of no account.
 
 FOMAML by the book takes the gradient at the adapted parameters alone. The published script, and so its numbers, sum those
 of all steps, which is first-order MAML of the sum of the steps' losses; so does this file. The last gradient alone fails:
@@ -49,8 +49,9 @@ from datafree.base import ImageBatch, LowestLoss, Method, Synthesizer, Task, bal
 from datafree.bn_statistics import BNStatistics, Stats, bn_loss, collected
 from datafree.generators import Generator, reset
 from datafree.losses import KLDistillation, adversarial_loss, one_hot_loss, weighted_sum
-from engine.errors import UserError
-from engine.flags import check_least, flag
+from engine.loops.session import Stage
+from engine.runtime.errors import UserError
+from engine.runtime.flags import check_least, flag
 
 BOTH = ("synthesize", "distill")
 BETAS = (0.5, 0.999)
@@ -181,6 +182,8 @@ class FastSynthesizer(Synthesizer):
         warm_up: no competition; rounds are counted from the end of warm-up.
     """
 
+    independent = False
+
     def __init__(self, config: FastConfig, teacher: nn.Module, task: Task, *, warm_up: bool):
         self.config, self.task, self.warm_up = config, task, warm_up
         rounds = config.init_rounds if warm_up else task.rounds
@@ -262,7 +265,6 @@ class Fast(Method):
     """Stages synthesize (warm-up, without competition) and distill (rounds with it)."""
 
     Config = FastConfig
-    stages = ("synthesize", "distill")
     defaults = {"epochs": 200, "kd_steps": 400, "batch_size": 256, "lr": 0.2}
 
     def __init__(self, config: FastConfig, teacher: nn.Module, student: nn.Module, task: Task):
@@ -272,6 +274,9 @@ class Fast(Method):
         for name, meaning in (("is_maml", "0 (Reptile) or 1 (FOMAML)"), ("reset_l0", "0 (never) or 1 (once)")):
             if getattr(config, name) not in (0, 1):
                 raise UserError(f"--{name} {getattr(config, name)} found, {meaning} wanted")
+
+    def stages(self) -> tuple[Stage, ...]:
+        return self.from_initial_bank(self.config.init_rounds)
 
     def initial_synthesizer(self) -> FastSynthesizer:
         return FastSynthesizer(self.config, self.teacher, self.task, warm_up=True)

@@ -12,13 +12,15 @@ of CIFAR-10 and below .84 for one of digits. So the default omega is measured, n
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from datafree.diffusion.prior import hub_errors, quiet_libraries
-from engine.errors import UserError
+from engine.runtime.errors import UserError
 
 Embedding = Callable[[Tensor], Tensor]
 
@@ -108,6 +110,39 @@ class _PretrainedEmbedding:
         images = F.interpolate(images, size, mode="bicubic", align_corners=False, antialias=True).clamp(0, 1)
         output = self.model(pixel_values=((images - self.mean) / self.std).to(self.dtype))
         return (output.image_embeds if self.kind == "clip" else output.last_hidden_state[:, 0]).float()
+
+
+@dataclass(frozen=True)
+class CosineFilter:
+    """The filter of a run: ``engine.loops.augment`` calls it.
+
+    Args:
+        name: of the embedding, for the file of the cosines.
+        omega: the least cosine that stays; None: ``calibrated_omega``.
+        build: makes the embedding, when it is first needed.
+    """
+
+    name: str
+    omega: float | None
+    build: Callable[[], Embedding]
+
+    def score(
+        self, sources: dict[str, Any], variants: dict[str, Any], show: Callable[[int], None]
+    ) -> tuple[Tensor, float]:
+        """The cosine of each variant to its source (M,), and the calibrated omega.
+
+        Args:
+            sources: images (N, 3, H, W) uint8, labels (N,).
+            variants: images (M, 3, H, W) uint8, source_index (M,).
+            show: called with the number of images embedded since.
+        """
+        embedding = self.build()
+        cosine = cosines(embedding, sources["images"], variants["images"], variants["source_index"], progress=show)
+        return cosine, calibrated_omega(embedding, sources["images"], sources["labels"])
+
+    def keep(self, cosine: Tensor, omega: float) -> Tensor:
+        """``keep_mask``."""
+        return keep_mask(cosine, omega)
 
 
 def cosines(

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from datafree.base import ImageBatch, Method, Synthesizer, Task
 from datafree.losses import KLDistillation
-from engine.errors import UserError
-from engine.flags import flag
+from engine.runtime.errors import UserError
+from engine.runtime.flags import flag
 
 DISTILL = ("distill",)
 
@@ -75,10 +75,9 @@ class KD(Method):
     """Stage distill, on real images."""
 
     Config = KDConfig
-    stages = ("distill",)
     streams = True
     reads_train_split = True
-    external_priors = {"distill": "real training images"}
+    external_prior = "real training images"
 
     def synthesizer(self) -> RealImages:
         return RealImages(self.task)

@@ -18,8 +18,8 @@ Where e comes from, ``--label_embedding``:
                 read once, then kept with the synthesizer's state.
 
 Published settings (CIFAR): 20 rounds of warm-up, then 100, 200 or 300 of 400 student steps on batches of 512; SGD lr .2,
-T 20; 2 batches of 400 images a round, 10 in warm-up; g_steps 30 (CIFAR-100: 40), lr_g 4e-3, g_life 10; bn 10, bn_mmt .9,
-adv 1.33, oh .5; nz 1000; CLIP ViT-B/32, "a image of <label>".
+cosine to 2e-4, T 20; 2 batches of 400 images a round, 10 in warm-up; g_steps 30 (CIFAR-100: 40), lr_g 4e-3, g_life 10; bn 10,
+bn_mmt .9, adv 1.33, oh .5; nz 1000; CLIP ViT-B/32, "a image of <label>".
 
 Deviations: the default embedding is not the paper's. Noisy layers have no bias (the script's starts at 0, below outputs
 of standard deviation sqrt(d)). In an incomplete group each class is there at most once; the script draws its labels
@@ -42,8 +42,9 @@ from datafree.diffusion.prior import hub_errors, prior_name, quiet_libraries
 from datafree.fast import BETAS, Inversion, check_momentum, own_state
 from datafree.generators import Generator, reset
 from datafree.losses import KLDistillation
-from engine.errors import UserError
-from engine.flags import check_least, flag
+from engine.loops.session import Stage
+from engine.runtime.errors import UserError
+from engine.runtime.flags import check_least, flag
 
 BOTH = ("synthesize", "distill")
 CODE_SEED = 2310
@@ -72,7 +73,7 @@ class NAYERConfig:
     text_model: str = flag(
         "openai/clip-vit-base-patch32", "clip: hub id or local directory of a CLIP text encoder", stages=BOTH
     )
-    prompt: str = flag("a photo of a {label}", "clip: the text that is embedded", stages=BOTH)
+    prompt: str = flag("a image of {label}", "clip: the text that is embedded", stages=BOTH)
     bn: float = flag(10.0, "weight of the BN-statistics loss", stages=BOTH)
     bn_mmt: float = flag(0.9, "share of earlier batches' statistics in the BN-statistics loss, [0, 1)", stages=BOTH)
     oh: float = flag(0.5, "weight of the one-hot loss", stages=BOTH)
@@ -146,6 +147,8 @@ class NAYERSynthesizer(Synthesizer):
     Args:
         warm_up: no competition, and ``init_g_loops`` batches.
     """
+
+    independent = False
 
     def __init__(self, config: NAYERConfig, teacher: nn.Module, task: Task, *, warm_up: bool):
         self.config, self.task, self.warm_up = config, task, warm_up
@@ -226,8 +229,7 @@ class NAYER(Method):
     """Stages synthesize (warm-up, without competition) and distill (rounds with it)."""
 
     Config = NAYERConfig
-    stages = ("synthesize", "distill")
-    defaults = {"epochs": 300, "kd_steps": 400, "batch_size": 512, "lr": 0.2}
+    defaults = {"epochs": 300, "kd_steps": 400, "batch_size": 512, "lr": 0.2, "lr_min": 2e-4}
 
     def __init__(self, config: NAYERConfig, teacher: nn.Module, student: nn.Module, task: Task):
         super().__init__(config, teacher, student, task)
@@ -240,11 +242,14 @@ class NAYER(Method):
                 )
             if "{label}" not in config.prompt:
                 raise UserError(f"--prompt '{config.prompt}' has no {{label}}, so that all classes would have one embedding")
-            self.external_priors = dict.fromkeys(self.stages, prior_name(config.text_model))
+            self.external_prior = prior_name(config.text_model)
 
     @property
     def images_per_round(self) -> int:
         return self.config.synthesis_batch_size * self.config.g_loops
+
+    def stages(self) -> tuple[Stage, ...]:
+        return self.from_initial_bank(self.config.init_rounds)
 
     def initial_synthesizer(self) -> NAYERSynthesizer:
         return NAYERSynthesizer(self.config, self.teacher, self.task, warm_up=True)

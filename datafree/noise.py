@@ -16,11 +16,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from datafree.bank import TransferSet, image_files, read_images
 from datafree.base import ImageBatch, Method, Synthesizer, Task
 from datafree.losses import KLDistillation
 from datafree.stream import unlabelled
-from engine.flags import flag
+from engine.data.image_files import image_files, read_images
+from engine.data.transfer_set import TransferSet
+from engine.runtime.flags import flag
 
 DISTILL = ("distill",)
 
@@ -76,13 +77,12 @@ class Noise(Method):
     """Stage distill, on noise or unrelated images."""
 
     Config = NoiseConfig
-    stages = ("distill",)
     streams = True
 
     def __init__(self, config: NoiseConfig, teacher: nn.Module, student: nn.Module, task: Task):
         super().__init__(config, teacher, student, task)
         if config.images:
-            self.external_priors = {"distill": f"images of {Path(config.images).resolve().name}"}
+            self.external_prior = f"images of {Path(config.images).resolve().name}"
 
     def synthesizer(self) -> NoiseImages:
         config = self.config

@@ -7,11 +7,11 @@ where its feature maps are active.
     student     KL_T + attention * sum over sizes of mean (a_S - a_T)^2,   a = sum_c map_c^2 over its 2-norm (B, h * w)
 
 Published settings (CIFAR): 200 epochs of 400 student steps of 256 images, a generator step every 5; noise of 256, the large
-generator; SGD lr .1, Adam lr 1e-3, T 20, adv 1.
+generator; SGD lr .1, Adam lr 1e-3, T 1 (see ``datafree.stream``), adv 1.
 
 Deviations: the published script of these settings has no attention term; the paper has, with weight 250, and so has this
 (``--attention 0`` is the script). Maps are matched at every size that both networks have, the last map of that size, not at
-layers named by hand, so that any pair of networks will do. The paper uses T 1 and ten student steps a generator step.
+layers named by hand, so that any pair of networks will do. The paper takes ten student steps a generator step.
 """
 
 from dataclasses import dataclass
@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from datafree.losses import adversarial_loss, kd_loss, weighted_sum
 from datafree.stream import DISTILL, GeneratorStream, StreamConfig, StreamingMethod
-from engine.errors import UserError
-from engine.flags import flag
+from engine.runtime.errors import UserError
+from engine.runtime.flags import flag
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from engine.errors import UserError, run_command
-from engine.files import atomic_path, read_json
-from engine.stages import show
+from engine.runtime.errors import UserError, run_command
+from engine.runtime.files import atomic_path, read_json
+from engine.runtime.stage_record import show
 from registry import PAIRS, PUBLISHED
 
 GROUP_BY = ("dataset", "teacher", "student", "method", "external_prior", "student_steps", "bank_images", "variants")

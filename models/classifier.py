@@ -21,12 +21,15 @@ class Output(NamedTuple):
         features: (B, D), the input of the last linear layer.
         feature_map: (B, Cf, h, w), the last feature map before pooling; None where the network has none (ViT).
         feature_maps: {(h, w): the last map of that size}, from fine to coarse, ``feature_map`` among them; empty likewise.
+        block_map: (B, Cb, h, w), what the last block makes: ``feature_map``, or in a pre-activation network the map before
+            the last norm and activation.
     """
 
     logits: Tensor
     features: Tensor
     feature_map: Tensor | None
     feature_maps: dict[tuple[int, int], Tensor]
+    block_map: Tensor | None = None
 
 
 class Classifier(nn.Module):
@@ -36,7 +39,8 @@ class Classifier(nn.Module):
     global random stream. ``network`` is the bare network: its state dict is what checkpoints hold.
 
     Args:
-        network: any module (B, 3, S, S) -> (B, num_classes) that ends in a linear layer or a 1x1 convolution.
+        network: any module (B, 3, S, S) -> (B, num_classes) that ends in a linear layer or a 1x1 convolution. One whose
+            last block is not what makes its ``feature_map`` names that block's module in an attribute ``last_block``.
         num_classes: number of logits that the dataset wants.
         image_size: S, in pixels.
         mean: of the images in [0, 1], one value a channel, subtracted.
@@ -69,9 +73,13 @@ class Classifier(nn.Module):
         self.feature_dim: int = head.shape_in[1]
         self.feature_map_shapes: list[tuple[int, int, int]] = [tuple(call.shape[1:]) for call in maps]
         self.feature_map_shape = self.feature_map_shapes[-1] if maps else None
+        named = isinstance(getattr(network, "last_block", None), str)
+        block = [_find_block(network, before)] if named else maps[-1:]
+        self.block_map_shape = tuple(block[0].shape[1:]) if block else None
         self._features, self._maps = _Tap(head.index), [_Tap(call.index) for call in maps]
+        self._block = [_Tap(call.index) for call in block]
         head.module.register_forward_pre_hook(self._features.before)
-        for call, tap in zip(maps, self._maps):
+        for call, tap in zip([*maps, *block], [*self._maps, *self._block]):
             call.module.register_forward_hook(tap.after)
 
     def forward(self, images: Tensor, return_features: bool = False) -> Tensor | Output:
@@ -79,14 +87,15 @@ class Classifier(nn.Module):
         images = (images - self.mean) / self.std
         if not return_features:
             return self.network(images)
-        for tap in (self._features, *self._maps):
+        for tap in (self._features, *self._maps, *self._block):
             tap.arm()
         logits = self.network(images)
         features = self._features.take()
         if features.ndim == 4:  # the input of a 1x1 convolution that is pooled afterwards
             features = features.mean((2, 3))
         maps = {(m.shape[2], m.shape[3]): m for m in (tap.take() for tap in self._maps)}
-        return Output(logits, features, next(reversed(maps.values()), None), maps)
+        block_map = self._block[0].take() if self._block else None
+        return Output(logits, features, next(reversed(maps.values()), None), maps, block_map)
 
 
 class _Tap:
@@ -185,6 +194,12 @@ def _find_feature_map(calls: list[_Call]) -> _Call | None:
         if not call.passive and len(call.shape) >= 3:
             return call if len(call.shape) == 4 else None  # three dimensions are tokens
     return None
+
+
+def _find_block(network: nn.Module, calls: list[_Call]) -> _Call:
+    """The last call of the module that the network names as its last block."""
+    module = network.get_submodule(network.last_block)
+    return next(call for call in reversed(calls) if call.module is module)
 
 
 def _find_feature_maps(calls: list[_Call], last: _Call) -> list[_Call]:

@@ -49,6 +49,8 @@ class WideResNet(nn.Module):
         num_classes: number of logits.
     """
 
+    last_block = "block3"  # a BN and a ReLU come after it (models.classifier)
+
     def __init__(self, depth: int, widen: int, num_classes: int):
         super().__init__()
         assert depth % 6 == 4, f"depth {depth} is not 6n+4"

@@ -13,7 +13,7 @@ bank="--synthesis_batch_size 100 --ep_steps 60"
 declare -A flags=(
   [kd]="--ep_steps 145 --kd_steps 145" [noise]="--ep_steps 145 --kd_steps 145"
   [pictures]="--images ${PICTURES:-pictures} --ep_steps 145 --kd_steps 145"
-  [dafl]="$stream --ep_steps 70" [zskt]="$stream --ep_steps 65 --T 1" [dfad]="$stream --ep_steps 65" [dfq]="$stream --ep_steps 65"
+  [dafl]="$stream --ep_steps 70" [zskt]="$stream --ep_steps 65" [dfad]="$stream --ep_steps 65" [dfq]="$stream --ep_steps 65"
   [deepinv]="$bank --kd_steps 30 --g_steps 85"
   [adi]="$bank --kd_steps 30 --g_steps 50"
   [cmi]="$bank --kd_steps 60 --init_rounds 3 --init_g_steps 15 --g_steps 15 --lr_g 4e-3"

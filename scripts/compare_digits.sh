@@ -3,7 +3,7 @@
 #   bash scripts/compare_digits.sh                                    about an hour on two CPU cores; rerun it to go on
 #   METHODS="zskt csd" SEEDS="0" bash scripts/compare_digits.sh       some of it
 #   OUT=checkpoints/compare_bf16 bash scripts/compare_digits.sh --amp bf16      with further flags of datafree_kd.py
-# Weights of losses are the published ones, but ZSKT's temperature, which is its paper's, and --oh 5 where images are few.
+# Weights of losses are the published ones, but --oh 5 where images are few.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh
@@ -11,7 +11,7 @@ out="${OUT:-checkpoints/compare_digits}"
 declare -A flags=(
   [kd]="" [noise]=""
   [dafl]="--kd_steps 5 --g_steps 2 --synthesis_batch_size 128"
-  [zskt]="--kd_steps 5 --g_steps 2 --synthesis_batch_size 128 --T 1"
+  [zskt]="--kd_steps 5 --g_steps 2 --synthesis_batch_size 128"
   [dfad]="--kd_steps 5 --g_steps 2 --synthesis_batch_size 128"
   [dfq]="--kd_steps 5 --g_steps 2 --synthesis_batch_size 128"
   [deepinv]="--g_steps 60 --synthesis_batch_size 100"

@@ -34,12 +34,13 @@ METHODS = {
 BASELINES = {"dm_kd": "diffdfkd"}
 CONTROLS = ("kd", "noise")
 # Methods whose initial bank is the same for every student of a teacher, made by a script of its own; bank size.
-INITIAL_BANK = {"cmi": 80_000, "csd": 80_000, "dda": 80_000, "diffdfkd": 50_000, "dm_kd": 50_000}
+INITIAL_BANK = {"cmi": 51_200, "csd": 80_000, "dda": 80_000, "diffdfkd": 50_000, "dm_kd": 50_000}
 GENERATED = ("diffdfkd", "dm_kd")  # of them, those whose bank stage generate fills
 DATASETS = dict.fromkeys(("csd", "dda", "diffdfkd", "dm_kd"), (*CIFAR, "tiny_imagenet"))
 # Published settings that differ from the method's defaults, by what they depend on.
 FLAGS = {
     ("adi",): "--g_steps 2000",
+    ("cmi",): "--epochs 40 --g_steps 200 --synthesis_batch_size 256 --oh 0.5 --cr_T 0.1 \\\n ",
     ("deepinv",): "--g_steps 2000",
     ("fast", "resnet34"): "--adv 1.33 --oh 0.5",
     ("fast", "vgg11"): "--adv 1.0 --oh 0.5",
@@ -47,16 +48,27 @@ FLAGS = {
 }
 # The same for the initial bank alone.
 BANK_FLAGS = {
-    ("dm_kd",): "--oh 0 --bn 0 --adv 0 --lca_every 0",
+    ("dm_kd",): "--oh 0 --bn 0 --adv 0 --lca_every 0 --scheduler ancestral",
+    ("diffdfkd",): "--scheduler ancestral --batch_classes one --lca_every 0",
+    **{(m, teacher): "--num_inference_steps 50" for m in GENERATED for teacher in ("wrn40_2", "vgg11")},
+    ("dm_kd", "resnet34"): "--num_inference_steps 10",
+    ("diffdfkd", "resnet34"): "--num_inference_steps 10 --bn 0",
     ("diffdfkd", "cifar100"): "--images_per_class 500",
     ("diffdfkd", "tiny_imagenet"): "--images_per_class 250",
     ("dm_kd", "cifar100"): "--images_per_class 500",
     ("dm_kd", "tiny_imagenet"): "--images_per_class 250",
+    ("cmi",): "--init_rounds 200 --synthesis_batch_size 256 --oh 0.5 --cr_T 0.1",
 }
 # Settings that were published for other datasets than the script's, or not at all.
 KINDS = {
+    "csd": "settings published for CIFAR-10, wrn40_2 -> wrn16_1",
+    "dda": "CSD's published settings; for the diffusion stage none are, and its prior is trained here",
+    "cmi": "settings published for CIFAR-10, wrn40_2 -> wrn16_1",
+    "adi": "settings published for CIFAR-10, wrn40_2 -> wrn16_1, but for the steps",
+    "deepinv": "ADI's settings without its competition",
     **dict.fromkeys(CONTROLS, "steps and rates as the methods'"),
-    **{(m, dataset): "CIFAR-10's published settings" for m in GENERATED for dataset in ("cifar100", "tiny_imagenet")},
+    **{("diffdfkd", dataset): "CIFAR-10's published settings" for dataset in ("cifar100", "tiny_imagenet")},
+    "dm_kd": "DiffDFKD's settings, unguided; DM-KD's images are a DiT's",
 }
 # Which row of registry.PUBLISHED a method's scripts go for, where that is not its name alone.
 TABLE_ROW = {

@@ -22,10 +22,11 @@ from torch.utils.flop_counter import FlopCounterMode
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from engine.errors import run_command  # noqa: E402
-from engine.files import read_json  # noqa: E402
+from engine.networks.build import build_network  # noqa: E402
 from engine.report import markdown, replace_table, synthesis_and_distillation  # noqa: E402
-from models.load import build_network  # noqa: E402
+from engine.runtime.errors import run_command  # noqa: E402
+from engine.runtime.files import read_json  # noqa: E402
+from registry import MODELS  # noqa: E402
 
 UNET = {
     "sample_size": 64, "in_channels": 4, "out_channels": 4, "block_out_channels": (320, 640, 1280, 1280),
@@ -95,7 +96,7 @@ def costs() -> dict[str, Cost]:
     with torch.device("meta"):
         unet, decoder = UNet2DConditionModel(**UNET), AutoencoderKL(**VAE).decoder
         text = CLIPTextModel(CLIPTextConfig(**TEXT))
-        teacher, student = (build_network(f"{name}_imagenet", 1000) for name in ("resnet34", "resnet18"))
+        teacher, student = (build_network(MODELS, f"{name}_imagenet", 1000) for name in ("resnet34", "resnet18"))
         time, words = torch.zeros((), dtype=torch.long), torch.zeros(1, TOKENS, dtype=torch.long)
         prompt, picture = torch.zeros(1, TOKENS, TEXT["hidden_size"]), torch.zeros(1, 3, 224, 224, requires_grad=True)
         for size in SIZES:

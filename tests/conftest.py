@@ -5,9 +5,19 @@ from pathlib import Path
 
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
+import functools
+
 import pytest
 import torch
 
+from engine.data import datasets
+from engine.networks import build
+from registry import DATASETS, MODELS
+
+dataset_info = functools.partial(datasets.dataset_info, DATASETS)
+build_network, build_classifier, load_teacher = (
+    functools.partial(function, MODELS) for function in (build.build_network, build.build_classifier, build.load_teacher)
+)
 ROOT = Path(__file__).parents[1]
 
 # What shrinks a run of each method to a few seconds, whatever flags its script has.
@@ -47,8 +57,6 @@ def no_hub(monkeypatch):
 @pytest.fixture(scope="session")
 def teacher_file(tmp_path_factory):
     """Weights of a resnet8 for ten classes."""
-    from models.load import build_network
-
     torch.manual_seed(0)
     network = build_network("resnet8", 10)
     path = tmp_path_factory.mktemp("teacher") / "digits_resnet8.pth"
@@ -60,7 +68,7 @@ def teacher_file(tmp_path_factory):
 def command(monkeypatch, teacher_file):
     """Runs an entry point in this process: command("datafree_kd", "--method csd ...")."""
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr("engine.data._train_split_forbidden", False)
+    monkeypatch.setattr("engine.data.splits._train_split_forbidden", False)
 
     def call(module: str, arguments: str) -> None:
         import importlib

@@ -17,9 +17,8 @@ from pathlib import Path
 
 import torch
 
-from engine.files import load_checkpoint, weights_digest
-from models.load import build_network
-from tests.conftest import ROOT, TINY, TINY_TASK
+from engine.runtime.files import load_checkpoint, weights_digest
+from tests.conftest import ROOT, TINY, TINY_TASK, build_network
 
 # Long enough that kills land in every stage.
 LONGER = "--init_rounds 25 --fit_passes 15 --variants 8 --epochs 25"

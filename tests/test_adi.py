@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from datafree.adi import ADI, ADIConfig, ADISynthesizer, competition_loss
-from datafree.base import LowestLoss, Task
-from datafree.bn_statistics import BNStatistics, bn_loss
+from datafree.base import LowestLoss, Task, balanced_labels
 from datafree.deepinv import (
     DeepInversion,
     DeepInversionConfig,
@@ -16,11 +16,12 @@ from datafree.deepinv import (
     l2_norm,
     total_variation,
 )
-from engine.errors import UserError
-from engine.precision import Precision
+from engine.runtime.errors import UserError
+from engine.runtime.precision import Precision
 from models.classifier import Classifier, frozen
 
 CPU = torch.device("cpu")
+MEAN, STD = torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1), torch.tensor([0.2, 0.25, 0.3]).view(3, 1, 1)
 OFF = {"bn": 0.0, "oh": 0.0, "tv": 0.0, "l2": 0.0}
 
 
@@ -37,17 +38,43 @@ def classifier(seed, batch_norm=True):
         norm.running_var.uniform_(0.5, 2)
     layers = nn.Conv2d(3, 5, 3), norms[0], nn.ReLU(), nn.Conv2d(5, 7, 3, 2), norms[1], nn.ReLU()
     network = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(7, 4))
-    return frozen(Classifier(network, 4, 16, (0.4, 0.5, 0.6), (0.2, 0.25, 0.3), name=f"network{seed}"))
+    return frozen(Classifier(network, 4, 16, MEAN.flatten().tolist(), STD.flatten().tolist(), name=f"network{seed}"))
+
+
+def network_of(wrapped, images):
+    """Inputs of both BN layers, features and logits of ``classifier``, layer by layer."""
+    net, x = wrapped.network, (images - MEAN) / STD
+    first = F.conv2d(x, net[0].weight, net[0].bias)
+    second = F.conv2d(F.batch_norm(first, net[1].running_mean, net[1].running_var, net[1].weight, net[1].bias).relu(),
+                      net[3].weight, net[3].bias, stride=2)  # fmt: skip
+    last = F.batch_norm(second, net[4].running_mean, net[4].running_var, net[4].weight, net[4].bias).relu()
+    features = last.mean((2, 3))
+    return first, second, features, features @ net[8].weight.T + net[8].bias
+
+
+def statistics_loss(wrapped, images):
+    """Distance of images (B, 3, 16, 16) from the BN statistics of ``classifier``, layer by layer."""
+    distance = 0
+    for inputs, layer in zip(network_of(wrapped, images), (wrapped.network[1], wrapped.network[4])):
+        mean = inputs.mean((0, 2, 3))
+        var = (inputs - mean.view(1, -1, 1, 1)).square().mean((0, 2, 3))
+        distance = distance + (mean - layer.running_mean).norm() + (var - layer.running_var).norm()
+    return distance
+
+
+def inversion_loss(teacher, images, labels):
+    """BN distance and one-hot loss."""
+    logits = network_of(teacher, images)[3]
+    return statistics_loss(teacher, images), -logits.log_softmax(1)[range(len(labels)), labels].mean()
 
 
 def naive_js(student, teacher, low=0.01, high=0.99):
-    """Jensen-Shannon divergence at temperature 3, one probability at a time."""
+    """1/2 [KL(m || p) + KL(m || q)] at temperature 3, one probability at a time."""
     total = 0.0
     for s, t in zip(np.asarray(student, dtype=float) / 3, np.asarray(teacher, dtype=float) / 3):
         for p, q in zip(np.exp(s) / np.exp(s).sum(), np.exp(t) / np.exp(t).sum()):
-            p, q = min(max(p, low), high), min(max(q, low), high)
-            m = (p + q) / 2
-            total += 0.5 * (p * np.log(p / m) + q * np.log(q / m))
+            m, p, q = (min(max(x, low), high) for x in ((p + q) / 2, p, q))
+            total += 0.5 * (m * np.log(m / p) + m * np.log(m / q))
     return total / len(student)
 
 
@@ -60,13 +87,34 @@ def test_competition_is_one_minus_js():
     assert competition_loss(student, teacher) == competition_loss(teacher, student)
 
 
+def test_the_gradient_of_the_competition_is_the_published_ones():
+    """By differences of the loop above; the divergence the other way round, KL(p || m), has a much shorter gradient."""
+    torch.manual_seed(0)
+    student, teacher = (4 * torch.randn(5, 10, dtype=torch.double)).requires_grad_(), 6 * torch.randn(5, 10, dtype=torch.double)
+    found = torch.autograd.grad(competition_loss(student, teacher), student)[0]
+    expected, step = torch.zeros(5, 10), 1e-3  # the loss is computed in float32, the loop in double
+    for i in range(5):
+        for c in range(10):
+            ends = []
+            for sign in (1, -1):
+                moved = student.detach().clone()
+                moved[i, c] += sign * step
+                ends.append(-naive_js(moved, teacher))
+            expected[i, c] = (ends[0] - ends[1]) / (2 * step)
+    torch.testing.assert_close(found.float(), expected, atol=1e-5, rtol=1e-3)
+    p, q = ((x / 3).softmax(1).clamp(0.01, 0.99) for x in (student, teacher))
+    m = (p + q) / 2
+    other = torch.autograd.grad((p * (p / m).log() + q * (q / m).log()).sum() / 10, student)[0]
+    assert other.norm() < 0.6 * found.norm()
+
+
 def test_the_clamp_bounds_the_competition():
     student, teacher = torch.tensor([[0.0, 0.0, 90.0]], requires_grad=True), torch.tensor([[90.0, 0.0, 0.0]])
     loss = competition_loss(student, teacher)
-    by_hand = 0.99 * np.log(0.99 / 0.5) + 0.01 * np.log(0.01 / 0.5)  # twice half of it; the third class adds 0
-    assert loss.item() == pytest.approx(1 - by_hand, abs=1e-6)
+    by_hand = np.log(0.5 / np.sqrt(0.99 * 0.01))  # half of it in each of two classes; the third adds 0
+    assert loss.item() == pytest.approx(1 - by_hand, abs=1e-6) and by_hand < 1.62
     loss.backward()
-    assert torch.equal(student.grad, torch.zeros(1, 3)), "nothing to gain beyond 99 %"
+    assert student.grad.abs().max() < 1e-6, "nothing to gain beyond 99 %"
     milder = torch.tensor([[0.0, 0.0, 3.0]], requires_grad=True)
     competition_loss(milder, teacher).backward()
     assert milder.grad[0, 2] < 0 < milder.grad[0, 0], "descent makes the student surer of its mistake"
@@ -184,29 +232,76 @@ def test_the_loss_is_the_weighted_sum():
     teacher, student = classifier(0), classifier(1)
     config = ADIConfig(g_steps=1, synthesis_batch_size=4, bn=3.0, oh=5.0, tv=7.0, l2=11.0, adv=13.0, student_bn=17.0)
     scalars = synthesized(config, teacher, student).scalars
-    weights = {"loss_bn": 3, "loss_oh": 5, "loss_tv": 7, "loss_l2": 11, "loss_adv": 13, "loss_student_bn": -17}
+    weights = {"loss_bn": 3, "loss_oh": 5, "loss_tv": 7, "loss_l2": 11, "loss_adv": 13, "loss_student_bn": -3 * 17}
     assert float(scalars["loss_synthesis"]) == pytest.approx(
         sum(weight * float(scalars[name]) for name, weight in weights.items()), rel=1e-4
     )
 
 
-def distance(network, images):
-    statistics = BNStatistics(network)
-    with statistics.collect() as batch_stats:
-        logits = network(images)
-    return float(bn_loss(batch_stats, statistics.running)), logits
+def by_hand(config, teacher, student, pixels, moved, labels):
+    """Named losses of normalized pixels, and of the same jittered."""
+    images = moved * STD + MEAN
+    bn, oh = inversion_loss(teacher, images, labels)
+    steps = ((..., slice(1, None)), (..., slice(None, -1))), ((..., slice(1, None), slice(None)), (..., slice(None, -1), slice(None)))
+    tv = sum((pixels[after] - pixels[before]).abs().mean() for after, before in steps)
+    tv = tv + (pixels[..., 1:, 1:] - pixels[..., :-1, :-1]).abs().mean() + (pixels[..., 1:, :-1] - pixels[..., :-1, 1:]).abs().mean()
+    l2 = sum(image.square().sum().sqrt() for image in pixels) / len(pixels)
+    p, q = ((network_of(network, images)[3] / 3).softmax(1) for network in (student, teacher))
+    m, p, q = (x.clamp(0.01, 0.99) for x in ((p + q) / 2, p, q))
+    adv = 1 - ((m * (m / p).log()).sum(1) + (m * (m / q).log()).sum(1)).mean() / 2
+    left = statistics_loss(student, images)
+    loss = config.oh * oh + config.tv * tv + config.l2 * l2 + config.adv * adv + config.bn * (bn - config.student_bn * left)
+    return {"loss_bn": bn, "loss_oh": oh, "loss_tv": tv, "loss_l2": l2, "loss_adv": adv, "loss_student_bn": left, "loss": loss}
+
+
+FULL = ADIConfig(g_steps=3, synthesis_batch_size=8, bn=3.0, oh=5.0, tv=7.0, l2=0.1, adv=13.0, student_bn=0.2, lr_g=0.1)
+
+
+def test_every_loss_and_its_gradient():
+    teacher, student, labels = classifier(0), classifier(1), torch.arange(8) % 4
+    synthesizer, pixels = ADISynthesizer(FULL, teacher, student, task()), torch.randn(8, 3, 16, 16, requires_grad=True)
+    moved = pixels.roll((1, -2), (2, 3)).flip(3)
+    losses, expected = synthesizer.losses(pixels, moved, labels, student), by_hand(FULL, teacher, student, pixels, moved, labels)
+    assert set(losses) == set(expected)
+    for name, value in expected.items():
+        torch.testing.assert_close(losses[name], value, rtol=1e-4, atol=1e-5)
+        found, wanted = (torch.autograd.grad(x, pixels, retain_graph=True)[0] for x in (losses[name], value))
+        assert (found - wanted).norm() < 1e-3 * wanted.norm(), name
+
+
+def test_a_whole_synthesis_step():
+    """Three steps of Adam on pixels in the teacher's normalized space, each clipped; the lowest loss is kept."""
+    teacher, student = classifier(0), classifier(1)
+    torch.manual_seed(4)
+    batch = ADISynthesizer(FULL, teacher, student, task(flip=True)).synthesize(student)
+    torch.manual_seed(4)
+    balanced_labels(8, 4, CPU)  # draws as much
+    black, white = -MEAN / STD, (1 - MEAN) / STD
+    pixels = torch.randn(8, 3, 16, 16).clamp(black, white).requires_grad_()
+    optimizer, seen = torch.optim.Adam([pixels], lr=0.1, betas=(0.5, 0.99)), []
+    for _ in range(3):
+        loss = by_hand(FULL, teacher, student, pixels, jitter(pixels, True), batch.labels)["loss"]
+        seen.append((loss.item(), (pixels.detach() * STD + MEAN).clamp(0, 1)))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            pixels.clamp_(black, white)
+    lowest = min(seen, key=lambda pair: pair[0])
+    assert float(batch.scalars["loss_synthesis"]) == pytest.approx(lowest[0], rel=1e-4) and lowest[0] < seen[0][0]
+    assert (batch.images - lowest[1]).abs().mean() < 1e-5 < (seen[0][1] - lowest[1]).abs().mean()
 
 
 def test_images_leave_the_students_statistics():
+    """With a share of 1 the difference of the two distances falls."""
     teacher, student = classifier(0), classifier(1)
-    distances = []
+    differences = []
     for steps in (1, 12):
-        config = ADIConfig(g_steps=steps, synthesis_batch_size=8, adv=0.0, student_bn=1.0, **OFF)
+        config = ADIConfig(g_steps=steps, synthesis_batch_size=8, adv=0.0, student_bn=1.0, **OFF | {"bn": 1.0})
         torch.manual_seed(0)
-        batch = synthesized(config, teacher, student)
-        distances.append(distance(student, batch.images)[0])
-        assert float(batch.scalars["loss_student_bn"]) == pytest.approx(-float(batch.scalars["loss_synthesis"]))
-    assert distances[1] > 1.1 * distances[0]
+        images = synthesized(config, teacher, student).images
+        differences.append(float(statistics_loss(teacher, images) - statistics_loss(student, images)))
+    assert differences[1] < differences[0] - 0.5
 
 
 def test_images_divide_student_and_teacher():
@@ -218,6 +313,11 @@ def test_images_divide_student_and_teacher():
         images = synthesized(config, teacher, student).images
         divergences.append(naive_js(student(images).tolist(), teacher(images).tolist()))
     assert divergences[1] > 1.2 * divergences[0]
+
+
+def test_the_students_statistics_are_asked_for_within_the_bn_term_alone():
+    config = ADIConfig(g_steps=1, synthesis_batch_size=4, adv=0.0, bn=0.0)
+    assert "loss_student_bn" not in synthesized(config, classifier(0), classifier(1)).scalars
 
 
 def test_bad_input():

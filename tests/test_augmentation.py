@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from engine.augmentation import crop_flip, flip_shift
+from engine.data.crops import crop_flip, flip_shift, resized_boxes, resized_crop_flip
 
 FORMATS = [torch.contiguous_format, torch.channels_last]
 
@@ -86,3 +86,46 @@ def test_works_under_deterministic_algorithms():
     finally:
         torch.use_deterministic_algorithms(False)
     assert images.grad.isfinite().all()
+
+
+def test_a_resized_box_is_that_of_the_library():
+    """Inside; at its edges torchvision sees nothing beyond the box."""
+    from torchvision.transforms.v2 import InterpolationMode
+    from torchvision.transforms.v2.functional import resized_crop
+
+    images, box = torch.rand(2, 3, 32, 32), (5, 7, 12, 16)
+    arguments = [torch.full((2,), side / 32) for side in box]
+    found = resized_boxes(images, *arguments, torch.ones(2))
+    wanted = resized_crop(images, *box, [32, 32], interpolation=InterpolationMode.BICUBIC, antialias=False).clamp(0, 1)
+    assert (found - wanted)[..., 6:-6, 6:-6].abs().max() < 1e-5
+    assert torch.allclose(resized_boxes(images, *arguments, -torch.ones(2)), found.flip(3), atol=1e-5)
+    whole = [torch.zeros(2), torch.zeros(2), torch.ones(2), torch.ones(2)]
+    assert torch.allclose(resized_boxes(images, *whole, torch.ones(2)), images, atol=1e-5)
+
+
+def test_resized_crops_have_the_areas_and_aspects_of_the_library():
+    """Read off a picture of its own coordinates: every pixel says where it comes from."""
+    from torchvision.transforms.v2 import RandomResizedCrop
+
+    torch.manual_seed(0)
+    count, size = 2000, 64
+    ramp = ((torch.arange(size) + 0.5) / size).expand(size, size)
+    images = torch.stack([ramp, ramp.T, ramp]).expand(count, 3, size, size)
+    views = resized_crop_flip(images, flip=True)
+    width = (views[:, 0, 32, 42] - views[:, 0, 32, 22]) * size / 20
+    height = (views[:, 1, 42, 32] - views[:, 1, 22, 32]) * size / 20
+    assert 0.45 < (width < 0).float().mean() < 0.55 and bool((height > 0).all())
+    theirs = [RandomResizedCrop(size).make_params([images[0]]) for _ in range(count)]
+    for mine, wanted in ((width.abs(), "width"), (height, "height")):
+        drawn = torch.tensor([params[wanted] / size for params in theirs])
+        assert mine.max() <= 1.01
+        for q in (0.1, 0.5, 0.9):
+            assert mine.quantile(q).item() == pytest.approx(drawn.quantile(q).item(), abs=0.03)
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_resized_crops_keep_type_and_range(memory_format):
+    images = torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8).contiguous(memory_format=memory_format)
+    views = resized_crop_flip(images, flip=False)
+    assert views.dtype == torch.uint8 and views.shape == images.shape and not torch.equal(views, images)
+    assert resized_crop_flip(images / 255, flip=False).max() <= 1

@@ -13,19 +13,13 @@ import pytest
 import torch
 
 from datafree import bank as bank_module
-from datafree.bank import (
-    ImageBank,
-    Manifest,
-    TransferSet,
-    class_files,
-    export_folders,
-    read_images,
-    read_manifest,
-    to_uint8,
-)  # fmt: skip
-from datafree.mapped import MappedImages, prefetch
-from engine.errors import UserError, explain_os_error
-from engine.files import save_tensors
+from datafree.bank import export_folders
+from engine.data.bank import ImageBank, Manifest, read_manifest, to_uint8
+from engine.data.image_files import class_files, read_images
+from engine.data.mapped import MappedImages, prefetch
+from engine.data.transfer_set import TransferSet
+from engine.runtime.errors import UserError, explain_os_error
+from engine.runtime.files import save_tensors
 from tests.conftest import ROOT
 
 MANIFEST = Manifest("digits", 10, 8, "resnet8", "abc")
@@ -107,7 +101,7 @@ def test_a_full_disk_leaves_the_bank_whole(tmp_path, monkeypatch):
     def full(descriptor):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("engine.files.os.fsync", full)
+    monkeypatch.setattr("engine.runtime.files.os.fsync", full)
     with pytest.raises(OSError) as caught:
         bank.append("synthesize", 3, torch.zeros(2, 3, 8, 8), torch.zeros(2, dtype=torch.long))
     assert "no space left" in str(explain_os_error(caught.value))
@@ -225,7 +219,7 @@ def test_a_shard_of_another_size_is_named(tmp_path):
 
 def served(bank, home, monkeypatch, steps=9, **shares):
     """Labels and images of some batches; the last shard joins as a round's would."""
-    monkeypatch.setattr(bank_module, "memory_limit", lambda device: 0 if home == "mapped" else 2**40)
+    monkeypatch.setattr("engine.data.transfer_set.memory_limit", lambda device: 0 if home == "mapped" else 2**40)
     transfer = TransferSet(14, 8, torch.device("cpu"))
     assert transfer.mapped == (home == "mapped") and transfer.description.endswith(
         "in mapped shards" if home == "mapped" else "in host memory"
@@ -285,7 +279,7 @@ def test_batches_for_another_device_are_pinned_in_the_thread(limit, monkeypatch)
     """With a device that stands for a GPU."""
     pinned = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(threading.current_thread().name) or self)
-    monkeypatch.setattr(bank_module, "memory_limit", lambda device: limit)
+    monkeypatch.setattr("engine.data.transfer_set.memory_limit", lambda device: limit)
     transfer = TransferSet(6, 4, torch.device("meta"))
     transfer.add(torch.zeros(6, 3, 4, 4, dtype=torch.uint8), torch.arange(6))
     images, labels = next(transfer.batches(4, lambda images: images, seed=0))
@@ -310,17 +304,17 @@ import re, sys
 from itertools import islice
 from pathlib import Path
 import torch
-from datafree import bank as module
+from engine.data.splits import bank as module, transfer_set
 
 def anonymous():
     return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) // 1024
 
 bank = module.ImageBank(sys.argv[1], module.Manifest("digits", 10, 64))
 for limit in (0, 2**40):
-    module.memory_limit = lambda device: limit
+    transfer_set.memory_limit = lambda device: limit
     before = anonymous()
     columns = bank.read("synthesize")
-    transfer = module.TransferSet(len(columns["labels"]), 64, torch.device("cpu"))
+    transfer = transfer_set.TransferSet(len(columns["labels"]), 64, torch.device("cpu"))
     transfer.add(**columns)
     batches = transfer.batches(128, lambda x: x, seed=0)
     print(max(anonymous() for _ in islice(batches, 100)) - before)

@@ -6,15 +6,15 @@ import pytest
 import torch
 from torch import nn
 
-from datafree.bank import ImageBank, Manifest
+from datafree.benchmark import loops as benchmark
+from datafree.benchmark import measuring
+from datafree.benchmark.loops import Ceilings, Measured
 from datafree.generators import Generator, reset
-from engine import benchmark, measuring
-from engine.benchmark import Ceilings, Measured
-from engine.data import dataset_info
-from engine.errors import UserError
-from engine.networks import build_classifier
-from engine.precision import Precision
+from engine.data.bank import ImageBank, Manifest
+from engine.runtime.errors import UserError
+from engine.runtime.precision import Precision
 from models.classifier import frozen
+from tests.conftest import build_classifier, dataset_info
 
 CPU = torch.device("cpu")
 TINY = "--dataset digits --batch_size 8 --bank 16 --workers 0 --seconds 0.01 --repeats 2 --gpu -1 --compile no"

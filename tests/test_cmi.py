@@ -1,5 +1,6 @@
 """CMI: its contrastive loss, views, memory and statistics against independent computations."""
 
+import copy
 import io
 import math
 
@@ -13,11 +14,12 @@ from datafree import cmi
 from datafree.base import Task
 from datafree.bn_statistics import BNStatistics, bn_loss
 from datafree.cmi import CMI, CMIConfig, crop_resize, info_nce, local_views
+from datafree.generators import reset
 from datafree.losses import adversarial_loss, one_hot_loss
-from engine.augmentation import crop_flip
-from engine.errors import UserError
-from engine.precision import Precision
-from tests.test_adi import CPU, classifier
+from engine.data.crops import crop_flip
+from engine.runtime.errors import UserError
+from engine.runtime.precision import Precision
+from tests.test_adi import CPU, classifier, inversion_loss, network_of
 
 LENGTH = 7 + 5 + 7  # penultimate features, and the inputs of two BN layers
 
@@ -164,6 +166,89 @@ def test_the_positive_is_the_images_own_global_view(shift, monkeypatch):
     assert found == pytest.approx(brute_force(local.roll(shift, 0), whole, remembered, 0.2), rel=1e-5)
     for others in ((local.roll(1 - shift, 0), whole), (whole, local.roll(shift, 0))):
         assert found != pytest.approx(brute_force(*others, remembered, 0.2), rel=1e-5)
+
+
+def by_hand(teacher, student, head, memory, images, labels):
+    """The synthesis loss at weights 2, 3, 5, 7 where the global view is the image and the local one its reversal."""
+    bn, oh = inversion_loss(teacher, images, labels)
+    first, bias, second, other_bias = head
+    embedded = []
+    for view in (images.flip(3), images):
+        layers = network_of(teacher, view)
+        embedded.append(torch.cat([layers[2], layers[0].mean((2, 3)), layers[1].mean((2, 3))], 1))
+    r = torch.cat([*embedded, memory])
+    r = (r @ first.T + bias).clamp(min=0) @ second.T + other_bias
+    r = r / r.square().sum(1, keepdim=True).sqrt()
+    count, contrast = len(images), 0
+    for i in range(count):
+        similarities = r[count:] @ r[i] / 0.2
+        contrast = contrast + (similarities.exp().sum().log() - similarities[i]) / count
+    t, s = network_of(teacher, images)[3], network_of(student, images)[3]
+    agree = t.argmax(1) == s.argmax(1)
+    adv = -((t.softmax(1) * (t.log_softmax(1) - s.log_softmax(1))).sum(1) * agree).mean()
+    return {"loss_bn": bn, "loss_oh": oh, "loss_cr": contrast, "loss_adv": adv, "loss": 2 * bn + 3 * oh + 5 * contrast + 7 * adv}
+
+
+@pytest.fixture
+def reversal(monkeypatch):
+    monkeypatch.setattr(cmi, "local_views", lambda images, flip: images.flip(3))
+
+
+@pytest.fixture
+def near_student():
+    """Of the teacher's opinion on most images, not on all."""
+    student = classifier(0)
+    student.network[8].weight.data *= 1.5
+    student.network[8].bias.data += 0.2 * torch.randn(4, generator=torch.Generator().manual_seed(1))
+    return student
+
+
+def weighted(**flags):
+    return method(augment=lambda x: x, bn=2.0, oh=3.0, cr=5.0, adv=7.0, negatives=100, **flags).synthesizer()
+
+
+def test_every_loss_and_its_gradient(reversal, near_student):
+    synthesizer, student, labels = weighted(), near_student, torch.arange(6) % 4
+    synthesizer.remember(torch.rand(5, 3, 16, 16))
+    images = torch.rand(6, 3, 16, 16, requires_grad=True)
+    head = list(synthesizer.head.parameters())
+    losses = synthesizer.losses(images, labels, student)
+    expected = by_hand(synthesizer.teacher, student, head, synthesizer.memory.float(), images, labels)
+    assert set(losses) == set(expected) and expected["loss_adv"] != 0
+    for name, value in expected.items():
+        torch.testing.assert_close(losses[name], value, rtol=1e-4, atol=1e-5)
+        wanted = torch.autograd.grad(value, [images, *head], retain_graph=True, allow_unused=True)
+        found = torch.autograd.grad(losses[name], [images, *head], retain_graph=True, allow_unused=True)
+        for a, b in zip(found, wanted):
+            assert (a is None) == (b is None) and (a is None or (a - b).norm() < 1e-3 * b.norm()), name
+
+
+def test_a_whole_synthesis_step(reversal, near_student):
+    """Two steps of Adam on generator and noise (betas .5, .999) and on the head (.9, .999)."""
+    synthesizer, student = weighted(lr_g=0.01), near_student
+    generator, head = copy.deepcopy(synthesizer.generator), [p.detach().clone() for p in synthesizer.head.parameters()]
+    torch.manual_seed(3)
+    batch = synthesizer.synthesize(student)
+    torch.manual_seed(3)
+    reset(generator).train()
+    z = torch.randn(6, 8, requires_grad=True)
+    head = [p.requires_grad_() for p in head]
+    fresh = torch.optim.Adam([*generator.parameters(), z], lr=0.01, betas=(0.5, 0.999))
+    lasting, seen = torch.optim.Adam(head, lr=0.01), []
+    for _ in range(2):
+        images = generator(z)
+        loss = by_hand(synthesizer.teacher, student, head, torch.zeros(0, LENGTH), images, batch.labels)["loss"]
+        seen.append((loss.item(), images.detach()))
+        for optimizer in (fresh, lasting):
+            optimizer.zero_grad()
+        loss.backward()
+        for optimizer in (fresh, lasting):
+            optimizer.step()
+    lowest = min(seen, key=lambda pair: pair[0])
+    assert batch.scalars["loss_synthesis"].item() == pytest.approx(lowest[0], rel=1e-4)
+    assert (batch.images - lowest[1]).abs().mean() < 1e-4 < (seen[0][1] - seen[1][1]).abs().mean()
+    for found, expected in zip(synthesizer.head.parameters(), head):
+        assert (found - expected).abs().mean() < 1e-4
 
 
 def test_negatives_are_drawn_without_repetition(monkeypatch):

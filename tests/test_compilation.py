@@ -9,9 +9,9 @@ from torch import nn
 
 from datafree.base import Task
 from datafree.csd import CSD, AlignedDistillation, CSDConfig
-from engine.compilation import Compiler, _copying
-from engine.distill import StudentStep
-from engine.precision import Precision
+from engine.loops.distill import StudentStep
+from engine.runtime.compilation import Compiler, _copying
+from engine.runtime.precision import Precision
 from models.classifier import Classifier, Output, frozen, weights_fixed
 from registry import METHODS
 
@@ -91,7 +91,7 @@ def test_a_student_step_is_the_plain_one():
     for choice in ("no", "yes"):
         compiler, student = Compiler(choice, CPU, log=lines.append), classifier(1, 6)
         torch.manual_seed(2)
-        objective = AlignedDistillation(CSDConfig(), student.feature_map_shape, teacher.feature_map_shape)
+        objective = AlignedDistillation(CSDConfig(), student.block_map_shape, teacher.block_map_shape)
         step = StudentStep(student, objective).train()
         with torch.no_grad():
             output = compiler(teacher, 1, "teacher", constant_weights=True)(images, return_features=True)

@@ -8,10 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
-import engine.data as data
-from engine.data import StreamedSplit, allow_train_split, dataset_info, forbid_train_split, load_split
-from engine.errors import UserError
+import engine.data.splits as data
+from engine.data.splits import StreamedSplit, allow_train_split, forbid_train_split, load_split
+from engine.runtime.errors import UserError
 from registry import DATASETS
+from tests.conftest import dataset_info
 
 SHARED = Path(__file__).parents[2] / "shared"
 

@@ -11,19 +11,20 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from datafree.bank import ImageBank, Manifest
 from datafree.base import ImageBatch
 from datafree.diffdfkd import DEFAULT_MODEL, MapDistillation, default_model, mixed
-from engine import generate
-from engine.errors import UserError
-from engine.generate import Order
-from engine.processes import Processes
-from engine.run import Run
-from engine.stages import Stages
+from engine.data.bank import ImageBank, Manifest
+from engine.loops import fill as fill_module
+from engine.loops.fill import fill
+from engine.loops.generate import GuidedMaker, Order
+from engine.loops.stages import first_of_each
+from engine.runtime.errors import UserError
+from engine.runtime.processes import Processes
+from engine.runtime.run import Run
+from engine.runtime.stage_record import StageRecord
 from models.classifier import Classifier, frozen
-from models.load import build_network
 from tests import tiny_pipelines
-from tests.conftest import ROOT, TINY, TINY_TASK
+from tests.conftest import ROOT, TINY, TINY_TASK, build_network
 
 ORDER = Order(images=46, num_classes=10, round_size=16, batch_size=5, seed=3)
 
@@ -38,6 +39,7 @@ class Scribbler:
 
     def __init__(self, learns_from=1000, stop_after=None):
         self.learns_from, self.stop_after, self.level = learns_from, stop_after, torch.zeros(())
+        self.competes = learns_from < 1000
 
     def generate(self, labels, seeds, repeats):
         if self.stop_after is not None and Scribbler.made >= self.stop_after:
@@ -68,13 +70,13 @@ class Scribbler:
 
 def open_run(path):
     run = Run(path, {})
-    return run, Stages(path / "stages.json", {"generate": {}}), ImageBank(path / "bank", Manifest("d", 10, 8))
+    return run, StageRecord(path / "stages.json", {"generate": {}}), ImageBank(path / "bank", Manifest("d", 10, 8))
 
 
 def filled(path, order=ORDER, processes=Processes(), **settings):
     run, stages, bank = open_run(path)
     try:
-        generate.generate(run, stages, bank, lambda: Scribbler(**settings), order, processes)
+        fill(run, stages, bank, "generate", order.rounds, lambda: GuidedMaker(Scribbler(**settings), order), processes)
     finally:
         run.close()
     return bank.read("generate")
@@ -113,6 +115,30 @@ def test_classes_are_balanced_in_every_order():
     assert [len(b) for b in ORDER.batches(0)] == [5, 5, 5, 1] and [len(b) for b in ORDER.batches(2)] == [5, 5, 4]
 
 
+@pytest.mark.parametrize("images, round_size, batch_size", [(60, 16, 4), (200, 32, 16), (50, 200, 16), (30, 7, 1)])
+def test_one_class_a_batch(images, round_size, batch_size):
+    """Every class equally often; a class's images are counted on; rounds and the last cycle cut batches short."""
+    order = Order(images, 10, round_size, batch_size, seed=3, one_class=True)
+    batches = [batch for round in range(order.rounds) for batch in order.batches(round)]
+    assert [p for batch in batches for p in batch] == list(range(images)) and max(map(len, batches)) <= batch_size
+    labels = [order.labels(batch).tolist() for batch in batches]
+    assert all(len(set(batch)) == 1 for batch in labels)
+    seen = dict.fromkeys(range(10), 0)
+    for batch, classes in zip(batches, labels):
+        assert order.repeats(batch) == list(range(seen[classes[0]], seen[classes[0]] + len(batch)))
+        seen[classes[0]] += len(batch)
+    assert set(seen.values()) == {images // 10}
+
+
+def test_a_stopped_stage_of_one_class_a_batch_makes_the_same_bank(tmp_path):
+    order = Order(60, 10, 16, 4, 3, one_class=True)
+    whole = filled(tmp_path / "whole", order)
+    Scribbler.made = 0
+    with pytest.raises(KeyboardInterrupt):
+        filled(tmp_path / "stopped", order, stop_after=6)
+    assert same(filled(tmp_path / "stopped", order), whole) and whole["labels"].bincount().tolist() == [6] * 10
+
+
 @pytest.mark.parametrize("learns_from", [1000, 16])
 def test_a_stopped_stage_makes_the_same_bank(tmp_path, learns_from):
     whole = filled(tmp_path / "whole", learns_from=learns_from)
@@ -132,8 +158,8 @@ def test_several_processes_make_the_bank_of_one(tmp_path, count, learns_from):
     queues = [(queue.Queue(), queue.Queue()) for _ in range(count)]
     others = [
         threading.Thread(
-            target=generate.generate,
-            args=(None, None, None, lambda: Scribbler(learns_from), ORDER, Thread(rank, queues)),
+            target=fill,
+            args=(None, None, None, "generate", ORDER.rounds, lambda: GuidedMaker(Scribbler(learns_from), ORDER), Thread(rank, queues)),
         )
         for rank in range(1, count)
     ]
@@ -148,7 +174,7 @@ def test_several_processes_make_the_bank_of_one(tmp_path, count, learns_from):
 def test_a_lost_shard_is_named(tmp_path):
     filled(tmp_path, learns_from=16)
     (tmp_path / "bank" / "generate-000000.safetensors").unlink()
-    with pytest.raises(UserError, match="misses round 0 of 2; .* --redo generate"):
+    with pytest.raises(UserError, match="misses round 0 of 3; .* --redo generate"):
         filled(tmp_path, learns_from=16)
 
 
@@ -226,14 +252,12 @@ def test_map_loss_of_known_maps():
 
 # Whole runs
 
-KINDS = ("stable_diffusion", "sdxl", "turbo", "dit", "pixel_unet", "patch_prior")
+KINDS = tiny_pipelines.GENERATIVE
 
 
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory):
-    root = tmp_path_factory.mktemp("priors")
-    names = {kind: kind + (".safetensors" if kind == "patch_prior" else "") for kind in KINDS}
-    return {kind: getattr(tiny_pipelines, kind)(root / name) for kind, name in names.items()}
+    return tiny_pipelines.generative(tmp_path_factory.mktemp("priors"))
 
 
 def shards(folder):
@@ -257,16 +281,16 @@ def test_a_run_stopped_at_a_shard_goes_on_to_the_same_bits(paths, distill, tmp_p
     extra = f"--diffusion_model {paths['patch_prior']} --images_per_class 2 --stages generate --adv_from 1 --adv_steps 10"
     plain, extra = extra, f"{extra} --adv 1000"
     distill("diffdfkd", tmp_path / "whole", extra)
-    original, calls = generate.save_checkpoint, []
+    original, calls = fill_module.save_checkpoint, []
 
     def failing(*args):
         calls.append(1)
         original(*args)
         if len(calls) == 2:
-            raise KeyboardInterrupt  # the student has learned, the round is not made
+            raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(generate, "save_checkpoint", failing)
+        patch.setattr(fill_module, "save_checkpoint", failing)
         distill("diffdfkd", tmp_path / "broken", extra)
     assert 0 < len(shards(tmp_path / "broken")) < len(shards(tmp_path / "whole")) == 4
     distill("diffdfkd", tmp_path / "broken", extra)
@@ -274,6 +298,45 @@ def test_a_run_stopped_at_a_shard_goes_on_to_the_same_bits(paths, distill, tmp_p
     distill("diffdfkd", tmp_path / "broken", extra)  # done: skipped
     distill("diffdfkd", tmp_path / "plain", plain)
     assert shards(tmp_path / "plain") != shards(tmp_path / "whole")
+
+
+def test_what_the_student_sees_does_not_reach_the_generated_images(paths, distill, tmp_path):
+    """Its mixing is a flag of stage distill: the student that competes while images are drawn must not feel it."""
+    extra = f"--diffusion_model {paths['patch_prior']} --images_per_class 2 --stages generate"
+    extra += " --adv 1000 --adv_from 1 --adv_steps 10"
+    distill("diffdfkd", tmp_path / "plain", extra)
+    distill("diffdfkd", tmp_path / "mixed", f"{extra} --mix cutmix")
+    assert shards(tmp_path / "mixed") == shards(tmp_path / "plain") and len(shards(tmp_path / "plain")) == 4
+
+
+@pytest.mark.parametrize("change", ["--adv_lr .2", "--adv_T 3", "--adv_batch_size 5"])
+def test_the_competitor_s_flags_change_the_images_and_bind_the_bank(change, paths, distill, tmp_path):
+    extra = f"--diffusion_model {paths['patch_prior']} --images_per_class 2 --stages generate"
+    extra += " --adv 1000 --adv_from 1 --adv_steps 10"
+    distill("diffdfkd", tmp_path / "plain", extra)
+    distill("diffdfkd", tmp_path / "changed", f"{extra} {change}")
+    assert shards(tmp_path / "changed") != shards(tmp_path / "plain")
+    with pytest.raises(UserError, match=change.split()[0][2:]):
+        distill("diffdfkd", tmp_path / "plain", f"{extra} {change}")
+
+
+def test_published_settings_and_what_the_student_sees(paths, distill, tmp_path):
+    """One class a batch, ancestral steps; resized crops and a cap on each class's images are the student's alone."""
+    extra = f"--diffusion_model {paths['patch_prior']} --images_per_class 3 --scheduler ancestral --batch_classes one"
+    distill("diffdfkd", tmp_path / "run", f"{extra} --lca_every 0 --epochs 1 --student_crop resized")
+    labels = ImageBank(tmp_path / "run" / "bank", Manifest("digits", 10, 16)).read("generate")["labels"]
+    assert all(len(set(labels[k : k + 3].tolist())) == 1 for k in range(0, 30, 3))
+    flags = f"--init_bank {tmp_path / 'run'} --epochs 1 --student_crop resized --student_images_per_class"
+    distill("diffdfkd", tmp_path / "capped", f"{flags} 2")
+    result = json.loads((tmp_path / "capped" / "result.json").read_text())
+    assert result["bank_images"] == 20 and result["settings"]["student_crop"] == "resized"
+    with pytest.raises(UserError, match="--student_images_per_class 0 found, a whole number from 1 on wanted"):
+        distill("diffdfkd", tmp_path / "none", f"{flags} 0")
+
+
+def test_the_first_images_of_each_class():
+    labels = torch.tensor([2, 0, 2, 2, 1, 0, 0, 2])
+    assert first_of_each(labels, 2).tolist() == [True, True, True, False, True, True, False, False]
 
 
 def test_two_real_processes_make_the_bank_of_one(paths, distill, teacher_file, tmp_path):

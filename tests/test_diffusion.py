@@ -13,7 +13,7 @@ from datafree.diffusion.denoising import EMA_POWER, EMA_WIDTH, Denoising
 from datafree.diffusion.pixel import PixelPrior
 from datafree.diffusion.prior import denoising_steps, hub_errors, prior_name, seeded_noise
 from datafree.diffusion.variation import ImageToImage, ImageVariation, resize
-from engine.errors import UserError
+from engine.runtime.errors import UserError
 from tests import tiny_pipelines
 
 NAMES = ("ant", "bee", "cat", "dog")

@@ -12,12 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
-from engine.errors import UserError
-from engine.files import load_checkpoint
-from models.load import build_network, load_weights
+from engine.networks.weights import load_weights
+from engine.runtime.errors import UserError
+from engine.runtime.files import load_checkpoint
 from registry import DATASETS
 from tests import tiny_pipelines
-from tests.conftest import ROOT
+from tests.conftest import ROOT, build_network
 
 PUBLISHED = ("train_from_scratch/domainnet", "generate_data/generate_data_domainNet", "distill/distill")
 OTHER = {"aircraft carrier": 0, "ambulance": 4, "zigzag": 344}  # classes outside the ten

@@ -12,8 +12,8 @@ from torch import nn
 from datafree.base import Task, balanced_labels
 from datafree.fast import Fast, FastConfig, FastSynthesizer, Inversion, blend, with_gradient
 from datafree.losses import adversarial_loss
-from engine.errors import UserError
-from engine.precision import Precision
+from engine.runtime.errors import UserError
+from engine.runtime.precision import Precision
 
 CPU = torch.device("cpu")
 TASK = Task(10, 16, CPU, lambda images: images, Precision("no", CPU))
@@ -82,6 +82,70 @@ def test_the_meta_gradient_is_that_of_autograd(is_maml, teacher, monkeypatch):
     moved = before - torch.stack([meta.slope, meta.offset]).detach()
     assert torch.allclose(moved, fomaml if is_maml else reptile, rtol=1e-4, atol=1e-7)
     assert moved.abs().min() > 1e-4
+
+
+def by_hand(config, teacher, student, images, labels, average):
+    """Named losses at ``adv`` 2 of the teacher and student below; and the statistics of this batch."""
+    x = F.conv2d(images, teacher[0].weight, teacher[0].bias, stride=2)
+    stats = [x.mean((0, 2, 3)), x.var((0, 2, 3), unbiased=False)]
+    blended = [(1 - config.bn_mmt) * new + config.bn_mmt * old for new, old in zip(stats, average)] if average else stats
+    bn = (blended[0] - teacher[1].running_mean).norm() + (blended[1] - teacher[1].running_var).norm()
+    t, s = teacher(images), student(images)
+    kl = (t.softmax(1) * (t.log_softmax(1) - s.log_softmax(1))).sum(1)
+    adv, oh = -(kl * (t.argmax(1) == s.argmax(1))).mean(), -t.log_softmax(1)[range(len(labels)), labels].mean()
+    loss = config.bn * bn + config.oh * oh + 2 * adv
+    return {"loss_bn": bn, "loss_oh": oh, "loss_adv": adv, "loss": loss}, [x.detach() for x in blended]
+
+
+def test_every_loss_and_its_gradient(teacher, student):
+    config, images, labels = small(bn=3.0, oh=0.5, bn_mmt=0.7), torch.rand(6, 3, 16, 16, requires_grad=True), torch.arange(6)
+    student[1].bias.data[teacher(images)[0].argmax()] = 2.0  # so that they agree on some
+    average = [torch.randn(5), torch.rand(5)]
+    inversion = Inversion(config, teacher, TASK, adv=2.0)
+    inversion.load_average([tuple(average)])
+    losses, (expected, _) = inversion.losses(images, labels, student), by_hand(config, teacher, student, images, labels, average)
+    assert set(losses) == set(expected) and expected["loss_adv"] < 0
+    for name, value in expected.items():
+        torch.testing.assert_close(losses[name], value, rtol=1e-4, atol=1e-5)
+        found, wanted = (torch.autograd.grad(x, images, retain_graph=True)[0] for x in (losses[name], value))
+        assert (found - wanted).norm() < 1e-3 * wanted.norm(), name
+
+
+@pytest.mark.parametrize("is_maml", [1, 0])
+def test_two_whole_rounds(is_maml, teacher, student):
+    """Adaptation, running average and meta step, both with Adam; Reptile's gradient 67 times as long, as in the script.
+
+    Where a gradient is all but 0 Adam makes a step of its rounding, hence the tolerance.
+    """
+    config = small(is_maml=is_maml, adv=2.0)
+    student[1].bias.data[teacher(torch.full((1, 3, 16, 16), 0.5)).argmax()] = 1.0  # so that they agree on some
+    synthesizer = FastSynthesizer(config, teacher, TASK, warm_up=False)
+    meta, start = copy.deepcopy(synthesizer.generator), copy.deepcopy(synthesizer.generator)
+    outer, average = torch.optim.Adam(meta.parameters(), lr=3 * config.lr_g, betas=(0.5, 0.999)), None
+    for round in range(2):
+        torch.manual_seed(round)
+        batch = synthesizer.synthesize(student)
+        torch.manual_seed(round)
+        z, adapted, seen = torch.randn(6, 4, requires_grad=True), copy.deepcopy(meta), []
+        groups = [{"params": adapted.parameters(), "lr": config.lr_g}, {"params": [z], "lr": config.lr_z}]
+        inner, sums = torch.optim.Adam(groups, betas=(0.5, 0.999)), [0 for _ in meta.parameters()]
+        for _ in range(3):
+            images = adapted(z)
+            losses, blended = by_hand(config, teacher, student, images, batch.labels, average)
+            inner.zero_grad()
+            losses["loss"].backward()
+            sums = [total + p.grad for total, p in zip(sums, adapted.parameters())]
+            inner.step()
+            seen.append((losses["loss"].item(), images.detach()))
+        average = blended
+        for p, new, total in zip(meta.parameters(), adapted.parameters(), sums):
+            p.grad = total if is_maml else 67 * (p.detach() - new.detach())
+        outer.step()
+        lowest = min(seen, key=lambda pair: pair[0])
+        assert batch.scalars["loss_synthesis"].item() == pytest.approx(lowest[0], rel=1e-3) and losses["loss_adv"] < 0
+        assert (batch.images - lowest[1]).abs().mean() < 2e-2 * (seen[0][1] - seen[-1][1]).abs().mean()
+        found, expected, before = (torch.cat([p.detach().flatten() for p in g.parameters()]) for g in (synthesizer.generator, meta, start))
+        assert (found - expected).abs().mean() < 3e-2 * (expected - before).abs().mean()
 
 
 def test_with_gradient():

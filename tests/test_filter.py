@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from datafree.filter import DEFAULT_MODELS, EMBEDDINGS, build_embedding, calibrated_omega, cosines, keep_mask
-from engine.errors import UserError
+from engine.runtime.errors import UserError
 from tests import tiny_pipelines
 
 

@@ -13,11 +13,10 @@ from datafree.diffusion.glyphs import find_fonts, render
 from datafree.diffusion.patch_unet import SHIPPED as FOLDER
 from datafree.diffusion.patch_unet import PatchUNet, denoise, load_patch_prior
 from datafree.diffusion.prior import seeded_noise
-from engine.data import dataset_info, load_split
-from engine.errors import UserError
-from engine.files import load_tensors, save_tensors
-from models.load import build_network
-from tests.conftest import ROOT
+from engine.data.splits import load_split
+from engine.runtime.errors import UserError
+from engine.runtime.files import load_tensors, save_tensors
+from tests.conftest import ROOT, build_network, dataset_info
 
 SHIPPED = FOLDER / "glyphs_digits_16.safetensors"
 

@@ -11,7 +11,7 @@ from datafree.base import balanced_labels
 from datafree.bn_statistics import BNStatistics, batch_statistics, bn_loss
 from datafree.generators import Generator, UpsampleConv2d, reset
 from datafree.losses import kd_loss, one_hot_loss, rotation_labels, rotations
-from engine.errors import UserError
+from engine.runtime.errors import UserError
 
 
 def test_kd_loss_is_temperature_squared_kl():
@@ -155,8 +155,3 @@ def test_balanced_labels():
     counts = torch.bincount(balanced_labels(23, 10, torch.device("cpu")), minlength=10)
     assert counts.sum() == 23 and counts.max() - counts.min() <= 1
     assert len(set(balanced_labels(5, 10, torch.device("cpu")).tolist())) == 5
-
-
-def test_csd_rotation_loss_is_minus_cross_entropy_of_joint_labels():
-    logits, labels = torch.zeros(8, 40), torch.tensor([1, 2])
-    assert float(-F.cross_entropy(logits, rotation_labels(labels))) == pytest.approx(-math.log(40))

@@ -12,10 +12,11 @@ import torchvision
 from safetensors.torch import save_file
 from torch import nn
 
-from engine.errors import UserError
+from engine.networks.weights import load_weights
+from engine.runtime.errors import UserError
 from models.classifier import Classifier, Output, eval_mode, frozen, weights_fixed
-from models.load import build_network, load_weights
 from registry import MODELS
+from tests.conftest import build_network
 
 PUBLISHED = json.loads((Path(__file__).parent / "data" / "teacher_keys.json").read_text())
 SHARED = Path(__file__).parents[2] / "shared"

@@ -13,8 +13,8 @@ from torch import nn
 
 from datafree.base import Task
 from datafree.nayer import NAYER, NAYERConfig, NAYERSynthesizer, grouped_labels, noisy_layers, orthogonal_codes, text_codes
-from engine.errors import UserError
-from engine.precision import Precision
+from engine.runtime.errors import UserError
+from engine.runtime.precision import Precision
 from tests.conftest import ROOT
 
 CPU = torch.device("cpu")
@@ -211,7 +211,7 @@ def test_text_codes_are_made_once(text_model, teacher, student, monkeypatch):
     method = NAYER(config, teacher, student, TASK)
     warm = method.initial_synthesizer()
     warm.synthesize(student)
-    expected = text_codes(NAMES, "a photo of a {label}", text_model, CPU)
+    expected = text_codes(NAMES, "a image of {label}", text_model, CPU)
     assert torch.equal(warm.codes, expected)
     monkeypatch.setattr("datafree.nayer.text_codes", None)
     main = method.synthesizer()
@@ -292,4 +292,4 @@ def test_clip_wants_class_names_and_a_place_for_them(teacher, student):
         NAYER(config, teacher, student, nameless)
     with pytest.raises(UserError, match=r"--prompt 'a photo' has no \{label\}"):
         NAYER(dataclasses.replace(config, prompt="a photo"), teacher, student, TASK)
-    assert NAYER(SMALL, teacher, student, nameless).external_priors == {}
+    assert NAYER(SMALL, teacher, student, nameless).external_prior == "none"

@@ -12,10 +12,10 @@ from unittest import mock
 import pytest
 import torch
 
-from engine import distill as stage
-from engine.errors import UserError
-from engine.files import load_checkpoint
-from engine.processes import Processes, join_processes
+from engine.loops import distill as stage
+from engine.runtime.errors import UserError
+from engine.runtime.files import load_checkpoint
+from engine.runtime.processes import Processes, join_processes
 from tests.conftest import ROOT, TINY, TINY_TASK
 
 TIMEOUT = 150  # s, for all that the two processes do
@@ -55,7 +55,7 @@ def run(method, folder, teacher, extra="", stop=False):
 
     with (
         mock.patch("sys.argv", ["datafree_kd.py", *flags.split()]),
-        mock.patch("engine.data._train_split_forbidden", False),
+        mock.patch("engine.data.splits._train_split_forbidden", False),
         mock.patch.object(stage, "distill", recorded),
         mock.patch.object(stage, "distill_epoch", stopping),
     ):
@@ -89,7 +89,7 @@ def trained_head(average_gradients, share):
     """CSD's rotation head after two student steps on a share of each batch."""
     from datafree.base import Task
     from datafree.csd import CSDConfig, CSDSynthesizer
-    from engine.precision import Precision
+    from engine.runtime.precision import Precision
 
     student = plain_step()[0].student
     device = torch.device("cpu")
@@ -248,11 +248,12 @@ def test_another_number_of_processes_goes_on(name, folder):
 
 def test_shares_are_a_whole_batch():
     """Of a bank, of the training images, and in number of what is drawn anew."""
-    from datafree.bank import TransferSet
     from datafree.base import Task
     from datafree.kd import RealImages
     from datafree.noise import NoiseImages
-    from engine.data import dataset_info, load_split
+    from engine.data.splits import load_split
+    from engine.data.transfer_set import TransferSet
+    from tests.conftest import dataset_info
 
     device = torch.device("cpu")
     transfer = TransferSet(20, 4, device)

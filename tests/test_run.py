@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import registry
-from engine.errors import UserError
-from engine.files import load_checkpoint, load_tensors, weights_digest
+from engine.runtime.errors import UserError
+from engine.runtime.files import load_checkpoint, load_tensors, weights_digest
+from engine.runtime.names import resolve
 from tests.conftest import ROOT, TINY, TINY_TASK
 
 METHODS = sorted(registry.METHODS)
@@ -46,7 +47,7 @@ def test_every_method_makes_a_student(method, distill, tmp_path, teacher_file, w
     numbers = [v for line in lines for v in line.values() if isinstance(v, float)]
     assert numbers and all(v == v and abs(v) < 1e6 for v in numbers)
     assert teacher_file.read_bytes() == before
-    picture = "bank" if "generate" in registry.resolve(registry.METHODS[method]).stages else "images"
+    picture = "bank" if method == "diffdfkd" else "images"
     for name in ("args.json", "log.txt", "stages.json", "student.pth", f"pictures/{picture}.png"):
         assert (tmp_path / name).exists(), name
     whole[method] = outcome(tmp_path)
@@ -67,19 +68,19 @@ def test_the_same_command_gives_the_same_bits(method, distill, tmp_path, whole):
 def test_the_student_changes_and_the_teacher_does_not(method, teacher_file):
     """One round and three student steps, through the same objects as a run."""
     from datafree.base import ImageBatch, Task
-    from engine.augmentation import crop_flip
-    from engine.data import dataset_info, load_split
-    from engine.distill import Distillation, Schedule
-    from engine.flags import Parser, add_flags, from_args
-    from engine.networks import build_classifier, load_teacher
-    from engine.precision import Precision
-    from engine.run import progress
-    from engine.settings import DistillFlags
+    from engine.data.crops import crop_flip
+    from engine.data.splits import load_split
+    from engine.loops.distill import Distillation, Schedule
+    from engine.loops.settings import DistillFlags
+    from engine.runtime.flags import Parser, add_flags, from_args
+    from engine.runtime.precision import Precision
+    from engine.runtime.run import progress
+    from tests.conftest import build_classifier, dataset_info, load_teacher
 
     device = torch.device("cpu")
     info = dataset_info("digits")
     teacher, student = load_teacher("resnet8", info, device, str(teacher_file)), build_classifier("resnet8", info, device)
-    cls = registry.resolve(registry.METHODS[method])
+    cls = resolve(registry.METHODS[method])
     parser = Parser()
     for group in (DistillFlags, cls.Config):
         add_flags(parser, group, method, cls.defaults)
@@ -111,13 +112,13 @@ def test_stopped_anywhere_it_goes_on_to_the_same_bits(point, distill, tmp_path, 
         distill("dda", tmp_path / "whole")
         whole["dda"] = outcome(tmp_path / "whole")
     name, n = point.split(":")
-    module = "datafree.bank" if name == "save_tensors" else "engine.augment" if n == "1" else "engine.distill"
+    module = "engine.data.bank" if name == "save_tensors" else "engine.loops.augment" if n == "1" else "engine.loops.distill"
     original = getattr(sys.modules[module], name)
     calls = []
 
     def failing(*args, **kwargs):
         calls.append(1)
-        if len(calls) == (int(n) if module != "engine.distill" else 2):
+        if len(calls) == (int(n) if module != "engine.loops.distill" else 2):
             raise KeyboardInterrupt
         return original(*args, **kwargs)
 
@@ -135,7 +136,7 @@ def test_every_method_goes_on_after_its_first_epoch(method, distill, tmp_path, m
     if method not in whole:
         distill(method, tmp_path / "whole")
         whole[method] = outcome(tmp_path / "whole")
-    import engine.distill as module
+    import engine.loops.distill as module
 
     original, calls = module.save_checkpoint, []
 
@@ -158,7 +159,7 @@ def test_images_that_stay_in_their_shards_make_the_same_student(distill, tmp_pat
     if "dda" not in whole:
         distill("dda", tmp_path / "whole")
         whole["dda"] = outcome(tmp_path / "whole")
-    monkeypatch.setattr("datafree.bank.memory_limit", lambda device: 0)
+    monkeypatch.setattr("engine.data.transfer_set.memory_limit", lambda device: 0)
     distill("dda", tmp_path / "run")
     log = (tmp_path / "run" / "log.txt").read_text()
     assert outcome(tmp_path / "run") == whole["dda"] and "in mapped shards" in log and "peak memory" in log.splitlines()[-1]
@@ -183,7 +184,7 @@ def test_the_control_alone_opens_the_train_split(distill, tmp_path, capsys):
     distill("kd", tmp_path / "kd")
     assert "kd opens the training images of digits: a control" in capsys.readouterr().out
     assert json.loads((tmp_path / "kd" / "result.json").read_text())["images"] == 1195
-    assert [m for m in METHODS if registry.resolve(registry.METHODS[m]).reads_train_split] == ["kd"]
+    assert [m for m in METHODS if resolve(registry.METHODS[m]).reads_train_split] == ["kd"]
 
 
 def test_noise_from_a_folder_of_pictures(distill, tmp_path):
@@ -201,7 +202,7 @@ def test_noise_from_a_folder_of_pictures(distill, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "method", [m for m in METHODS if "bn" in registry.resolve(registry.METHODS[m]).Config.__dataclass_fields__]
+    "method", [m for m in METHODS if "bn" in resolve(registry.METHODS[m]).Config.__dataclass_fields__]
 )
 def test_a_teacher_without_batch_norm(method, command, tmp_path):
     """One line that names the methods which need no BN statistics; with --bn 0 the method runs."""
@@ -314,7 +315,7 @@ def test_stages_can_be_run_apart(distill, tmp_path, whole):
 
 
 def test_a_bank_of_another_teacher_is_refused(distill, tmp_path, teacher_file):
-    from models.load import build_network
+    from tests.conftest import build_network
 
     distill("csd", tmp_path / "a", "--stages synthesize")
     other = tmp_path / "other.pth"
@@ -343,7 +344,8 @@ def test_nan_stops_the_run_before_anything_is_written(distill, tmp_path, monkeyp
 
 
 def test_a_data_free_run_cannot_open_the_train_split(distill, tmp_path):
-    from engine.data import dataset_info, load_split
+    from engine.data.splits import load_split
+    from tests.conftest import dataset_info
 
     distill("csd", tmp_path, "--stages synthesize")
     with pytest.raises(UserError, match="train"):
@@ -351,7 +353,7 @@ def test_a_data_free_run_cannot_open_the_train_split(distill, tmp_path):
 
 
 def test_two_processes_do_not_share_a_folder(distill, tmp_path):
-    from engine.run import Run
+    from engine.runtime.run import Run
 
     run = Run(tmp_path, {})
     with pytest.raises(UserError, match="another process is running"):
@@ -381,7 +383,7 @@ def test_counts_below_one_are_one_line(method, distill, tmp_path):
     with pytest.raises(UserError, match="--epochs 0 found, a whole number from 1 on wanted"):
         distill(method, tmp_path, "--epochs 0")
     for name in {"g_steps", "synthesis_batch_size"} & set(
-        registry.resolve(registry.METHODS[method]).Config.__dataclass_fields__
+        resolve(registry.METHODS[method]).Config.__dataclass_fields__
     ):
         with pytest.raises(UserError, match=f"--{name} 0 found, a whole number from [12] on wanted"):
             distill(method, tmp_path, f"--{name} 0")

@@ -12,8 +12,9 @@ import pytest
 
 import registry
 from engine import report
-from engine.errors import UserError
-from engine.settings import DistillFlags
+from engine.loops.settings import DistillFlags
+from engine.runtime.errors import UserError
+from engine.runtime.names import resolve
 from tests.conftest import ROOT, TINY, TINY_TASK
 
 SCRIPTS = sorted(p.relative_to(ROOT) for p in ROOT.glob("scripts/*/*.sh"))
@@ -57,7 +58,7 @@ def test_the_published_numbers_are_of_known_methods():
     for table in registry.PUBLISHED.values():
         for name, values in table.items():
             method, *flags = name.split(" --")
-            config = registry.resolve(registry.METHODS[method]).Config
+            config = resolve(registry.METHODS[method]).Config
             known = {*config.__dataclass_fields__, *DistillFlags.__dataclass_fields__}
             assert len(values) == len(registry.PAIRS) and {flag.split()[0] for flag in flags} <= known, name
 

@@ -12,9 +12,9 @@ from datafree.base import Task
 from datafree.kd import KDObjective
 from datafree.losses import KLDistillation, adversarial_loss, balance_loss, kd_loss
 from datafree.noise import NoiseImages
-from engine.precision import Precision
+from engine.runtime.precision import Precision
 from models.classifier import Classifier, Output
-from models.load import build_network
+from tests.conftest import build_network
 
 CPU = torch.device("cpu")
 

@@ -12,8 +12,9 @@ from datafree.diffusion.denoising import Denoising
 from datafree.diffusion.generative import load_prior
 from datafree.diffusion.patch_unet import load_patch_prior
 from datafree.diffusion.quality import density_coverage, frechet_distance
-from engine.errors import UserError
-from engine.files import load_tensors
+from engine.runtime.errors import UserError
+from engine.runtime.files import load_tensors, save_checkpoint
+from tests.conftest import build_network
 
 TINY = "--channels 8,8 --no_attention --batch_size 4 --round_steps 2 --report_every 2 --images 32 --samples 12 --gpu -1"
 
@@ -43,10 +44,11 @@ def data(tmp_path_factory):
 @pytest.fixture
 def train(monkeypatch, data, tmp_path):
     def call(name="prior", extra="", dataset="greys", root=data):
-        arguments = f"{TINY} --dataset {dataset} --data_root {root} --output {tmp_path / name}.safetensors --save_dir {tmp_path / name}"
-        monkeypatch.setattr("sys.argv", ["train_prior", *arguments.split(), *extra.split()])
+        output = tmp_path / f"{name}.safetensors"
+        arguments = f"{TINY} --dataset {dataset} --data_root {root} --output {output} --save_dir {tmp_path / name} {extra}"
+        monkeypatch.setattr("sys.argv", ["train_prior", *arguments.split()])
         train_prior.main()
-        return tmp_path / f"{name}.safetensors"
+        return output
 
     return call
 
@@ -80,7 +82,9 @@ def test_class_folders_give_the_same_prior_as_an_npz(train, data):
     folders = train("folders", "--image_size 8", "folder", data / "greys")
     # The order of images differs (class by class), so the weights do; what the files say does not.
     (_, ours), (_, theirs) = (load_patch_prior(file) for file in (npz, folders))
-    assert theirs["dataset"] == "folder" and all(ours[k] == theirs[k] for k in ("class_names", "image_size", "training_images"))
+    assert theirs["dataset"] == "folder" and all(
+        ours[k] == theirs[k] for k in ("class_names", "image_size", "training_images")
+    )
 
 
 def test_a_stopped_training_goes_on_bit_for_bit(train, tmp_path, monkeypatch):
@@ -101,7 +105,8 @@ def test_a_stopped_training_goes_on_bit_for_bit(train, tmp_path, monkeypatch):
     resumed = train("stopped")
     assert len(calls) == 5 and same(whole, resumed)
     timeless = [
-        [{k: v for k, v in line.items() if "per" not in k} for line in lines(tmp_path / name)] for name in ("whole", "stopped")
+        [{k: v for k, v in line.items() if "per" not in k} for line in lines(tmp_path / name)]
+        for name in ("whole", "stopped")
     ]
     assert timeless[0] == timeless[1]
     longer = train("stopped", "--images 40")
@@ -137,8 +142,6 @@ def test_start_goes_on_from_a_file(train, tmp_path):
 
 
 def test_a_judge_compares_samples_with_the_test_split(train, tmp_path, data, monkeypatch):
-    from engine.files import save_checkpoint
-    from models.load import build_network
 
     torch.manual_seed(0)
     save_checkpoint(tmp_path / "judge.pth", {"state_dict": build_network("resnet8", 3).state_dict(), "arch": "resnet8"})

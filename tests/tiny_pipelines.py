@@ -194,7 +194,7 @@ def pixel_unet(folder: Path, classes: int | None = 11, channels: int = 3) -> str
 def patch_prior(file: Path, classes: int = 10, size: int = 16) -> str:
     """As checkpoints/priors/glyphs_digits_16.safetensors: this project's own format."""
     from datafree.diffusion.pixel import PatchUNet
-    from engine.files import save_tensors
+    from engine.runtime.files import save_tensors
 
     torch.manual_seed(0)
     about = {"num_classes": classes, "image_size": size, "patch": 2, "channels": [8, 16], "attention": False}
@@ -202,3 +202,13 @@ def patch_prior(file: Path, classes: int = 10, size: int = 16) -> str:
     about |= {"class_names": [str(c) for c in range(classes)], "name": "tiny"}
     save_tensors(file, weights, {name: json.dumps(value) for name, value in about.items()})
     return str(file)
+
+
+# Every kind of prior that stage generate draws with.
+GENERATIVE = ("stable_diffusion", "sdxl", "turbo", "dit", "pixel_unet", "patch_prior")
+
+
+def generative(root: Path) -> dict[str, str]:
+    """{kind: path} of one of each in ``GENERATIVE``."""
+    builders = {kind: globals()[kind] for kind in GENERATIVE}
+    return {kind: build(root / (kind + ".safetensors" * (kind == "patch_prior"))) for kind, build in builders.items()}

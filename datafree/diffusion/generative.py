@@ -19,7 +19,7 @@ from torch import Tensor
 from datafree.diffusion.patch_unet import load_patch_prior, shipped_prior
 from datafree.diffusion.prior import load_pipeline, prior_name
 from datafree.diffusion.sampling import Trajectory, cosine_trajectory, own_rule, scheduler_trajectory
-from engine.errors import UserError
+from engine.runtime.errors import UserError
 
 FLAG = "--diffusion_model"
 TEXT = {

@@ -23,7 +23,7 @@ from datafree.diffusion.prior import seeded_generators
 from datafree.diffusion.sampling import RULES
 from datafree.diffusion.variation import resize
 from datafree.losses import kd_loss
-from engine.errors import UserError
+from engine.runtime.errors import UserError
 from models.classifier import eval_mode
 
 MEASURED_AT_ONCE = 512  # images
@@ -38,13 +38,13 @@ class Generated(ImageBatch):
 
 @dataclass(frozen=True)
 class Competitor:
-    """How the student of ``adv`` learns: from ``after`` images on, ``steps`` steps before each round."""
+    """How the student of ``adv`` learns: from ``after`` images on, ``steps`` steps of SGD before each round."""
 
     after: int
     steps: int
-    temperature: float = 30.0
-    batch_size: int = 128
-    lr: float = 0.05
+    temperature: float
+    batch_size: int
+    lr: float
 
 
 class GuidedGenerator:
@@ -154,6 +154,11 @@ class GuidedGenerator:
     def _noise(self, generators: list[torch.Generator]) -> Tensor:
         noise = torch.stack([torch.randn(self.prior.shape, generator=generator) for generator in generators])
         return noise.to(self.prior.device)
+
+    @property
+    def competes(self) -> bool:
+        """Whether a student learns from each round before the next."""
+        return self.student is not None
 
     def wants_to_learn(self, images: int) -> bool:
         """Whether the student of ``adv`` is to learn from the ``images`` that there are, before more are made."""

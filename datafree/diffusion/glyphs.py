@@ -13,7 +13,7 @@ one with and without flag and foot. Slant, rotation, proportions, stroke width, 
 
 Of the digits dataset only the documented format is used (UCI, "Optical Recognition of Handwritten Digits"): light strokes on
 black, the glyph as high as the image, counts of 4 x 4 blocks of a 32 px bitmap, thus 8 px, enlarged to the size wanted as
-``engine.data`` enlarges them. Stroke widths and contrast were set to the mean and spread that the registry states.
+``engine.data.splits`` enlarges them. Stroke widths and contrast were set to the mean and spread that the registry states.
 
 The shipped file took 12 minutes of one shared CPU core, with 19 fonts (Pillow's and DejaVu). A resnet8 trained on rendered
 glyphs recognised all of 500 samples at guidance 1, 2 and 3 and 10 or 20 DDIM steps; the mean distance between samples of a
@@ -33,9 +33,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from engine.errors import UserError, run_command
-from engine.files import atomic_path
-from engine.flags import Parser, add_flags, check_least, flag, from_args
+from engine.runtime.errors import UserError, run_command
+from engine.runtime.files import atomic_path
+from engine.runtime.flags import Parser, add_flags, check_least, flag, from_args
 
 CLASS_NAMES = tuple("0123456789")
 SYSTEM_FONTS = (

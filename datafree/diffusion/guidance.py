@@ -2,12 +2,16 @@
 
 From latents z_k, with the prior's output o(z_k) under classifier-free guidance:
 
-    x = resize(decode(clean(z_k, o)))                      the images that the step would end in
-    L = bn * L_bn(x) + oh * CE(T(x), y) + adv * L_adv(x)   L_adv = -KL(S || T) over images on which S and T agree
+    x = resize(clamp(decode(clean(z_k, o))))               the images that the step would end in, in [0, 1]
+    L = bn * L_bn(x) + oh * CE(T(x), y) + adv * L_adv(x)   L_adv = -KL(S || T) where S and T agree, T held fixed
     z_k <- z_k - lr * B * dL/dz_k                          and then the sampler's step with the same o
 
 B times the loss, a batch mean, makes an image's step as large as if it were alone: CE and L_adv then do not depend on the
 batch at all. L_bn compares statistics *of the batch*, so with ``bn`` an image depends on those that it is drawn with.
+
+Clamped to [0, 1] as the images that are kept, so that the teacher judges what the student will see. The gradient of a pixel
+outside is zero: to move it a little changes nothing. In L_adv the teacher's answer is a constant, so that guidance looks for
+images that the student gets wrong and not for others of which the teacher thinks otherwise.
 
 The gradient goes through decoder and denoising network (``backprop`` "unet", the paper's), or takes o for a constant
 ("decoder"), which spares the way back through the network. It is taken in two halves that meet at the images: the loss's
@@ -29,8 +33,9 @@ from torch.nn import functional as F
 from datafree.bn_statistics import BNStatistics, bn_loss
 from datafree.diffusion.generative import GenerativePrior
 from datafree.diffusion.sampling import Trajectory
+from datafree.diffusion.variation import resize
 from datafree.losses import adversarial_loss
-from engine.errors import UserError
+from engine.runtime.errors import UserError
 
 BACKPROP = ("unet", "decoder")
 
@@ -77,16 +82,14 @@ class Guidance:
         if self.statistics:
             loss = loss + self.bn * bn_loss(batch_stats, self.statistics.running)
         if self.adv and self.student is not None:
-            loss = loss + self.adv * adversarial_loss(self.student(images), logits, agreeing_only=True)
+            loss = loss + self.adv * adversarial_loss(self.student(images), logits.detach(), agreeing_only=True)
         return len(images) * loss
 
     def view(self, prior: GenerativePrior, trajectory: Trajectory, latents: Tensor, k: int, output: Tensor) -> Tensor:
-        """The images (B, 3, S, S) that latents at step k and the prior's output for them stand for; not clamped."""
-        images = prior.decode(trajectory.clean(latents, k, output))
+        """The images (B, 3, S, S) in [0, 1] that latents at step k and the prior's output for them stand for."""
+        images = prior.decode(trajectory.clean(latents, k, output)).clamp(0, 1)
         size = (self.image_size, self.image_size)
-        if images.shape[2:] != size:
-            images = F.interpolate(images, size, mode="bicubic", align_corners=False, antialias=True)
-        return images
+        return images if images.shape[2:] == size else resize(images, size)
 
     def gradient(
         self, prior: GenerativePrior, trajectory: Trajectory, latents: Tensor, k: int, condition: Any, targets: Tensor

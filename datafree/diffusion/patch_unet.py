@@ -21,8 +21,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from engine.errors import UserError
-from engine.files import load_tensors, save_tensors
+from engine.runtime.errors import UserError
+from engine.runtime.files import load_tensors, save_tensors
 
 SHIPPED = Path(__file__).parents[2] / "checkpoints" / "priors"
 GROUPS = 8
@@ -159,7 +159,9 @@ def load_patch_prior(path: Path) -> tuple[PatchUNet, dict[str, Any]]:
         network.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
     except (KeyError, ValueError, TypeError, RuntimeError, UserError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path} is no pixel prior as python -m datafree.diffusion.train_prior writes it ({reason})") from None
+        raise UserError(
+            f"{path} is no pixel prior as python -m datafree.diffusion.train_prior writes it ({reason})"
+        ) from None
     return network.requires_grad_(False).eval(), about
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from datafree.diffusion.denoising import Denoising, Diverged
 from datafree.diffusion.patch_unet import PatchUNet, add_noise, denoise
 from datafree.diffusion.prior import Augmenter, denoising_steps, seeded_noise
-from engine.errors import UserError
+from engine.runtime.errors import UserError
 
 WARMUP_STEPS = 100
 

@@ -17,7 +17,7 @@ from urllib.request import getproxies
 import torch
 from torch import Tensor
 
-from engine.errors import UserError
+from engine.runtime.errors import UserError
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 

@@ -28,16 +28,18 @@ from datafree.diffusion.denoising import Denoising, Diverged
 from datafree.diffusion.patch_unet import PatchUNet, add_noise, denoise, load_patch_prior, save_patch_prior, velocity
 from datafree.diffusion.prior import seeded_noise
 from datafree.diffusion.quality import density_coverage, frechet_distance
-from engine.data import DatasetInfo, dataset_info, load_split
-from engine.errors import UserError, run_command
-from engine.files import load_checkpoint, save_checkpoint
-from engine.flags import Parser, add_flags, check_least, flag, from_args, stage_flags
-from engine.networks import load_teacher
-from engine.pictures import grid
-from engine.precision import Precision, choose_device
-from engine.run import Run, progress
-from engine.seeding import position_seed, seed_position
+from engine.data.datasets import DatasetInfo, dataset_info
+from engine.data.pictures import grid
+from engine.data.splits import load_split
+from engine.networks.build import load_teacher
+from engine.runtime.errors import UserError, run_command
+from engine.runtime.files import load_checkpoint, save_checkpoint
+from engine.runtime.flags import Parser, add_flags, check_least, flag, from_args, stage_flags
+from engine.runtime.precision import Precision, choose_device
+from engine.runtime.run import Run, progress
+from engine.runtime.seeding import position_seed, seed_position
 from models.classifier import Classifier
+from registry import DATASETS, MODELS
 
 TRAIN = ("train",)
 WARMUP_STEPS = 200
@@ -67,7 +69,10 @@ class PriorFlags:
     lr: float = flag(1e-3, f"AdamW learning rate, reached after {WARMUP_STEPS} steps", stages=TRAIN)
     no_flip: bool = flag(False, "mirror no images, though the dataset allows it", stages=TRAIN)
     amp: str = flag(
-        "auto", "mixed precision; auto: bf16 where the processor computes in it", choices=("auto", "no", "bf16"), stages=TRAIN
+        "auto",
+        "mixed precision; auto: bf16 where the processor computes in it",
+        choices=("auto", "no", "bf16"),
+        stages=TRAIN,
     )
     round_steps: int = flag(50, "steps a round: what a stop can cost", stages=TRAIN)
     report_every: int = flag(30, "rounds between reports (held-out loss, samples), after which the output is renewed")
@@ -156,7 +161,9 @@ class Report:
 
     @torch.no_grad()
     def _features(self, images_u8: Tensor) -> tuple[Tensor, Tensor]:
-        outputs = [self.judge(part.to(self.device).float().div(255), return_features=True) for part in images_u8.split(CHUNK)]
+        outputs = [
+            self.judge(part.to(self.device).float().div(255), return_features=True) for part in images_u8.split(CHUNK)
+        ]
         return torch.cat([o.features for o in outputs]).cpu(), torch.cat([o.logits.argmax(1) for o in outputs]).cpu()
 
 
@@ -169,7 +176,7 @@ def train_prior(flags: PriorFlags) -> Path:
     check_least(flags, images=1, batch_size=1, round_steps=1, report_every=1, samples=1)
     device = choose_device(flags.gpu)
     flags = dataclasses.replace(flags, amp=choose_amp(flags.amp, device))
-    info = dataset_info(flags.dataset, flags.data_root, flags.image_size)
+    info = dataset_info(DATASETS, flags.dataset, flags.data_root, flags.image_size)
     output = Path(flags.output or f"checkpoints/priors/{info.name}_{info.image_size}.safetensors")
     run = Run(flags.save_dir or Path("checkpoints/train_prior", output.stem), dataclasses.asdict(flags))
     try:
@@ -221,7 +228,7 @@ def _judge(flags: PriorFlags, info: DatasetInfo, device: torch.device) -> Classi
     about = load_checkpoint(Path(flags.judge), "judge")
     if "arch" not in about:
         raise UserError(f"--judge {flags.judge} does not say of which network it is; give one that train_scratch.py wrote")
-    return load_teacher(about["arch"], info, device, flags.judge, about.get("mean"), about.get("std"))
+    return load_teacher(MODELS, about["arch"], info, device, flags.judge, about.get("mean"), about.get("std"))
 
 
 def _resume(run: Run, flags: PriorFlags, settings: dict[str, Any], training: Denoising) -> int:
@@ -270,7 +277,9 @@ def _rounds(run, flags, settings, training, train, report, about, output, first)
             save_patch_prior(output, training.ema, about | {"name": output.stem, "images_drawn": drawn})
             run.log(f"{drawn} images: " + ", ".join(f"{name} {figures[name]}" for name in list(figures)[1:]))
         run.metrics("prior", number, figures)
-        save_checkpoint(run.path / "last.pth", {"settings": settings, "round": number + 1, "training": training.state_dict()})
+        save_checkpoint(
+            run.path / "last.pth", {"settings": settings, "round": number + 1, "training": training.state_dict()}
+        )
         bar.set_postfix({"loss": f"{loss:.4f}"}, refresh=False)
         bar.update(a_round)
         if over:

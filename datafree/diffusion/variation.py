@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from datafree.diffusion.prior import Augmenter, denoising_steps, load_pipeline, prior_name, seeded_generators
-from engine.errors import UserError
+from engine.runtime.errors import UserError
 
 IMAGE_TO_IMAGE = {
     "StableDiffusionPipeline": "StableDiffusionImg2ImgPipeline",

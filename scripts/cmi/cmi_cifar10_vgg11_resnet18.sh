@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # CMI, IJCAI 2021 (arXiv 2105.08584):
-# cifar10, vgg11 -> resnet18; published settings.
+# cifar10, vgg11 -> resnet18; settings published for CIFAR-10, wrn40_2 -> wrn16_1.
 # The paper's acc1 (best test epoch): 91.13 %.
 # acc1: not measured yet. Time: not measured yet. Device: one GPU.
 # First: bash scripts/cmi/cmi_cifar10_initBank_vgg11.sh
@@ -8,4 +8,5 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 source scripts/environment.sh
 python datafree_kd.py --method cmi --dataset cifar10 --teacher vgg11 \
-  --student resnet18 --init_bank checkpoints/cmi/cifar10_vgg11_initBank/bank "$@"
+  --student resnet18 --epochs 40 --g_steps 200 --synthesis_batch_size 256 --oh 0.5 --cr_T 0.1 \
+  --init_bank checkpoints/cmi/cifar10_vgg11_initBank/bank "$@"

@@ -7,4 +7,5 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 source scripts/environment.sh
 python datafree_kd.py --method diffdfkd --dataset cifar10 --teacher vgg11 \
-  --stages generate --save_dir checkpoints/diffdfkd/cifar10_vgg11_initBank "$@"
+  --stages generate --save_dir checkpoints/diffdfkd/cifar10_vgg11_initBank \
+  --scheduler ancestral --batch_classes one --lca_every 0 --num_inference_steps 50 "$@"

@@ -8,4 +8,4 @@ cd "$(dirname "$0")/../.."
 source scripts/environment.sh
 python datafree_kd.py --method diffdfkd --dataset tiny_imagenet --teacher vgg11 \
   --stages generate --save_dir checkpoints/diffdfkd/tiny_imagenet_vgg11_initBank \
-  --images_per_class 250 "$@"
+  --scheduler ancestral --batch_classes one --lca_every 0 --num_inference_steps 50 --images_per_class 250 "$@"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # DM-KD (arXiv 2305.12954), Stable Diffusion 1.5: DiffDFKD without guidance:
-# cifar100, initial image bank of resnet34 (50,000 images); CIFAR-10's published settings.
+# cifar100, initial image bank of resnet34 (50,000 images); DiffDFKD's settings, unguided; DM-KD's images are a DiT's.
 # acc1: not measured yet. Time: not measured yet. Device: one GPU.
 # Wants checkpoints/pretrained/cifar100_resnet34.pth; makes checkpoints/dm_kd/cifar100_resnet34_initBank/bank.
 set -euo pipefail
@@ -8,4 +8,4 @@ cd "$(dirname "$0")/../.."
 source scripts/environment.sh
 python datafree_kd.py --method diffdfkd --dataset cifar100 --teacher resnet34 \
   --stages generate --save_dir checkpoints/dm_kd/cifar100_resnet34_initBank \
-  --oh 0 --bn 0 --adv 0 --lca_every 0 --images_per_class 500 "$@"
+  --oh 0 --bn 0 --adv 0 --lca_every 0 --scheduler ancestral --num_inference_steps 10 --images_per_class 500 "$@"

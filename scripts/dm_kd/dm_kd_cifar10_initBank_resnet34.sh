@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # DM-KD (arXiv 2305.12954), Stable Diffusion 1.5: DiffDFKD without guidance:
-# cifar10, initial image bank of resnet34 (50,000 images); published settings.
+# cifar10, initial image bank of resnet34 (50,000 images); DiffDFKD's settings, unguided; DM-KD's images are a DiT's.
 # acc1: not measured yet. Time: not measured yet. Device: one GPU.
 # Wants checkpoints/pretrained/cifar10_resnet34.pth; makes checkpoints/dm_kd/cifar10_resnet34_initBank/bank.
 set -euo pipefail
@@ -8,4 +8,4 @@ cd "$(dirname "$0")/../.."
 source scripts/environment.sh
 python datafree_kd.py --method diffdfkd --dataset cifar10 --teacher resnet34 \
   --stages generate --save_dir checkpoints/dm_kd/cifar10_resnet34_initBank \
-  --oh 0 --bn 0 --adv 0 --lca_every 0 "$@"
+  --oh 0 --bn 0 --adv 0 --lca_every 0 --scheduler ancestral --num_inference_steps 10 "$@"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # DM-KD (arXiv 2305.12954), Stable Diffusion 1.5: DiffDFKD without guidance:
-# tiny_imagenet, initial image bank of vgg11 (50,000 images); CIFAR-10's published settings.
+# tiny_imagenet, initial image bank of vgg11 (50,000 images); DiffDFKD's settings, unguided; DM-KD's images are a DiT's.
 # acc1: not measured yet. Time: not measured yet. Device: one GPU.
 # Wants checkpoints/pretrained/tiny_imagenet_vgg11.pth; makes checkpoints/dm_kd/tiny_imagenet_vgg11_initBank/bank.
 set -euo pipefail
@@ -8,4 +8,4 @@ cd "$(dirname "$0")/../.."
 source scripts/environment.sh
 python datafree_kd.py --method diffdfkd --dataset tiny_imagenet --teacher vgg11 \
   --stages generate --save_dir checkpoints/dm_kd/tiny_imagenet_vgg11_initBank \
-  --oh 0 --bn 0 --adv 0 --lca_every 0 --images_per_class 250 "$@"
+  --oh 0 --bn 0 --adv 0 --lca_every 0 --scheduler ancestral --num_inference_steps 50 --images_per_class 250 "$@"

@@ -8,7 +8,7 @@ import typing
 from collections.abc import Sequence
 from typing import Any
 
-from engine.errors import UserError
+from engine.runtime.errors import UserError
 
 
 def flag(

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.errors import UserError
-from engine.processes import local_rank
+from engine.runtime.errors import UserError
+from engine.runtime.processes import local_rank
 
 AMP = ("no", "bf16", "fp16")
 

@@ -3,8 +3,8 @@
 import torch
 from torch import nn
 
-from engine.errors import UserError
-from engine.run import progress
+from engine.runtime.errors import UserError
+from engine.runtime.run import progress
 from models.classifier import eval_mode
 
 
@@ -14,7 +14,7 @@ def evaluate(classifier: nn.Module, split, batch_size: int = 500) -> dict[str, f
 
     Args:
         classifier: images (B, 3, H, W) in [0, 1] -> logits (B, C).
-        split: ``engine.data.Split``.
+        split: ``engine.data.splits.Split``.
     """
     hits = 0
     bar = progress(len(split), "evaluate", "img", delay=3)

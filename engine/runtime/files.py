@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from engine.errors import UserError
+from engine.runtime.errors import UserError
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from engine.run import machine
+from engine.runtime.run import machine
 
 Step = Callable[[], None]
 

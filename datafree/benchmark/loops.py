@@ -1,7 +1,7 @@
 """What each loop does here: rate, ratio to the plain loop of the field, memory, and share of what this machine can do.
 
-    python -m engine.benchmark                                        four pairs of networks; ten minutes or so on two cores
-    python -m engine.benchmark --pairs resnet20:wrn16_1 --loops sample,inversion --amp bf16
+    python -m datafree.benchmark.loops                                        four pairs of networks; ten minutes or so on two cores
+    python -m datafree.benchmark.loops --pairs resnet20:wrn16_1 --loops sample,inversion --amp bf16
 
 The plain loop is what public code of this field does: images as PNG files behind a DataLoader with worker processes,
 contiguous NCHW tensors, mean and variance of every BN input in two passes, upsampling and convolution apart, and a loss
@@ -28,21 +28,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from datafree.bank import ImageBank, Manifest, TransferSet, export_folders
+from datafree.bank import export_folders
+from datafree.benchmark.measuring import Ceilings, Measured, Step, ceilings, clock, flops, in_turns
 from datafree.bn_statistics import BNStatistics, bn_loss
 from datafree.generators import Generator, UpsampleConv2d, reset
 from datafree.losses import kd_loss, one_hot_loss
-from engine.augmentation import crop_flip
-from engine.compilation import CHOICES, Compiler
-from engine.data import DatasetInfo, dataset_info
-from engine.errors import UserError, run_command
-from engine.measuring import Ceilings, Measured, Step, ceilings, clock, flops, in_turns
-from engine.networks import build_classifier
-from engine.precision import AMP, Precision, choose_device
+from engine.data.bank import ImageBank, Manifest
+from engine.data.crops import crop_flip
+from engine.data.datasets import DatasetInfo, dataset_info
+from engine.data.transfer_set import TransferSet
+from engine.networks.build import build_classifier
 from engine.report import markdown, replace_table
-from engine.run import machine, progress
+from engine.runtime.compilation import CHOICES, Compiler
+from engine.runtime.errors import UserError
+from engine.runtime.names import lookup
+from engine.runtime.precision import AMP, Precision, choose_device
+from engine.runtime.run import machine, progress
 from models.classifier import frozen
-from registry import lookup
+from registry import DATASETS, MODELS
 
 PAIRS = "wrn40_2:wrn16_1,wrn40_2:wrn16_2,resnet34:resnet18,resnet20:wrn16_1"
 LOOPS = {
@@ -270,7 +273,7 @@ class Benchmark:
         """The table of a pair of networks."""
         args, info, notes = self.args, self.info, []
         compiler = Compiler(args.compile, self.device, notes.append)
-        networks = [[build_classifier(name, info, self.device) for name in (teacher, student)] for _ in range(2)]
+        networks = [[build_classifier(MODELS, name, info, self.device) for name in (teacher, student)] for _ in range(2)]
         for mine, theirs in zip(*networks):
             theirs.load_state_dict(mine.state_dict())
         (mine, learner), (theirs, other) = networks
@@ -329,7 +332,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     Raises:
         UserError: a pair is none, or a loop is not known.
     """
-    parser = argparse.ArgumentParser(prog="python -m engine.benchmark", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m datafree.benchmark.loops", description=__doc__.splitlines()[0])
     parser.add_argument("--pairs", default=PAIRS, help=f"teacher:student,..., names of registry.MODELS [{PAIRS}]")
     parser.add_argument("--loops", default=",".join(LOOPS), help=f"what to measure [{','.join(LOOPS)}]")
     parser.add_argument("--dataset", default="cifar10", help="for image size and classes; its data are not opened [cifar10]")
@@ -359,7 +362,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
-    device, info = choose_device(args.gpu), dataset_info(args.dataset)
+    device, info = choose_device(args.gpu), dataset_info(DATASETS, args.dataset)
     torch.manual_seed(0)
     loops = [name for name in args.loops if name != "growth"]
     bar = progress(args.repeats * (len(args.pairs) * len(loops) + ("growth" in args.loops)), "benchmark", "turn")
@@ -384,7 +387,3 @@ def main() -> None:
         bar.close()
     if args.into:
         replace_table(args.into, args.name, "\n\n".join(texts))
-
-
-if __name__ == "__main__":
-    run_command(main)

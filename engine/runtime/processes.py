@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from engine.errors import UserError, launched_rank
+from engine.runtime.errors import UserError, launched_rank
 
 
 @dataclass(frozen=True)

@@ -7,15 +7,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from engine.augmentation import crop_flip
-from engine.compilation import Compiler
-from engine.evaluate import check_finite, evaluate
-from engine.files import load_checkpoint, save_checkpoint
-from engine.flags import check_least, flag
-from engine.precision import Precision
-from engine.run import Run, progress
-from engine.seeding import seed_position
-from engine.stages import Stages
+from engine.data.crops import crop_flip
+from engine.loops.evaluate import check_finite, evaluate
+from engine.runtime.compilation import Compiler
+from engine.runtime.files import load_checkpoint, save_checkpoint
+from engine.runtime.flags import check_least, flag
+from engine.runtime.precision import Precision
+from engine.runtime.run import Run, progress
+from engine.runtime.seeding import seed_position
+from engine.runtime.stage_record import StageRecord
 
 TRAIN = ("train",)
 
@@ -48,7 +48,7 @@ def learning_rate(flags: TrainFlags, epoch: float) -> float:
 
 def train(
     run: Run,
-    stages: Stages,
+    stages: StageRecord,
     classifier: nn.Module,
     train_split,
     test_split,

@@ -3,10 +3,10 @@
 import dataclasses
 from dataclasses import dataclass
 
-from engine.compilation import CHOICES as COMPILE
-from engine.distill import Schedule
-from engine.flags import check_least, flag
-from engine.precision import AMP
+from engine.loops.distill import Schedule
+from engine.runtime.compilation import CHOICES as COMPILE
+from engine.runtime.flags import check_least, flag
+from engine.runtime.precision import AMP
 
 ALL = ("synthesize", "augment", "generate", "distill")
 DISTILL = ("distill",)
@@ -75,7 +75,8 @@ class DistillFlags:
     kd_steps: int = flag(400, "student steps a round (a round begins with one synthesis)", stages=DISTILL)
     ep_steps: int = flag(0, "student steps an epoch; 0: kd_steps, so that an epoch is a round", stages=DISTILL)
     batch_size: int = flag(256, "images a student step", stages=DISTILL, short="-b")
-    lr: float = flag(0.1, "SGD learning rate, cosine to zero", stages=DISTILL)
+    lr: float = flag(0.1, "SGD learning rate at the cosine's beginning", stages=DISTILL)
+    lr_min: float = flag(0.0, "and at its end", stages=DISTILL)
     momentum: float = flag(0.9, "SGD momentum", stages=DISTILL)
     weight_decay: float = flag(1e-4, "SGD weight decay", stages=DISTILL)
     warmup_epochs: int = flag(0, "epochs of linear warm-up of lr", stages=DISTILL)
@@ -85,8 +86,9 @@ class DistillFlags:
         check_least(self, epochs=1, kd_steps=1, ep_steps=0, batch_size=1, warmup_epochs=0)
         steps = self.ep_steps or self.kd_steps
         return Schedule(
-            self.epochs, steps, self.kd_steps, self.batch_size, self.lr, self.momentum, self.weight_decay, self.warmup_epochs
-        )
+            self.epochs, steps, self.kd_steps, self.batch_size, self.lr, self.momentum, self.weight_decay,
+            self.warmup_epochs, self.lr_min,
+        )  # fmt: skip
 
 
 def for_seed(seed: int, several: bool, groups: list) -> list:

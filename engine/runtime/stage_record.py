@@ -4,11 +4,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from engine.errors import UserError
-from engine.files import read_json, write_json
+from engine.runtime.errors import UserError
+from engine.runtime.files import read_json, write_json
 
 
-class Stages:
+class StageRecord:
     """The record ``stages.json`` of a run folder.
 
     A done stage is skipped and an incomplete one goes on, if its flags and inputs and those of the stages before it are

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from engine.errors import UserError
+from engine.runtime.errors import UserError
 
 if TYPE_CHECKING:
-    from engine.data import DatasetInfo
+    from engine.data.datasets import DatasetInfo
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff"}
 # The names that a split goes by on disk, best first.

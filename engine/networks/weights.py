@@ -1,10 +1,7 @@
-"""Networks by name or by file, and published weights as they are."""
+"""Published weights as they are: fetched, checked and loaded."""
 
 import errno
-import importlib
-import importlib.util
-import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
@@ -12,77 +9,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.errors import UserError
-from engine.files import load_checkpoint
-from registry import MODELS, lookup, resolve
+from engine.runtime.errors import UserError
+from engine.runtime.files import load_checkpoint
 
 WRAPPERS = ("state_dict", "model", "net")
 PREFIXES = ("module.", "_orig_mod.")  # of DataParallel and of torch.compile
 
 
-def build_network(spec: str, num_classes: int) -> nn.Module:
-    """A fresh network.
-
-    Args:
-        spec: a name of registry.MODELS, ``path/to/file.py:factory`` or ``package.module:factory``.
-        num_classes: given to the factory, unless it takes no argument of that name.
-    Raises:
-        UserError: no such name, file or factory, or the factory fails or makes something else.
-    """
-    factory = _find_factory(spec)
-    try:
-        network = factory(num_classes=num_classes) if _takes_num_classes(factory) else factory()
-    except Exception as error:  # whatever a user's file raises
-        raise UserError(f"model '{spec}' failed: {_first_line(error)}") from error
-    if not isinstance(network, nn.Module):
-        raise UserError(f"model '{spec}' made a {type(network).__name__}, wanted a torch.nn.Module")
-    return network
-
-
-def _find_factory(spec: str) -> Callable[..., Any]:
-    if spec.endswith(".py"):
-        raise UserError(f"model '{spec}' names no factory; give {spec}:factory")
-    if ":" not in spec:
-        return resolve(lookup(MODELS, spec, "model"))
-    place, _, name = spec.rpartition(":")
-    if place.endswith(".py") and not Path(place).is_file():
-        raise UserError(f"model file {place} does not exist")
-    try:
-        module = _import_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
-    except Exception as error:
-        raise UserError(f"model '{spec}' cannot be imported: {_first_line(error)}") from error
-    if not callable(getattr(module, name, None)):
-        raise UserError(f"{place} has no factory '{name}'")
-    return getattr(module, name)
-
-
-def _import_file(path: Path) -> Any:
-    module_spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
-    return module
-
-
-def _takes_num_classes(factory: Callable[..., Any]) -> bool:
-    parameters = inspect.signature(factory).parameters
-    return "num_classes" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".partition("\n")[0]
-
-
-def published_weights(spec: str) -> Path:
+def published_weights(table: dict[str, str], spec: str) -> Path:
     """torchvision's ImageNet weights of a network, downloaded into torch's cache unless they are there.
 
     Args:
-        spec: a name of registry.MODELS that ``models.imagenet`` builds.
+        table: ``registry.MODELS``.
+        spec: a name in it that ``models.imagenet`` builds.
     Raises:
         UserError: torchvision has none of that network, or they cannot be fetched.
     """
-    module, _, name = MODELS.get(spec, "").partition(":")
+    module, _, name = table.get(spec, "").partition(":")
     if module != "models.imagenet":
-        known = ", ".join(key for key, value in MODELS.items() if value.startswith("models.imagenet:"))
+        known = ", ".join(key for key, value in table.items() if value.startswith("models.imagenet:"))
         raise UserError(f"--pretrained: there are no published ImageNet weights of '{spec}'; there are of {known}")
     import torchvision
 
@@ -96,10 +41,14 @@ def published_weights(spec: str) -> Path:
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise
             raise UserError(
-                f"--pretrained: {weights.url} cannot be fetched ({_first_line(error)}); fetch it where there is a network "
+                f"--pretrained: {weights.url} cannot be fetched ({first_line(error)}); fetch it where there is a network "
                 f"and give --resume {file.name} in place of --pretrained: a head for other classes is dropped"
             ) from None
     return file
+
+
+def first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
 def load_weights(network: nn.Module, path: Path, what: str = "teacher checkpoint", new_head: bool = False) -> dict[str, Any]:

@@ -3,6 +3,9 @@
 A round may be as short as one generator step and five student steps, so whatever costs time apart from them (reading a
 loss back, a line of metrics, a checkpoint, the test accuracy) comes once an epoch.
 
+Deviations from the published scripts: the learning rate follows its cosine student step by student step and ends at
+``lr_min``, where theirs take one step of it an epoch and so never reach the end, which short runs need.
+
 Of several processes the main one makes each round's images and keeps the run; all hold the same images and take equal shares
 of the same student batches, whose gradients they average.
 """
@@ -15,15 +18,15 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
-from engine.errors import UserError
-from engine.evaluate import check_finite, evaluate
-from engine.files import load_checkpoint, save_checkpoint
-from engine.pictures import grid
-from engine.precision import Precision
-from engine.processes import Processes
-from engine.run import Run, Stopwatch, progress
-from engine.seeding import position_seed, seed_position
-from engine.stages import Stages
+from engine.data.pictures import grid
+from engine.loops.evaluate import check_finite, evaluate
+from engine.runtime.errors import UserError
+from engine.runtime.files import load_checkpoint, save_checkpoint
+from engine.runtime.precision import Precision
+from engine.runtime.processes import Processes
+from engine.runtime.run import Run, Stopwatch, progress
+from engine.runtime.seeding import position_seed, seed_position
+from engine.runtime.stage_record import StageRecord
 from models.classifier import weights_fixed
 
 ADVICE = "lower --lr, --lr_g or the loss weights, and run again"
@@ -41,6 +44,7 @@ class Schedule:
     momentum: float
     weight_decay: float
     warmup_epochs: int
+    lr_min: float = 0.0
 
     @property
     def rounds_per_epoch(self) -> int:
@@ -51,12 +55,13 @@ class Schedule:
         return self.epochs * self.rounds_per_epoch
 
     def learning_rate(self, step: int) -> float:
-        """Linear warm-up over ``warmup_epochs``, then cosine to zero; a function of the student step alone."""
+        """Linear warm-up over ``warmup_epochs``, then cosine to ``lr_min``; a function of the student step alone."""
         total = self.rounds * self.kd_steps
         warmup = self.warmup_epochs * self.rounds_per_epoch * self.kd_steps
         if step < warmup:
             return self.lr * (step + 1) / warmup
-        return self.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+        cosine = math.cos(math.pi * (step - warmup) / max(1, total - warmup))
+        return self.lr_min + (self.lr - self.lr_min) * 0.5 * (1 + cosine)
 
 
 class StudentStep(nn.Module):
@@ -79,7 +84,7 @@ class Distillation:
         synthesizer: see ``datafree.base.Synthesizer``.
         images_per_round: that it adds to the bank; 0 and with a bank: it is never called.
         processes: those that train the student together.
-        compile: (function, calls, name) -> one to call instead; see ``engine.compilation.Compiler``.
+        compile: (function, calls, name) -> one to call instead; see ``engine.runtime.compilation.Compiler``.
     """
 
     def __init__(
@@ -159,12 +164,12 @@ class Distillation:
 
 
 def distill(
-    run: Run | None, stages: Stages | None, distillation: Distillation, bank, transfer, augment_batch, test, *, seed: int
+    run: Run | None, record: StageRecord | None, distillation: Distillation, bank, transfer, augment_batch, test, *, seed: int
 ) -> dict[str, float]:
     """Runs every epoch that is left; one checkpoint and one accuracy an epoch.
 
     Args:
-        run, stages, test: the main process's; None in the others.
+        run, record, test: the main process's; None in the others.
         bank: where the images of each round are kept, or None for a method that only streams.
         transfer: ``TransferSet`` with the images there before the first round; None where ``bank`` is None.
         augment_batch: random crop and flip of the student's batches.
@@ -176,7 +181,7 @@ def distill(
     schedule, processes = distillation.schedule, distillation.processes
     state = None
     if processes.main:
-        stages.begin("distill")
+        record.begin("distill")
         file = run.path / "distill.pth"
         state = load_checkpoint(file, "run checkpoint") if file.exists() else None
         run.rewind("distill", state["round"] if state else 0)
@@ -205,7 +210,7 @@ def distill(
         bar.set_postfix({"acc1": f"{accuracy['acc1']:.2f}", "best": f"{max(distillation.accuracies):.2f}"}, refresh=False)
         run.metrics("distill", rounds - 1, figures)  # before the checkpoint: a repeated epoch rewinds it
         save_checkpoint(file, distillation.state_dict(rounds))
-        stages.update("distill", rounds=rounds)
+        record.update("distill", rounds=rounds)
     bar.close()
     if not processes.main:
         return {}

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from engine.errors import UserError
-from engine.files import atomic_path, write_json
-from engine.processes import is_main
+from engine.runtime.errors import UserError
+from engine.runtime.files import atomic_path, write_json
+from engine.runtime.processes import is_main
 
 
 class Run:

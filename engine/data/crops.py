@@ -1,5 +1,7 @@
 """Random crop and flip of whole batches: drawn per image, differentiable, without host synchronisation."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -93,3 +95,49 @@ def _pad_mirrored(pixels: Tensor, mirror: Tensor, padding: int) -> Tensor:
     else:
         torch.where(choice, flipped, pixels, out=inside)
     return padded
+
+
+def resized_crop_flip(images: Tensor, flip: bool, scale: float = 0.08, ratio: float = 3 / 4, attempts: int = 10) -> Tensor:
+    """A box of each image at the size of the whole, and mirrored with probability 1/2 (Szegedy et al. 2014, 1409.4842).
+
+    Boxes are drawn as torchvision's ``RandomResizedCrop`` draws them, but not rounded to pixels: a uniform share of the area,
+    log-uniform aspect, again where a box sticks out of the image. None is larger than the image, so there is nothing to
+    antialias.
+
+    Args:
+        images: (B, C, H, W), float in [0, 1] or uint8.
+        flip: mirror left and right.
+        scale: least share of the area.
+        ratio: least width over height, relative to the image's; its inverse is the largest.
+        attempts: after so many boxes that stick out an image is left whole.
+    Returns:
+        (B, C, H, W), same dtype and memory format.
+    """
+    count, device = len(images), images.device
+    area = scale + (1 - scale) * torch.rand(attempts, count, device=device)
+    aspect = ((2 * torch.rand(attempts, count, device=device) - 1) * math.log(ratio)).exp()
+    height, width = (area / aspect).sqrt(), (area * aspect).sqrt()
+    fits = (height <= 1) & (width <= 1)
+    drawn = fits.int().argmax(0, keepdim=True)
+    whole = ~fits.any(0)
+    height, width = (torch.where(whole, 1.0, side.gather(0, drawn)[0]) for side in (height, width))
+    top, left, mirror = torch.rand(3, count, device=device)
+    sign = torch.where((mirror < 0.5) & flip, -1.0, 1.0)
+    return resized_boxes(images, top * (1 - height), left * (1 - width), height, width, sign)
+
+
+def resized_boxes(images: Tensor, top: Tensor, left: Tensor, height: Tensor, width: Tensor, sign: Tensor) -> Tensor:
+    """The deterministic half of ``resized_crop_flip``, bicubic.
+
+    Args:
+        images: (B, C, H, W), float in [0, 1] or uint8.
+        top, left, height, width: (B,), a box in shares of the image's sides.
+        sign: (B,), -1 mirrors.
+    """
+    zero = torch.zeros_like(top)
+    across = torch.stack([sign * width, zero, 2 * left + width - 1], 1)
+    down = torch.stack([zero, height, 2 * top + height - 1], 1)
+    grid = F.affine_grid(torch.stack([across, down], 1), list(images.shape), align_corners=False)
+    white = 255 if images.dtype == torch.uint8 else 1
+    values = F.grid_sample(images.float(), grid, mode="bicubic", padding_mode="border", align_corners=False).clamp(0, white)
+    return values.round_().to(images.dtype) if images.dtype == torch.uint8 else values.to(images.dtype)

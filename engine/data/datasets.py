@@ -1,0 +1,119 @@
+"""What a dataset is: its classes, sizes and normalization, known without opening an image."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engine.runtime.errors import UserError
+from engine.runtime.names import lookup, resolve
+
+# What is assumed of a NAME.npz that the registry does not know; the rest is read from the file.
+UNREGISTERED = {
+    "reader": "engine.data.readers:read_npz",
+    "describe": "engine.data.readers:describe_npz",
+    "mean": (0.5, 0.5, 0.5),
+    "std": (0.5, 0.5, 0.5),
+    "flip": True,
+}
+
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """What there is to know about a dataset without opening an image.
+
+    ``crop_padding`` is in pixels of ``image_size``. ``classes`` holds what stands for label 0, 1, … on disk (folder
+    names, label numbers of a subset), empty where the labels are used as found. ``crop_fraction`` is the share of the
+    shorter side that the centre crop of an image file keeps. ``prompt`` is what a text-to-image model is told of a class,
+    ``{label}`` standing for its name.
+    """
+
+    name: str
+    num_classes: int
+    image_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    class_names: tuple[str, ...] | None
+    flip: bool
+    crop_padding: int
+    data_root: str
+    reader: str
+    source: str = ""
+    domain: str | None = None
+    classes: tuple = ()
+    crop_fraction: float = 1.0
+    prompt: str = "a photo of a {label}"
+
+    @property
+    def folder(self) -> Path:
+        """Where a dataset of image files lies."""
+        return Path(self.data_root, self.source)
+
+
+def dataset_info(
+    table: dict[str, dict[str, Any]],
+    name: str,
+    data_root: str | Path = "data",
+    image_size: int | None = None,
+    domain: str | None = None,
+    classes: str | None = None,
+) -> DatasetInfo:
+    """Describes a dataset; opens no images.
+
+    ``DATA_ROOT/NAME.npz`` comes before any download, and makes a dataset of a name that the registry does not know.
+
+    Args:
+        table: ``registry.DATASETS``.
+        name: one of its names, ``<name>_<domain>`` for one with domains, or that of an npz file.
+        image_size: px; None is the dataset's own.
+        domain, classes: of a dataset with domains: which, and 'ten' (default) or 'all' classes.
+    Raises:
+        UserError: unknown name, domain or classes, or what must be read from the disk is not there.
+    """
+    base, _, suffix = name.rpartition("_")
+    if suffix in table.get(base, {}).get("domains", ()):
+        name, domain = base, suffix
+    root = Path(data_root)
+    row = _row(table, name, root)
+    if (domain or classes) and "domains" not in row:
+        raise UserError(f"dataset '{name}' has no domains; leave out {'--domain' if domain else '--classes'}")
+    if image_size is not None and image_size < 1:
+        raise UserError(f"--image_size {image_size}: wanted at least 1 px")
+
+    if "describe" in row:
+        row = row | resolve(row["describe"])(row, root, name, domain, classes)
+    class_names = row.get("class_names")
+    if isinstance(class_names, str):
+        class_names = resolve(class_names)
+    if callable(class_names):
+        class_names = class_names(root / row["source"])
+    size = image_size or row["size"]
+    return DatasetInfo(
+        name=row.get("name", name),
+        num_classes=row["num_classes"],
+        image_size=size,
+        mean=row["mean"],
+        std=row["std"],
+        class_names=class_names,
+        flip=row["flip"],
+        crop_padding=round(row["crop_padding"] * size / row["size"]) if "crop_padding" in row else size // 8,
+        data_root=str(data_root),
+        reader=row["reader"],
+        source=row.get("source", ""),
+        domain=row.get("domain"),
+        classes=row.get("classes", ()),
+        crop_fraction=row.get("crop_fraction", 1.0),
+        prompt=row.get("prompt", DatasetInfo.prompt),
+    )
+
+
+def _row(table: dict[str, dict[str, Any]], name: str, root: Path) -> dict:
+    """The table's row, with the archive ``NAME.npz`` in place of its reader where there is one."""
+    has_archive = (root / f"{name}.npz").is_file()
+    if name not in table and has_archive:
+        return UNREGISTERED
+    try:
+        row = lookup(table, name, "dataset")
+    except UserError as error:
+        raise UserError(f"{error}; or put {name}.npz into {root}") from None
+    return row | {"reader": UNREGISTERED["reader"]} if has_archive and "describe" not in row else row

@@ -1,0 +1,92 @@
+"""The images that a student learns from, on the device, in host memory, or in the shards of a bank."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from engine.data.mapped import MappedImages, prefetch
+from engine.data.splits import memory_limit
+
+COPIED_AT_ONCE = 256  # images on their way from the shards to memory
+
+
+class TransferSet:
+    """The images that a student learns from, with room for those still to come.
+
+    They live where they fit, which is decided once: on the device of the networks (at most half of its free memory), in host
+    memory (likewise), else nowhere but in the shards. From the last two, batches are read ahead of the steps.
+
+    Args:
+        capacity: number of images it will hold in the end.
+        device: where the networks are.
+    """
+
+    def __init__(self, capacity: int, image_size: int, device: torch.device):
+        self.capacity, self.device, self.count = capacity, device, 0
+        self.bytes = capacity * 3 * image_size**2
+        fits = device.type == "cuda" and self.bytes <= torch.cuda.mem_get_info(device)[0] // 2
+        self.home = device if fits else torch.device("cpu")
+        self.labels = torch.empty(capacity, dtype=torch.long, device=self.home)
+        self.mapped = not fits and self.bytes > memory_limit(self.home)
+        if self.mapped:
+            nothing = torch.empty(0, 3, image_size, image_size, dtype=torch.uint8)
+            self.images = MappedImages([nothing.numpy()], torch.empty(capacity, 2, dtype=torch.int32))
+        else:
+            self.images = torch.empty(capacity, 3, image_size, image_size, dtype=torch.uint8, device=self.home)
+
+    def __len__(self) -> int:
+        return self.count
+
+    @property
+    def description(self) -> str:
+        """Room and home, in one line."""
+        place = "in mapped shards" if self.mapped else "in host memory" if self.home.type == "cpu" else f"on {self.home}"
+        return f"transfer set: {self.capacity} images, {self.bytes / 1e6:.0f} MB, {place}"
+
+    def add(self, images: MappedImages | Tensor, labels: Tensor) -> None:
+        """Appends images (n, 3, H, W) uint8 and labels (n,); a mapped set holds on to ``images`` and copies nothing."""
+        end = self.count + len(images)
+        assert images.dtype == torch.uint8 and end <= self.capacity, f"{end} images for room for {self.capacity}"
+        if self.mapped:
+            self.images.refer(self.count, images if isinstance(images, MappedImages) else MappedImages.of([images.cpu()]))
+        else:
+            for part, target in zip(images.split(COPIED_AT_ONCE), self.images[self.count : end].split(COPIED_AT_ONCE)):
+                target.copy_(part)
+        self.labels[self.count : end] = labels
+        self.count = end
+
+    def batches(
+        self, batch_size: int, augment: Callable[[Tensor], Tensor], *, seed: int, rank: int = 0, count: int = 1
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Endless shuffled passes: images float32 (B, 3, H, W) in [0, 1] channels_last, labels (B,).
+
+        The last batch of a pass is filled from the next one, so every batch has ``batch_size`` images.
+
+        Args:
+            batch_size: images a step, of all processes together.
+            augment: uint8 images on the device -> the same; draws from the global random stream, in the caller's thread.
+            seed: decides the order, which depends neither on that stream nor on where the images live.
+            rank, count: of these processes this one gets every ``count``-th image of each batch, from ``rank`` on.
+        """
+        drawn = self._drawn(batch_size, seed, rank, count)
+        for images, labels in prefetch(drawn) if self.mapped or self.home != self.device else drawn:
+            images = augment(images.to(self.device, non_blocking=True))
+            yield (
+                images.to(torch.float32, memory_format=torch.channels_last).div_(255),
+                labels.to(self.device, non_blocking=True),
+            )
+
+    def _drawn(self, batch_size: int, seed: int, rank: int, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """This process's images (b, 3, H, W) uint8 and labels (b,) of each batch: at home, pinned on the way to a GPU."""
+        assert self.count, "no images to draw from"
+        generator, total = torch.Generator().manual_seed(seed), self.count
+        order = torch.empty(0, dtype=torch.long, device=self.home)
+        while True:
+            while len(order) < batch_size:
+                order = torch.cat([order, torch.randperm(total, generator=generator).to(self.home)])
+            chosen, order = order[:batch_size][rank::count], order[batch_size:]
+            # index_select copies whole images, twenty times as fast as images[chosen] does on a CPU.
+            images = self.images[chosen] if self.mapped else self.images.index_select(0, chosen)
+            batch = images, self.labels[chosen]
+            yield batch if self.home == self.device else (batch[0].pin_memory(), batch[1].pin_memory())

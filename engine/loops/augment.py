@@ -1,0 +1,140 @@
+"""Variants of every bank image, as a maker of a bank of their own, and the filter that keeps some of them."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.data.bank import to_uint8
+from engine.data.pictures import variants_grid
+from engine.loops.evaluate import check_finite
+from engine.loops.fill import Maker, Part, Share
+from engine.runtime.errors import UserError
+from engine.runtime.files import load_checkpoint, load_tensors, save_checkpoint, save_tensors
+from engine.runtime.run import Run, progress
+from engine.runtime.seeding import position_seed, seed_position
+
+SHARD = 512  # variants a round: what a kill can cost
+
+
+class VariantMaker(Maker):
+    """V variants of each source, by an augmenter that may first learn from the sources.
+
+    Position p = k * N + i of the bank is variant k of source i; its seed is a function of (seed, i, k) alone.
+
+    Args:
+        augmenter: ``datafree.diffusion.prior.Augmenter``.
+        sources: images (N, 3, H, W) uint8 and labels (N,).
+        variants: V.
+        batch_size: images varied together.
+        seed: of the run.
+        run: the main process's; None in the others.
+    """
+
+    unit = "img"
+
+    def __init__(
+        self, augmenter, sources: dict[str, Any], variants: int, batch_size: int, seed: int, device, run: Run | None
+    ):
+        self.augmenter, self.sources, self.batch_size = augmenter, sources, batch_size
+        self.seed, self.device, self.run = seed, device, run
+        self.total = variants * len(sources["labels"])
+
+    def size(self, round: int) -> int:
+        return min((round + 1) * SHARD, self.total) - round * SHARD
+
+    def learn(self, round: int, made) -> dict[str, float] | None:
+        """Trains the augmenter on the sources, if it learns."""
+        if not self.augmenter.fit_rounds:
+            return None
+        fit_augmenter(self.run, self.augmenter, self.sources["images"], self.sources["labels"], self.seed)
+        return {}
+
+    def make(self, round: int, share: Share, show) -> dict[int, Part]:
+        images, labels = self.sources["images"], self.sources["labels"]
+        positions = torch.arange(round * SHARD, round * SHARD + self.size(round))
+        parts = {}
+        for index, part in share.of(list(positions.split(self.batch_size))):
+            source_index = part % len(labels)
+            seeds = [position_seed(self.seed, "variant", int(p % len(labels)), int(p // len(labels))) for p in part]
+            source = images[source_index].to(self.device).float().div_(255)
+            varied = self.augmenter.augment(source, labels[source_index].to(self.device), seeds)
+            if not bool(torch.isfinite(varied).all()):
+                raise UserError(f"the diffusion model made NaN pixels in shard {round}; give --diffusion_dtype fp32")
+            columns = {"images": to_uint8(varied).cpu(), "labels": labels[source_index], "source_index": source_index}
+            parts[index] = Part(columns)
+            show(len(part))
+        return parts
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.augmenter.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.augmenter.load_state_dict(state)
+
+
+def fit_augmenter(run: Run, augmenter, images: Tensor, labels: Tensor, seed: int) -> None:
+    """Trains an augmenter that learns from the bank; a checkpoint a round, so that a restart repeats an unbroken run."""
+    file = run.path / "prior.pth"
+    start = 0
+    if file.exists():
+        saved = load_checkpoint(file, "diffusion checkpoint")
+        start = saved["round"]
+        augmenter.load_state_dict(saved["augmenter"])
+    run.rewind("prior", start)
+    bar = progress(augmenter.fit_rounds, "train the prior", "round", start)
+    for round in range(start, augmenter.fit_rounds):
+        seed_position(seed, "fit", round)
+        figures = {name: float(value) for name, value in augmenter.fit(images, labels).items()}
+        check_finite(figures, f"round {round} of training the diffusion prior", "lower --fit_lr and run again")
+        run.metrics("prior", round, figures)
+        save_checkpoint(file, {"round": round + 1, "augmenter": augmenter.state_dict()})
+        bar.set_postfix({name: f"{value:.3g}" for name, value in figures.items()}, refresh=False)
+        bar.update()
+    bar.close()
+
+
+def filter_variants(run: Run, folder: Path, sources: dict[str, Any], variants: dict[str, Any], filter) -> None:
+    """Decides which variants stay; logged, drawn, and stored with the cosines in ``filter_<name>.safetensors``.
+
+    Cosines are computed once an embedding, in this run or in the one that made the variants, so that omega can change
+    without generating or embedding again.
+
+    Args:
+        folder: of the variants.
+        sources: images (N, 3, H, W), labels; variants: images (N * V, 3, H, W), labels, source_index.
+        filter: ``datafree.filter.CosineFilter``.
+    """
+    file = filter_file(run.path, filter)
+    stored = next((load_tensors(f) for f in (file, folder.parent / file.name) if f.exists()), None)
+    if stored is None or len(stored["cosine"]) != len(variants["labels"]):
+        with progress(len(sources["labels"]) + len(variants["labels"]), "embed", "img", delay=3) as bar:
+            cosine, calibrated = filter.score(sources, variants, bar.update)
+    else:
+        cosine, calibrated = stored["cosine"], stored["calibrated_omega"].item()
+    omega = calibrated if filter.omega is None else filter.omega
+    if file.exists() and stored is not None and stored["omega"].item() == omega:
+        return  # decided before
+    keep = filter.keep(cosine, omega)
+    save_tensors(
+        file,
+        {"cosine": cosine, "keep": keep, "calibrated_omega": torch.tensor([calibrated]), "omega": torch.tensor([omega], dtype=torch.float64)},
+    )
+    low, middle, high = torch.quantile(cosine[:1_000_000].float(), torch.tensor([0.1, 0.5, 0.9])).tolist()
+    run.log(
+        f"filter: {int(keep.sum())} of {len(keep)} variants kept at omega {omega:.3f} ({filter.name} embedding; "
+        f"cosine 10/50/90 %: {low:.3f} {middle:.3f} {high:.3f})"
+    )
+    run.board.add_histogram("filter/cosine", cosine)
+    run.board.add_scalar("filter/keep_rate", keep.float().mean())
+    total = len(sources["labels"])
+    shown = torch.arange(0, total, max(1, total // 16))[:16]
+    of_shown = torch.arange(min(4, len(keep) // total))[:, None] * total + shown
+    picture = variants_grid(sources["images"][shown], variants["images"][of_shown], cosine[of_shown], keep[of_shown])
+    run.picture("variants", picture)
+
+
+def filter_file(folder: Path, filter) -> Path:
+    """Where the cosines of a run's variants are, and which of them stay."""
+    return folder / f"filter_{filter.name}.safetensors"

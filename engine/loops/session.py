@@ -1,0 +1,178 @@
+"""What every stage of a run is given, and how the stages are gone through."""
+
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.data.bank import ImageBank, Manifest
+from engine.data.datasets import DatasetInfo
+from engine.loops.distill import Schedule
+from engine.runtime.errors import UserError
+from engine.runtime.files import read_json
+from engine.runtime.processes import Processes
+from engine.runtime.run import Run
+from engine.runtime.seeding import seed_position
+from engine.runtime.stage_record import StageRecord
+
+INITIAL = ("synthesize", "generate")  # the stages that fill the initial bank; a method has one of them or none
+
+
+@dataclass(frozen=True)
+class Session:
+    """One run of one method, in one of its processes.
+
+    Args:
+        path: the run folder.
+        run, record: the main process's; None in the others, which read what it has written to the folder.
+        info: the dataset.
+        manifest: what the banks of this run must be.
+        flags: every flag of the command by name.
+    """
+
+    path: Path
+    run: Run | None
+    record: StageRecord | None
+    info: DatasetInfo
+    manifest: Manifest
+    schedule: Schedule
+    flags: dict[str, Any]
+    device: torch.device
+    processes: Processes = Processes()
+
+    @property
+    def seed(self) -> int:
+        return self.flags["seed"]
+
+    def new_bank(self, folder: str, external_prior: str) -> ImageBank | None:
+        """The bank in a folder of this run, made if there is none; None in the processes that only compute."""
+        if not self.processes.main:
+            return None
+        return ImageBank(self.path / folder, replace(self.manifest, external_prior=external_prior))
+
+    def finished(self, stage: str, flag: str, folder: str) -> "Finished":
+        """The bank that a stage left in this run, or in the run or folder that ``--<flag>`` names.
+
+        Raises:
+            UserError: the stage is not done, or the bank does not fit this run.
+        """
+        given = self.flags[flag]
+        path = Path(given) if given else self.path / folder
+        if given and not (path / "manifest.json").exists() and (path / folder).is_dir():
+            path = path / folder
+        record = path.parent / "stages.json"
+        made = read_json(record) if record.exists() else {}
+        if given and stage in INITIAL:
+            stage = next((name for name in INITIAL if name in made), stage)
+        entry = made.get(stage)
+        if entry and entry["status"] != "done" or not given and not entry:
+            advice = (
+                f"run it first with --stages {stage}, or give --{flag}" if not given else "finish it with its own command"
+            )
+            raise UserError(f"stage {stage} in {path.parent} is {'incomplete' if entry else 'not begun'}; {advice}")
+        bank = ImageBank(path, self.manifest, create=False)
+        entry = entry or {"seconds": None, "depends_on": {}, "facts": {}}
+        return Finished(stage, bank, entry["seconds"], entry["depends_on"], entry["facts"])
+
+    def check_shared(self) -> None:
+        """In a process that only computes: that it sees the folder in which the main one writes.
+
+        Raises:
+            UserError: it does not.
+        """
+        if not (self.path / "args.json").exists():
+            raise UserError(
+                f"process {self.processes.rank} does not see {self.path.resolve()}, where the main one writes; give a "
+                "--save_dir on a file system that all machines share"
+            )
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A bank that a stage left: its shards, the seconds it took (None: not known), its flags, and what was noted of it."""
+
+    stage: str
+    bank: ImageBank
+    seconds: float | None
+    depends_on: dict[str, Any]
+    facts: dict[str, Any]
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """images (N, 3, H, W) uint8, labels (N,), and any further column.
+
+        Raises:
+            UserError: there are none.
+        """
+        stage = next((name for name in (*INITIAL, "augment") if self.bank.rounds(name)), self.stage)
+        columns = self.bank.read(stage)
+        if not len(columns["labels"]):
+            raise UserError(f"the image bank {self.bank.path} is empty; make images with --stages {self.stage}")
+        return columns
+
+
+class Stage:
+    """A part of a run that is done once and then skipped.
+
+    Attributes:
+        name: in ``stages.json`` and ``--stages``.
+        outputs: patterns below the run folder of what it writes, which ``--redo`` deletes.
+    """
+
+    name: str
+    outputs: tuple[str, ...]
+
+    def prepare(self, session: Session) -> None:
+        """What the main process does before all processes run the stage."""
+
+    def run(self, session: Session) -> None:
+        """The stage; the main process marks it as done."""
+        raise NotImplementedError
+
+
+def choose_stages(name: str, known: list[str], flags) -> tuple[list[str], list[str]]:
+    """Of the stages of method ``name``: those of a run whose banks are not given by ``--init_bank`` or ``--init_variants``, and those selected of them.
+
+    Args:
+        known: names of the method's stages.
+        flags: ``engine.loops.settings.RunFlags``.
+    Raises:
+        UserError: a flag names a stage that the run does not have.
+    """
+    for flag, replaced in (("init_bank", ("synthesize", "generate")), ("init_variants", ("augment",))):
+        if getattr(flags, flag):
+            if not set(replaced) & set(known):
+                raise UserError(f"--{flag}: {name} has no stage {' or '.join(replaced)} that it could take the place of")
+            known = [stage for stage in known if stage not in replaced]
+    if wrong := [stage for stage in flags.stages or () if stage not in known]:
+        raise UserError(f"--stages {','.join(wrong)}: this run has the stages {', '.join(known)}")
+    return known, [stage for stage in known if stage in (flags.stages or known)]
+
+
+def run_stages(session: Session, stages: tuple[Stage, ...], selected: list[str], redo: str | None) -> None:
+    """Runs the selected stages that are not done, as the main process finds."""
+    processes = session.processes
+    plan = processes.broadcast(_plan(session, stages, selected, redo) if processes.main else None)
+    for stage in stages:
+        if plan.get(stage.name) == "done" and processes.main:
+            session.run.log(f"{stage.name}: done before, skipped ({session.path})")
+        if plan.get(stage.name) != "todo":
+            continue
+        if processes.main:
+            stage.prepare(session)
+        processes.broadcast()  # what the main process has written is there
+        session.check_shared()
+        seed_position(session.seed, stage.name)
+        stage.run(session)
+
+
+def _plan(session: Session, stages: tuple[Stage, ...], selected: list[str], redo: str | None) -> dict[str, str]:
+    """{selected stage: "todo" or "done"}, after what is to be made again is deleted."""
+    record = session.record
+    gone = record.discard(redo) if redo else []
+    for path in [p for stage in stages if stage.name in gone for pattern in stage.outputs for p in session.path.glob(pattern)]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    record.check(selected)
+    return {name: "done" if record.status(name) == "done" else "todo" for name in selected}

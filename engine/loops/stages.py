@@ -1,0 +1,233 @@
+"""The stages that a method's run is made of."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.data.bank import ImageBank
+from engine.data.splits import load_split
+from engine.data.transfer_set import TransferSet
+from engine.loops import augment, distill
+from engine.loops.evaluate import evaluate
+from engine.loops.fill import STATE, Maker, fill
+from engine.loops.session import Finished, Session, Stage
+from engine.runtime.errors import UserError
+from engine.runtime.files import load_checkpoint, load_tensors, save_checkpoint
+from engine.runtime.precision import Precision
+from engine.runtime.run import peak_memory
+
+
+@dataclass(frozen=True)
+class FillBank(Stage):
+    """Fills the initial bank.
+
+    Args:
+        name: "synthesize" or "generate".
+        rounds: shards.
+        maker: builds what makes the images; called only if some are missing.
+        external_prior: a pretrained model besides the teacher that it uses.
+    """
+
+    name: str
+    rounds: int
+    maker: Callable[[Session], Maker]
+    external_prior: str = "none"
+    outputs = ("bank",)
+
+    def run(self, session: Session) -> None:
+        bank = session.new_bank("bank", self.external_prior)
+        fill(session.run, session.record, bank, self.name, self.rounds, lambda: self.maker(session), session.processes)
+
+
+@dataclass(frozen=True)
+class Augment(Stage):
+    """Makes variants of every bank image, and decides which of them stay.
+
+    Args:
+        initial: name of the stage that fills the bank.
+        augmenter: builds ``datafree.diffusion.prior.Augmenter``.
+        variants: V, of each image.
+        batch_size: images varied together.
+        filter: ``datafree.filter.CosineFilter``.
+        external_prior: a pretrained model besides the teacher that the augmenter uses.
+    """
+
+    initial: str
+    augmenter: Callable[[], Any]
+    variants: int
+    batch_size: int
+    filter: Any
+    external_prior: str = "none"
+    name = "augment"
+    outputs = ("variants", "prior.pth", "filter_*.safetensors")
+
+    def run(self, session: Session) -> None:
+        sources = session.finished(self.initial, "init_bank", "bank").columns
+
+        def maker() -> Maker:
+            device, run = session.device, session.run
+            return augment.VariantMaker(
+                self.augmenter(), sources, self.variants, self.batch_size, session.seed, device, run
+            )
+
+        bank = session.new_bank("variants", self.external_prior)
+        rounds = -(-self.variants * len(sources["labels"]) // augment.SHARD)
+        fill(session.run, session.record, bank, self.name, rounds, maker, session.processes)
+        if session.processes.main:
+            augment.filter_variants(session.run, bank.path, sources, bank.read("augment"), self.filter)
+
+
+@dataclass(frozen=True)
+class TransferImages:
+    """What the student learns from before the first round of stage distill."""
+
+    initial: Finished | None
+    variants: Finished | None
+    parts: tuple[tuple[Any, Tensor], ...]
+    counts: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Distill(Stage):
+    """Trains the student on the images so far and on those of its own rounds.
+
+    Args:
+        method: ``datafree.base.Method``: the networks, and what builds synthesizer and objective.
+        initial: name of the stage that fills the initial bank; None: there is none.
+        filter: of the variants of stage augment; None: there is no such stage.
+        external_prior: a pretrained model besides the teacher that this stage itself uses.
+        images_per_class: of the initial bank that the student sees at most, the first ones; None: all.
+    """
+
+    method: Any
+    initial: str | None = None
+    filter: Any = None
+    external_prior: str = "none"
+    images_per_class: int | None = None
+    name = "distill"
+    outputs = ("bank/distill-*", "distill.pth", "student.pth", "result.json")
+
+    def prepare(self, session: Session) -> None:
+        if not self.method.streams:
+            session.new_bank("bank", self.external_prior if self.filter is None else "none")
+        if self.filter is not None:
+            sources, variants = (finished.columns for finished in self._finished(session))
+            path = session.finished("augment", "init_variants", "variants").bank.path
+            index = variants["source_index"]
+            if int(index.max()) >= len(sources["labels"]) or not torch.equal(sources["labels"][index], variants["labels"]):
+                raise UserError(f"{path} holds variants of another image bank; give theirs with --init_bank")
+            augment.filter_variants(session.run, path, sources, variants, self.filter)
+
+    def run(self, session: Session) -> None:
+        method, run, record, processes, device = (
+            self.method, session.run, session.record, session.processes, session.device,
+        )  # fmt: skip
+        bank, transfer, images = None, None, TransferImages(None, None, (), {})
+        if not method.streams:
+            images = self._images(session)
+            bank = ImageBank(session.path / "bank", session.manifest, create=False)  # in which its rounds are kept
+            capacity = images.counts["bank_images"] + images.counts.get("variants_kept", 0)
+            transfer = TransferSet(capacity, session.info.image_size, device)
+            for part in images.parts:
+                transfer.add(*part)
+        test, teacher_acc1 = None, None
+        if processes.main:
+            test = load_split(session.info, "test", device)
+            if transfer is not None:
+                run.log(transfer.description)
+            teacher_acc1 = evaluate(method.teacher, test)["acc1"]
+            run.log(
+                f"teacher {session.flags['teacher']}: {teacher_acc1:.2f} % on the {len(test)} test images of "
+                f"{session.info.name}"
+            )
+        distillation = distill.Distillation(
+            method.teacher, method.student, method.objective().to(device), self._synthesizer(session, images.initial),
+            session.schedule, Precision(session.flags["amp"], device), method.images_per_round if bank is not None else 0,
+            processes, method.task.compile,
+        )  # fmt: skip
+        figures = distill.distill(
+            run, record, distillation, bank, transfer, method.student_view, test, seed=session.seed
+        )
+        if processes.main:
+            self._finish(session, images, distillation, figures | {"teacher_acc1": teacher_acc1})
+
+    def _finished(self, session: Session) -> list[Finished]:
+        """What the stages before left: the initial bank, and its variants."""
+        found = [session.finished(self.initial, "init_bank", "bank")] if self.initial else []
+        return found + ([session.finished("augment", "init_variants", "variants")] if self.filter is not None else [])
+
+    def _images(self, session: Session) -> TransferImages:
+        initial, variants = (*self._finished(session), None, None)[:2]
+        counts, parts = {"bank_images": session.schedule.rounds * self.method.images_per_round}, []
+        if initial:
+            columns = initial.columns
+            images, labels = columns["images"], columns["labels"]
+            if self.images_per_class:
+                chosen = first_of_each(labels, self.images_per_class)
+                images, labels = images[chosen], labels[chosen]
+            parts.append((images, labels))
+            counts["bank_images"] += len(labels)
+        if variants:
+            filtered, columns = load_tensors(augment.filter_file(session.path, self.filter)), variants.columns
+            keep = filtered["keep"]
+            parts.append((columns["images"][keep], columns["labels"][keep]))
+            omega = round(filtered["omega"].item(), 4)
+            counts |= {"variants": len(keep), "variants_kept": int(keep.sum()), "omega": omega}
+        return TransferImages(initial, variants, tuple(parts), counts)
+
+    def _synthesizer(self, session: Session, initial: Finished | None) -> Any:
+        """That of the rounds, going on from where the one of the initial bank stopped, if that left a state."""
+        synthesizer = self.method.synthesizer()
+        file = initial.bank.path / STATE if initial else None
+        if session.processes.main and file and file.exists():  # the others make no images
+            synthesizer.load_state_dict(load_checkpoint(file, "synthesizer")["synthesizer"])
+        return synthesizer
+
+    def _finish(
+        self, session: Session, images: TransferImages, distillation: distill.Distillation, figures: dict[str, Any]
+    ) -> None:
+        """Writes student.pth and result.json."""
+        run, record, flags, info = session.run, session.record, session.flags, session.info
+        before = [finished for finished in (images.initial, images.variants) if finished]
+        about = {
+            "arch": flags["student"],
+            "dataset": info.name,
+            "epoch": session.schedule.epochs,
+            "acc1": figures["acc1_last"],
+        }
+        save_checkpoint(run.path / "student.pth", {"state_dict": self.method.student.network.state_dict(), **about})
+        counts = dict(images.counts)
+        counts["images"] = counts.get("bank_images", 0) + counts.get("variants_kept", 0)
+        if self.method.streams:
+            steps = figures["student_steps"] * session.schedule.batch_size
+            counts["images"] = distillation.synthesizer.images_total or steps
+        priors = {finished.bank.manifest.external_prior for finished in before} | {self.external_prior}
+        measured = {f"bank_{n}": f.facts[n] for f in before for n in ("teacher_acc1", "loss_bn") if "teacher_acc1" in f.facts}
+        settings: dict[str, Any] = {}
+        for depends_on in [*(finished.depends_on for finished in before), *record.dependencies.values()]:
+            settings |= depends_on
+        record.update("distill")
+        seconds = {finished.stage: finished.seconds for finished in before} | record.seconds()
+        run.result(
+            {name: flags[name] for name in ("method", "teacher", "student", "seed")}
+            | {"dataset": info.name, "external_prior": " + ".join(sorted(priors - {"none"})) or "none"}
+            | figures | counts | measured
+            | {"processes": session.processes.count, "seconds": seconds, "settings": settings}
+        )  # fmt: skip
+        record.update("distill", done=True)
+        memory = ", ".join(f"{name.replace('_', ' ').removesuffix(' mib')} {mib} MiB" for name, mib in peak_memory().items())
+        run.log(
+            f"distill: acc1 {figures['acc1_last']:.2f} % (last), {figures['acc1_best']:.2f} % (best) after "
+            f"{figures['student_steps']} student steps ({record.seconds()['distill']:.0f} s, {memory}) -> "
+            f"{run.path / 'result.json'}"
+        )
+
+
+def first_of_each(labels: Tensor, count: int) -> Tensor:
+    """(N,) bool: whether an image is among the first ``count`` of its class, of labels (N,)."""
+    order = labels.argsort(stable=True)
+    ranks = torch.arange(len(labels)) - torch.searchsorted(labels[order], labels[order])
+    return torch.empty(len(labels), dtype=torch.bool).scatter_(0, order, ranks < count)

@@ -1,0 +1,114 @@
+"""Generative priors on random miniatures: conditions, classifier-free guidance, bad input. CPU, no network."""
+
+import pytest
+import torch
+
+from datafree.diffusion.generative import PIPELINES, load_prior
+from datafree.diffusion.prior import seeded_noise
+from engine.runtime.errors import UserError
+from tests import tiny_pipelines
+
+NAMES = tuple("abcdefghij")
+KINDS = tiny_pipelines.GENERATIVE
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory):
+    return tiny_pipelines.generative(tmp_path_factory.mktemp("priors"))
+
+
+@pytest.fixture(scope="module")
+def priors(paths):
+    scale = {"turbo": 0.0}
+    return {k: load_prior(p, num_classes=10, class_names=NAMES, guidance_scale=scale.get(k, 3.0)) for k, p in paths.items()}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_classifier_free_guidance(priors, kind, monkeypatch):
+    prior = priors[kind]
+    z, time = seeded_noise([1, 2], prior.shape), prior.trajectory(4).times[1]
+    condition = prior.condition(torch.tensor([0, 7]), [0, 0])
+    outputs = []
+    for scale in (0.0, 1.0, 2.0, 3.0):
+        monkeypatch.setattr(prior, "guidance_scale", scale)
+        outputs.append(prior.predict(z, time, condition))
+    assert outputs[0].shape == z.shape and torch.equal(outputs[0], outputs[1])
+    assert torch.allclose(outputs[3] - outputs[2], outputs[2] - outputs[1], atol=1e-4)
+    assert prior.external_prior == kind
+
+
+@pytest.mark.parametrize("kind", ["stable_diffusion", "sdxl"])
+def test_unguided_latents_are_those_of_the_library_s_pipeline(priors, kind):
+    """Prompts, sizes, classifier-free guidance and steps, all at once, but for the last noise that the library leaves in."""
+    prior, steps = priors[kind], 5
+    trajectory, condition = prior.trajectory(steps), prior.condition(torch.tensor([2]), [0])
+    latents = start = seeded_noise([3], prior.shape)
+    if kind == "sdxl":
+        start = start / trajectory.sigmas[0]  # Euler's scale
+    theirs = prior.pipeline(
+        prompt=condition, guidance_scale=3.0, num_inference_steps=steps, latents=start, output_type="latent"
+    ).images
+    for k, time in enumerate(trajectory.times):
+        clean = trajectory.clean(latents, k, prior.predict(latents, time, condition))
+        latents = trajectory.step("ddim", latents, k, clean)
+    assert condition == ["a photo of a c"] and (latents - theirs).norm() < 0.03 * theirs.norm()
+
+
+def test_templates_take_turns_and_are_encoded_once(paths):
+    prior = load_prior(
+        paths["stable_diffusion"], num_classes=10, class_names=NAMES, prompts=("a {label}", "one {label}", "thing")
+    )
+    prompts = prior.condition(torch.tensor([0, 1, 0, 0]), [0, 0, 1, 2])
+    assert prompts == ["a a", "a b", "one a", "thing"]
+    z = seeded_noise([1] * 4, prior.shape)
+    prior.predict(z, prior.trajectory(2).times[0], prompts)
+    assert set(prior.encoded) == set(prompts)
+    first = prior.encoded["a a"]
+    prior.predict(z, prior.trajectory(2).times[0], prompts)
+    assert prior.encoded["a a"] is first
+
+
+def test_class_map(paths):
+    prior = load_prior(paths["dit"], num_classes=2, class_map=(7, 3))
+    assert prior.condition(torch.tensor([0, 1, 1]), [0] * 3).tolist() == [7, 3, 3]
+    assert prior._with_null(prior.condition(torch.tensor([1]), [0])).tolist() == [10, 3]
+
+
+BAD = {
+    "wrong kind": (dict(kind="image_variation"), "holds a StableDiffusionImageVariationPipeline; wanted: StableDiffusion"),
+    "too many classes": (dict(kind="dit", num_classes=12), "dit knows 10 classes, id 10 is none of them .* --class_map"),
+    "short map": (dict(kind="dit", class_map=(1, 2)), "--class_map has 2 ids for the 10 classes"),
+    "wrong map": (dict(kind="dit", num_classes=2, class_map=(1, 99)), "id 99"),
+    "no names": (dict(kind="stable_diffusion", class_names=None), "--prompt .* wants class names"),
+    "no null class": (dict(kind="pixel_unet", num_classes=5), "without a null class, .* --guidance_scale 1"),
+    "wrong null class": (dict(kind="pixel_unet", num_classes=5, null_class=30), "--null_class 30"),
+    "fixed size": (dict(kind="dit", resolution=64), "--resolution 64: dit draws 32 px only"),
+    "odd size": (dict(kind="sdxl", resolution=30), "--resolution 30 is no multiple of 8; sdxl was made for 32"),
+    "own size": (dict(kind="patch_prior", resolution=32), "--resolution 32"),
+    "missing file": (dict(model="no/such.safetensors"), "no/such.safetensors does not exist"),
+    "unreachable": (dict(model="some/model"), "neither a directory here .* 'hf download some/model"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_priors_are_one_line(case, paths, tmp_path):
+    settings, pattern = BAD[case]
+    settings = {"num_classes": 10, "class_names": NAMES} | settings
+    kind, model = settings.pop("kind", None), settings.pop("model", None)
+    if kind == "image_variation":
+        model = tiny_pipelines.image_variation(tmp_path / kind)
+    with pytest.raises(UserError, match=pattern) as caught:
+        load_prior(model or paths[kind], **settings)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unconditional_model_is_refused(tmp_path):
+    path = tiny_pipelines.pixel_unet(tmp_path / "plain", classes=None)
+    with pytest.raises(UserError, match="a class-conditional model is wanted"):
+        load_prior(path, num_classes=10)
+    assert "DDPMPipeline" in PIPELINES
+
+
+def test_too_many_steps(priors):
+    with pytest.raises(UserError, match="--num_inference_steps 2000"):
+        priors["dit"].trajectory(2000)
