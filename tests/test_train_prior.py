@@ -134,11 +134,21 @@ def test_start_goes_on_from_a_file(train, tmp_path):
     second = train("second", f"--start {first} --images 48")
     about = load_patch_prior(second)[1]
     assert about["images_drawn"] == 48 and [line["images"] for line in lines(tmp_path / "second")] == [40, 48]
-    assert not same(first, second) and not same(second, train("fresh", "--images 48"))
+    assert about["settings"]["start"] == "first.safetensors" and not same(first, second)
     with pytest.raises(UserError, match=r"has channels \(8, 8\), this training \(8, 16\)"):
         train("third", f"--start {first} --channels 8,16 --images 48")
     with pytest.raises(UserError, match="missing.safetensors does not exist"):
         train("third", "--start missing.safetensors")
+
+
+def test_a_file_may_be_renewed_from_itself_stopped_or_not(train, tmp_path, monkeypatch):
+    first = train("first")
+    whole = train("whole", f"--start {first} --images 64")
+    again = f"--start {first} --output {first} --save_dir {tmp_path / 'renewed'} --report_every 1"
+    train("first", f"{again} --images 48")
+    assert load_patch_prior(first)[1]["images_drawn"] == 48
+    train("first", f"{again} --images 64")
+    assert same(first, whole)
 
 
 def test_a_judge_compares_samples_with_the_test_split(train, tmp_path, data, monkeypatch):

@@ -6,8 +6,9 @@
     embedded             a ``PatchUNet`` file of this project (``datafree.diffusion.train_prior``); likewise
 
 Which of them a model is, it says itself: a ``.safetensors`` file, or the name of one that this project ships, is an embedded
-one; a hub id or a directory names its pipeline. Loading, errors and names are those of the augmenters (``datafree.diffusion.prior``), so the same models serve
-DDA. Everything between ``predict`` and ``decode`` can be differentiated.
+one; a hub id or a directory names its pipeline. Loading, errors and names are those of the augmenters
+(``datafree.diffusion.prior``), so the same models serve DDA. Everything between ``predict`` and ``decode`` can be
+differentiated.
 """
 
 from pathlib import Path

@@ -13,7 +13,6 @@ falling rate would do.
 """
 
 import dataclasses
-import json
 import os
 import time
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ from datafree.diffusion.prior import seeded_noise
 from datafree.diffusion.quality import density_coverage, frechet_distance
 from engine.data.datasets import DatasetInfo, dataset_info
 from engine.data.pictures import grid
-from engine.data.splits import load_split
+from engine.data.splits import Split, load_split
 from engine.networks.build import load_teacher
 from engine.runtime.errors import UserError, run_command
 from engine.runtime.files import load_checkpoint, save_checkpoint
@@ -46,6 +45,7 @@ WARMUP_STEPS = 200
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # times at which the loss of held-out images is taken
 SAMPLING_STEPS = 20
 SHOWN = (10, 10)  # rows (classes) and columns of the picture
+HELD_OUT = 1000  # images that it is taken of
 CHUNK = 250  # images that go through a network together in a report
 
 
@@ -63,7 +63,7 @@ class PriorFlags:
     images: int = flag(3_000_000, "training images to draw, with those of --start")
     minutes: float | None = flag(None, "stop after that long; the same command goes on")
     patch: int = flag(2, "px a side of the blocks that the network sees as one", stages=TRAIN)
-    channels: tuple[int, ...] = flag((64, 128, 128), "width of each level of the network", stages=TRAIN)
+    channels: tuple[int, ...] = flag((48, 96, 192), "width of each level of the network", stages=TRAIN)
     no_attention: bool = flag(False, "no self-attention at the coarsest level", stages=TRAIN)
     batch_size: int = flag(64, "images a step", stages=TRAIN)
     lr: float = flag(1e-3, f"AdamW learning rate, reached after {WARMUP_STEPS} steps", stages=TRAIN)
@@ -95,6 +95,12 @@ def choose_amp(amp: str, device: torch.device) -> str:
     return "bf16" if fast else "no"
 
 
+def _spread(*tensors: Tensor, count: int) -> list[Tensor]:
+    """``count`` rows at equal steps of tensors of one length; all, where there are fewer."""
+    step = max(1, len(tensors[0]) // count)
+    return [tensor[::step][:count] for tensor in tensors]
+
+
 class Report:
     """What is measured of a prior now and then: always on the same images, noise and labels.
 
@@ -103,14 +109,11 @@ class Report:
         judge: a frozen classifier, or None.
     """
 
-    def __init__(self, flags: PriorFlags, info: DatasetInfo, split, judge, device: torch.device):
+    def __init__(self, flags: PriorFlags, info: DatasetInfo, split: Split, judge: Classifier | None, device: torch.device):
         self.flags, self.info, self.judge, self.device = flags, info, judge, device
-        step = max(1, len(split) // 1000)
-        self.held_out = split.images[::step][:1000].contiguous(), split.labels[::step][:1000]
+        self.held_out = _spread(split.images, split.labels, count=HELD_OUT)
         self.labels = torch.arange(max(flags.samples, info.num_classes)) % info.num_classes
-        self.real = None
-        if judge:
-            self.real = self._features(split.images)[0]
+        self.real = self._features(split.images)[0] if judge else None
 
     @torch.no_grad()
     def losses(self, training: Denoising) -> dict[str, float]:
@@ -118,14 +121,14 @@ class Report:
         images, labels = self.held_out
         found = {}
         for t in LEVELS:
-            time, total = torch.full((1,), t, device=self.device), 0.0
+            level, total = torch.full((1,), t, device=self.device), 0.0
             for start in range(0, len(images), CHUNK):
                 clean = images[start : start + CHUNK].to(self.device).float().div(127.5).sub(1)
                 seeds = [position_seed("held out", start + k, round(100 * t)) for k in range(len(clean))]
                 noise = seeded_noise(seeds, tuple(clean.shape[1:])).to(self.device)
                 with training.autocast():
-                    v = training.ema(add_noise(clean, noise, time), time.expand(len(clean)), labels[start : start + CHUNK])
-                total += float(F.mse_loss(v.float(), velocity(clean, noise, time), reduction="sum"))
+                    v = training.ema(add_noise(clean, noise, level), level.expand(len(clean)), labels[start : start + CHUNK])
+                total += float(F.mse_loss(v.float(), velocity(clean, noise, level), reduction="sum"))
             found[f"held_out_{t:g}"] = round(total / images.numel(), 5)
         return {"held_out": round(sum(found.values()) / len(found), 5)} | found
 
@@ -142,15 +145,17 @@ class Report:
             drawn.append(images.add(1).mul(127.5).round().byte().cpu())
         return torch.cat(drawn)
 
-    def quality(self, training: Denoising) -> dict[str, float]:
-        """Fréchet distance, density and coverage of samples, and the share of them that the judge names as asked; in %."""
-        features, predicted = self._features(self.draw(training, self.labels))
-        density, coverage = density_coverage(self.real, features)
+    def quality(self, images_u8: Tensor, labels: Tensor) -> dict[str, float]:
+        """Of images (B, 3, H, W) uint8 with labels (B,): Fréchet distance to the test split, density and coverage of as many
+        images of it, and the share that the judge names by their labels, in %."""
+        features, predicted = self._features(images_u8)
+        (real,) = _spread(self.real, count=len(features))
+        density, coverage = density_coverage(real, features)
         return {
             "frechet": round(frechet_distance(self.real, features), 4),
             "density": round(density, 4),
             "coverage": round(coverage, 4),
-            "judge_acc1": round(100 * float((predicted == self.labels).float().mean()), 2),
+            "judge_acc1": round(100 * float((predicted == labels.cpu()).float().mean()), 2),
         }
 
     def picture(self, training: Denoising) -> Tensor:
@@ -180,8 +185,10 @@ def train_prior(flags: PriorFlags) -> Path:
     output = Path(flags.output or f"checkpoints/priors/{info.name}_{info.image_size}.safetensors")
     run = Run(flags.save_dir or Path("checkpoints/train_prior", output.stem), dataclasses.asdict(flags))
     try:
-        settings = json.loads(json.dumps(stage_flags("train", flags) | {"image_size": info.image_size}))
-        network, about = _network(flags, info, device)
+        settings = stage_flags("train", flags) | {"image_size": info.image_size}
+        settings["start"] = flags.start and Path(flags.start).name
+        state = _unfinished(run, flags, settings)
+        network, about = _network(flags, info, device, state)
         training = Denoising(
             network,
             info.num_classes,
@@ -190,29 +197,49 @@ def train_prior(flags: PriorFlags) -> Path:
             autocast=Precision(flags.amp, device).autocast,
             start=about["images_drawn"] // flags.batch_size,
         )
-        first = _resume(run, flags, settings, training)
+        if state:
+            training.load_state_dict(state["training"])
         train, test = (load_split(info, split, device) for split in ("train", "test"))
         if train.images is None or test.images is None:
             raise UserError(f"the images of {info.name} do not fit into memory; give a smaller --image_size")
         report = Report(flags, info, test, _judge(flags, info, device), device)
-        about |= {"training_images": len(train), "settings": settings, "amp": flags.amp}
-        _rounds(run, flags, settings, training, train, report, about, output, first)
+        about |= {"training_images": len(train), "settings": settings}
+        _rounds(run, flags, training, train, report, about, output, state["round"] if state else 0)
         return output
     finally:
         run.close()
 
 
-def _network(flags: PriorFlags, info: DatasetInfo, device: torch.device) -> tuple[PatchUNet, dict[str, Any]]:
-    """The network, fresh or with the weights of ``--start``, and what its file says of it."""
+def _unfinished(run: Run, flags: PriorFlags, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """What the run folder holds of a training with these settings; None: it is to begin."""
+    file = run.path / "last.pth"
+    if flags.redo:
+        file.unlink(missing_ok=True)
+    state = load_checkpoint(file, "unfinished training") if file.exists() else None
+    for name, value in settings.items() if state else ():
+        if state["settings"].get(name) != value:
+            found = f"{run.path} was begun with --{name} {state['settings'].get(name)}, now {value}"
+            raise UserError(f"{found}; give another --save_dir, or --redo")
+    run.rewind("prior", state["round"] if state else 0)
+    return state
+
+
+def _network(
+    flags: PriorFlags, info: DatasetInfo, device: torch.device, state: dict[str, Any] | None
+) -> tuple[PatchUNet, dict[str, Any]]:
+    """The network, fresh or with the weights of ``--start``, and what its file says of it.
+
+    ``--start`` is read when a training begins and never again: it may be the file that the training writes.
+    """
     shape = {
         "num_classes": info.num_classes, "image_size": info.image_size, "patch": flags.patch, "channels": flags.channels,
         "attention": not flags.no_attention,
     }  # fmt: skip
     names = info.class_names or tuple(map(str, range(info.num_classes)))
-    about = {"dataset": info.name, "class_names": names, "images_drawn": 0, **shape}
+    about = {"dataset": info.name, "class_names": names, "images_drawn": state["drawn_before"] if state else 0, **shape}
     seed_position(flags.seed, "init")
     network = PatchUNet(**shape)
-    if flags.start:
+    if flags.start and not state:
         loaded, known = load_patch_prior(Path(flags.start))
         if other := [name for name, value in shape.items() if known[name] != value]:
             raise UserError(f"--start {flags.start} has {other[0]} {known[other[0]]}, this training {shape[other[0]]}")
@@ -231,30 +258,23 @@ def _judge(flags: PriorFlags, info: DatasetInfo, device: torch.device) -> Classi
     return load_teacher(MODELS, about["arch"], info, device, flags.judge, about.get("mean"), about.get("std"))
 
 
-def _resume(run: Run, flags: PriorFlags, settings: dict[str, Any], training: Denoising) -> int:
-    """The first round that is not done yet; loads what was before it."""
-    file = run.path / "last.pth"
-    if flags.redo:
-        file.unlink(missing_ok=True)
-    if not file.exists():
-        run.rewind("prior", 0)
-        return 0
-    state = load_checkpoint(file, "unfinished training")
-    for name, value in settings.items():
-        if state["settings"].get(name) != value:
-            found = f"{run.path} was begun with --{name} {state['settings'].get(name)}, now {value}"
-            raise UserError(f"{found}; give another --save_dir, or --redo")
-    training.load_state_dict(state["training"])
-    run.rewind("prior", state["round"])
-    return state["round"]
-
-
-def _rounds(run, flags, settings, training, train, report, about, output, first) -> None:
+def _rounds(
+    run: Run,
+    flags: PriorFlags,
+    training: Denoising,
+    train: Split,
+    report: Report,
+    about: dict[str, Any],
+    output: Path,
+    first: int,
+) -> None:
     """Rounds of training until --images or --minutes are over; the file and a report every so often and at the end."""
     before, a_round = about["images_drawn"], flags.round_steps * flags.batch_size
     rounds = max(0, -(-(flags.images - before) // a_round))
     end = time.monotonic() + 60 * flags.minutes if flags.minutes else float("inf")
     images, labels = train.images, train.labels
+    if report.judge and first < rounds:
+        run.log(f"of training images: {report.quality(*_spread(images, labels, count=len(report.labels)))}")
     bar = progress(rounds * a_round, f"train {output.stem}", "img", first * a_round)
     for number in range(first, rounds):
         seed_position(flags.seed, "prior", number)
@@ -272,14 +292,20 @@ def _rounds(run, flags, settings, training, train, report, about, output, first)
         }  # fmt: skip
         over = number + 1 == rounds or time.monotonic() >= end
         if over or (number + 1) % flags.report_every == 0:
-            figures |= report.losses(training) | (report.quality(training) if report.judge else {})
+            figures |= report.losses(training) | (
+                report.quality(report.draw(training, report.labels), report.labels) if report.judge else {}
+            )
             run.picture(f"samples_{drawn:09d}", report.picture(training), number)
             save_patch_prior(output, training.ema, about | {"name": output.stem, "images_drawn": drawn})
             run.log(f"{drawn} images: " + ", ".join(f"{name} {figures[name]}" for name in list(figures)[1:]))
         run.metrics("prior", number, figures)
-        save_checkpoint(
-            run.path / "last.pth", {"settings": settings, "round": number + 1, "training": training.state_dict()}
-        )
+        state = {
+            "settings": about["settings"],
+            "drawn_before": before,
+            "round": number + 1,
+            "training": training.state_dict(),
+        }
+        save_checkpoint(run.path / "last.pth", state)
         bar.set_postfix({"loss": f"{loss:.4f}"}, refresh=False)
         bar.update(a_round)
         if over:
