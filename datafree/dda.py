@@ -87,10 +87,9 @@ class DDAConfig(CSDConfig):
     )
     diffusion_batch_size: int = flag(64, "variants drawn at a time; changes no image but by rounding")
     pixel_channels: tuple[int, ...] | None = flag(
-        None, "pixel: channels of each level of its U-Net; unset: 32,64 below 32 px, else 64,128,128", stages=AUGMENT
+        None, "pixel: channels of each level of its U-Net; unset: 32,64 up to 32 px, else 64,128,128", stages=AUGMENT
     )
-    fit_rounds: int = flag(50, "pixel: rounds of training on the bank, a checkpoint after each", stages=AUGMENT)
-    fit_steps: int = flag(400, "pixel: training steps a round", stages=AUGMENT)
+    fit_passes: int = flag(40, "pixel: passes over the bank in training, a checkpoint after each", stages=AUGMENT)
     fit_batch_size: int = flag(16, "pixel: images a training step", stages=AUGMENT)
     fit_lr: float = flag(2e-3, "pixel: AdamW learning rate", stages=AUGMENT)
     embedding: str = flag("teacher", "where variant and source are compared", choices=EMBEDDINGS, stages=FILTER)
@@ -110,7 +109,7 @@ class DDA(CSD):
 
     def __init__(self, config: DDAConfig, teacher: nn.Module, student: nn.Module, task: Task):
         super().__init__(config, teacher, student, task)
-        check_least(config, variants=1, diffusion_batch_size=1)
+        check_least(config, variants=1, diffusion_batch_size=1, fit_passes=1, fit_batch_size=1)
         default = PRIORS[config.prior]
         self.steps = config.num_inference_steps or default.num_inference_steps
         self.guidance_scale = default.guidance_scale if config.guidance_scale is None else config.guidance_scale
@@ -143,7 +142,7 @@ class DDA(CSD):
             from datafree.diffusion.pixel import PixelPrior
 
             return PixelPrior(
-                task.num_classes, task.image_size, channels=config.pixel_channels, fit_rounds=config.fit_rounds, fit_steps=config.fit_steps,
+                task.num_classes, task.image_size, channels=config.pixel_channels, fit_passes=config.fit_passes,
                 fit_batch_size=config.fit_batch_size, fit_lr=config.fit_lr, strength=config.strength,
                 num_inference_steps=self.steps, guidance_scale=self.guidance_scale, flip=task.flip, device=task.device,
             )  # fmt: skip

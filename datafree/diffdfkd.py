@@ -56,6 +56,7 @@ from tqdm import tqdm
 from datafree.base import Method, Synthesizer, Task
 from datafree.diffusion.generator import Competitor, GuidedGenerator
 from datafree.diffusion.guidance import BACKPROP, Guidance, lca_steps
+from datafree.diffusion.patch_unet import SHIPPED
 from datafree.diffusion.prior import DTYPES, diffusion_dtype, prior_name
 from datafree.diffusion.sampling import RULES
 from datafree.losses import kd_loss
@@ -68,7 +69,7 @@ from engine.runtime.files import claim_folder, digest, shipped
 from engine.runtime.flags import check_least, flag
 from engine.runtime.processes import is_main
 
-EMBEDDED = Path("checkpoints/priors/glyphs_digits_16.safetensors")
+EMBEDDED = SHIPPED / "glyphs_digits_16.safetensors"
 DEFAULT_MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 GENERATE = ("generate",)
 DISTILL = ("distill",)
@@ -80,8 +81,8 @@ class DiffDFKDConfig:
 
     diffusion_model: str | None = flag(
         None,
-        "hub id or directory of a text-to-image, DiT or class-conditional pixel pipeline, or a .safetensors prior of this "
-        "project; unset: the embedded glyphs for digits, else stable-diffusion-v1-5/stable-diffusion-v1-5",
+        "hub id or directory of a text-to-image, DiT or class-conditional pixel pipeline, or a prior of this project, by its "
+        ".safetensors file or its name (glyphs_digits_16, natural_32); unset: the embedded glyphs for digits, else stable-diffusion-v1-5/stable-diffusion-v1-5",
         stages=GENERATE,
     )
     diffusion_revision: str | None = flag(None, "revision of the hub id", stages=GENERATE)

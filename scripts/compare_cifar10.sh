@@ -21,7 +21,7 @@ declare -A flags=(
   [nayer]="$bank --kd_steps 60 --init_rounds 1 --init_g_loops 1 --g_loops 1 --lr .1"
   [csd]="$bank --kd_steps 60 --init_rounds 3 --init_batch_size 100 --init_g_steps 20 --g_steps 10 --lr_g 4e-3 --head_interval 4"
   [dda]="--synthesis_batch_size 100 --kd_steps 50 --ep_steps 50 --init_bank $out/csd --g_steps 7 --lr_g 4e-3 --head_interval 4
-    --pixel_channels 32,64 --fit_rounds 3 --fit_steps 100 --fit_lr 4e-3"
+    --fit_passes 16 --fit_lr 4e-3"
 )
 for name in ${METHODS:-kd noise pictures dafl zskt dfad dfq deepinv adi cmi fast nayer csd dda}; do
   python datafree_kd.py --method "${name/pictures/noise}" --dataset cifar10 --data_root "${DATA:-data}" \

@@ -21,7 +21,7 @@ declare -A flags=(
   [nayer]="--init_rounds 4 --init_g_loops 2 --g_loops 1 --lr .1 --synthesis_batch_size 100 --nz 256"
   [csd]="--init_rounds 6 --init_g_steps 60 --g_steps 20 --synthesis_batch_size 100 --oh 5 --lr_g 2e-3"
   [dda]="--init_bank $out/csd/seed{seed} --g_steps 20 --synthesis_batch_size 100 --oh 5 --lr_g 2e-3 --variants 2 --strength .6
-    --fit_rounds 8 --fit_steps 100 --fit_lr 4e-3"
+    --fit_passes 21 --fit_lr 4e-3"
   [diffdfkd]="--images_per_class 60 --num_inference_steps 10 --bn .03 --lr .1 --warmup_epochs 0 --weight_decay 1e-4"
 )
 for seed in ${SEEDS:-0 1 2}; do

@@ -53,7 +53,7 @@ TINY = {
     "--memory_size 15 --negatives 8 --head_dim 8",
     "csd": "--init_rounds 2 --init_g_steps 2 --init_batch_size 6 --g_steps 2 --synthesis_batch_size 6 --nz 8",
     "dda": "--init_rounds 2 --init_g_steps 2 --init_batch_size 6 --g_steps 2 --synthesis_batch_size 6 --nz 8 "
-    "--fit_rounds 2 --fit_steps 2 --fit_batch_size 4 --num_inference_steps 4 --variants 2 --omega -1",
+    "--fit_passes 2 --fit_batch_size 6 --num_inference_steps 4 --variants 2 --omega -1",
     "diffdfkd": "--images_per_class 1 --synthesis_batch_size 6 --diffusion_batch_size 3 --num_inference_steps 2 "
     "--lca_every 1",
 }

@@ -21,7 +21,7 @@ from engine.runtime.files import load_checkpoint, weights_digest
 from tests.conftest import ROOT, TINY, TINY_TASK, build_network
 
 # Long enough that kills land in every stage.
-LONGER = "--init_rounds 25 --fit_rounds 30 --variants 8 --epochs 25"
+LONGER = "--init_rounds 25 --fit_passes 15 --variants 8 --epochs 25"
 
 
 def outcome(folder: Path) -> dict[str, str | bytes]:

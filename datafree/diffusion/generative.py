@@ -3,11 +3,12 @@
     text to image        Stable Diffusion 1 and 2, SDXL, Turbo: latents of an autoencoder, prompts
     class-conditional    DiT (Peebles & Xie 2022, arXiv 2212.09748): latents of an autoencoder, class ids
     pixels               a class-conditional ``UNet2DModel`` with its scheduler; pixels are the latents
-    embedded             a ``PatchUNet`` file of this project (``datafree.diffusion.glyphs``); likewise
+    embedded             a ``PatchUNet`` file of this project (``datafree.diffusion.train_prior``); likewise
 
-Which of them a model is, it says itself: a ``.safetensors`` file is an embedded one, a hub id or a directory names its
-pipeline. Loading, errors and names are those of the augmenters (``datafree.diffusion.prior``), so the same models serve
-DDA. Everything between ``predict`` and ``decode`` can be differentiated.
+Which of them a model is, it says itself: a ``.safetensors`` file, or the name of one that this project ships, is an embedded
+one; a hub id or a directory names its pipeline. Loading, errors and names are those of the augmenters
+(``datafree.diffusion.prior``), so the same models serve DDA. Everything between ``predict`` and ``decode`` can be
+differentiated.
 """
 
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from datafree.diffusion.patch_unet import load_patch_prior, shipped_prior
 from datafree.diffusion.prior import load_pipeline, prior_name
 from datafree.diffusion.sampling import Trajectory, cosine_trajectory, own_rule, scheduler_trajectory
 from engine.runtime.errors import UserError
@@ -252,13 +254,11 @@ class PixelUNet(_Classes, _Pipeline):
 
 
 class PatchPrior(_Classes, GenerativePrior):
-    """A model file of this project: pixels in [-1, 1], cosine schedule, v-prediction (``datafree.diffusion.pixel``)."""
+    """A model file of this project: pixels in [-1, 1], cosine schedule, v-prediction (``datafree.diffusion.patch_unet``)."""
 
     own_rule = "ddim"
 
     def __init__(self, path: Path, *, num_classes: int, class_map, guidance_scale: float, dtype, device):
-        from datafree.diffusion.glyphs import load_patch_prior
-
         network, about = load_patch_prior(path)
         self.network = network.to(device, dtype, memory_format=torch.channels_last).eval().requires_grad_(False)
         self.external_prior, self.guidance_scale = prior_name(str(path)), guidance_scale
@@ -306,7 +306,8 @@ def load_prior(
     """The prior that ``model_id`` names, of whatever kind it is.
 
     Args:
-        model_id: hub id, directory written by ``save_pretrained``, or a ``.safetensors`` file of this project.
+        model_id: hub id, directory written by ``save_pretrained``, a ``.safetensors`` file of this project, or the name of
+            one that it ships (``natural_32``).
         num_classes: of the dataset; class_names: by label, or None.
         prompts: of a text-to-image model; class_map, null_class: of a class-conditional one.
         resolution: px at which it draws; None: its own.
@@ -314,7 +315,8 @@ def load_prior(
         UserError: the model cannot be had, is of another kind, knows too few classes, or cannot draw at ``resolution``.
     """
     common: dict[str, Any] = {"num_classes": num_classes, "class_map": class_map, "guidance_scale": guidance_scale}
-    if str(model_id).endswith(".safetensors"):
+    model_id = str(shipped_prior(model_id) or model_id)
+    if model_id.endswith(".safetensors"):
         if resolution:
             raise UserError(f"--resolution {resolution}: {model_id} draws at its own size only; leave it out")
         return PatchPrior(Path(model_id), **common, dtype=dtype, device=device)
