@@ -11,11 +11,11 @@ prior (``datafree.diffusion.generative``); for digits it is a file of this repos
 
 Published settings: Stable Diffusion 1.5 by DDPM's ancestral steps (``--scheduler ancestral``), one class a batch
 (``--batch_classes one``), no latent CutMix (``--lca_every 0``), T 30. CIFAR-10: prompt "A realistic photo of {label}",
-guidance scale 3, oh 1, adv 0, bn .1 and 50 steps (teacher resnet34: bn 0 and 10 steps), 5000 images a class; SGD lr .2, 240 epochs,
-weight decay 5e-4. DomainNet: prompt "an image.", without the label, scale 7 (3 in the distilled sets), 70 steps, bn .1, oh 1,
-adv 1 from 20 images a class on, its student at lr .1 on batches of 256, 200 images a class; lr .1, 220 epochs, weight decay
-1e-4, ``--student_crop resized``, at most 4500 images a class. Its teachers there were trained with mean and std .5:
-``--teacher_mean .5,.5,.5 --teacher_std .5,.5,.5`` for one of them.
+guidance scale 3, oh 1, adv 0, bn .1 and 50 steps (teacher resnet34: bn 0 and 10 steps), 5000 images a class; SGD lr .2,
+240 epochs, weight decay 5e-4. DomainNet: prompt "an image.", without the label, scale 7 (3 in the distilled sets), 70 steps,
+bn .1, oh 1, adv 1 from 20 images a class on, its student at lr .1 on batches of 256, 200 images a class; lr .1, 220 epochs,
+weight decay 1e-4, ``--student_crop resized``, at most 4500 images a class. Its teachers there were trained with mean and
+std .5: ``--teacher_mean .5,.5,.5 --teacher_std .5,.5,.5`` for one of them.
 
 Deviations. The published script takes the gradient of a tensor computed without one, and its authors call it a recreation of
 lost code, so there is no run of it to follow; this is the paper's algorithm.

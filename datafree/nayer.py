@@ -18,8 +18,8 @@ Where e comes from, ``--label_embedding``:
                 read once, then kept with the synthesizer's state.
 
 Published settings (CIFAR): 20 rounds of warm-up, then 100, 200 or 300 of 400 student steps on batches of 512; SGD lr .2,
-cosine to 2e-4, T 20; 2 batches of 400 images a round, 10 in warm-up; g_steps 30 (CIFAR-100: 40), lr_g 4e-3, g_life 10; bn 10,
-bn_mmt .9, adv 1.33, oh .5; nz 1000; CLIP ViT-B/32, "a image of <label>".
+cosine to 2e-4, T 20; 2 batches of 400 images a round, 10 in warm-up; g_steps 30 (CIFAR-100: 40), lr_g 4e-3, g_life 10;
+bn 10, bn_mmt .9, adv 1.33, oh .5; nz 1000; CLIP ViT-B/32, "a image of <label>".
 
 Deviations: the default embedding is not the paper's. Noisy layers have no bias (the script's starts at 0, below outputs
 of standard deviation sqrt(d)). In an incomplete group each class is there at most once; the script draws its labels

@@ -326,7 +326,7 @@ import re, sys
 from itertools import islice
 from pathlib import Path
 import torch
-from engine.data.splits import bank as module, memory, transfer_set
+from engine.data import bank as module, memory, transfer_set
 
 def anonymous():
     return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) // 1024

@@ -220,8 +220,8 @@ def test_guided_denoising_by_hand(priors, teacher, competitor, task):
         mean = (after**0.5 * (1 - step) * clean + step**0.5 * (1 - after) * z) / (1 - bar)
         z = mean + ((1 - after) / (1 - bar) * (1 - step)) ** 0.5 * normal()
     assert (found - (z / 2 + 0.5).clamp(0, 1)).abs().max() < 1e-3
-    plain = GuidedGenerator(prior, Guidance(teacher, 16, oh=0), task, steps=3, rule="ancestral").generate(labels, seeds, [0] * 3)
-    assert (found - plain.images).abs().max() > 0.1
+    plain = GuidedGenerator(prior, Guidance(teacher, 16, oh=0), task, steps=3, rule="ancestral")
+    assert (found - plain.generate(labels, seeds, [0] * 3).images).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("backprop", BACKPROP)
