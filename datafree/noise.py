@@ -49,7 +49,7 @@ class NoiseImages(Synthesizer):
 
     def batches(self, batch_size: int, *, seed: int, rank: int = 0, count: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
         """Images of independent pixels."""
-        shape = (batch_size // count, 3, self.task.image_size, self.task.image_size)
+        shape = (batch_size // count, 3, self.task.info.image_size, self.task.info.image_size)
         while True:
             if self.noise == "uniform":
                 images = torch.rand(shape, device=self.task.device)
@@ -63,8 +63,8 @@ class FolderImages(NoiseImages):
 
     def __init__(self, task: Task, folder: str):
         self.task = task
-        images = read_images(image_files(Path(folder)), task.image_size)
-        self.pictures = TransferSet(len(images), task.image_size, task.device)
+        images = read_images(image_files(Path(folder)), task.info.image_size)
+        self.pictures = TransferSet(len(images), task.info.image_size, task.device)
         self.pictures.add(images, torch.full((len(images),), -1))
         self.images_total = len(images)
 
