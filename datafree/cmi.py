@@ -44,6 +44,7 @@ from datafree.bn_statistics import BNStatistics, Stats, bn_loss, collected, laye
 from datafree.generators import Generator, reset
 from datafree.losses import KLDistillation, adversarial_loss, one_hot_loss, weighted_sum
 from engine.loops.session import Stage
+from engine.runtime.compilation import Hot
 from engine.runtime.errors import UserError
 from engine.runtime.flags import check_least, flag
 
@@ -126,33 +127,37 @@ def local_views(images: Tensor, flip: bool) -> Tensor:
 class CMISynthesizer(Synthesizer):
     """Inverts the teacher by a fresh generator each round, each image unlike the others and those remembered."""
 
-    def __init__(self, config: CMIConfig, teacher: nn.Module, task: Task, *, rounds: int, g_steps: int, adv: float):
+    def __init__(self, config: CMIConfig, teacher: nn.Module, task: Task, *, g_steps: int, adv: float):
         self.config, self.teacher, self.task, self.g_steps, self.adv = config, teacher, task, g_steps, adv
         wanted = config.bn or config.cr and layers_with_statistics(teacher)
         self.statistics = BNStatistics(teacher) if wanted else None
-        self.generator = Generator(config.nz, task.image_size).to(task.device, memory_format=torch.channels_last)
+        self.generator = Generator(config.nz, task.info.image_size).to(task.device, memory_format=torch.channels_last)
         self.z = torch.zeros(config.synthesis_batch_size, config.nz, device=task.device, requires_grad=True)
         self.fresh = [*self.generator.parameters(), self.z]
         groups = [{"params": self.fresh, "betas": (0.5, 0.999)}]
         self.independent = not config.cr
         if config.cr:
             with torch.no_grad():
-                length = self.represent(self.z.new_zeros(2, 3, task.image_size, task.image_size))[1].shape[1]
+                length = self.represent(self.z.new_zeros(2, 3, task.info.image_size, task.info.image_size))[1].shape[1]
             layers = nn.Linear(length, config.head_dim), nn.ReLU(inplace=True), nn.Linear(config.head_dim, config.head_dim)
             self.head = nn.Sequential(*layers).to(task.device)
             self.memory = torch.zeros(0, length, dtype=torch.half, device=task.device)  # oldest first
             groups.append({"params": [*self.head.parameters()]})
-        self.generate = task.compile(self.generator, rounds * g_steps, "generator")
-        self.observe = task.compile(self.represent, rounds * g_steps, "teacher and its statistics")
+        self.generate, self.observe = self.generator, self.represent
         # One optimizer: the fresh part's state goes at the end of a round, the head's stays.
         self.optimizer = torch.optim.Adam(groups, lr=config.lr_g, fused=True)
+
+    def hot(self) -> list[Hot]:
+        return [
+            Hot(self, "generate", self.g_steps, "generator"), Hot(self, "observe", self.g_steps, "teacher and its statistics")
+        ]  # fmt: skip
 
     def synthesize(self, student: nn.Module) -> ImageBatch:
         """One inverted batch, the best of ``g_steps`` steps by total loss."""
         reset(self.generator).train()
         with torch.no_grad():
             self.z.normal_()
-        labels = balanced_labels(len(self.z), self.task.num_classes, self.task.device)
+        labels = balanced_labels(len(self.z), self.task.info.num_classes, self.task.device)
         best, precision = LowestLoss(), self.task.precision.fresh()
         for _ in range(self.g_steps):
             with self.task.precision.autocast():
@@ -170,7 +175,7 @@ class CMISynthesizer(Synthesizer):
         config, count = self.config, len(images)
         views = global_view = self.task.augment(images)
         if config.cr:
-            views = torch.cat([global_view, local_views(images, self.task.flip)])
+            views = torch.cat([global_view, local_views(images, self.task.info.flip)])
             views = views.contiguous(memory_format=torch.channels_last)
         logits, features, batch_stats = self.observe(views, rows=count)
         logits = logits[:count]
@@ -243,11 +248,11 @@ class CMI(Method):
         return self.from_initial_bank(self.config.init_rounds)
 
     def initial_synthesizer(self) -> CMISynthesizer:
-        lengths = {"rounds": self.config.init_rounds, "g_steps": self.config.init_g_steps}
+        lengths = {"g_steps": self.config.init_g_steps}
         return CMISynthesizer(self.config, self.teacher, self.task, **lengths, adv=0.0)
 
     def synthesizer(self) -> CMISynthesizer:
-        lengths = {"rounds": self.task.rounds, "g_steps": self.config.g_steps}
+        lengths = {"g_steps": self.config.g_steps}
         return CMISynthesizer(self.config, self.teacher, self.task, **lengths, adv=self.config.adv)
 
     def objective(self) -> KLDistillation:

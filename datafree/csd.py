@@ -36,6 +36,7 @@ from datafree.bn_statistics import BNStatistics, bn_loss, collected
 from datafree.generators import Generator, reset
 from datafree.losses import feature_loss, kd_loss, one_hot_loss, rotation_labels, rotations, weighted_sum
 from engine.loops.session import Stage
+from engine.runtime.compilation import Hot
 from engine.runtime.errors import UserError
 from engine.runtime.flags import check_least, flag
 from models.classifier import eval_mode
@@ -83,31 +84,34 @@ class CSDSynthesizer(Synthesizer):
     """Inverts the teacher by a fresh generator each round; with ``csd > 0`` against the student's rotation head."""
 
     def __init__(
-        self, config: CSDConfig, teacher: nn.Module, task: Task, *, feature_dim: int, rounds: int, g_steps: int, images: int,
+        self, config: CSDConfig, teacher: nn.Module, task: Task, *, feature_dim: int, g_steps: int, images: int,
         csd: float,
     ):  # fmt: skip
         self.config, self.teacher, self.task = config, teacher, task
         self.g_steps, self.images, self.csd = g_steps, images, csd
-        self.generator = Generator(config.nz, task.image_size).to(task.device, memory_format=torch.channels_last)
+        self.generator = Generator(config.nz, task.info.image_size).to(task.device, memory_format=torch.channels_last)
         self.statistics = BNStatistics(teacher) if config.bn else None
         self.steps = 0
         self.independent = not csd
         if csd:
-            self.head = RotationHead(feature_dim, task.num_classes).to(task.device)
+            self.head = RotationHead(feature_dim, task.info.num_classes).to(task.device)
             self.shared = self.head
             self.head_optimizer = torch.optim.SGD(
                 self.head.parameters(), lr=config.lr_head, momentum=0.9, weight_decay=1e-4, fused=True
             )
-            self.measure_head = task.compile(self.head_loss, task.rounds * task.kd_steps, "rotation head's step")
-        self.generate = task.compile(self.generator, rounds * g_steps, "generator")
-        self.measure = task.compile(self.losses, rounds * g_steps, "synthesis losses")
+            self.measure_head = self.head_loss
+        self.generate, self.measure = self.generator, self.losses
+
+    def hot(self) -> list[Hot]:
+        steps = [Hot(self, "generate", self.g_steps, "generator"), Hot(self, "measure", self.g_steps, "synthesis losses")]
+        return steps + ([Hot(self, "measure_head", self.task.kd_steps, "rotation head's step")] if self.csd else [])
 
     def synthesize(self, student: nn.Module) -> ImageBatch:
         """One inverted batch, the best of ``g_steps`` steps by total loss."""
         config, device = self.config, self.task.device
         reset(self.generator).train()
         z = torch.randn(self.images, config.nz, device=device, requires_grad=True)
-        labels = balanced_labels(self.images, self.task.num_classes, device)
+        labels = balanced_labels(self.images, self.task.info.num_classes, device)
         optimizer = torch.optim.Adam([*self.generator.parameters(), z], lr=config.lr_g, betas=(0.5, 0.999), fused=True)
         best, precision = LowestLoss(), self.task.precision.fresh()
         for _ in range(self.g_steps):
@@ -217,12 +221,12 @@ class CSD(Method):
     def initial_synthesizer(self) -> CSDSynthesizer:
         config = self.config
         return self._synthesizer(
-            rounds=config.init_rounds, g_steps=config.init_g_steps, images=config.init_batch_size, csd=0.0
+            g_steps=config.init_g_steps, images=config.init_batch_size, csd=0.0
         )
 
     def synthesizer(self) -> CSDSynthesizer:
         config = self.config
-        lengths = {"rounds": self.task.rounds, "g_steps": config.g_steps, "images": config.synthesis_batch_size}
+        lengths = {"g_steps": config.g_steps, "images": config.synthesis_batch_size}
         return self._synthesizer(**lengths, csd=config.csd)
 
     def _synthesizer(self, **lengths) -> CSDSynthesizer:

@@ -142,9 +142,9 @@ class DDA(CSD):
             from datafree.diffusion.pixel import PixelPrior
 
             return PixelPrior(
-                task.num_classes, task.image_size, channels=config.pixel_channels, fit_passes=config.fit_passes,
+                task.info.num_classes, task.info.image_size, channels=config.pixel_channels, fit_passes=config.fit_passes,
                 fit_batch_size=config.fit_batch_size, fit_lr=config.fit_lr, strength=config.strength,
-                num_inference_steps=self.steps, guidance_scale=self.guidance_scale, flip=task.flip, device=task.device,
+                num_inference_steps=self.steps, guidance_scale=self.guidance_scale, flip=task.info.flip, device=task.device,
             )  # fmt: skip
         from datafree.diffusion.variation import ImageToImage, ImageVariation
 
@@ -153,14 +153,9 @@ class DDA(CSD):
             "dtype": self.dtype(), "device": task.device,
         }  # fmt: skip
         if config.prior == "image_variation":
-            augmenter = ImageVariation(self.model, self.revision, **common)
-        else:
-            words = {"prompt": config.prompt, "class_names": task.class_names, "strength": config.strength}
-            augmenter = ImageToImage(self.model, self.revision, **words, **common)
-        sources = config.init_rounds * config.init_batch_size  # of a bank that this run's flags describe
-        unet, calls = augmenter.pipeline.unet, config.variants * sources * self.steps // config.diffusion_batch_size
-        unet.forward = task.compile(unet.forward, calls, "denoising network")
-        return augmenter
+            return ImageVariation(self.model, self.revision, **common)
+        words = {"prompt": config.prompt, "class_names": task.info.class_names, "strength": config.strength}
+        return ImageToImage(self.model, self.revision, **words, **common)
 
     def embedding(self) -> Callable[[Tensor], Tensor]:
         """For the filter: images (B, 3, H, W) in [0, 1] to embeddings (B, D)."""

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from datafree.base import ImageBatch, LowestLoss, Method, Synthesizer, Task, balanced_labels
 from datafree.bn_statistics import BNStatistics, bn_loss, collected
 from datafree.losses import KLDistillation, Terms, one_hot_loss, weighted_sum
+from engine.runtime.compilation import Hot
 from engine.runtime.flags import check_least, flag
 
 DISTILL = ("distill",)
@@ -83,19 +84,22 @@ class DeepInversionSynthesizer(Synthesizer):
     def __init__(self, config: DeepInversionConfig, teacher: nn.Module, task: Task):
         self.config, self.teacher, self.task = config, teacher, task
         self.statistics = BNStatistics(teacher) if config.bn else None
-        self.measure = task.compile(self.losses, task.rounds * config.g_steps, "synthesis losses")
+        self.measure = self.losses
+
+    def hot(self) -> list[Hot]:
+        return [Hot(self, "measure", self.config.g_steps, "synthesis losses")]
 
     def synthesize(self, student: nn.Module) -> ImageBatch:
         """One inverted batch, the best of ``g_steps`` steps by total loss."""
         config, task, mean, std = self.config, self.task, self.teacher.mean, self.teacher.std
         black, white = (0 - mean) / std, (1 - mean) / std
-        labels = balanced_labels(config.synthesis_batch_size, task.num_classes, task.device)
-        pixels = torch.randn(len(labels), 3, task.image_size, task.image_size, device=task.device).clamp_(black, white)
+        labels = balanced_labels(config.synthesis_batch_size, task.info.num_classes, task.device)
+        pixels = torch.randn(len(labels), 3, task.info.image_size, task.info.image_size, device=task.device).clamp_(black, white)
         pixels = pixels.contiguous(memory_format=torch.channels_last).requires_grad_()
         optimizer = torch.optim.Adam([pixels], lr=config.lr_g, betas=(0.5, 0.99), fused=True)
         best, precision = LowestLoss(), task.precision.fresh()
         for _ in range(config.g_steps):
-            losses = self.measure(pixels, jitter(pixels, task.flip), labels, student)
+            losses = self.measure(pixels, jitter(pixels, task.info.flip), labels, student)
             best.update(pixels, losses)
             precision.minimize(losses["loss"], optimizer)
             with torch.no_grad():

@@ -241,7 +241,7 @@ class DiffDFKD(Method):
 
         def order(seed: int) -> Order:
             return Order(
-                config.images_per_class * self.task.num_classes, self.task.num_classes, config.synthesis_batch_size,
+                config.images_per_class * self.task.info.num_classes, self.task.info.num_classes, config.synthesis_batch_size,
                 config.diffusion_batch_size, seed, Path(config.export_png) if config.export_png else None,
                 config.batch_classes == "one",
             )  # fmt: skip
@@ -257,7 +257,7 @@ class DiffDFKD(Method):
     def student_view(self, images: Tensor) -> Tensor:
         """A random crop and flip of (B, 3, H, W) uint8, mixed with another where ``--mix`` says so."""
         if self.config.student_crop == "resized":
-            views = resized_crop_flip(images, self.task.flip)
+            views = resized_crop_flip(images, self.task.info.flip)
         else:
             views = self.task.augment(images)
         return views if self.config.mix == "no" else mixed(views, self.config.mix)
@@ -280,9 +280,9 @@ class DiffDFKD(Method):
         from datafree.diffusion.generative import TextToImage, load_prior
 
         config, task = self.config, self.task
-        prompts = tuple(prompt.strip() for prompt in (config.prompt or task.prompt).split("|") if prompt.strip())
+        prompts = tuple(prompt.strip() for prompt in (config.prompt or task.info.prompt).split("|") if prompt.strip())
         prior = load_prior(
-            self.model, config.diffusion_revision, num_classes=task.num_classes, class_names=task.class_names,
+            self.model, config.diffusion_revision, num_classes=task.info.num_classes, class_names=task.info.class_names,
             prompts=prompts, class_map=config.class_map, null_class=config.null_class,
             guidance_scale=config.guidance_scale, resolution=config.resolution, device=task.device,
             dtype=diffusion_dtype(config.diffusion_dtype, task.device),
@@ -294,17 +294,15 @@ class DiffDFKD(Method):
             )
         if config.gradient_checkpointing:
             prior.checkpoint_gradients()
-        calls = config.images_per_class * task.num_classes * config.num_inference_steps // config.diffusion_batch_size
-        prior.network.forward = task.compile(prior.network.forward, calls, "denoising network")
         guidance = Guidance(
-            self.teacher, task.image_size, config.bn, config.oh, config.adv, config.guidance_lr, config.guidance_backprop,
+            self.teacher, task.info.image_size, config.bn, config.oh, config.adv, config.guidance_lr, config.guidance_backprop,
             config.guidance_micro_batch,
         )  # fmt: skip
         return GuidedGenerator(
             prior, guidance, task, self.student, steps=config.num_inference_steps, rule=config.scheduler,
             lca=lca_steps(config.num_inference_steps, config.lca_every), lca_repair=config.lca_repair,
             competitor=Competitor(
-                config.adv_from * task.num_classes, config.adv_steps, config.adv_T, config.adv_batch_size, config.adv_lr
+                config.adv_from * task.info.num_classes, config.adv_steps, config.adv_T, config.adv_batch_size, config.adv_lr
             ),
         )  # fmt: skip
 
@@ -321,7 +319,7 @@ def default_model(task: Task, embedded: Path = EMBEDDED) -> str:
     if embedded.exists():
         with safe_open(embedded, framework="pt") as file:
             about = {name: json.loads(value) for name, value in (file.metadata() or {}).items()}
-        if about.get("image_size") == task.image_size and about.get("class_names") == list(task.class_names or ()):
+        if about.get("image_size") == task.info.image_size and about.get("class_names") == list(task.info.class_names or ()):
             return str(embedded)
         if about.get("num_classes") == task.num_classes == 10 and are_digits(task.class_names) and is_main():
             tqdm.write(

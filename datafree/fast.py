@@ -50,6 +50,7 @@ from datafree.bn_statistics import BNStatistics, Stats, bn_loss, collected
 from datafree.generators import Generator, reset
 from datafree.losses import KLDistillation, adversarial_loss, one_hot_loss, weighted_sum
 from engine.loops.session import Stage
+from engine.runtime.compilation import Hot
 from engine.runtime.errors import UserError
 from engine.runtime.flags import check_least, flag
 
@@ -85,16 +86,15 @@ class Inversion:
     Args:
         config: with ``g_steps``, ``bn``, ``bn_mmt``, ``oh``.
         adv: weight of the competition with the student.
-        batches: that it will take down in the whole run.
     """
 
-    def __init__(self, config: Any, teacher: nn.Module, task: Task, adv: float, batches: int = 1):
+    def __init__(self, config: Any, teacher: nn.Module, task: Task, adv: float):
         self.config, self.teacher, self.task, self.adv = config, teacher, task, adv
         self.statistics = BNStatistics(teacher) if config.bn else None
         self.precision = task.precision.fresh()  # of all batches: g_steps are too few to find a scale in
         self.average: list[Stats] = []
         self.blended: list[Stats] = []
-        self.measure = task.compile(self.losses, batches * config.g_steps, "synthesis losses")
+        self.measure = self.losses
 
     def descend(
         self, generate: Callable[[], Tensor], optimizer: torch.optim.Optimizer, labels: Tensor, student: nn.Module
@@ -192,15 +192,20 @@ class FastSynthesizer(Synthesizer):
 
     def __init__(self, config: FastConfig, teacher: nn.Module, task: Task, *, warm_up: bool):
         self.config, self.task, self.warm_up = config, task, warm_up
-        rounds = config.init_rounds if warm_up else task.rounds
-        self.inversion = Inversion(config, teacher, task, 0.0 if warm_up else config.adv, rounds)
-        self.generator = reset(Generator(config.nz, task.image_size)).to(task.device, memory_format=torch.channels_last)
+        self.inversion = Inversion(config, teacher, task, 0.0 if warm_up else config.adv)
+        self.generator = reset(Generator(config.nz, task.info.image_size)).to(task.device, memory_format=torch.channels_last)
         self.adapted = copy.deepcopy(self.generator)  # overwritten every round
-        self.generate = task.compile(self.adapted, rounds * config.g_steps, "generator")
+        self.generate = self.adapted
         self.lr = config.lr_g * config.g_steps
         self.meta_optimizer = torch.optim.Adam(self.generator.parameters(), lr=self.lr, betas=BETAS, fused=True)
         self.meta_precision = task.precision.fresh()
         self.rounds = 0
+
+    def hot(self) -> list[Hot]:
+        return [
+            Hot(self, "generate", self.config.g_steps, "generator"),
+            Hot(self.inversion, "measure", self.config.g_steps, "synthesis losses"),
+        ]
 
     def synthesize(self, student: nn.Module) -> ImageBatch:
         """The best of ``g_steps`` batches of an adapted copy; the meta generator moves once."""
@@ -211,7 +216,7 @@ class FastSynthesizer(Synthesizer):
         with torch.no_grad():
             torch._foreach_copy_(adapted, meta)
         z = torch.randn(config.synthesis_batch_size, config.nz, device=device, requires_grad=True)
-        labels = balanced_labels(len(z), self.task.num_classes, device)
+        labels = balanced_labels(len(z), self.task.info.num_classes, device)
         groups = [{"params": adapted, "lr": config.lr_g}, {"params": [z], "lr": config.lr_z}]
         optimizer = torch.optim.Adam(groups, betas=BETAS, fused=True)
         gradients = fomaml_gradient(optimizer, adapted) if config.is_maml else None

@@ -43,6 +43,7 @@ from datafree.fast import BETAS, Inversion, check_momentum, own_state
 from datafree.generators import Generator, reset
 from datafree.losses import KLDistillation
 from engine.loops.session import Stage
+from engine.runtime.compilation import Hot
 from engine.runtime.errors import UserError
 from engine.runtime.flags import check_least, flag
 
@@ -153,10 +154,9 @@ class NAYERSynthesizer(Synthesizer):
     def __init__(self, config: NAYERConfig, teacher: nn.Module, task: Task, *, warm_up: bool):
         self.config, self.task, self.warm_up = config, task, warm_up
         self.loops = config.init_g_loops if warm_up else config.g_loops
-        batches = self.loops * (config.init_rounds if warm_up else task.rounds)
-        self.inversion = Inversion(config, teacher, task, 0.0 if warm_up else config.adv, batches)
-        self.generator = Generator(config.nz, task.image_size).to(task.device, memory_format=torch.channels_last)
-        self.compiled_generator = task.compile(self.generator, batches * config.g_steps, "generator")
+        self.inversion = Inversion(config, teacher, task, 0.0 if warm_up else config.adv)
+        self.generator = Generator(config.nz, task.info.image_size).to(task.device, memory_format=torch.channels_last)
+        self.run_generator = self.generator
         self.rounds = 0
         clip = ["clip", Path(config.text_model).name, config.prompt]
         self.source = clip if config.label_embedding == "clip" else ["orthogonal", config.label_dim]
@@ -172,8 +172,14 @@ class NAYERSynthesizer(Synthesizer):
         """Label embeddings (C, d) as the flags say."""
         config, task = self.config, self.task
         if config.label_embedding == "clip":
-            return text_codes(task.class_names, config.prompt, config.text_model, task.device)
-        return orthogonal_codes(task.num_classes, config.label_dim)
+            return text_codes(task.info.class_names, config.prompt, config.text_model, task.device)
+        return orthogonal_codes(task.info.num_classes, config.label_dim)
+
+    def hot(self) -> list[Hot]:
+        return [
+            Hot(self, "run_generator", self.loops * self.config.g_steps, "generator"),
+            Hot(self.inversion, "measure", self.loops * self.config.g_steps, "synthesis losses"),
+        ]
 
     def synthesize(self, student: nn.Module) -> ImageBatch:
         """The batches of one round, with the mean of their losses."""
@@ -190,15 +196,15 @@ class NAYERSynthesizer(Synthesizer):
     def batch(self, student: nn.Module) -> ImageBatch:
         """``g_steps`` steps of the generator together with new noisy layers."""
         config, task = self.config, self.task
-        labels = grouped_labels(config.synthesis_batch_size, task.num_classes, task.device)
-        group = min(task.num_classes, len(labels))
+        labels = grouped_labels(config.synthesis_batch_size, task.info.num_classes, task.device)
+        group = min(task.info.num_classes, len(labels))
         shape = (-(-len(labels) // group), self.codes.shape[1], config.nz)
         weights = torch.randn(shape, device=task.device, requires_grad=True)
         parameters = [*self.generator.parameters(), *self.norm.parameters(), weights]
         optimizer = torch.optim.Adam(parameters, lr=config.lr_g, betas=BETAS, fused=True)
 
         def generate() -> Tensor:
-            return self.compiled_generator(noisy_layers(self.norm(self.codes[labels]), weights, group))
+            return self.run_generator(noisy_layers(self.norm(self.codes[labels]), weights, group))
 
         return self.inversion.descend(generate, optimizer, labels, student)
 
@@ -236,7 +242,7 @@ class NAYER(Method):
         check_least(config, g_steps=1, g_life=1, init_g_loops=1, g_loops=0, synthesis_batch_size=2, label_dim=1)
         check_momentum(config.bn_mmt)
         if config.label_embedding == "clip":
-            if not task.class_names:
+            if not task.info.class_names:
                 raise UserError(
                     "--label_embedding clip wants class names, and this dataset has none; give --label_embedding orthogonal"
                 )

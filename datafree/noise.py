@@ -50,7 +50,7 @@ class NoiseImages(Synthesizer):
 
     def batches(self, batch_size: int, *, seed: int, rank: int = 0, count: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
         """Images of independent pixels."""
-        shape = (batch_size // count, 3, self.task.image_size, self.task.image_size)
+        shape = (batch_size // count, 3, self.task.info.image_size, self.task.info.image_size)
         while True:
             if self.noise == "uniform":
                 images = torch.rand(shape, device=self.task.device)
@@ -67,9 +67,9 @@ class FolderImages(NoiseImages):
         files = image_files(folder)
         if not files:
             raise UserError(f"--images {folder} holds no images ({', '.join(SUFFIXES)}); give a folder that does")
-        tell_of_cropping(f"--images {folder}", task.image_size, files)
-        images = read_images(files, task.image_size)
-        self.pictures = TransferSet(len(images), task.image_size, task.device)
+        tell_of_cropping(f"--images {folder}", task.info.image_size, files)
+        images = read_images(files, task.info.image_size)
+        self.pictures = TransferSet(len(images), task.info.image_size, task.device)
         self.pictures.add(images, torch.full((len(images),), -1))
         self.images_total = len(images)
 

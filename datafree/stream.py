@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from datafree.base import ImageBatch, Method, Synthesizer, Task
 from datafree.generators import LARGE, Generator, reset
 from datafree.losses import KLDistillation
+from engine.runtime.compilation import Hot
 from engine.runtime.flags import check_least, flag
 
 DISTILL = ("distill",)
@@ -41,13 +42,12 @@ class GeneratorStream(Synthesizer):
 
     def __init__(self, config: StreamConfig, teacher: nn.Module, task: Task):
         self.config, self.teacher, self.task = config, teacher, task
-        generator = reset(Generator(config.nz, task.image_size, LARGE))
+        generator = reset(Generator(config.nz, task.info.image_size, LARGE))
         self.generator = generator.to(task.device, memory_format=torch.channels_last).train()
         self.shared = self.generator
         self.optimizer = torch.optim.Adam(self.generator.parameters(), lr=config.lr_g, betas=(0.5, 0.999), fused=True)
         self.precision = task.precision.fresh()
-        self.compiled_generator = task.compile(self.generator, task.rounds * (config.g_steps + task.kd_steps), "generator")
-        self.measure = task.compile(self.losses, task.rounds * config.g_steps, "synthesis losses")
+        self.run_generator, self.measure = self.generator, self.losses
 
     def losses(self, images: Tensor, student: nn.Module) -> dict[str, Tensor]:
         """Named losses of generated images (B, 3, H, W); "loss" is their weighted sum."""
@@ -56,7 +56,13 @@ class GeneratorStream(Synthesizer):
     def generate(self, count: int) -> Tensor:
         """(count, 3, H, W) in [0, 1] from fresh noise."""
         with self.task.precision.autocast():
-            return self.compiled_generator(torch.randn(count, self.config.nz, device=self.task.device)).float()
+            return self.run_generator(torch.randn(count, self.config.nz, device=self.task.device)).float()
+
+    def hot(self) -> list[Hot]:
+        return [
+            Hot(self, "run_generator", self.config.g_steps + self.task.kd_steps, "generator"),
+            Hot(self, "measure", self.config.g_steps, "synthesis losses"),
+        ]
 
     def synthesize(self, student: nn.Module) -> ImageBatch:
         """``g_steps`` steps of the generator; the batch returned is that of the last one."""

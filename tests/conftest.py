@@ -5,6 +5,7 @@ from pathlib import Path
 
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
+import dataclasses
 import functools
 
 import pytest
@@ -26,8 +27,14 @@ CPU = torch.device("cpu")
 
 
 def make_task(**changes) -> Task:
-    """Ten classes at 16 px on the CPU, without augmentation, but for what is named."""
-    fields = dict(num_classes=10, image_size=16, device=CPU, augment=lambda images: images, precision=Precision("no", CPU))
+    """Ten classes at 16 px on the CPU, without augmentation, but for what is named: fields of the task or its dataset."""
+    about = {
+        "name": "debug", "num_classes": 10, "image_size": 16, "mean": (0.3,) * 3, "std": (0.3,) * 3, "class_names": None,
+        "flip": False, "crop_padding": 1, "data_root": "data", "reader": "",
+    }  # fmt: skip
+    names = {field.name for field in dataclasses.fields(datasets.DatasetInfo)}
+    info = datasets.DatasetInfo(**about | {name: changes.pop(name) for name in names & changes.keys()})
+    fields = dict(info=info, device=CPU, augment=lambda images: images, precision=Precision("no", CPU))
     return Task(**fields | changes)
 
 

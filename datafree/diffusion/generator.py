@@ -76,7 +76,7 @@ class GuidedGenerator:
         competitor: Competitor | None = None,
     ):
         self.prior, self.guidance, self.task = prior, guidance, task
-        self.trajectory = prior.trajectory(steps)
+        self.trajectory, self.steps = prior.trajectory(steps), steps
         self.rule = prior.own_rule if rule == "own" else rule
         assert self.rule in RULES, self.rule
         self.lca, self.lca_repair, self.competitor = frozenset(lca), lca_repair, competitor
@@ -107,7 +107,7 @@ class GuidedGenerator:
             full = torch.cat([self.prior.decode(latents[part]).clamp(0, 1) for part in parts])
             check_finite([True] * (len(self.trajectory) - 1) + [bool(full.isfinite().all())])
         full = full.float()
-        size = (self.task.image_size, self.task.image_size)
+        size = (self.task.info.image_size, self.task.info.image_size)
         return Generated(full if full.shape[2:] == size else resize(full, size), labels, full=full)
 
     def _latents(self, labels: Tensor, seeds: list[int], repeats: list[int]) -> Tensor:
@@ -115,7 +115,7 @@ class GuidedGenerator:
         prior, trajectory, device = self.prior, self.trajectory, self.prior.device
         generators = seeded_generators(seeds)
         condition = prior.condition(labels, repeats)
-        targets = F.one_hot(labels, self.task.num_classes).float()
+        targets = F.one_hot(labels, self.task.info.num_classes).float()
         latents, previous, whole = self._noise(generators), None, []
         for k in range(len(trajectory)):
             if k in self.lca and len(latents) > 1:

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from engine.runtime.errors import UserError
 
@@ -29,10 +29,13 @@ class Augmenter:
         external_prior: the pretrained model behind the variants as the results table names it, ``"<model id>[@revision]"``,
             or ``"none"``.
         fit_rounds: calls of ``fit`` wanted before the first ``augment``.
+        network, steps: the denoising network and its calls for a batch of variants, for torch.compile; None: leave it alone.
     """
 
     external_prior: str = "none"
     fit_rounds: int = 0
+    network: nn.Module | None = None
+    steps: int = 0
 
     def fit(self, images_u8: Tensor, labels: Tensor) -> dict[str, float | Tensor]:
         """One round of training on the bank, its randomness from the global stream.

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from engine.data.bank import to_uint8
 from engine.loops.fill import Maker, Part, Share
+from engine.runtime.compilation import Hot
 from engine.runtime.files import atomic_path
 from engine.runtime.seeding import position_seed, seed_position
 
@@ -100,6 +101,10 @@ class GuidedMaker(Maker):
 
     def size(self, round: int) -> int:
         return len(self.order.positions(round))
+
+    def hot(self) -> list[Hot]:
+        batches = len(self.order.batches(0))
+        return [Hot(self.generator.prior.network, "forward", batches * self.generator.steps, "denoising network")]
 
     def learn(self, round: int, made) -> dict[str, float] | None:
         """Its competing student learns from the images so far."""

@@ -10,6 +10,7 @@ import torch
 from engine.data.bank import ImageBank, Manifest
 from engine.data.datasets import DatasetInfo
 from engine.loops.distill import Schedule
+from engine.runtime.compilation import Compiler
 from engine.runtime.errors import UserError
 from engine.runtime.files import delete_files, read_json
 from engine.runtime.processes import Processes
@@ -41,6 +42,7 @@ class Session:
     schedule: Schedule
     flags: dict[str, Any]
     device: torch.device
+    compiler: Compiler
     processes: Processes = Processes()
     published: Callable[[dict[str, Any]], float | None] = lambda settings: None
 

@@ -42,7 +42,13 @@ class FillBank(Stage):
 
     def run(self, session: Session) -> None:
         bank = session.new_bank("bank", self.external_prior)
-        fill(session.run, session.record, bank, self.name, self.rounds, lambda: self.maker(session), session.processes)
+
+        def maker() -> Maker:
+            made = self.maker(session)
+            session.compiler.compile_hot(made.hot(), self.rounds)
+            return made
+
+        fill(session.run, session.record, bank, self.name, self.rounds, maker, session.processes)
 
 
 @dataclass(frozen=True)
@@ -72,9 +78,11 @@ class Augment(Stage):
 
         def maker() -> Maker:
             device, run = session.device, session.run
-            return augment.VariantMaker(
+            made = augment.VariantMaker(
                 self.augmenter(), sources, self.variants, self.batch_size, session.seed, device, run
             )
+            session.compiler.compile_hot(made.hot(), rounds)
+            return made
 
         bank = session.new_bank("variants", self.external_prior)
         rounds = -(-self.variants * len(sources["labels"]) // augment.SHARD)
@@ -149,7 +157,7 @@ class Distill(Stage):
         distillation = distill.Distillation(
             method.teacher, method.student, method.objective().to(device), self._synthesizer(session, images.initial),
             session.schedule, Precision(session.flags["amp"], device), method.images_per_round if bank is not None else 0,
-            processes, method.task.compile,
+            processes, session.compiler,
         )  # fmt: skip
         figures = distill.distill(
             run, record, distillation, bank, transfer, method.student_view, test, seed=session.seed
@@ -184,6 +192,7 @@ class Distill(Stage):
     def _synthesizer(self, session: Session, initial: Finished | None) -> Any:
         """That of the rounds, going on from where the one of the initial bank stopped, if that left a state."""
         synthesizer = self.method.synthesizer()
+        session.compiler.compile_hot(synthesizer.hot(), session.schedule.rounds)
         file = initial.bank.path / STATE if initial else None
         if session.processes.main and file and file.exists():  # the others make no images
             synthesizer.load_state_dict(load_checkpoint(file, "synthesizer")["synthesizer"])

@@ -9,9 +9,10 @@ import torch
 from PIL import Image
 
 import engine.data.splits as data
+from engine.data import memory
 from engine.data.identity import data_identity
 from engine.data.image_files import class_files, decode_image, image_files
-from engine.data.splits import StreamedSplit, allow_train_split, forbid_train_split, load_split, memory
+from engine.data.splits import StreamedSplit, allow_train_split, forbid_train_split, load_split
 from engine.runtime.errors import UserError
 from registry import DATASETS
 from tests.conftest import ROOT, dataset_info
