@@ -8,13 +8,11 @@ import pytest
 import torch
 
 from datafree import diffdfkd
-from datafree.base import Task
 from engine.networks.build import find_checkpoint, fitting, short_name, split_arguments
 from engine.runtime.errors import UserError
 from engine.runtime.files import PROJECT, load_checkpoint, shipped
-from engine.runtime.precision import Precision
 from registry import DATASETS, METHODS, MODELS
-from tests.conftest import ROOT, build_network, dataset_info, load_teacher
+from tests.conftest import ROOT, build_network, dataset_info, load_teacher, make_task
 
 CPU = torch.device("cpu")
 
@@ -113,7 +111,7 @@ def test_defaults_are_looked_for_here_and_beside_the_project(tmp_path, monkeypat
 
 def test_from_another_directory_the_shipped_prior_is_the_default(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    task = Task(10, 16, CPU, None, Precision("no", CPU), class_names=tuple("0123456789"))
+    task = make_task(class_names=tuple("0123456789"))
     assert diffdfkd.default_model(task) == str(PROJECT / diffdfkd.EMBEDDED) and not capsys.readouterr().out
 
 
@@ -129,7 +127,7 @@ def test_from_another_directory_the_shipped_prior_is_the_default(tmp_path, monke
     ],
 )
 def test_the_prior_of_digits_is_offered_where_classes_may_be_digits(names, size, offered, capsys):
-    task = Task(10, size, CPU, None, Precision("no", CPU), class_names=names)
+    task = make_task(image_size=size, class_names=names)
     assert diffdfkd.default_model(task) == diffdfkd.DEFAULT_MODEL
     assert ("give --diffusion_model" in capsys.readouterr().out) == offered
 
