@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every method on CIFAR-10 with the same four CPU minutes for images and student, resnet20 -> wrn16_1: a table of the README.
+# Every method on CIFAR-10 with the same four CPU minutes for images and student, resnet20 -> wrn16_1: a table of docs/results.md.
 #   TEACHER=cifar10_resnet20.pth DATA=data PICTURES=folder bash scripts/compare_cifar10.sh      an hour on one CPU core
 # The teacher is RepDistiller's public resnet20, whose normalization has a std of its own. PICTURES: unrelated images, to any
 # depth. Loss weights are the published ones; lengths were set by the rates measured on one thread.

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every method on real handwritten digits, resnet20 -> resnet8, three seeds, 300 student steps each: the README's first table.
+# Every method on real handwritten digits, resnet20 -> resnet8, three seeds, 300 student steps each: the first table of docs/results.md.
 #   bash scripts/compare_digits.sh                                    about an hour on two CPU cores; rerun it to go on
 #   METHODS="zskt csd" SEEDS="0" bash scripts/compare_digits.sh       some of it
 #   OUT=checkpoints/compare_bf16 bash scripts/compare_digits.sh --amp bf16      with further flags of datafree_kd.py

@@ -32,6 +32,14 @@ python datafree_kd.py --method diffdfkd "${kd[@]}" --save_dir "$out/diffdfkd" --
 echo
 python -m engine.report "$out" --rounds
 echo
+if [ "$part" = all ]; then
+  echo "You have seen a resnet8 learn handwritten digits from images made with the teacher alone (csd, dda) or with"
+  echo "a diffusion model of printed digits (diffdfkd); the rows \"real data\" are the teacher and a resnet8 that had the real images."
+else
+  echo "You have seen a resnet8 learn handwritten digits from images that a diffusion model of printed digits drew under the"
+  echo "teacher's guidance; the row \"real data\" is the teacher, which had the real images."
+fi
+echo
 echo "pictures:    $out/*/pictures/*.png"
 echo "figures:     $out/*/result.json, metrics.jsonl"
 echo "TensorBoard: tensorboard --logdir $out"
