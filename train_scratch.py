@@ -24,37 +24,37 @@ class ScratchFlags:
     """What to train, on what, where to keep it."""
 
     model: str = flag(
-        "wrn40_2", "a name of registry.MODELS, path/to/file.py:factory or package.module:factory(key='value')", stages=TRAIN
+        "wrn40_2", "a name of registry.MODELS, path/to/file.py:factory or package.module:factory(key='value')", affects=TRAIN
     )
-    dataset: str = flag("cifar10", "a name of registry.DATASETS, or NAME where DATA_ROOT/NAME.npz exists", stages=TRAIN)
+    dataset: str = flag("cifar10", "a name of registry.DATASETS, or NAME where DATA_ROOT/NAME.npz exists", affects=TRAIN)
     data_root: str = flag("data", "folder of the data, from the current directory on; what can be downloaded is put there")
     name: str | None = flag(
         None, "what checkpoints, run folders and tables call the dataset; unset: its name, or that of its folder"
     )
-    domain: str | None = flag(None, "domain of a dataset that has several (domainnet)", stages=TRAIN)
+    domain: str | None = flag(None, "domain of a dataset that has several (domainnet)", affects=TRAIN)
     classes: str | None = flag(
-        None, "of such a dataset: ten (its usual subset) or all; unset: ten", choices=("ten", "all"), stages=TRAIN
+        None, "of such a dataset: ten (its usual subset) or all; unset: ten", choices=("ten", "all"), affects=TRAIN
     )
-    image_size: int | None = flag(None, "px; unset: the dataset's own", stages=TRAIN)
+    image_size: int | None = flag(None, "px; unset: the dataset's own", affects=TRAIN)
     output: str | None = flag(None, "the weights; unset, in the current directory: checkpoints/pretrained/<dataset>_<model>.pth")
     save_dir: str | None = flag(None, "run folder (logs, resume); unset, in the current directory: checkpoints/scratch/<dataset>_<model>")
     evaluate_only: bool = flag(False, "measure the accuracy of --resume, or of the output, and stop")
     resume: str | None = flag(
         None,
         "weights to start from (a head for other classes is dropped) or to evaluate; an interrupted run resumes without it",
-        stages=TRAIN,
+        affects=TRAIN,
     )
     pretrained: bool = flag(
-        False, "start from torchvision's ImageNet weights (networks named *_imagenet), with a new head", stages=TRAIN
+        False, "start from torchvision's ImageNet weights (networks named *_imagenet), with a new head", affects=TRAIN
     )
     redo: bool = flag(False, "forget the run folder and train again")
     mean: tuple[float, ...] | None = flag(
-        None, "normalization r,g,b; unset: that of a checkpoint to start from or evaluate, else the dataset's", stages=TRAIN
+        None, "normalization r,g,b; unset: that of a checkpoint to start from or evaluate, else the dataset's", affects=TRAIN
     )
-    std: tuple[float, ...] | None = flag(None, "see --mean", stages=TRAIN)
-    seed: int = flag(0, "random numbers are a function of seed and epoch", stages=TRAIN)
+    std: tuple[float, ...] | None = flag(None, "see --mean", affects=TRAIN)
+    seed: int = flag(0, "random numbers are a function of seed and epoch", affects=TRAIN)
     gpu: int | None = flag(None, "index of the GPU, -1 for the CPU; unset: GPU 0 if there is one")
-    amp: str = flag("no", "mixed precision", choices=("no", "bf16", "fp16"), stages=TRAIN)
+    amp: str = flag("no", "mixed precision", choices=("no", "bf16", "fp16"), affects=TRAIN)
     fp16: bool = flag(False, "the same as --amp fp16")
     compile: str = flag(
         "auto", "torch.compile; auto: in a run long enough to win by it", choices=("auto", "yes", "graphs", "no")

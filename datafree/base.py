@@ -3,7 +3,7 @@
 Config        frozen dataclass of the method's flags (``engine.runtime.flags.flag``)
 Synthesizer   makes images from the teacher (and the student), one round a call
 Objective     nn.Module: (teacher_out, student_out, labels) -> {"loss": ..., every named term}
-Augmenter     optional: varies bank images (``datafree.diffusion.prior``)
+Augmenter     optional: varies bank images (``datafree.diffusion.hub``)
 Method        says which stages there are and builds the pieces
 
 How to add one, "mine":
@@ -51,7 +51,7 @@ class ImageBatch:
 class Task:
     """What a method may know of its surroundings; it never sees the command line and never picks a device.
 
-    ``augment`` maps images (B, 3, H, W) to randomly cropped and flipped ones, one draw an image, differentiably.
+    ``random_view`` maps images (B, 3, H, W) to randomly cropped and flipped ones, one draw an image, differentiably.
     ``precision`` has ``autocast()``, the context in which networks run, and ``fresh()``, which makes one for an optimizer:
     ``fresh().minimize(loss, optimizer)``. Where that outlives a round, its ``state_dict()`` is part of the synthesizer's.
     ``kd_steps`` are the student's steps a round. ``training_split`` opens the real training images (``engine.data.splits.Split``) for a method that has ``reads_train_split``.
@@ -61,7 +61,7 @@ class Task:
 
     info: DatasetInfo
     device: torch.device
-    augment: Callable[[Tensor], Tensor]
+    random_view: Callable[[Tensor], Tensor]
     precision: Precision
     kd_steps: int = 1
     training_split: Callable[[], Split] | None = None
@@ -180,7 +180,7 @@ class Method:
 
     def student_view(self, images: Tensor) -> Tensor:
         """What the student sees of images (B, 3, H, W) uint8 of the bank: the task's random crop and flip."""
-        return self.task.augment(images)
+        return self.task.random_view(images)
 
     def initial_synthesizer(self) -> Synthesizer:
         """For stage synthesize: makes the image bank that distillation starts from; its student knows nothing yet."""

@@ -39,7 +39,7 @@ def build_method(
     task = Task(
         info=info,
         device=device,
-        augment=lambda images: crop_flip(images, info.crop_padding, info.flip),
+        random_view=lambda images: crop_flip(images, info.crop_padding, info.flip),
         precision=Precision(run_flags.amp, device),
         kd_steps=schedule.kd_steps,
         training_split=training_split if method_class.reads_train_split else None,

@@ -55,25 +55,25 @@ BOTH = ("synthesize", "distill")
 class CMIConfig:
     """Flags of CMI."""
 
-    init_rounds: int = flag(400, "rounds of the initial bank", stages=("synthesize",))
-    init_g_steps: int = flag(500, "inversion steps a round of the initial bank", stages=("synthesize",))
-    g_steps: int = flag(500, "inversion steps a round while distilling", stages=("distill",))
-    synthesis_batch_size: int = flag(200, "images a round", stages=BOTH)
-    lr_g: float = flag(1e-3, "Adam learning rate of generator, noise and contrastive head", stages=BOTH)
-    nz: int = flag(256, "length of the generator's noise vector", stages=BOTH)
-    bn: float = flag(1.0, "weight of the BN-statistics loss", stages=BOTH)
-    oh: float = flag(1.0, "weight of the one-hot loss, CE(T(x), y)", stages=BOTH)
+    init_rounds: int = flag(400, "rounds of the initial bank", affects=("synthesize",))
+    init_g_steps: int = flag(500, "inversion steps a round of the initial bank", affects=("synthesize",))
+    g_steps: int = flag(500, "inversion steps a round while distilling", affects=("distill",))
+    synthesis_batch_size: int = flag(200, "images a round", affects=BOTH)
+    lr_g: float = flag(1e-3, "Adam learning rate of generator, noise and contrastive head", affects=BOTH)
+    nz: int = flag(256, "length of the generator's noise vector", affects=BOTH)
+    bn: float = flag(1.0, "weight of the BN-statistics loss", affects=BOTH)
+    oh: float = flag(1.0, "weight of the one-hot loss, CE(T(x), y)", affects=BOTH)
     adv: float = flag(
         0.5,
         "weight of the adversarial loss while distilling, -KL where student and teacher agree (the initial bank has 0)",
-        stages=("distill",),
+        affects=("distill",),
     )
-    cr: float = flag(0.8, "weight of the contrastive loss, InfoNCE of local against global views", stages=BOTH)
-    cr_T: float = flag(0.2, "temperature of the contrastive loss", stages=BOTH)
-    memory_size: int = flag(40960, "images that are remembered for the contrastive loss", stages=BOTH)
-    negatives: int = flag(4096, "remembered images in the contrastive loss of a step", stages=BOTH)
-    head_dim: int = flag(256, "length of the contrastive embedding", stages=BOTH)
-    T: float = flag(20.0, "temperature of the distillation loss", stages=("distill",))
+    cr: float = flag(0.8, "weight of the contrastive loss, InfoNCE of local against global views", affects=BOTH)
+    cr_T: float = flag(0.2, "temperature of the contrastive loss", affects=BOTH)
+    memory_size: int = flag(40960, "images that are remembered for the contrastive loss", affects=BOTH)
+    negatives: int = flag(4096, "remembered images in the contrastive loss of a step", affects=BOTH)
+    head_dim: int = flag(256, "length of the contrastive embedding", affects=BOTH)
+    T: float = flag(20.0, "temperature of the distillation loss", affects=("distill",))
 
 
 def info_nce(anchors: Tensor, positives: Tensor, negatives: Tensor, temperature: float) -> Tensor:
@@ -173,7 +173,7 @@ class CMISynthesizer(Synthesizer):
     def losses(self, images: Tensor, labels: Tensor, student: nn.Module) -> dict[str, Tensor]:
         """Named synthesis losses of images (B, 3, H, W); "loss" is their weighted sum."""
         config, count = self.config, len(images)
-        views = global_view = self.task.augment(images)
+        views = global_view = self.task.random_view(images)
         if config.cr:
             views = torch.cat([global_view, local_views(images, self.task.info.flip)])
             views = views.contiguous(memory_format=torch.channels_last)
@@ -211,7 +211,7 @@ class CMISynthesizer(Synthesizer):
         """Puts r of a global view of the images kept into the memory; the oldest make room."""
         if self.config.cr:
             with torch.no_grad():
-                features = self.represent(self.task.augment(images))[1]
+                features = self.represent(self.task.random_view(images))[1]
             memory = torch.cat([self.memory, features.half()])
             self.memory = memory[max(0, len(memory) - self.config.memory_size) :].clone()
 

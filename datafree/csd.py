@@ -48,25 +48,25 @@ BOTH = ("synthesize", "distill")
 class CSDConfig:
     """Flags of CSD."""
 
-    init_rounds: int = flag(400, "rounds of the initial bank", stages=("synthesize",))
-    init_g_steps: int = flag(500, "inversion steps a round of the initial bank", stages=("synthesize",))
-    init_batch_size: int = flag(200, "images a round of the initial bank", stages=("synthesize",))
-    g_steps: int = flag(200, "inversion steps a round while distilling", stages=("distill",))
-    synthesis_batch_size: int = flag(200, "images a round while distilling", stages=("distill",))
-    lr_g: float = flag(1e-3, "Adam learning rate of generator and noise", stages=BOTH)
-    nz: int = flag(256, "length of the generator's noise vector", stages=BOTH)
-    bn: float = flag(1.0, "weight of the BN-statistics loss", stages=BOTH)
-    oh: float = flag(1.0, "weight of the one-hot loss", stages=BOTH)
+    init_rounds: int = flag(400, "rounds of the initial bank", affects=("synthesize",))
+    init_g_steps: int = flag(500, "inversion steps a round of the initial bank", affects=("synthesize",))
+    init_batch_size: int = flag(200, "images a round of the initial bank", affects=("synthesize",))
+    g_steps: int = flag(200, "inversion steps a round while distilling", affects=("distill",))
+    synthesis_batch_size: int = flag(200, "images a round while distilling", affects=("distill",))
+    lr_g: float = flag(1e-3, "Adam learning rate of generator and noise", affects=BOTH)
+    nz: int = flag(256, "length of the generator's noise vector", affects=BOTH)
+    bn: float = flag(1.0, "weight of the BN-statistics loss", affects=BOTH)
+    oh: float = flag(1.0, "weight of the one-hot loss", affects=BOTH)
     csd: float = flag(
-        10.0, "weight of the rotation-uncertainty loss while distilling (the initial bank has 0)", stages=("distill",)
+        10.0, "weight of the rotation-uncertainty loss while distilling (the initial bank has 0)", affects=("distill",)
     )
-    lr_head: float = flag(0.1, "SGD learning rate of the rotation head", stages=("distill",))
-    head_interval: int = flag(1, "train the rotation head at every n-th student step", stages=("distill",))
-    T: float = flag(20.0, "temperature of the distillation loss", stages=("distill",))
+    lr_head: float = flag(0.1, "SGD learning rate of the rotation head", affects=("distill",))
+    head_interval: int = flag(1, "train the rotation head at every n-th student step", affects=("distill",))
+    T: float = flag(20.0, "temperature of the distillation loss", affects=("distill",))
     ce: float = flag(
-        1.0, "weight of the student's cross-entropy to the labels the images were made for", stages=("distill",)
+        1.0, "weight of the student's cross-entropy to the labels the images were made for", affects=("distill",)
     )
-    feat: float = flag(30.0, "weight of the feature-map loss", stages=("distill",))
+    feat: float = flag(30.0, "weight of the feature-map loss", affects=("distill",))
 
 
 class RotationHead(nn.Module):
@@ -117,7 +117,7 @@ class CSDSynthesizer(Synthesizer):
         for _ in range(self.g_steps):
             with self.task.precision.autocast():
                 images = self.generate(z).float()
-            losses = self.measure(self.task.augment(images), labels, student)
+            losses = self.measure(self.task.random_view(images), labels, student)
             best.update(images, losses)
             precision.minimize(losses["loss"], optimizer)
         if self.csd:

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from datafree.base import Task
 from datafree.csd import CSD, CSDConfig
-from datafree.diffusion.prior import DTYPES, Augmenter, denoising_steps, diffusion_dtype, prior_name
+from datafree.diffusion.augmenter import Augmenter, denoising_steps
+from datafree.diffusion.hub import DTYPES, diffusion_dtype, prior_name
 from datafree.filter import DEFAULT_MODELS, EMBEDDINGS, CosineFilter, build_embedding
 from engine.loops.session import Stage
 from engine.loops.stages import Augment, Distill
@@ -37,7 +38,7 @@ FILTER = ("distill",)
 
 
 @dataclass(frozen=True)
-class Prior:
+class PriorDefaults:
     """What a choice of ``--prior`` means where the other flags are unset."""
 
     model: str | None = None
@@ -47,9 +48,9 @@ class Prior:
 
 
 PRIORS = {
-    "pixel": Prior(guidance_scale=1.0, num_inference_steps=12),
-    "image_variation": Prior("lambdalabs/sd-image-variations-diffusers", "v2.0"),
-    "image_to_image": Prior("stable-diffusion-v1-5/stable-diffusion-v1-5"),
+    "pixel": PriorDefaults(guidance_scale=1.0, num_inference_steps=12),
+    "image_variation": PriorDefaults("lambdalabs/sd-image-variations-diffusers", "v2.0"),
+    "image_to_image": PriorDefaults("stable-diffusion-v1-5/stable-diffusion-v1-5"),
 }
 
 
@@ -57,47 +58,47 @@ PRIORS = {
 class DDAConfig(CSDConfig):
     """Flags of DDA: CSD's, and those of the diffusion stage."""
 
-    synthesis_batch_size: int = flag(400, "images a round while distilling", stages=("distill",))
+    synthesis_batch_size: int = flag(400, "images a round while distilling", affects=("distill",))
     prior: str = flag(
         "pixel",
         "the diffusion model: pixel is trained on the bank, the others are pretrained",
         choices=tuple(PRIORS),
-        stages=AUGMENT,
+        affects=AUGMENT,
     )
     diffusion_model: str | None = flag(
         None,
         "hub id or local directory of a pretrained one; unset: lambdalabs/sd-image-variations-diffusers, stable-diffusion-v1-5/stable-diffusion-v1-5",
-        stages=AUGMENT,
+        affects=AUGMENT,
     )
     diffusion_revision: str | None = flag(
-        None, "revision of the hub id; unset: v2.0 of the default image_variation model", stages=AUGMENT
+        None, "revision of the hub id; unset: v2.0 of the default image_variation model", affects=AUGMENT
     )
-    variants: int = flag(1, "V, variants of each bank image", stages=AUGMENT)
+    variants: int = flag(1, "V, variants of each bank image", affects=AUGMENT)
     strength: float = flag(
         0.3,
         "share of the way back to pure noise from which a variant is drawn, (0, 1]; image_variation always draws from pure noise",
-        stages=AUGMENT,
+        affects=AUGMENT,
     )
-    num_inference_steps: int | None = flag(None, "denoising steps from pure noise; unset: 25, pixel 12", stages=AUGMENT)
-    guidance_scale: float | None = flag(None, "classifier-free guidance; unset: 3, pixel 1, which is none", stages=AUGMENT)
-    prompt: str = flag("a photo of a {label}", "prompt of image_to_image", stages=AUGMENT)
-    resolution: int | None = flag(None, "px at which a pretrained model draws; unset: its own", stages=AUGMENT)
+    num_inference_steps: int | None = flag(None, "denoising steps from pure noise; unset: 25, pixel 12", affects=AUGMENT)
+    guidance_scale: float | None = flag(None, "classifier-free guidance; unset: 3, pixel 1, which is none", affects=AUGMENT)
+    prompt: str = flag("a photo of a {label}", "prompt of image_to_image", affects=AUGMENT)
+    resolution: int | None = flag(None, "px at which a pretrained model draws; unset: its own", affects=AUGMENT)
     diffusion_dtype: str | None = flag(
-        None, "of a pretrained model; unset: fp16 on a GPU, else fp32", choices=tuple(DTYPES), stages=AUGMENT
+        None, "of a pretrained model; unset: fp16 on a GPU, else fp32", choices=tuple(DTYPES), affects=AUGMENT
     )
     diffusion_batch_size: int = flag(64, "variants drawn at a time; changes no image but by rounding")
     pixel_channels: tuple[int, ...] | None = flag(
-        None, "pixel: channels of each level of its U-Net; unset: 32,64 up to 32 px, else 64,128,128", stages=AUGMENT
+        None, "pixel: channels of each level of its U-Net; unset: 32,64 up to 32 px, else 64,128,128", affects=AUGMENT
     )
-    fit_passes: int = flag(40, "pixel: passes over the bank in training, a checkpoint after each", stages=AUGMENT)
-    fit_batch_size: int = flag(16, "pixel: images a training step", stages=AUGMENT)
-    fit_lr: float = flag(2e-3, "pixel: AdamW learning rate", stages=AUGMENT)
-    embedding: str = flag("teacher", "where variant and source are compared", choices=EMBEDDINGS, stages=FILTER)
-    embedding_model: str | None = flag(None, "hub id or local directory of clip or dinov2", stages=FILTER)
+    fit_passes: int = flag(40, "pixel: passes over the bank in training, a checkpoint after each", affects=AUGMENT)
+    fit_batch_size: int = flag(16, "pixel: images a training step", affects=AUGMENT)
+    fit_lr: float = flag(2e-3, "pixel: AdamW learning rate", affects=AUGMENT)
+    embedding: str = flag("teacher", "where variant and source are compared", choices=EMBEDDINGS, affects=FILTER)
+    embedding_model: str | None = flag(None, "hub id or local directory of clip or dinov2", affects=FILTER)
     omega: float | None = flag(
         None,
         "least cosine of a kept variant, -1 keeps all; unset: above 99 % of the cosines between bank images of two classes",
-        stages=FILTER,
+        affects=FILTER,
     )
 
 
@@ -139,9 +140,9 @@ class DDA(CSD):
     def augmenter(self) -> Augmenter:
         config, task = self.config, self.task
         if config.prior == "pixel":
-            from datafree.diffusion.pixel import PixelPrior
+            from datafree.diffusion.pixel import PixelAugmenter
 
-            return PixelPrior(
+            return PixelAugmenter(
                 task.info.num_classes, task.info.image_size, channels=config.pixel_channels, fit_passes=config.fit_passes,
                 fit_batch_size=config.fit_batch_size, fit_lr=config.fit_lr, strength=config.strength,
                 num_inference_steps=self.steps, guidance_scale=self.guidance_scale, flip=task.info.flip, device=task.device,

@@ -42,14 +42,14 @@ DISTILL = ("distill",)
 class DeepInversionConfig:
     """Flags of DeepInversion."""
 
-    g_steps: int = flag(1000, "inversion steps a round", stages=DISTILL)
-    synthesis_batch_size: int = flag(256, "images a round", stages=DISTILL)
-    lr_g: float = flag(0.1, "Adam learning rate of the pixels, in units of the dataset's standard deviation", stages=DISTILL)
-    bn: float = flag(10.0, "weight of the BN-statistics loss", stages=DISTILL)
-    oh: float = flag(1.0, "weight of the one-hot loss, CE(T(x), y)", stages=DISTILL)
-    tv: float = flag(1e-3, "weight of the total variation, mean |x_p - x_q| over four neighbours", stages=DISTILL)
-    l2: float = flag(0.0, "weight of the mean ||x||_2 of an image", stages=DISTILL)
-    T: float = flag(20.0, "temperature of the distillation loss", stages=DISTILL)
+    g_steps: int = flag(1000, "inversion steps a round", affects=DISTILL)
+    synthesis_batch_size: int = flag(256, "images a round", affects=DISTILL)
+    lr_g: float = flag(0.1, "Adam learning rate of the pixels, in units of the dataset's standard deviation", affects=DISTILL)
+    bn: float = flag(10.0, "weight of the BN-statistics loss", affects=DISTILL)
+    oh: float = flag(1.0, "weight of the one-hot loss, CE(T(x), y)", affects=DISTILL)
+    tv: float = flag(1e-3, "weight of the total variation, mean |x_p - x_q| over four neighbours", affects=DISTILL)
+    l2: float = flag(0.0, "weight of the mean ||x||_2 of an image", affects=DISTILL)
+    T: float = flag(20.0, "temperature of the distillation loss", affects=DISTILL)
 
 
 def total_variation(images: Tensor) -> Tensor:

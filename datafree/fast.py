@@ -62,22 +62,22 @@ BETAS = (0.5, 0.999)
 class FastConfig:
     """Flags of Fast; the defaults are Fast-10."""
 
-    init_rounds: int = flag(20, "rounds of warm-up, without competition", stages=("synthesize",))
-    g_steps: int = flag(10, "steps that adapt the generator to a round's images", stages=BOTH)
-    synthesis_batch_size: int = flag(256, "images a round", stages=BOTH)
+    init_rounds: int = flag(20, "rounds of warm-up, without competition", affects=("synthesize",))
+    g_steps: int = flag(10, "steps that adapt the generator to a round's images", affects=BOTH)
+    synthesis_batch_size: int = flag(256, "images a round", affects=BOTH)
     lr_g: float = flag(
-        2e-3, "Adam learning rate of the adapted generator; the meta generator's is g_steps times it", stages=BOTH
+        2e-3, "Adam learning rate of the adapted generator; the meta generator's is g_steps times it", affects=BOTH
     )
-    lr_z: float = flag(0.01, "Adam learning rate of the noise", stages=BOTH)
-    nz: int = flag(256, "length of the generator's noise vector", stages=BOTH)
-    is_maml: int = flag(1, "meta gradient: 1 FOMAML, 0 Reptile", stages=BOTH)
-    reset_l0: int = flag(1, "1: draw the meta generator's first layer anew once, 0: never", stages=("distill",))
-    reset_l0_round: int = flag(120, "rounds after warm-up before which that is done", stages=("distill",))
-    bn: float = flag(10.0, "weight of the BN-statistics loss", stages=BOTH)
-    bn_mmt: float = flag(0.9, "share of earlier rounds' batch statistics in the BN-statistics loss, [0, 1)", stages=BOTH)
-    oh: float = flag(0.4, "weight of the one-hot loss", stages=BOTH)
-    adv: float = flag(1.1, "weight of the competition with the student (warm-up has 0)", stages=("distill",))
-    T: float = flag(20.0, "temperature of the distillation loss", stages=("distill",))
+    lr_z: float = flag(0.01, "Adam learning rate of the noise", affects=BOTH)
+    nz: int = flag(256, "length of the generator's noise vector", affects=BOTH)
+    is_maml: int = flag(1, "meta gradient: 1 FOMAML, 0 Reptile", affects=BOTH)
+    reset_l0: int = flag(1, "1: draw the meta generator's first layer anew once, 0: never", affects=("distill",))
+    reset_l0_round: int = flag(120, "rounds after warm-up before which that is done", affects=("distill",))
+    bn: float = flag(10.0, "weight of the BN-statistics loss", affects=BOTH)
+    bn_mmt: float = flag(0.9, "share of earlier rounds' batch statistics in the BN-statistics loss, [0, 1)", affects=BOTH)
+    oh: float = flag(0.4, "weight of the one-hot loss", affects=BOTH)
+    adv: float = flag(1.1, "weight of the competition with the student (warm-up has 0)", affects=("distill",))
+    T: float = flag(20.0, "temperature of the distillation loss", affects=("distill",))
 
 
 class Inversion:
@@ -113,7 +113,7 @@ class Inversion:
                 images = generate().float()
             # The first round, which has no average, is not worth a compilation of its own.
             measure = self.measure if self.average or not self.statistics else self.losses
-            losses = measure(self.task.augment(images), labels, student)
+            losses = measure(self.task.random_view(images), labels, student)
             best.update(images, losses)
             self.precision.minimize(losses["loss"], optimizer)
         self.average = [(mean.detach(), var.detach()) for mean, var in self.blended]

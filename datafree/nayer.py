@@ -38,7 +38,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from datafree.base import ImageBatch, Method, Synthesizer, Task
-from datafree.diffusion.prior import hub_errors, prior_name, quiet_libraries
+from datafree.diffusion.hub import hub_errors, prior_name, quiet_libraries
 from datafree.fast import BETAS, Inversion, check_momentum, own_state
 from datafree.generators import Generator, reset
 from datafree.losses import KLDistillation
@@ -56,30 +56,30 @@ TEXT_MODEL_TYPES = ("clip", "clip_text_model")
 class NAYERConfig:
     """Flags of NAYER."""
 
-    init_rounds: int = flag(20, "rounds of warm-up, without competition", stages=("synthesize",))
-    init_g_loops: int = flag(10, "batches a round of warm-up", stages=("synthesize",))
-    g_loops: int = flag(2, "batches a round while distilling", stages=("distill",))
-    g_steps: int = flag(30, "steps of generator and noisy layers a batch", stages=BOTH)
-    g_life: int = flag(10, "rounds after which the generator starts afresh", stages=BOTH)
-    synthesis_batch_size: int = flag(400, "images a batch", stages=BOTH)
-    lr_g: float = flag(4e-3, "Adam learning rate of generator and noisy layers", stages=BOTH)
-    nz: int = flag(1000, "outputs of a noisy layer, inputs of the generator", stages=BOTH)
+    init_rounds: int = flag(20, "rounds of warm-up, without competition", affects=("synthesize",))
+    init_g_loops: int = flag(10, "batches a round of warm-up", affects=("synthesize",))
+    g_loops: int = flag(2, "batches a round while distilling", affects=("distill",))
+    g_steps: int = flag(30, "steps of generator and noisy layers a batch", affects=BOTH)
+    g_life: int = flag(10, "rounds after which the generator starts afresh", affects=BOTH)
+    synthesis_batch_size: int = flag(400, "images a batch", affects=BOTH)
+    lr_g: float = flag(4e-3, "Adam learning rate of generator and noisy layers", affects=BOTH)
+    nz: int = flag(1000, "outputs of a noisy layer, inputs of the generator", affects=BOTH)
     label_embedding: str = flag(
         "orthogonal",
         "what stands for a label: fixed random codes (no prior), or text embeddings of its name",
         choices=("orthogonal", "clip"),
-        stages=BOTH,
+        affects=BOTH,
     )
-    label_dim: int = flag(512, "length of the orthogonal codes; clip has its own", stages=BOTH)
+    label_dim: int = flag(512, "length of the orthogonal codes; clip has its own", affects=BOTH)
     text_model: str = flag(
-        "openai/clip-vit-base-patch32", "clip: hub id or local directory of a CLIP text encoder", stages=BOTH
+        "openai/clip-vit-base-patch32", "clip: hub id or local directory of a CLIP text encoder", affects=BOTH
     )
-    prompt: str = flag("a image of {label}", "clip: the text that is embedded", stages=BOTH)
-    bn: float = flag(10.0, "weight of the BN-statistics loss", stages=BOTH)
-    bn_mmt: float = flag(0.9, "share of earlier batches' statistics in the BN-statistics loss, [0, 1)", stages=BOTH)
-    oh: float = flag(0.5, "weight of the one-hot loss", stages=BOTH)
-    adv: float = flag(1.33, "weight of the competition with the student (warm-up has 0)", stages=("distill",))
-    T: float = flag(20.0, "temperature of the distillation loss", stages=("distill",))
+    prompt: str = flag("a image of {label}", "clip: the text that is embedded", affects=BOTH)
+    bn: float = flag(10.0, "weight of the BN-statistics loss", affects=BOTH)
+    bn_mmt: float = flag(0.9, "share of earlier batches' statistics in the BN-statistics loss, [0, 1)", affects=BOTH)
+    oh: float = flag(0.5, "weight of the one-hot loss", affects=BOTH)
+    adv: float = flag(1.33, "weight of the competition with the student (warm-up has 0)", affects=("distill",))
+    T: float = flag(20.0, "temperature of the distillation loss", affects=("distill",))
 
 
 def orthogonal_codes(num_classes: int, dim: int) -> Tensor:

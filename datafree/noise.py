@@ -31,11 +31,11 @@ DISTILL = ("distill",)
 class NoiseConfig:
     """Flags of the noise control."""
 
-    images: str | None = flag(None, "folder of unrelated pictures, to any depth; unset: noise", stages=DISTILL)
+    images: str | None = flag(None, "folder of unrelated pictures, to any depth; unset: noise", affects=DISTILL)
     noise: str = flag(
-        "uniform", "distribution of the pixels where no folder is given", choices=("uniform", "normal"), stages=DISTILL
+        "uniform", "distribution of the pixels where no folder is given", choices=("uniform", "normal"), affects=DISTILL
     )
-    T: float = flag(20.0, "temperature of the distillation loss", stages=DISTILL)
+    T: float = flag(20.0, "temperature of the distillation loss", affects=DISTILL)
 
 
 class NoiseImages(Synthesizer):
@@ -75,7 +75,7 @@ class FolderImages(NoiseImages):
 
     def batches(self, batch_size: int, **share: int) -> Iterator[tuple[Tensor, Tensor]]:
         """As ``TransferSet.batches``, labels -1."""
-        return self.pictures.batches(batch_size, self.task.augment, **share)
+        return self.pictures.batches(batch_size, self.task.random_view, **share)
 
 
 class Noise(Method):

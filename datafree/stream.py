@@ -30,11 +30,11 @@ DISTILL = ("distill",)
 class StreamConfig:
     """Flags of every method with a streaming generator."""
 
-    g_steps: int = flag(1, "generator steps a round", stages=DISTILL)
-    synthesis_batch_size: int = flag(256, "images a generator step", stages=DISTILL)
-    lr_g: float = flag(1e-3, "Adam learning rate of the generator", stages=DISTILL)
-    nz: int = flag(256, "length of the generator's noise vector", stages=DISTILL)
-    T: float = flag(1.0, "temperature of the distillation loss", stages=DISTILL)
+    g_steps: int = flag(1, "generator steps a round", affects=DISTILL)
+    synthesis_batch_size: int = flag(256, "images a generator step", affects=DISTILL)
+    lr_g: float = flag(1e-3, "Adam learning rate of the generator", affects=DISTILL)
+    nz: int = flag(256, "length of the generator's noise vector", affects=DISTILL)
+    T: float = flag(1.0, "temperature of the distillation loss", affects=DISTILL)
 
 
 class GeneratorStream(Synthesizer):

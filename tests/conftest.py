@@ -34,7 +34,7 @@ def make_task(**changes) -> Task:
     }  # fmt: skip
     names = {field.name for field in dataclasses.fields(datasets.DatasetInfo)}
     info = datasets.DatasetInfo(**about | {name: changes.pop(name) for name in names & changes.keys()})
-    fields = dict(info=info, device=CPU, augment=lambda images: images, precision=Precision("no", CPU))
+    fields = dict(info=info, device=CPU, random_view=lambda images: images, precision=Precision("no", CPU))
     return Task(**fields | changes)
 
 

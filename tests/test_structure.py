@@ -123,8 +123,8 @@ def test_the_entry_point_stays_short():
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    number: int = flag(3, "a number", stages=("a",))
-    rate: float | None = flag(None, "a rate", stages=("a", "b"))
+    number: int = flag(3, "a number", affects=("a",))
+    rate: float | None = flag(None, "a rate", affects=("a", "b"))
     names: tuple[str, ...] | None = flag(None, "names")
     long_name: str = flag("x", "a name", choices=("x", "y"), short="-l")
     on: bool = flag(False, "a switch")

@@ -9,8 +9,8 @@ from PIL import Image
 
 from datafree.diffusion import patch_unet, train_prior
 from datafree.diffusion.denoising import Denoising
-from datafree.diffusion.generative import load_prior
 from datafree.diffusion.patch_unet import load_patch_prior
+from datafree.diffusion.priors import load_prior
 from datafree.diffusion.quality import density_coverage, frechet_distance
 from engine.runtime.errors import UserError
 from engine.runtime.files import load_tensors, save_checkpoint

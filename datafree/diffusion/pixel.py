@@ -1,4 +1,4 @@
-"""PixelPrior: a diffusion model in pixel space, trained on the image bank itself, so that nothing is downloaded.
+"""PixelAugmenter: a diffusion model in pixel space, trained on the image bank itself, so that nothing is downloaded.
 
 A variant is a bank image, noised to time ``strength`` and denoised again with its label (SDEdit, Meng et al. 2021, arXiv
 2108.01073) by deterministic DDIM, with classifier-free guidance where ``guidance_scale`` is not 1. Network and formulas are
@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from datafree.diffusion.augmenter import Augmenter, denoising_steps, seeded_noise
 from datafree.diffusion.denoising import Denoising, Diverged
 from datafree.diffusion.patch_unet import PatchUNet, add_noise, denoise
-from datafree.diffusion.prior import Augmenter, denoising_steps, seeded_noise
 from engine.runtime.errors import UserError
 
 WARMUP_STEPS = 100
@@ -35,7 +35,7 @@ def default_network(image_size: int) -> dict[str, Any]:
     return {"patch": 2 * max(1, image_size // 64), "channels": (64, 128, 128), "attention": True}
 
 
-class PixelPrior(Augmenter):
+class PixelAugmenter(Augmenter):
     """The embedded augmenter: learns the bank, then redraws its images.
 
     Args:

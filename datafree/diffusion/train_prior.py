@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from datafree.diffusion.augmenter import seeded_noise
 from datafree.diffusion.denoising import Denoising, Diverged
 from datafree.diffusion.patch_unet import PatchUNet, add_noise, denoise, load_patch_prior, save_patch_prior, velocity
-from datafree.diffusion.prior import seeded_noise
 from datafree.diffusion.quality import density_coverage, frechet_distance
 from engine.data.datasets import DatasetInfo, dataset_info
 from engine.data.pictures import grid
@@ -53,35 +53,35 @@ CHUNK = 250  # images that go through a network together in a report
 class PriorFlags:
     """What to learn from, how, and where to keep it."""
 
-    dataset: str = flag("cifar100", "a name of registry.DATASETS, NAME of DATA_ROOT/NAME.npz, or folder", stages=TRAIN)
+    dataset: str = flag("cifar100", "a name of registry.DATASETS, NAME of DATA_ROOT/NAME.npz, or folder", affects=TRAIN)
     data_root: str = flag("data", "folder of the data; of folder: with train/<class>/* and test/<class>/* in it")
-    image_size: int | None = flag(None, "px; unset: the dataset's own", stages=TRAIN)
+    image_size: int | None = flag(None, "px; unset: the dataset's own", affects=TRAIN)
     output: str | None = flag(None, "the weights; unset: checkpoints/priors/<dataset>_<image_size>.safetensors")
     save_dir: str | None = flag(None, "run folder (logs, pictures, resume); unset: checkpoints/train_prior/<output's name>")
-    start: str | None = flag(None, "file of a prior of the same shape whose weights to begin with", stages=TRAIN)
+    start: str | None = flag(None, "file of a prior of the same shape whose weights to begin with", affects=TRAIN)
     redo: bool = flag(False, "forget the run folder and train again")
     images: int = flag(3_000_000, "training images to draw, with those of --start")
     minutes: float | None = flag(None, "stop after that long; the same command goes on")
-    patch: int = flag(2, "px a side of the blocks that the network sees as one", stages=TRAIN)
-    channels: tuple[int, ...] = flag((48, 96, 192), "width of each level of the network", stages=TRAIN)
-    no_attention: bool = flag(False, "no self-attention at the coarsest level", stages=TRAIN)
-    batch_size: int = flag(64, "images a step", stages=TRAIN)
-    lr: float = flag(1e-3, f"AdamW learning rate, reached after {WARMUP_STEPS} steps", stages=TRAIN)
-    no_flip: bool = flag(False, "mirror no images, though the dataset allows it", stages=TRAIN)
+    patch: int = flag(2, "px a side of the blocks that the network sees as one", affects=TRAIN)
+    channels: tuple[int, ...] = flag((48, 96, 192), "width of each level of the network", affects=TRAIN)
+    no_attention: bool = flag(False, "no self-attention at the coarsest level", affects=TRAIN)
+    batch_size: int = flag(64, "images a step", affects=TRAIN)
+    lr: float = flag(1e-3, f"AdamW learning rate, reached after {WARMUP_STEPS} steps", affects=TRAIN)
+    no_flip: bool = flag(False, "mirror no images, though the dataset allows it", affects=TRAIN)
     amp: str = flag(
         "auto",
         "mixed precision; auto: bf16 where the processor computes in it",
         choices=("auto", "no", "bf16"),
-        stages=TRAIN,
+        affects=TRAIN,
     )
-    round_steps: int = flag(50, "steps a round: what a stop can cost", stages=TRAIN)
+    round_steps: int = flag(50, "steps a round: what a stop can cost", affects=TRAIN)
     report_every: int = flag(30, "rounds between reports (held-out loss, samples), after which the output is renewed")
     judge: str | None = flag(
         None, "classifier of the dataset (train_scratch.py) whose features compare samples with the test split; unset: none"
     )
     samples: int = flag(500, "images to draw for that")
     guidance_scale: float = flag(2.0, "classifier-free guidance of samples and pictures; 1 is none")
-    seed: int = flag(0, "random numbers are a function of seed and round", stages=TRAIN)
+    seed: int = flag(0, "random numbers are a function of seed and round", affects=TRAIN)
     gpu: int | None = flag(None, "index of the GPU, -1 for the CPU; unset: GPU 0 if there is one")
 
 

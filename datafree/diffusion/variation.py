@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from datafree.diffusion.prior import Augmenter, denoising_steps, load_pipeline, prior_name, seeded_generators
+from datafree.diffusion.augmenter import Augmenter, denoising_steps, seeded_generators
+from datafree.diffusion.hub import load_pipeline, prior_name
 from engine.runtime.errors import UserError
 
 IMAGE_TO_IMAGE = {

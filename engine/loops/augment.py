@@ -25,7 +25,7 @@ class VariantMaker(Maker):
     Position p = k * N + i of the bank is variant k of source i; its seed is a function of (seed, i, k) alone.
 
     Args:
-        augmenter: ``datafree.diffusion.prior.Augmenter``.
+        augmenter: ``datafree.diffusion.augmenter.Augmenter``.
         sources: images (N, 3, H, W) uint8 and labels (N,).
         variants: V.
         batch_size: images varied together.

@@ -57,7 +57,7 @@ class Augment(Stage):
 
     Args:
         initial: name of the stage that fills the bank.
-        augmenter: builds ``datafree.diffusion.prior.Augmenter``.
+        augmenter: builds ``datafree.diffusion.augmenter.Augmenter``.
         variants: V, of each image.
         batch_size: images varied together.
         filter: ``datafree.filter.CosineFilter``.

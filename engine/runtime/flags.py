@@ -1,4 +1,4 @@
-"""Frozen dataclasses as command lines: a field is a flag, written once with its default, help and stages."""
+"""Frozen dataclasses as command lines: a field is a flag, written once with its default, its help and the stages it affects."""
 
 import argparse
 import dataclasses
@@ -12,14 +12,14 @@ from engine.runtime.errors import UserError
 
 
 def flag(
-    default: Any, help: str, *, stages: Sequence[str] = (), choices: Sequence[str] | None = None, short: str | None = None
+    default: Any, help: str, *, affects: Sequence[str] = (), choices: Sequence[str] | None = None, short: str | None = None
 ) -> Any:
     """A dataclass field that is a flag.
 
     Args:
-        stages: the stages whose results depend on it. Changing it after one of them has begun is an error.
+        affects: the stages whose results depend on it. Changing it after one of them has begun is an error.
     """
-    metadata = {"help": help, "stages": tuple(stages), "choices": choices, "short": short}
+    metadata = {"help": help, "affects": tuple(affects), "choices": choices, "short": short}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -139,5 +139,5 @@ def stage_flags(stage: str, *configs: Any) -> dict[str, Any]:
         f.name: list(v) if isinstance(v := getattr(config, f.name), tuple) else v
         for config in configs
         for f in dataclasses.fields(config)
-        if stage in f.metadata["stages"]
+        if stage in f.metadata["affects"]
     }

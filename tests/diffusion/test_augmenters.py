@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from datafree.diffusion import patch_unet
+from datafree.diffusion.augmenter import denoising_steps, seeded_noise
 from datafree.diffusion.denoising import EMA_POWER, EMA_WIDTH, Denoising
-from datafree.diffusion.pixel import PixelPrior
-from datafree.diffusion.prior import denoising_steps, hub_errors, prior_name, seeded_noise
+from datafree.diffusion.hub import hub_errors, prior_name
+from datafree.diffusion.pixel import PixelAugmenter
 from datafree.diffusion.variation import ImageToImage, ImageVariation, resize
 from engine.runtime.errors import UserError
 from tests import tiny_pipelines
@@ -50,7 +51,7 @@ def bank(count=64, size=16, classes=4):
 
 def tiny_prior(**changes):
     settings = dict(channels=(16, 16), fit_passes=40, fit_batch_size=16, fit_lr=4e-3, num_inference_steps=6)
-    return PixelPrior(4, 16, **settings | changes)
+    return PixelAugmenter(4, 16, **settings | changes)
 
 
 def fitted(prior, rounds, images, labels, first=0):
@@ -222,9 +223,9 @@ def test_null_label_is_drawn(monkeypatch):
 
 def test_sizes_that_do_not_fit_are_refused():
     for size in (8, 16, 28, 32, 64):
-        PixelPrior(2, size, channels=(8, 8))
+        PixelAugmenter(2, size, channels=(8, 8))
     with pytest.raises(UserError, match="30 px do not fit"):
-        PixelPrior(2, 30, channels=(8, 8, 8))
+        PixelAugmenter(2, 30, channels=(8, 8, 8))
     with pytest.raises(UserError, match="--strength 0.1 of --num_inference_steps 5 .* --num_inference_steps 10"):
         tiny_prior(strength=0.1, num_inference_steps=5)
 

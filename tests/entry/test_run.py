@@ -93,7 +93,7 @@ def test_the_student_changes_and_the_teacher_does_not(method, teacher_file):
         add_flags(parser, group, method, cls.defaults)
     config = from_args(cls.Config, parser.parse_args(TINY[method].split()))
     task = make_task(
-        augment=lambda x: crop_flip(x, 1, False),
+        random_view=lambda x: crop_flip(x, 1, False),
         training_split=lambda: load_split(info, "train", CPU) if cls.reads_train_split else None,
     )
     pieces = cls(config, teacher, student, task)

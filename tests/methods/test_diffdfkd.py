@@ -42,7 +42,7 @@ class Scribbler:
         self.learns_from, self.stop_after, self.level = learns_from, stop_after, torch.zeros(())
         self.competes = learns_from < 1000
 
-    def generate(self, labels, seeds, repeats):
+    def draw(self, labels, seeds, repeats):
         if self.stop_after is not None and Scribbler.made >= self.stop_after:
             raise KeyboardInterrupt
         Scribbler.made += 1
@@ -383,7 +383,7 @@ def test_nan_keeps_what_was_made(paths, distill, tmp_path):
     before = shards(tmp_path)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("datafree.diffusion.generative.PatchPrior.predict", lambda self, z, *rest: z * float("nan"))
+        patch.setattr("datafree.diffusion.priors.PatchPrior.predict", lambda self, z, *rest: z * float("nan"))
         with pytest.raises(UserError, match="latents became NaN .* are kept"):
             distill("diffdfkd", tmp_path, extra)
     assert shards(tmp_path) == before and len(before) == 3

@@ -16,10 +16,10 @@ from torch.nn import functional as F
 
 from datafree.base import ImageBatch, Task
 from datafree.bn_statistics import BNStatistics, bn_loss
-from datafree.diffusion.generative import GenerativePrior
+from datafree.diffusion.augmenter import seeded_generators
 from datafree.diffusion.guidance import Guidance, batches, check_finite, memory_errors
 from datafree.diffusion.latent_cutmix import draw_cutmix, seams
-from datafree.diffusion.prior import seeded_generators
+from datafree.diffusion.priors import DiffusionPrior
 from datafree.diffusion.sampling import RULES
 from datafree.diffusion.variation import resize
 from datafree.losses import kd_loss
@@ -30,7 +30,7 @@ MEASURED_AT_ONCE = 512  # images
 
 
 @dataclass
-class Generated(ImageBatch):
+class Drawn(ImageBatch):
     """Images at the dataset's size, and ``full`` (B, 3, R, R) float32 in [0, 1] as they were drawn."""
 
     full: Tensor | None = None
@@ -47,7 +47,7 @@ class Competitor:
     lr: float
 
 
-class GuidedGenerator:
+class GuidedSampler:
     """Draws images of wanted classes; stage generate calls it.
 
     Args:
@@ -64,7 +64,7 @@ class GuidedGenerator:
 
     def __init__(
         self,
-        prior: GenerativePrior,
+        prior: DiffusionPrior,
         guidance: Guidance,
         task: Task,
         student: nn.Module | None = None,
@@ -91,7 +91,7 @@ class GuidedGenerator:
             except UserError:
                 pass
 
-    def generate(self, labels: Tensor, seeds: list[int], repeats: list[int]) -> Generated:
+    def draw(self, labels: Tensor, seeds: list[int], repeats: list[int]) -> Drawn:
         """One image of each label (B,).
 
         Args:
@@ -108,7 +108,7 @@ class GuidedGenerator:
             check_finite([True] * (len(self.trajectory) - 1) + [bool(full.isfinite().all())])
         full = full.float()
         size = (self.task.info.image_size, self.task.info.image_size)
-        return Generated(full if full.shape[2:] == size else resize(full, size), labels, full=full)
+        return Drawn(full if full.shape[2:] == size else resize(full, size), labels, full=full)
 
     def _latents(self, labels: Tensor, seeds: list[int], repeats: list[int]) -> Tensor:
         """The last latents (B, C, h, w), clean."""
@@ -176,7 +176,7 @@ class GuidedGenerator:
         self.student.train().requires_grad_(True)
         for _ in range(settings.steps):
             index = torch.randint(len(images_u8), (settings.batch_size,))
-            batch = self.task.augment(images_u8[index].to(device)).float().div_(255)
+            batch = self.task.random_view(images_u8[index].to(device)).float().div_(255)
             with torch.no_grad():
                 teacher_logits = self.guidance.teacher(batch)
             loss = kd_loss(self.student(batch), teacher_logits, settings.temperature)

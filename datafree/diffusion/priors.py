@@ -7,7 +7,7 @@
 
 Which of them a model is, it says itself: a ``.safetensors`` file, or the name of one that this project ships, is an embedded
 one; a hub id or a directory names its pipeline. Loading, errors and names are those of the augmenters
-(``datafree.diffusion.prior``), so the same models serve DDA. Everything between ``predict`` and ``decode`` can be
+(``datafree.diffusion.hub``), so the same models serve DDA. Everything between ``predict`` and ``decode`` can be
 differentiated.
 """
 
@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from datafree.diffusion.hub import load_pipeline, prior_name
 from datafree.diffusion.patch_unet import load_patch_prior, shipped_prior
-from datafree.diffusion.prior import load_pipeline, prior_name
 from datafree.diffusion.sampling import Trajectory, cosine_trajectory, own_rule, scheduler_trajectory
 from engine.runtime.errors import UserError
 
@@ -32,7 +32,7 @@ TEXT = {
 PIPELINES = TEXT | {name: name for name in ("DiTPipeline", "DDPMPipeline", "DDIMPipeline")}
 
 
-class GenerativePrior:
+class DiffusionPrior:
     """A pretrained model that turns noise into images of wanted classes.
 
     Attributes:
@@ -87,7 +87,7 @@ class GenerativePrior:
         raise NotImplementedError
 
 
-class _Pipeline(GenerativePrior):
+class _Pipeline(DiffusionPrior):
     """What priors from a diffusers pipeline share: its scheduler, and its autoencoder where it has one."""
 
     def __init__(self, pipeline, network: torch.nn.Module, name: str, guidance_scale: float, resolution: int | None):
@@ -253,7 +253,7 @@ class PixelUNet(_Classes, _Pipeline):
         return self.network(latents, time, class_labels=condition).sample[:, : latents.shape[1]]
 
 
-class PatchPrior(_Classes, GenerativePrior):
+class PatchPrior(_Classes, DiffusionPrior):
     """A model file of this project: pixels in [-1, 1], cosine schedule, v-prediction (``datafree.diffusion.patch_unet``)."""
 
     own_rule = "ddim"
@@ -302,7 +302,7 @@ def load_prior(
     resolution: int | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
-) -> GenerativePrior:
+) -> DiffusionPrior:
     """The prior that ``model_id`` names, of whatever kind it is.
 
     Args:
