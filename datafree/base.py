@@ -3,7 +3,7 @@
 Config        frozen dataclass of the method's flags (``engine.runtime.flags.flag``)
 Synthesizer   makes images from the teacher (and the student), one round a call
 Objective     nn.Module: (teacher_out, student_out, labels) -> {"loss": ..., every named term}
-Augmenter     optional: varies bank images (``datafree.diffusion.hub``)
+Augmenter     optional: varies bank images (``datafree.diffusion.augmenter``)
 Method        says which stages there are and builds the pieces
 
 How to add one, "mine":
@@ -12,7 +12,8 @@ How to add one, "mine":
    learn from images that are kept (a bank: the default) or from a generator's newest ones (``streams = True``)? With a
    bank, ``synthesize`` returns the round's images and the rest is done. A streaming synthesizer trains its generator in
    ``synthesize`` and hands images to the student in ``batches``. Shared pieces: ``losses``, ``bn_statistics``,
-   ``generators``; the student's loss is mostly ``losses.KLDistillation``. Name generator and losses in ``hot``.
+   ``generators``; the student's loss is mostly ``losses.KLDistillation``. Name generator and losses in ``hot``. ``stages``
+   says what a run consists of: nothing but distillation, unless the method says ``from_initial_bank`` or more.
 2. ``registry.py``: ``"mine": "datafree.mine:Mine"``, and its published accuracies in PUBLISHED if there are any.
 3. ``scripts/make_scripts.py``: a line with the paper, and flags that differ between datasets; run it.
 4. ``tests/conftest.py``: flags that shrink a run of it to a second. The tests then run it, kill it, resume it and compare.
