@@ -261,7 +261,10 @@ def _reduced(random: np.random.Generator, ink: Image.Image) -> np.ndarray:
 class GlyphFlags:
     """What to render, what to train, where to keep it."""
 
-    output: str | None = flag(None, "the prior's weights; unset, in the current directory: checkpoints/priors/glyphs_digits_<image_size>.safetensors")
+    output: str | None = flag(
+        None,
+        "the prior's weights; unset, in the current directory: checkpoints/priors/glyphs_digits_<image_size>.safetensors",
+    )
     fonts: tuple[str, ...] | None = flag(
         None, "folders of TrueType fonts, comma-separated; unset: the system's; Pillow's own is always among them"
     )
