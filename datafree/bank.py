@@ -58,7 +58,8 @@ def main() -> None:
     files, labels = class_files(args.folder, info.class_names or ())
     classes = len(labels.unique())
     if int(labels.max()) >= info.num_classes:
-        raise UserError(f"{args.folder} has a class {int(labels.max())}, {info.name} has the classes 0 to {info.num_classes - 1}")
+        last = info.num_classes - 1
+        raise UserError(f"{args.folder} has a class {int(labels.max())}, {info.name} has the classes 0 to {last}")
     tell_of_cropping(str(args.folder), info.image_size, files)
     with atomic_folder(args.bank) as unfinished:  # a damaged image may come late
         bank = ImageBank(unfinished, Manifest(info.name, info.num_classes, info.image_size))

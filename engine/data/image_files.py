@@ -105,7 +105,8 @@ def class_files(folder: Path | str, class_names: tuple[str, ...] = ()) -> tuple[
     Raises:
         UserError: no class folder, no image in any, or a folder that is no class.
     """
-    folders = [f for f in Path(folder).iterdir() if f.is_dir() and not f.name.startswith(".")] if Path(folder).is_dir() else []
+    entries = list(Path(folder).iterdir()) if Path(folder).is_dir() else []
+    folders = [f for f in entries if f.is_dir() and not f.name.startswith(".")]
     names = [f.name for f in folders]
     if all(name.isdecimal() for name in names):
         labels = {name: int(name) for name in names}

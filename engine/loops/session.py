@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from engine.data.bank import ImageBank, Manifest
+from engine.data.bank import ImageBank, Manifest, find_bank
 from engine.data.datasets import DatasetInfo
 from engine.loops.distill import Schedule
 from engine.runtime.compilation import Compiler
@@ -63,9 +63,7 @@ class Session:
             UserError: the stage is not done, or the bank does not fit this run.
         """
         given = self.flags[flag]
-        path = Path(given) if given else self.path / folder
-        if given and not (path / "manifest.json").exists() and (path / folder).is_dir():
-            path = path / folder
+        path = find_bank(Path(given), folder) if given else self.path / folder
         record = path.parent / "stages.json"
         made = read_json(record) if record.exists() else {}
         if given and stage in INITIAL:
@@ -177,6 +175,7 @@ def _plan(session: Session, stages: tuple[Stage, ...], selected: list[str], redo
     record = session.record
     if redo:
         gone = record.from_on(redo)
+        record.check([name for name in record.dependencies if name not in gone])  # before anything is deleted
         delete_files(session.path, [pattern for stage in stages if stage.name in gone for pattern in stage.outputs])
         record.discard(redo)
     record.check(selected)

@@ -32,7 +32,7 @@ class StageRecord:
             UserError: a flag or an input has changed since.
         """
         order = list(self.dependencies)
-        for stage in order[: max(map(order.index, selected)) + 1]:
+        for stage in order[: max(map(order.index, selected), default=-1) + 1]:
             if stage not in self.record:
                 continue
             status, before = self.record[stage]["status"], self.record[stage]["depends_on"]

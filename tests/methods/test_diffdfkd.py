@@ -184,7 +184,7 @@ def test_full_size_files_are_whole_and_apart_from_the_bank(tmp_path):
 
     order = Order(12, 10, 16, 5, 0, export=tmp_path / "png")
     bank = filled(tmp_path / "run", order)
-    files = sorted((tmp_path / "png").rglob("*.*"), key=lambda f: f.name)
+    files = sorted((tmp_path / "png").rglob("*.png"), key=lambda f: f.name)
     assert [f.stem for f in files] == [f"{p:07d}" for p in range(12)]
     assert [int(f.parent.name) for f in files] == bank["labels"].tolist()
     assert Image.open(files[0]).size == (16, 16) and bank["images"].shape == (12, 3, 8, 8)
