@@ -15,7 +15,7 @@ from pathlib import Path
 from engine import report
 from engine.loops.settings import DistillFlags, RunFlags, TaskFlags, for_seed
 from engine.runtime.errors import run_command
-from engine.runtime.flags import Parser, add_flags, from_args, stage_flags
+from engine.runtime.flags import Parser, add_flags, add_list, from_args, stage_flags
 from engine.runtime.names import lookup, resolve
 from engine.runtime.processes import is_main, leave_processes
 from registry import DATASETS, METHODS, MODELS, PAIRS, PUBLISHED
@@ -34,6 +34,7 @@ def parse(argv: list[str]):
         prog="datafree_kd.py", description=__doc__.splitlines()[0], epilog="To resume, run the same command again."
     )
     parser.add_argument("--method", required=True, metavar="NAME", help=known)
+    add_list(parser, models=MODELS, datasets=DATASETS, methods=METHODS)
     for group in groups:
         add_flags(parser, group, group.__doc__.rstrip("."), method.defaults if method else {})
     args = parser.parse_args(argv)
@@ -63,6 +64,7 @@ def run(name: str, method_class: type, groups: list) -> Path:
     from engine.data.splits import allow_train_split, forbid_train_split
     from engine.loops.session import Session, choose_stages, run_stages
     from engine.networks.build import require_batch_norm, short_name
+    from engine.runtime.compilation import Compiler
     from engine.runtime.files import weights_digest
     from engine.runtime.processes import join_processes
     from engine.runtime.run import Run
@@ -71,7 +73,9 @@ def run(name: str, method_class: type, groups: list) -> Path:
     task_flags, run_flags, distill_flags, config = groups
     schedule, processes = distill_flags.schedule(), join_processes(run_flags.gpu)
     forbid_train_split()
-    method, info = build_method(name, method_class, groups, schedule, processes, DATASETS, MODELS)
+    method = build_method(name, method_class, groups, schedule, processes, DATASETS, MODELS)
+    info, device = method.task.info, method.task.device
+    compiler = Compiler(run_flags.compile, device, log=print if processes.main else lambda text: None)
     require_batch_norm(method.teacher, groups[-1], METHODS)
     stages = method.stages()
     order, selected = choose_stages(name, [stage.name for stage in stages], run_flags)
@@ -90,11 +94,11 @@ def run(name: str, method_class: type, groups: list) -> Path:
     folder = record = None
     if processes.main:  # of those that a launcher started, one keeps the folder
         folder = Run(path, flags)
-        method.task.compile.log = folder.log
+        compiler.log = folder.log
         folder.log(f"teacher {method.teacher.name} normalizes with {method.teacher.normalization}")
         record = StageRecord(path / "stages.json", {s: stage_flags(s, *groups) | inputs | data[s] for s in order})
     paper = partial(report.published, PUBLISHED, PAIRS, name, info.name, task_flags.teacher, task_flags.student)
-    session = Session(path, folder, record, info, manifest, schedule, flags, method.task.device, processes, paper)
+    session = Session(path, folder, record, info, manifest, schedule, flags, device, compiler, processes, paper)
     try:
         run_stages(session, [stage for stage in stages if stage.name in order], selected, run_flags.redo)
     finally:
@@ -104,5 +108,4 @@ def run(name: str, method_class: type, groups: list) -> Path:
 
 
 if __name__ == "__main__":
-    run_command(main)
-    leave_processes()
+    run_command(main, leave_processes)

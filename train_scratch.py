@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine.runtime.errors import UserError, run_command
-from engine.runtime.flags import Parser, add_flags, flag, from_args, stage_flags
-from registry import DATASETS, MODELS
+from engine.runtime.flags import Parser, add_flags, add_list, flag, from_args, stage_flags
+from registry import DATASETS, METHODS, MODELS
 
 TRAIN = ("train",)
 
@@ -24,37 +24,37 @@ class ScratchFlags:
     """What to train, on what, where to keep it."""
 
     model: str = flag(
-        "wrn40_2", "a name of registry.MODELS, path/to/file.py:factory or package.module:factory", stages=TRAIN
+        "wrn40_2", "a name of registry.MODELS, path/to/file.py:factory or package.module:factory(key='value')", affects=TRAIN
     )
-    dataset: str = flag("cifar10", "a name of registry.DATASETS, or NAME where DATA_ROOT/NAME.npz exists", stages=TRAIN)
-    data_root: str = flag("data", "folder of the data; what can be downloaded is put there")
+    dataset: str = flag("cifar10", "a name of registry.DATASETS, or NAME where DATA_ROOT/NAME.npz exists", affects=TRAIN)
+    data_root: str = flag("data", "folder of the data, from the current directory on; what can be downloaded is put there")
     name: str | None = flag(
         None, "what checkpoints, run folders and tables call the dataset; unset: its name, or that of its folder"
     )
-    domain: str | None = flag(None, "domain of a dataset that has several (domainnet)", stages=TRAIN)
+    domain: str | None = flag(None, "domain of a dataset that has several (domainnet)", affects=TRAIN)
     classes: str | None = flag(
-        None, "of such a dataset: ten (its usual subset) or all; unset: ten", choices=("ten", "all"), stages=TRAIN
+        None, "of such a dataset: ten (its usual subset) or all; unset: ten", choices=("ten", "all"), affects=TRAIN
     )
-    image_size: int | None = flag(None, "px; unset: the dataset's own", stages=TRAIN)
-    output: str | None = flag(None, "the weights; unset: checkpoints/pretrained/<dataset>_<model>.pth")
-    save_dir: str | None = flag(None, "run folder (logs, resume); unset: checkpoints/scratch/<dataset>_<model>")
+    image_size: int | None = flag(None, "px; unset: the dataset's own", affects=TRAIN)
+    output: str | None = flag(None, "the weights; unset, in the current directory: checkpoints/pretrained/<dataset>_<model>.pth")
+    save_dir: str | None = flag(None, "run folder (logs, resume); unset, in the current directory: checkpoints/scratch/<dataset>_<model>")
     evaluate_only: bool = flag(False, "measure the accuracy of --resume, or of the output, and stop")
     resume: str | None = flag(
         None,
         "weights to start from (a head for other classes is dropped) or to evaluate; an interrupted run resumes without it",
-        stages=TRAIN,
+        affects=TRAIN,
     )
     pretrained: bool = flag(
-        False, "start from torchvision's ImageNet weights (networks named *_imagenet), with a new head", stages=TRAIN
+        False, "start from torchvision's ImageNet weights (networks named *_imagenet), with a new head", affects=TRAIN
     )
     redo: bool = flag(False, "forget the run folder and train again")
     mean: tuple[float, ...] | None = flag(
-        None, "normalization r,g,b; unset: that of a checkpoint to start from or evaluate, else the dataset's", stages=TRAIN
+        None, "normalization r,g,b; unset: that of a checkpoint to start from or evaluate, else the dataset's", affects=TRAIN
     )
-    std: tuple[float, ...] | None = flag(None, "see --mean", stages=TRAIN)
-    seed: int = flag(0, "random numbers are a function of seed and epoch", stages=TRAIN)
+    std: tuple[float, ...] | None = flag(None, "see --mean", affects=TRAIN)
+    seed: int = flag(0, "random numbers are a function of seed and epoch", affects=TRAIN)
     gpu: int | None = flag(None, "index of the GPU, -1 for the CPU; unset: GPU 0 if there is one")
-    amp: str = flag("no", "mixed precision", choices=("no", "bf16", "fp16"), stages=TRAIN)
+    amp: str = flag("no", "mixed precision", choices=("no", "bf16", "fp16"), affects=TRAIN)
     fp16: bool = flag(False, "the same as --amp fp16")
     compile: str = flag(
         "auto", "torch.compile; auto: in a run long enough to win by it", choices=("auto", "yes", "graphs", "no")
@@ -68,6 +68,7 @@ def main() -> None:
     parser = Parser(
         prog="train_scratch.py", description=__doc__.splitlines()[0], epilog="To resume, run the same command again."
     )
+    add_list(parser, models=MODELS, datasets=DATASETS, methods=METHODS)
     groups = (ScratchFlags, TrainFlags)
     for group in groups:
         add_flags(parser, group, group.__doc__.rstrip("."))
@@ -79,9 +80,9 @@ def main() -> None:
     from engine.data.datasets import dataset_info
     from engine.data.splits import load_split
     from engine.loops.evaluate import evaluate
-    from engine.networks.build import PRETRAINED, build_network, find_checkpoint, short_name, wrap
+    from engine.networks.build import PRETRAINED, build_network, find_checkpoint, load_named_weights, short_name, wrap
     from engine.networks.normalization import choose_normalization
-    from engine.networks.weights import load_weights, published_weights
+    from engine.networks.weights import published_weights
     from engine.runtime.precision import Precision, choose_device
     from engine.runtime.seeding import seed_position
 
@@ -100,7 +101,8 @@ def main() -> None:
         start = published_weights(MODELS, flags.model) if flags.pretrained else flags.resume
     seed_position(flags.seed, "init")
     network = build_network(MODELS, flags.model, info.num_classes)
-    stored = load_weights(network, start, "checkpoint", new_head=not flags.evaluate_only) if start else {}
+    loading = {"num_classes": info.num_classes, "new_head": not flags.evaluate_only}
+    stored = load_named_weights(MODELS, network, start, "checkpoint", **loading) if start else {}
     normalization = choose_normalization(info, flags.mean, flags.std, stored, f"checkpoint {start}")
     classifier = wrap(network, flags.model, info, device, normalization)
     if flags.evaluate_only:
@@ -127,7 +129,7 @@ def train_run(
     from engine.data.splits import load_split
     from engine.loops.train import train
     from engine.runtime.compilation import Compiler
-    from engine.runtime.files import save_checkpoint
+    from engine.runtime.files import delete_files, save_checkpoint
     from engine.runtime.run import Run
     from engine.runtime.stage_record import StageRecord
 
@@ -136,13 +138,18 @@ def train_run(
     run = Run(save_dir, dataclasses.asdict(flags) | dataclasses.asdict(lengths))
     try:
         stages = StageRecord(run.path / "stages.json", {"train": settings}, redo="--redo")
+        written = stages.fact("train", "output")
         if flags.redo:
+            delete_files(run.path, ["last.pth"])
             stages.discard("train")
-            (run.path / "last.pth").unlink(missing_ok=True)
         stages.check(["train"])
         if stages.status("train") == "done" and output.exists():
             run.log(f"trained before: {output}, acc1 {stages.fact('train', 'acc1'):.2f} %; --redo trains again")
             return
+        if output.exists() and written != str(output):
+            raise UserError(f"{output} is there and not of this run; give another --output, or move that file away")
+        stages.begin("train")
+        stages.update("train", output=str(output))
         about = {"arch": flags.model, "dataset": info.name, "epoch": lengths.epochs, "seed": flags.seed}
         if start:
             run.log(f"starting from {start}" + (f", without its head ({dropped_head})" if dropped_head else ""))

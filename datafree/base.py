@@ -3,7 +3,7 @@
 Config        frozen dataclass of the method's flags (``engine.runtime.flags.flag``)
 Synthesizer   makes images from the teacher (and the student), one round a call
 Objective     nn.Module: (teacher_out, student_out, labels) -> {"loss": ..., every named term}
-Augmenter     optional: varies bank images (``datafree.diffusion.prior``)
+Augmenter     optional: varies bank images (``datafree.diffusion.augmenter``)
 Method        says which stages there are and builds the pieces
 
 How to add one, "mine":
@@ -12,7 +12,8 @@ How to add one, "mine":
    learn from images that are kept (a bank: the default) or from a generator's newest ones (``streams = True``)? With a
    bank, ``synthesize`` returns the round's images and the rest is done. A streaming synthesizer trains its generator in
    ``synthesize`` and hands images to the student in ``batches``. Shared pieces: ``losses``, ``bn_statistics``,
-   ``generators``; the student's loss is mostly ``losses.KLDistillation``. Give generator and losses to ``task.compile``.
+   ``generators``; the student's loss is mostly ``losses.KLDistillation``. Name generator and losses in ``hot``. ``stages``
+   says what a run consists of: nothing but distillation, unless the method says ``from_initial_bank`` or more.
 2. ``registry.py``: ``"mine": "datafree.mine:Mine"``, and its published accuracies in PUBLISHED if there are any.
 3. ``scripts/make_scripts.py``: a line with the paper, and flags that differ between datasets; run it.
 4. ``tests/conftest.py``: flags that shrink a run of it to a second. The tests then run it, kill it, resume it and compare.
@@ -26,9 +27,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from engine.data.datasets import DatasetInfo
+from engine.data.splits import Split
 from engine.loops.session import Session, Stage
 from engine.loops.stages import Distill, FillBank
 from engine.loops.synthesize import SynthesisMaker
+from engine.runtime.compilation import Hot
+from engine.runtime.precision import Precision
 
 
 @dataclass
@@ -47,29 +52,20 @@ class ImageBatch:
 class Task:
     """What a method may know of its surroundings; it never sees the command line and never picks a device.
 
-    ``augment`` maps images (B, 3, H, W) to randomly cropped and flipped ones, one draw an image, differentiably.
-    ``precision`` has ``autocast()``, the context in which networks run, and ``minimize(loss, optimizer)``.
-    ``prompt`` is the dataset's for a text-to-image model, with ``{label}`` for a class's name.
-    ``training_split`` opens the real training images (``engine.data.splits.Split``) for a method that has ``reads_train_split``.
-    ``rounds`` and ``kd_steps`` are the lengths of stage distill. ``compile(function, calls, name)`` gives a function of
-    tensors, called so often in a run, compiled where that pays (``engine.runtime.compilation.Compiler``): what a step spends its time
-    on, without loops and random numbers.
+    ``random_view`` maps images (B, 3, H, W) to randomly cropped and flipped ones, one draw an image, differentiably.
+    ``precision`` has ``autocast()``, the context in which networks run, and ``fresh()``, which makes one for an optimizer:
+    ``fresh().minimize(loss, optimizer)``. Where that outlives a round, its ``state_dict()`` is part of the synthesizer's.
+    ``kd_steps`` are the student's steps a round. ``training_split`` opens the real training images (``engine.data.splits.Split``) for a method that has ``reads_train_split``.
     ``average_gradients(parameters)`` comes between backward and step of what ``after_step`` trains: its images are a share of
     the student's batch where several processes train it.
     """
 
-    num_classes: int
-    image_size: int
+    info: DatasetInfo
     device: torch.device
-    augment: Callable[[Tensor], Tensor]
-    precision: Any
-    class_names: tuple[str, ...] | None = None
-    flip: bool = False
-    training_split: Callable[[], Any] | None = None
-    prompt: str = "a photo of a {label}"
-    rounds: int = 1
+    random_view: Callable[[Tensor], Tensor]
+    precision: Precision
     kd_steps: int = 1
-    compile: Callable[..., Callable] = lambda function, calls, name, **_: function
+    training_split: Callable[[], Split] | None = None
     average_gradients: Callable[[Iterable[nn.Parameter]], None] = lambda parameters: None
 
 
@@ -105,6 +101,10 @@ class Synthesizer:
 
     def after_step(self, student: nn.Module, images: Tensor, labels: Tensor) -> None:
         """Called after every student step with the images it saw. Default: nothing."""
+
+    def hot(self) -> list[Hot]:
+        """What a round spends its time on, which the stage compiles where that pays. Default: nothing."""
+        return []
 
     def state_dict(self) -> dict[str, Any]:
         """Whatever the next round depends on; tensors and plain values only. Default: nothing.
@@ -181,7 +181,7 @@ class Method:
 
     def student_view(self, images: Tensor) -> Tensor:
         """What the student sees of images (B, 3, H, W) uint8 of the bank: the task's random crop and flip."""
-        return self.task.augment(images)
+        return self.task.random_view(images)
 
     def initial_synthesizer(self) -> Synthesizer:
         """For stage synthesize: makes the image bank that distillation starts from; its student knows nothing yet."""

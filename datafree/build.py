@@ -2,11 +2,10 @@
 
 from datafree.base import Method, Task
 from engine.data.crops import crop_flip
-from engine.data.datasets import DatasetInfo, dataset_info
+from engine.data.datasets import dataset_info
 from engine.data.splits import allow_train_split, load_split
 from engine.loops.distill import Schedule
 from engine.networks.build import build_classifier, load_teacher
-from engine.runtime.compilation import Compiler
 from engine.runtime.precision import Precision, choose_device
 from engine.runtime.processes import Processes
 from engine.runtime.seeding import seed_position
@@ -14,8 +13,8 @@ from engine.runtime.seeding import seed_position
 
 def build_method(
     name: str, method_class: type[Method], groups: list, schedule: Schedule, processes: Processes, datasets: dict, models: dict
-) -> tuple[Method, DatasetInfo]:
-    """The method with its networks, and what there is to know of the dataset.
+) -> Method:
+    """The method with its networks.
 
     Args:
         groups: the flags: ``TaskFlags``, ``RunFlags``, ``DistillFlags`` and the method's Config.
@@ -38,18 +37,12 @@ def build_method(
             return load_split(info, "train", device)
 
     task = Task(
-        num_classes=info.num_classes,
-        image_size=info.image_size,
+        info=info,
         device=device,
-        augment=lambda images: crop_flip(images, info.crop_padding, info.flip),
+        random_view=lambda images: crop_flip(images, info.crop_padding, info.flip),
         precision=Precision(run_flags.amp, device),
-        class_names=info.class_names,
-        flip=info.flip,
-        training_split=training_split if method_class.reads_train_split else None,
-        prompt=info.prompt,
-        rounds=schedule.rounds,
         kd_steps=schedule.kd_steps,
-        compile=Compiler(run_flags.compile, device, log=print if processes.main else lambda text: None),
+        training_split=training_split if method_class.reads_train_split else None,
         average_gradients=processes.average_gradients,
     )
-    return method_class(config, teacher, student, task), info
+    return method_class(config, teacher, student, task)

@@ -44,6 +44,7 @@ from datafree.bn_statistics import BNStatistics, Stats, bn_loss, collected, laye
 from datafree.generators import Generator, reset
 from datafree.losses import KLDistillation, adversarial_loss, one_hot_loss, weighted_sum
 from engine.loops.session import Stage
+from engine.runtime.compilation import Hot
 from engine.runtime.errors import UserError
 from engine.runtime.flags import check_least, flag
 
@@ -54,25 +55,25 @@ BOTH = ("synthesize", "distill")
 class CMIConfig:
     """Flags of CMI."""
 
-    init_rounds: int = flag(400, "rounds of the initial bank", stages=("synthesize",))
-    init_g_steps: int = flag(500, "inversion steps a round of the initial bank", stages=("synthesize",))
-    g_steps: int = flag(500, "inversion steps a round while distilling", stages=("distill",))
-    synthesis_batch_size: int = flag(200, "images a round", stages=BOTH)
-    lr_g: float = flag(1e-3, "Adam learning rate of generator, noise and contrastive head", stages=BOTH)
-    nz: int = flag(256, "length of the generator's noise vector", stages=BOTH)
-    bn: float = flag(1.0, "weight of the BN-statistics loss", stages=BOTH)
-    oh: float = flag(1.0, "weight of the one-hot loss, CE(T(x), y)", stages=BOTH)
+    init_rounds: int = flag(400, "rounds of the initial bank", affects=("synthesize",))
+    init_g_steps: int = flag(500, "inversion steps a round of the initial bank", affects=("synthesize",))
+    g_steps: int = flag(500, "inversion steps a round while distilling", affects=("distill",))
+    synthesis_batch_size: int = flag(200, "images a round", affects=BOTH)
+    lr_g: float = flag(1e-3, "Adam learning rate of generator, noise and contrastive head", affects=BOTH)
+    nz: int = flag(256, "length of the generator's noise vector", affects=BOTH)
+    bn: float = flag(1.0, "weight of the BN-statistics loss", affects=BOTH)
+    oh: float = flag(1.0, "weight of the one-hot loss, CE(T(x), y)", affects=BOTH)
     adv: float = flag(
         0.5,
         "weight of the adversarial loss while distilling, -KL where student and teacher agree (the initial bank has 0)",
-        stages=("distill",),
+        affects=("distill",),
     )
-    cr: float = flag(0.8, "weight of the contrastive loss, InfoNCE of local against global views", stages=BOTH)
-    cr_T: float = flag(0.2, "temperature of the contrastive loss", stages=BOTH)
-    memory_size: int = flag(40960, "images that are remembered for the contrastive loss", stages=BOTH)
-    negatives: int = flag(4096, "remembered images in the contrastive loss of a step", stages=BOTH)
-    head_dim: int = flag(256, "length of the contrastive embedding", stages=BOTH)
-    T: float = flag(20.0, "temperature of the distillation loss", stages=("distill",))
+    cr: float = flag(0.8, "weight of the contrastive loss, InfoNCE of local against global views", affects=BOTH)
+    cr_T: float = flag(0.2, "temperature of the contrastive loss", affects=BOTH)
+    memory_size: int = flag(40960, "images that are remembered for the contrastive loss", affects=BOTH)
+    negatives: int = flag(4096, "remembered images in the contrastive loss of a step", affects=BOTH)
+    head_dim: int = flag(256, "length of the contrastive embedding", affects=BOTH)
+    T: float = flag(20.0, "temperature of the distillation loss", affects=("distill",))
 
 
 def info_nce(anchors: Tensor, positives: Tensor, negatives: Tensor, temperature: float) -> Tensor:
@@ -126,40 +127,44 @@ def local_views(images: Tensor, flip: bool) -> Tensor:
 class CMISynthesizer(Synthesizer):
     """Inverts the teacher by a fresh generator each round, each image unlike the others and those remembered."""
 
-    def __init__(self, config: CMIConfig, teacher: nn.Module, task: Task, *, rounds: int, g_steps: int, adv: float):
+    def __init__(self, config: CMIConfig, teacher: nn.Module, task: Task, *, g_steps: int, adv: float):
         self.config, self.teacher, self.task, self.g_steps, self.adv = config, teacher, task, g_steps, adv
         wanted = config.bn or config.cr and layers_with_statistics(teacher)
         self.statistics = BNStatistics(teacher) if wanted else None
-        self.generator = Generator(config.nz, task.image_size).to(task.device, memory_format=torch.channels_last)
+        self.generator = Generator(config.nz, task.info.image_size).to(task.device, memory_format=torch.channels_last)
         self.z = torch.zeros(config.synthesis_batch_size, config.nz, device=task.device, requires_grad=True)
         self.fresh = [*self.generator.parameters(), self.z]
         groups = [{"params": self.fresh, "betas": (0.5, 0.999)}]
         self.independent = not config.cr
         if config.cr:
             with torch.no_grad():
-                length = self.represent(self.z.new_zeros(2, 3, task.image_size, task.image_size))[1].shape[1]
+                length = self.represent(self.z.new_zeros(2, 3, task.info.image_size, task.info.image_size))[1].shape[1]
             layers = nn.Linear(length, config.head_dim), nn.ReLU(inplace=True), nn.Linear(config.head_dim, config.head_dim)
             self.head = nn.Sequential(*layers).to(task.device)
             self.memory = torch.zeros(0, length, dtype=torch.half, device=task.device)  # oldest first
             groups.append({"params": [*self.head.parameters()]})
-        self.generate = task.compile(self.generator, rounds * g_steps, "generator")
-        self.observe = task.compile(self.represent, rounds * g_steps, "teacher and its statistics")
+        self.generate, self.observe = self.generator, self.represent
         # One optimizer: the fresh part's state goes at the end of a round, the head's stays.
         self.optimizer = torch.optim.Adam(groups, lr=config.lr_g, fused=True)
+
+    def hot(self) -> list[Hot]:
+        return [
+            Hot(self, "generate", self.g_steps, "generator"), Hot(self, "observe", self.g_steps, "teacher and its statistics")
+        ]  # fmt: skip
 
     def synthesize(self, student: nn.Module) -> ImageBatch:
         """One inverted batch, the best of ``g_steps`` steps by total loss."""
         reset(self.generator).train()
         with torch.no_grad():
             self.z.normal_()
-        labels = balanced_labels(len(self.z), self.task.num_classes, self.task.device)
-        best = LowestLoss()
+        labels = balanced_labels(len(self.z), self.task.info.num_classes, self.task.device)
+        best, precision = LowestLoss(), self.task.precision.fresh()
         for _ in range(self.g_steps):
             with self.task.precision.autocast():
                 images = self.generate(self.z).float()
             losses = self.losses(images, labels, student)
             best.update(images, losses)
-            self.task.precision.minimize(losses["loss"], self.optimizer)
+            precision.minimize(losses["loss"], self.optimizer)
         for parameter in self.fresh:
             self.optimizer.state.pop(parameter, None)
         self.remember(best.images)
@@ -168,9 +173,9 @@ class CMISynthesizer(Synthesizer):
     def losses(self, images: Tensor, labels: Tensor, student: nn.Module) -> dict[str, Tensor]:
         """Named synthesis losses of images (B, 3, H, W); "loss" is their weighted sum."""
         config, count = self.config, len(images)
-        views = global_view = self.task.augment(images)
+        views = global_view = self.task.random_view(images)
         if config.cr:
-            views = torch.cat([global_view, local_views(images, self.task.flip)])
+            views = torch.cat([global_view, local_views(images, self.task.info.flip)])
             views = views.contiguous(memory_format=torch.channels_last)
         logits, features, batch_stats = self.observe(views, rows=count)
         logits = logits[:count]
@@ -206,7 +211,7 @@ class CMISynthesizer(Synthesizer):
         """Puts r of a global view of the images kept into the memory; the oldest make room."""
         if self.config.cr:
             with torch.no_grad():
-                features = self.represent(self.task.augment(images))[1]
+                features = self.represent(self.task.random_view(images))[1]
             memory = torch.cat([self.memory, features.half()])
             self.memory = memory[max(0, len(memory) - self.config.memory_size) :].clone()
 
@@ -243,11 +248,11 @@ class CMI(Method):
         return self.from_initial_bank(self.config.init_rounds)
 
     def initial_synthesizer(self) -> CMISynthesizer:
-        lengths = {"rounds": self.config.init_rounds, "g_steps": self.config.init_g_steps}
+        lengths = {"g_steps": self.config.init_g_steps}
         return CMISynthesizer(self.config, self.teacher, self.task, **lengths, adv=0.0)
 
     def synthesizer(self) -> CMISynthesizer:
-        lengths = {"rounds": self.task.rounds, "g_steps": self.config.g_steps}
+        lengths = {"g_steps": self.config.g_steps}
         return CMISynthesizer(self.config, self.teacher, self.task, **lengths, adv=self.config.adv)
 
     def objective(self) -> KLDistillation:

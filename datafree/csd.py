@@ -36,6 +36,7 @@ from datafree.bn_statistics import BNStatistics, bn_loss, collected
 from datafree.generators import Generator, reset
 from datafree.losses import feature_loss, kd_loss, one_hot_loss, rotation_labels, rotations, weighted_sum
 from engine.loops.session import Stage
+from engine.runtime.compilation import Hot
 from engine.runtime.errors import UserError
 from engine.runtime.flags import check_least, flag
 from models.classifier import eval_mode
@@ -47,25 +48,25 @@ BOTH = ("synthesize", "distill")
 class CSDConfig:
     """Flags of CSD."""
 
-    init_rounds: int = flag(400, "rounds of the initial bank", stages=("synthesize",))
-    init_g_steps: int = flag(500, "inversion steps a round of the initial bank", stages=("synthesize",))
-    init_batch_size: int = flag(200, "images a round of the initial bank", stages=("synthesize",))
-    g_steps: int = flag(200, "inversion steps a round while distilling", stages=("distill",))
-    synthesis_batch_size: int = flag(200, "images a round while distilling", stages=("distill",))
-    lr_g: float = flag(1e-3, "Adam learning rate of generator and noise", stages=BOTH)
-    nz: int = flag(256, "length of the generator's noise vector", stages=BOTH)
-    bn: float = flag(1.0, "weight of the BN-statistics loss", stages=BOTH)
-    oh: float = flag(1.0, "weight of the one-hot loss", stages=BOTH)
+    init_rounds: int = flag(400, "rounds of the initial bank", affects=("synthesize",))
+    init_g_steps: int = flag(500, "inversion steps a round of the initial bank", affects=("synthesize",))
+    init_batch_size: int = flag(200, "images a round of the initial bank", affects=("synthesize",))
+    g_steps: int = flag(200, "inversion steps a round while distilling", affects=("distill",))
+    synthesis_batch_size: int = flag(200, "images a round while distilling", affects=("distill",))
+    lr_g: float = flag(1e-3, "Adam learning rate of generator and noise", affects=BOTH)
+    nz: int = flag(256, "length of the generator's noise vector", affects=BOTH)
+    bn: float = flag(1.0, "weight of the BN-statistics loss", affects=BOTH)
+    oh: float = flag(1.0, "weight of the one-hot loss", affects=BOTH)
     csd: float = flag(
-        10.0, "weight of the rotation-uncertainty loss while distilling (the initial bank has 0)", stages=("distill",)
+        10.0, "weight of the rotation-uncertainty loss while distilling (the initial bank has 0)", affects=("distill",)
     )
-    lr_head: float = flag(0.1, "SGD learning rate of the rotation head", stages=("distill",))
-    head_interval: int = flag(1, "train the rotation head at every n-th student step", stages=("distill",))
-    T: float = flag(20.0, "temperature of the distillation loss", stages=("distill",))
+    lr_head: float = flag(0.1, "SGD learning rate of the rotation head", affects=("distill",))
+    head_interval: int = flag(1, "train the rotation head at every n-th student step", affects=("distill",))
+    T: float = flag(20.0, "temperature of the distillation loss", affects=("distill",))
     ce: float = flag(
-        1.0, "weight of the student's cross-entropy to the labels the images were made for", stages=("distill",)
+        1.0, "weight of the student's cross-entropy to the labels the images were made for", affects=("distill",)
     )
-    feat: float = flag(30.0, "weight of the feature-map loss", stages=("distill",))
+    feat: float = flag(30.0, "weight of the feature-map loss", affects=("distill",))
 
 
 class RotationHead(nn.Module):
@@ -83,39 +84,42 @@ class CSDSynthesizer(Synthesizer):
     """Inverts the teacher by a fresh generator each round; with ``csd > 0`` against the student's rotation head."""
 
     def __init__(
-        self, config: CSDConfig, teacher: nn.Module, task: Task, *, feature_dim: int, rounds: int, g_steps: int, images: int,
+        self, config: CSDConfig, teacher: nn.Module, task: Task, *, feature_dim: int, g_steps: int, images: int,
         csd: float,
     ):  # fmt: skip
         self.config, self.teacher, self.task = config, teacher, task
         self.g_steps, self.images, self.csd = g_steps, images, csd
-        self.generator = Generator(config.nz, task.image_size).to(task.device, memory_format=torch.channels_last)
+        self.generator = Generator(config.nz, task.info.image_size).to(task.device, memory_format=torch.channels_last)
         self.statistics = BNStatistics(teacher) if config.bn else None
         self.steps = 0
         self.independent = not csd
         if csd:
-            self.head = RotationHead(feature_dim, task.num_classes).to(task.device)
+            self.head = RotationHead(feature_dim, task.info.num_classes).to(task.device)
             self.shared = self.head
             self.head_optimizer = torch.optim.SGD(
                 self.head.parameters(), lr=config.lr_head, momentum=0.9, weight_decay=1e-4, fused=True
             )
-            self.measure_head = task.compile(self.head_loss, task.rounds * task.kd_steps, "rotation head's step")
-        self.generate = task.compile(self.generator, rounds * g_steps, "generator")
-        self.measure = task.compile(self.losses, rounds * g_steps, "synthesis losses")
+            self.measure_head = self.head_loss
+        self.generate, self.measure = self.generator, self.losses
+
+    def hot(self) -> list[Hot]:
+        steps = [Hot(self, "generate", self.g_steps, "generator"), Hot(self, "measure", self.g_steps, "synthesis losses")]
+        return steps + ([Hot(self, "measure_head", self.task.kd_steps, "rotation head's step")] if self.csd else [])
 
     def synthesize(self, student: nn.Module) -> ImageBatch:
         """One inverted batch, the best of ``g_steps`` steps by total loss."""
         config, device = self.config, self.task.device
         reset(self.generator).train()
         z = torch.randn(self.images, config.nz, device=device, requires_grad=True)
-        labels = balanced_labels(self.images, self.task.num_classes, device)
+        labels = balanced_labels(self.images, self.task.info.num_classes, device)
         optimizer = torch.optim.Adam([*self.generator.parameters(), z], lr=config.lr_g, betas=(0.5, 0.999), fused=True)
-        best = LowestLoss()
+        best, precision = LowestLoss(), self.task.precision.fresh()
         for _ in range(self.g_steps):
             with self.task.precision.autocast():
                 images = self.generate(z).float()
-            losses = self.measure(self.task.augment(images), labels, student)
+            losses = self.measure(self.task.random_view(images), labels, student)
             best.update(images, losses)
-            self.task.precision.minimize(losses["loss"], optimizer)
+            precision.minimize(losses["loss"], optimizer)
         if self.csd:
             reset(self.head)  # the student has moved on; the optimizer's momentum stays
         return ImageBatch(best.images, labels, best.scalars())
@@ -217,12 +221,12 @@ class CSD(Method):
     def initial_synthesizer(self) -> CSDSynthesizer:
         config = self.config
         return self._synthesizer(
-            rounds=config.init_rounds, g_steps=config.init_g_steps, images=config.init_batch_size, csd=0.0
+            g_steps=config.init_g_steps, images=config.init_batch_size, csd=0.0
         )
 
     def synthesizer(self) -> CSDSynthesizer:
         config = self.config
-        lengths = {"rounds": self.task.rounds, "g_steps": config.g_steps, "images": config.synthesis_batch_size}
+        lengths = {"g_steps": config.g_steps, "images": config.synthesis_batch_size}
         return self._synthesizer(**lengths, csd=config.csd)
 
     def _synthesizer(self, **lengths) -> CSDSynthesizer:

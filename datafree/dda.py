@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from datafree.base import Task
 from datafree.csd import CSD, CSDConfig
-from datafree.diffusion.prior import DTYPES, Augmenter, denoising_steps, diffusion_dtype, prior_name
+from datafree.diffusion.augmenter import Augmenter, denoising_steps
+from datafree.diffusion.hub import DTYPES, diffusion_dtype, prior_name
 from datafree.filter import DEFAULT_MODELS, EMBEDDINGS, CosineFilter, build_embedding
 from engine.loops.session import Stage
 from engine.loops.stages import Augment, Distill
@@ -37,7 +38,7 @@ FILTER = ("distill",)
 
 
 @dataclass(frozen=True)
-class Prior:
+class PriorDefaults:
     """What a choice of ``--prior`` means where the other flags are unset."""
 
     model: str | None = None
@@ -47,9 +48,9 @@ class Prior:
 
 
 PRIORS = {
-    "pixel": Prior(guidance_scale=1.0, num_inference_steps=12),
-    "image_variation": Prior("lambdalabs/sd-image-variations-diffusers", "v2.0"),
-    "image_to_image": Prior("stable-diffusion-v1-5/stable-diffusion-v1-5"),
+    "pixel": PriorDefaults(guidance_scale=1.0, num_inference_steps=12),
+    "image_variation": PriorDefaults("lambdalabs/sd-image-variations-diffusers", "v2.0"),
+    "image_to_image": PriorDefaults("stable-diffusion-v1-5/stable-diffusion-v1-5"),
 }
 
 
@@ -57,48 +58,47 @@ PRIORS = {
 class DDAConfig(CSDConfig):
     """Flags of DDA: CSD's, and those of the diffusion stage."""
 
-    synthesis_batch_size: int = flag(400, "images a round while distilling", stages=("distill",))
+    synthesis_batch_size: int = flag(400, "images a round while distilling", affects=("distill",))
     prior: str = flag(
         "pixel",
         "the diffusion model: pixel is trained on the bank, the others are pretrained",
         choices=tuple(PRIORS),
-        stages=AUGMENT,
+        affects=AUGMENT,
     )
     diffusion_model: str | None = flag(
         None,
         "hub id or local directory of a pretrained one; unset: lambdalabs/sd-image-variations-diffusers, stable-diffusion-v1-5/stable-diffusion-v1-5",
-        stages=AUGMENT,
+        affects=AUGMENT,
     )
     diffusion_revision: str | None = flag(
-        None, "revision of the hub id; unset: v2.0 of the default image_variation model", stages=AUGMENT
+        None, "revision of the hub id; unset: v2.0 of the default image_variation model", affects=AUGMENT
     )
-    variants: int = flag(1, "V, variants of each bank image", stages=AUGMENT)
+    variants: int = flag(1, "V, variants of each bank image", affects=AUGMENT)
     strength: float = flag(
         0.3,
         "share of the way back to pure noise from which a variant is drawn, (0, 1]; image_variation always draws from pure noise",
-        stages=AUGMENT,
+        affects=AUGMENT,
     )
-    num_inference_steps: int | None = flag(None, "denoising steps from pure noise; unset: 25, pixel 12", stages=AUGMENT)
-    guidance_scale: float | None = flag(None, "classifier-free guidance; unset: 3, pixel 1, which is none", stages=AUGMENT)
-    prompt: str = flag("a photo of a {label}", "prompt of image_to_image", stages=AUGMENT)
-    resolution: int | None = flag(None, "px at which a pretrained model draws; unset: its own", stages=AUGMENT)
+    num_inference_steps: int | None = flag(None, "denoising steps from pure noise; unset: 25, pixel 12", affects=AUGMENT)
+    guidance_scale: float | None = flag(None, "classifier-free guidance; unset: 3, pixel 1, which is none", affects=AUGMENT)
+    prompt: str = flag("a photo of a {label}", "prompt of image_to_image", affects=AUGMENT)
+    resolution: int | None = flag(None, "px at which a pretrained model draws; unset: its own", affects=AUGMENT)
     diffusion_dtype: str | None = flag(
-        None, "of a pretrained model; unset: fp16 on a GPU, else fp32", choices=tuple(DTYPES), stages=AUGMENT
+        None, "of a pretrained model; unset: fp16 on a GPU, else fp32", choices=tuple(DTYPES), affects=AUGMENT
     )
     diffusion_batch_size: int = flag(64, "variants drawn at a time; changes no image but by rounding")
     pixel_channels: tuple[int, ...] | None = flag(
-        None, "pixel: channels of each level of its U-Net; unset: 32,64 below 32 px, else 64,128,128", stages=AUGMENT
+        None, "pixel: channels of each level of its U-Net; unset: 32,64 up to 32 px, else 64,128,128", affects=AUGMENT
     )
-    fit_rounds: int = flag(50, "pixel: rounds of training on the bank, a checkpoint after each", stages=AUGMENT)
-    fit_steps: int = flag(400, "pixel: training steps a round", stages=AUGMENT)
-    fit_batch_size: int = flag(16, "pixel: images a training step", stages=AUGMENT)
-    fit_lr: float = flag(2e-3, "pixel: AdamW learning rate", stages=AUGMENT)
-    embedding: str = flag("teacher", "where variant and source are compared", choices=EMBEDDINGS, stages=FILTER)
-    embedding_model: str | None = flag(None, "hub id or local directory of clip or dinov2", stages=FILTER)
+    fit_passes: int = flag(40, "pixel: passes over the bank in training, a checkpoint after each", affects=AUGMENT)
+    fit_batch_size: int = flag(16, "pixel: images a training step", affects=AUGMENT)
+    fit_lr: float = flag(2e-3, "pixel: AdamW learning rate", affects=AUGMENT)
+    embedding: str = flag("teacher", "where variant and source are compared", choices=EMBEDDINGS, affects=FILTER)
+    embedding_model: str | None = flag(None, "hub id or local directory of clip or dinov2", affects=FILTER)
     omega: float | None = flag(
         None,
         "least cosine of a kept variant, -1 keeps all; unset: above 99 % of the cosines between bank images of two classes",
-        stages=FILTER,
+        affects=FILTER,
     )
 
 
@@ -110,7 +110,7 @@ class DDA(CSD):
 
     def __init__(self, config: DDAConfig, teacher: nn.Module, student: nn.Module, task: Task):
         super().__init__(config, teacher, student, task)
-        check_least(config, variants=1, diffusion_batch_size=1)
+        check_least(config, variants=1, diffusion_batch_size=1, fit_passes=1, fit_batch_size=1)
         default = PRIORS[config.prior]
         self.steps = config.num_inference_steps or default.num_inference_steps
         self.guidance_scale = default.guidance_scale if config.guidance_scale is None else config.guidance_scale
@@ -140,12 +140,12 @@ class DDA(CSD):
     def augmenter(self) -> Augmenter:
         config, task = self.config, self.task
         if config.prior == "pixel":
-            from datafree.diffusion.pixel import PixelPrior
+            from datafree.diffusion.pixel import PixelAugmenter
 
-            return PixelPrior(
-                task.num_classes, task.image_size, channels=config.pixel_channels, fit_rounds=config.fit_rounds, fit_steps=config.fit_steps,
+            return PixelAugmenter(
+                task.info.num_classes, task.info.image_size, channels=config.pixel_channels, fit_passes=config.fit_passes,
                 fit_batch_size=config.fit_batch_size, fit_lr=config.fit_lr, strength=config.strength,
-                num_inference_steps=self.steps, guidance_scale=self.guidance_scale, flip=task.flip, device=task.device,
+                num_inference_steps=self.steps, guidance_scale=self.guidance_scale, flip=task.info.flip, device=task.device,
             )  # fmt: skip
         from datafree.diffusion.variation import ImageToImage, ImageVariation
 
@@ -154,14 +154,9 @@ class DDA(CSD):
             "dtype": self.dtype(), "device": task.device,
         }  # fmt: skip
         if config.prior == "image_variation":
-            augmenter = ImageVariation(self.model, self.revision, **common)
-        else:
-            words = {"prompt": config.prompt, "class_names": task.class_names, "strength": config.strength}
-            augmenter = ImageToImage(self.model, self.revision, **words, **common)
-        sources = config.init_rounds * config.init_batch_size  # of a bank that this run's flags describe
-        unet, calls = augmenter.pipeline.unet, config.variants * sources * self.steps // config.diffusion_batch_size
-        unet.forward = task.compile(unet.forward, calls, "denoising network")
-        return augmenter
+            return ImageVariation(self.model, self.revision, **common)
+        words = {"prompt": config.prompt, "class_names": task.info.class_names, "strength": config.strength}
+        return ImageToImage(self.model, self.revision, **words, **common)
 
     def embedding(self) -> Callable[[Tensor], Tensor]:
         """For the filter: images (B, 3, H, W) in [0, 1] to embeddings (B, D)."""

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from datafree.base import ImageBatch, LowestLoss, Method, Synthesizer, Task, balanced_labels
 from datafree.bn_statistics import BNStatistics, bn_loss, collected
 from datafree.losses import KLDistillation, Terms, one_hot_loss, weighted_sum
+from engine.runtime.compilation import Hot
 from engine.runtime.flags import check_least, flag
 
 DISTILL = ("distill",)
@@ -41,14 +42,14 @@ DISTILL = ("distill",)
 class DeepInversionConfig:
     """Flags of DeepInversion."""
 
-    g_steps: int = flag(1000, "inversion steps a round", stages=DISTILL)
-    synthesis_batch_size: int = flag(256, "images a round", stages=DISTILL)
-    lr_g: float = flag(0.1, "Adam learning rate of the pixels, in units of the dataset's standard deviation", stages=DISTILL)
-    bn: float = flag(10.0, "weight of the BN-statistics loss", stages=DISTILL)
-    oh: float = flag(1.0, "weight of the one-hot loss, CE(T(x), y)", stages=DISTILL)
-    tv: float = flag(1e-3, "weight of the total variation, mean |x_p - x_q| over four neighbours", stages=DISTILL)
-    l2: float = flag(0.0, "weight of the mean ||x||_2 of an image", stages=DISTILL)
-    T: float = flag(20.0, "temperature of the distillation loss", stages=DISTILL)
+    g_steps: int = flag(1000, "inversion steps a round", affects=DISTILL)
+    synthesis_batch_size: int = flag(256, "images a round", affects=DISTILL)
+    lr_g: float = flag(0.1, "Adam learning rate of the pixels, in units of the dataset's standard deviation", affects=DISTILL)
+    bn: float = flag(10.0, "weight of the BN-statistics loss", affects=DISTILL)
+    oh: float = flag(1.0, "weight of the one-hot loss, CE(T(x), y)", affects=DISTILL)
+    tv: float = flag(1e-3, "weight of the total variation, mean |x_p - x_q| over four neighbours", affects=DISTILL)
+    l2: float = flag(0.0, "weight of the mean ||x||_2 of an image", affects=DISTILL)
+    T: float = flag(20.0, "temperature of the distillation loss", affects=DISTILL)
 
 
 def total_variation(images: Tensor) -> Tensor:
@@ -83,21 +84,24 @@ class DeepInversionSynthesizer(Synthesizer):
     def __init__(self, config: DeepInversionConfig, teacher: nn.Module, task: Task):
         self.config, self.teacher, self.task = config, teacher, task
         self.statistics = BNStatistics(teacher) if config.bn else None
-        self.measure = task.compile(self.losses, task.rounds * config.g_steps, "synthesis losses")
+        self.measure = self.losses
+
+    def hot(self) -> list[Hot]:
+        return [Hot(self, "measure", self.config.g_steps, "synthesis losses")]
 
     def synthesize(self, student: nn.Module) -> ImageBatch:
         """One inverted batch, the best of ``g_steps`` steps by total loss."""
         config, task, mean, std = self.config, self.task, self.teacher.mean, self.teacher.std
         black, white = (0 - mean) / std, (1 - mean) / std
-        labels = balanced_labels(config.synthesis_batch_size, task.num_classes, task.device)
-        pixels = torch.randn(len(labels), 3, task.image_size, task.image_size, device=task.device).clamp_(black, white)
+        labels = balanced_labels(config.synthesis_batch_size, task.info.num_classes, task.device)
+        pixels = torch.randn(len(labels), 3, task.info.image_size, task.info.image_size, device=task.device).clamp_(black, white)
         pixels = pixels.contiguous(memory_format=torch.channels_last).requires_grad_()
         optimizer = torch.optim.Adam([pixels], lr=config.lr_g, betas=(0.5, 0.99), fused=True)
-        best = LowestLoss()
+        best, precision = LowestLoss(), task.precision.fresh()
         for _ in range(config.g_steps):
-            losses = self.measure(pixels, jitter(pixels, task.flip), labels, student)
+            losses = self.measure(pixels, jitter(pixels, task.info.flip), labels, student)
             best.update(pixels, losses)
-            task.precision.minimize(losses["loss"], optimizer)
+            precision.minimize(losses["loss"], optimizer)
             with torch.no_grad():
                 pixels.clamp_(black, white)
         return ImageBatch((best.images * std + mean).clamp(0, 1), labels, best.scalars())

@@ -7,15 +7,15 @@ towards what it knows: its BN statistics, the wanted class, and where a student 
     distill     KL_T + msarc * L_mSARC  on those images, and on nothing else
 
 ``--oh 0 --bn 0 --adv 0 --lca_every 0`` is the unguided baseline, DM-KD (arXiv 2305.12954). ``--diffusion_model`` says which
-prior (``datafree.diffusion.generative``); for digits it is a file of this repository.
+prior (``datafree.diffusion.priors``); for digits it is a file of this repository.
 
 Published settings: Stable Diffusion 1.5 by DDPM's ancestral steps (``--scheduler ancestral``), one class a batch
 (``--batch_classes one``), no latent CutMix (``--lca_every 0``), T 30. CIFAR-10: prompt "A realistic photo of {label}",
-guidance scale 3, oh 1, adv 0, bn .1 and 50 steps (teacher resnet34: bn 0 and 10 steps), 5000 images a class; SGD lr .2, 240 epochs,
-weight decay 5e-4. DomainNet: prompt "an image.", without the label, scale 7 (3 in the distilled sets), 70 steps, bn .1, oh 1,
-adv 1 from 20 images a class on, its student at lr .1 on batches of 256, 200 images a class; lr .1, 220 epochs, weight decay
-1e-4, ``--student_crop resized``, at most 4500 images a class. Its teachers there were trained with mean and std .5:
-``--teacher_mean .5,.5,.5 --teacher_std .5,.5,.5`` for one of them.
+guidance scale 3, oh 1, adv 0, bn .1 and 50 steps (teacher resnet34: bn 0 and 10 steps), 5000 images a class; SGD lr .2,
+240 epochs, weight decay 5e-4. DomainNet: prompt "an image.", without the label, scale 7 (3 in the distilled sets), 70 steps,
+bn .1, oh 1, adv 1 from 20 images a class on, its student at lr .1 on batches of 256, 200 images a class; lr .1, 220 epochs,
+weight decay 1e-4, ``--student_crop resized``, at most 4500 images a class. Its teachers there were trained with mean and
+std .5: ``--teacher_mean .5,.5,.5 --teacher_std .5,.5,.5`` for one of them.
 
 Deviations. The published script takes the gradient of a tensor computed without one, and its authors call it a recreation of
 lost code, so there is no run of it to follow; this is the paper's algorithm.
@@ -43,6 +43,7 @@ lost code, so there is no run of it to follow; this is the paper's algorithm.
 """
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,11 +51,13 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
+from tqdm import tqdm
 
 from datafree.base import Method, Synthesizer, Task
-from datafree.diffusion.generator import Competitor, GuidedGenerator
 from datafree.diffusion.guidance import BACKPROP, Guidance, lca_steps
-from datafree.diffusion.prior import DTYPES, diffusion_dtype, prior_name
+from datafree.diffusion.guided_sampler import Competitor, GuidedSampler
+from datafree.diffusion.hub import DTYPES, diffusion_dtype, prior_name
+from datafree.diffusion.patch_unet import SHIPPED
 from datafree.diffusion.sampling import RULES
 from datafree.losses import kd_loss
 from engine.data.crops import resized_crop_flip
@@ -62,9 +65,11 @@ from engine.loops.generate import GuidedMaker, Order
 from engine.loops.session import Session, Stage
 from engine.loops.stages import Distill, FillBank
 from engine.runtime.errors import UserError
+from engine.runtime.files import claim_folder, digest, shipped
 from engine.runtime.flags import check_least, flag
+from engine.runtime.processes import is_main
 
-EMBEDDED = Path("checkpoints/priors/glyphs_digits_16.safetensors")
+EMBEDDED = SHIPPED / "glyphs_digits_16.safetensors"
 DEFAULT_MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 GENERATE = ("generate",)
 DISTILL = ("distill",)
@@ -76,72 +81,72 @@ class DiffDFKDConfig:
 
     diffusion_model: str | None = flag(
         None,
-        "hub id or directory of a text-to-image, DiT or class-conditional pixel pipeline, or a .safetensors prior of this "
-        "project; unset: the embedded glyphs for digits, else stable-diffusion-v1-5/stable-diffusion-v1-5",
-        stages=GENERATE,
+        "hub id or directory of a text-to-image, DiT or class-conditional pixel pipeline, or a prior of this project, by its "
+        ".safetensors file or its name (glyphs_digits_16, natural_32); unset: the embedded glyphs for digits, else stable-diffusion-v1-5/stable-diffusion-v1-5",
+        affects=GENERATE,
     )
-    diffusion_revision: str | None = flag(None, "revision of the hub id", stages=GENERATE)
+    diffusion_revision: str | None = flag(None, "revision of the hub id", affects=GENERATE)
     prompt: str | None = flag(
         None,
         "of a text-to-image prior; several, separated by |, take turns within a class; unset: the dataset's, as "
         "'a photo of a {label}'",
-        stages=GENERATE,
+        affects=GENERATE,
     )
     class_map: tuple[int, ...] | None = flag(
-        None, "of a class-conditional prior: its class id of each class of the dataset; unset: the same ids", stages=GENERATE
+        None, "of a class-conditional prior: its class id of each class of the dataset; unset: the same ids", affects=GENERATE
     )
     null_class: int | None = flag(
         None,
         "of a class-conditional pixel pipeline: its id for no class; unset: the id after the dataset's last",
-        stages=GENERATE,
+        affects=GENERATE,
     )
-    images_per_class: int = flag(5000, "images to draw of each class", stages=GENERATE)
-    synthesis_batch_size: int = flag(200, "images a round: a shard of the bank, and what a kill costs", stages=GENERATE)
+    images_per_class: int = flag(5000, "images to draw of each class", affects=GENERATE)
+    synthesis_batch_size: int = flag(200, "images a round: a shard of the bank, and what a kill costs", affects=GENERATE)
     diffusion_batch_size: int = flag(
-        16, "images drawn together; BN statistics and latent CutMix range over them", stages=GENERATE
+        16, "images drawn together; BN statistics and latent CutMix range over them", affects=GENERATE
     )
     batch_classes: str = flag(
-        "all", "classes of images drawn together; one: the same for all of them", choices=("all", "one"), stages=GENERATE
+        "all", "classes of images drawn together; one: the same for all of them", choices=("all", "one"), affects=GENERATE
     )
-    num_inference_steps: int = flag(20, "denoising steps", stages=GENERATE)
+    num_inference_steps: int = flag(20, "denoising steps", affects=GENERATE)
     scheduler: str = flag(
-        "own", "how a step is made; own: as the prior's scheduler does", choices=("own", *RULES), stages=GENERATE
+        "own", "how a step is made; own: as the prior's scheduler does", choices=("own", *RULES), affects=GENERATE
     )
-    guidance_scale: float = flag(3.0, "classifier-free guidance by prompt or class; at most 1 is none", stages=GENERATE)
-    resolution: int | None = flag(None, "px at which a text-to-image prior draws; unset: its own", stages=GENERATE)
+    guidance_scale: float = flag(3.0, "classifier-free guidance by prompt or class; at most 1 is none", affects=GENERATE)
+    resolution: int | None = flag(None, "px at which a text-to-image prior draws; unset: its own", affects=GENERATE)
     diffusion_dtype: str | None = flag(
-        None, "of the prior (the guidance is fp32); unset: fp16 on a GPU, else fp32", choices=tuple(DTYPES), stages=GENERATE
+        None, "of the prior (the guidance is fp32); unset: fp16 on a GPU, else fp32", choices=tuple(DTYPES), affects=GENERATE
     )
-    bn: float = flag(0.1, "weight of the BN-statistics loss in the guidance", stages=GENERATE)
-    oh: float = flag(1.0, "weight of CE(T(x), y) in the guidance", stages=GENERATE)
-    adv: float = flag(0.0, "weight of -KL(S||T) where both name the same class, in the guidance", stages=GENERATE)
-    adv_from: int = flag(20, "images a class from which on the adversarial term counts", stages=GENERATE)
-    adv_steps: int = flag(200, "steps that its student learns before each round of images", stages=GENERATE)
-    adv_batch_size: int = flag(128, "images a step of its student", stages=GENERATE)
-    adv_lr: float = flag(0.05, "SGD learning rate of its student", stages=GENERATE)
-    adv_T: float = flag(30.0, "temperature at which its student learns", stages=GENERATE)
-    guidance_lr: float = flag(1.0, "lr of the guidance, z <- z - lr * gradient at every denoising step", stages=GENERATE)
+    bn: float = flag(0.1, "weight of the BN-statistics loss in the guidance", affects=GENERATE)
+    oh: float = flag(1.0, "weight of CE(T(x), y) in the guidance", affects=GENERATE)
+    adv: float = flag(0.0, "weight of -KL(S||T) where both name the same class, in the guidance", affects=GENERATE)
+    adv_from: int = flag(20, "images a class from which on the adversarial term counts", affects=GENERATE)
+    adv_steps: int = flag(200, "steps that its student learns before each round of images", affects=GENERATE)
+    adv_batch_size: int = flag(128, "images a step of its student", affects=GENERATE)
+    adv_lr: float = flag(0.05, "SGD learning rate of its student", affects=GENERATE)
+    adv_T: float = flag(30.0, "temperature at which its student learns", affects=GENERATE)
+    guidance_lr: float = flag(1.0, "lr of the guidance, z <- z - lr * gradient at every denoising step", affects=GENERATE)
     guidance_backprop: str = flag(
-        "unet", "the gradient's way: decoder and denoising network, or the decoder alone", choices=BACKPROP, stages=GENERATE
+        "unet", "the gradient's way: decoder and denoising network, or the decoder alone", choices=BACKPROP, affects=GENERATE
     )
     guidance_micro_batch: int = flag(0, "images that go through prior and decoder at a time, to save memory; 0: all")
     gradient_checkpointing: bool = flag(False, "save memory by computing the prior's activations twice")
     lca_every: int | None = flag(
-        None, "denoising steps from one latent CutMix to the next; unset: a fifth of all; 0: none", stages=GENERATE
+        None, "denoising steps from one latent CutMix to the next; unset: a fifth of all; 0: none", affects=GENERATE
     )
-    lca_repair: int = flag(0, "rounds of inpainting of the seams after each latent CutMix", stages=GENERATE)
+    lca_repair: int = flag(0, "rounds of inpainting of the seams after each latent CutMix", affects=GENERATE)
     export_png: str | None = flag(None, "folder to which images are written in full size, too: <class id>/<position>.png")
-    T: float = flag(30.0, "temperature of the distillation loss", stages=DISTILL)
-    msarc: float = flag(0.0, "weight of the consistency of activation maps at every scale", stages=DISTILL)
-    mix: str = flag("no", "mixing of the student's batches", choices=("no", "mixup", "cutmix"), stages=DISTILL)
+    T: float = flag(30.0, "temperature of the distillation loss", affects=DISTILL)
+    msarc: float = flag(0.0, "weight of the consistency of activation maps at every scale", affects=DISTILL)
+    mix: str = flag("no", "mixing of the student's batches", choices=("no", "mixup", "cutmix"), affects=DISTILL)
     student_crop: str = flag(
         "padded",
         "crop of the student's images; padded: out of a zero-padded image; resized: 8 to 100 % of the area at full size",
         choices=("padded", "resized"),
-        stages=DISTILL,
+        affects=DISTILL,
     )
     student_images_per_class: int | None = flag(
-        None, "images of each class that the student learns from, the first ones; unset: all", stages=DISTILL
+        None, "images of each class that the student learns from, the first ones; unset: all", affects=DISTILL
     )
 
 
@@ -236,13 +241,15 @@ class DiffDFKD(Method):
 
         def order(seed: int) -> Order:
             return Order(
-                config.images_per_class * self.task.num_classes, self.task.num_classes, config.synthesis_batch_size,
+                config.images_per_class * self.task.info.num_classes, self.task.info.num_classes, config.synthesis_batch_size,
                 config.diffusion_batch_size, seed, Path(config.export_png) if config.export_png else None,
                 config.batch_classes == "one",
             )  # fmt: skip
 
         def maker(session: Session) -> GuidedMaker:
-            return GuidedMaker(self.generator(), order(session.seed))
+            if config.export_png and session.processes.main:
+                claim_folder(Path(config.export_png), digest(session.record.dependencies["generate"]))
+            return GuidedMaker(self.sampler(), order(session.seed))
 
         prior = prior_name(self.model, config.diffusion_revision)
         return FillBank("generate", order(0).rounds, maker, prior), Distill(self, "generate", images_per_class=config.student_images_per_class)
@@ -250,9 +257,9 @@ class DiffDFKD(Method):
     def student_view(self, images: Tensor) -> Tensor:
         """A random crop and flip of (B, 3, H, W) uint8, mixed with another where ``--mix`` says so."""
         if self.config.student_crop == "resized":
-            views = resized_crop_flip(images, self.task.flip)
+            views = resized_crop_flip(images, self.task.info.flip)
         else:
-            views = self.task.augment(images)
+            views = self.task.random_view(images)
         return views if self.config.mix == "no" else mixed(views, self.config.mix)
 
     @property
@@ -264,18 +271,18 @@ class DiffDFKD(Method):
         """Of no use: nothing is synthesized while distilling."""
         return Synthesizer()
 
-    def generator(self) -> GuidedGenerator:
+    def sampler(self) -> GuidedSampler:
         """For stage generate.
 
         Raises:
             UserError: the prior cannot be had, or does not fit the flags or the dataset.
         """
-        from datafree.diffusion.generative import TextToImage, load_prior
+        from datafree.diffusion.priors import TextToImage, load_prior
 
         config, task = self.config, self.task
-        prompts = tuple(prompt.strip() for prompt in (config.prompt or task.prompt).split("|") if prompt.strip())
+        prompts = tuple(prompt.strip() for prompt in (config.prompt or task.info.prompt).split("|") if prompt.strip())
         prior = load_prior(
-            self.model, config.diffusion_revision, num_classes=task.num_classes, class_names=task.class_names,
+            self.model, config.diffusion_revision, num_classes=task.info.num_classes, class_names=task.info.class_names,
             prompts=prompts, class_map=config.class_map, null_class=config.null_class,
             guidance_scale=config.guidance_scale, resolution=config.resolution, device=task.device,
             dtype=diffusion_dtype(config.diffusion_dtype, task.device),
@@ -287,17 +294,15 @@ class DiffDFKD(Method):
             )
         if config.gradient_checkpointing:
             prior.checkpoint_gradients()
-        calls = config.images_per_class * task.num_classes * config.num_inference_steps // config.diffusion_batch_size
-        prior.network.forward = task.compile(prior.network.forward, calls, "denoising network")
         guidance = Guidance(
-            self.teacher, task.image_size, config.bn, config.oh, config.adv, config.guidance_lr, config.guidance_backprop,
+            self.teacher, task.info.image_size, config.bn, config.oh, config.adv, config.guidance_lr, config.guidance_backprop,
             config.guidance_micro_batch,
         )  # fmt: skip
-        return GuidedGenerator(
+        return GuidedSampler(
             prior, guidance, task, self.student, steps=config.num_inference_steps, rule=config.scheduler,
             lca=lca_steps(config.num_inference_steps, config.lca_every), lca_repair=config.lca_repair,
             competitor=Competitor(
-                config.adv_from * task.num_classes, config.adv_steps, config.adv_T, config.adv_batch_size, config.adv_lr
+                config.adv_from * task.info.num_classes, config.adv_steps, config.adv_T, config.adv_batch_size, config.adv_lr
             ),
         )  # fmt: skip
 
@@ -306,10 +311,27 @@ class DiffDFKD(Method):
 
 
 def default_model(task: Task, embedded: Path = EMBEDDED) -> str:
-    """The embedded prior where it draws this dataset's classes at this size, else Stable Diffusion."""
+    """The embedded prior where it draws this dataset's classes at this size, else Stable Diffusion.
+
+    Where it would draw the classes under other names or at another size, one line says so.
+    """
+    embedded = shipped(embedded)
     if embedded.exists():
         with safe_open(embedded, framework="pt") as file:
             about = {name: json.loads(value) for name, value in (file.metadata() or {}).items()}
-        if about.get("image_size") == task.image_size and about.get("class_names") == list(task.class_names or ()):
+        if about.get("image_size") == task.info.image_size and about.get("class_names") == list(task.info.class_names or ()):
             return str(embedded)
+        if about.get("num_classes") == task.num_classes == 10 and are_digits(task.class_names) and is_main():
+            tqdm.write(
+                f"--diffusion_model {DEFAULT_MODEL} by default; the shipped {embedded} draws printed digits at "
+                f"{about.get('image_size')} px: if classes 0 to 9 are digits, give --diffusion_model {embedded}"
+            )
     return DEFAULT_MODEL
+
+
+def are_digits(names: tuple[str, ...] | None) -> bool:
+    """Whether ten class names mean 0 to 9 in this order ("3", "digit_3", "three"), or, without any, could."""
+    if not names:
+        return True
+    words = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+    return all(re.findall(r"\d+", name) == [str(i)] or name.lower() == words[i] for i, name in enumerate(names))

@@ -50,6 +50,7 @@ from datafree.bn_statistics import BNStatistics, Stats, bn_loss, collected
 from datafree.generators import Generator, reset
 from datafree.losses import KLDistillation, adversarial_loss, one_hot_loss, weighted_sum
 from engine.loops.session import Stage
+from engine.runtime.compilation import Hot
 from engine.runtime.errors import UserError
 from engine.runtime.flags import check_least, flag
 
@@ -61,22 +62,22 @@ BETAS = (0.5, 0.999)
 class FastConfig:
     """Flags of Fast; the defaults are Fast-10."""
 
-    init_rounds: int = flag(20, "rounds of warm-up, without competition", stages=("synthesize",))
-    g_steps: int = flag(10, "steps that adapt the generator to a round's images", stages=BOTH)
-    synthesis_batch_size: int = flag(256, "images a round", stages=BOTH)
+    init_rounds: int = flag(20, "rounds of warm-up, without competition", affects=("synthesize",))
+    g_steps: int = flag(10, "steps that adapt the generator to a round's images", affects=BOTH)
+    synthesis_batch_size: int = flag(256, "images a round", affects=BOTH)
     lr_g: float = flag(
-        2e-3, "Adam learning rate of the adapted generator; the meta generator's is g_steps times it", stages=BOTH
+        2e-3, "Adam learning rate of the adapted generator; the meta generator's is g_steps times it", affects=BOTH
     )
-    lr_z: float = flag(0.01, "Adam learning rate of the noise", stages=BOTH)
-    nz: int = flag(256, "length of the generator's noise vector", stages=BOTH)
-    is_maml: int = flag(1, "meta gradient: 1 FOMAML, 0 Reptile", stages=BOTH)
-    reset_l0: int = flag(1, "1: draw the meta generator's first layer anew once, 0: never", stages=("distill",))
-    reset_l0_round: int = flag(120, "rounds after warm-up before which that is done", stages=("distill",))
-    bn: float = flag(10.0, "weight of the BN-statistics loss", stages=BOTH)
-    bn_mmt: float = flag(0.9, "share of earlier rounds' batch statistics in the BN-statistics loss, [0, 1)", stages=BOTH)
-    oh: float = flag(0.4, "weight of the one-hot loss", stages=BOTH)
-    adv: float = flag(1.1, "weight of the competition with the student (warm-up has 0)", stages=("distill",))
-    T: float = flag(20.0, "temperature of the distillation loss", stages=("distill",))
+    lr_z: float = flag(0.01, "Adam learning rate of the noise", affects=BOTH)
+    nz: int = flag(256, "length of the generator's noise vector", affects=BOTH)
+    is_maml: int = flag(1, "meta gradient: 1 FOMAML, 0 Reptile", affects=BOTH)
+    reset_l0: int = flag(1, "1: draw the meta generator's first layer anew once, 0: never", affects=("distill",))
+    reset_l0_round: int = flag(120, "rounds after warm-up before which that is done", affects=("distill",))
+    bn: float = flag(10.0, "weight of the BN-statistics loss", affects=BOTH)
+    bn_mmt: float = flag(0.9, "share of earlier rounds' batch statistics in the BN-statistics loss, [0, 1)", affects=BOTH)
+    oh: float = flag(0.4, "weight of the one-hot loss", affects=BOTH)
+    adv: float = flag(1.1, "weight of the competition with the student (warm-up has 0)", affects=("distill",))
+    T: float = flag(20.0, "temperature of the distillation loss", affects=("distill",))
 
 
 class Inversion:
@@ -85,15 +86,15 @@ class Inversion:
     Args:
         config: with ``g_steps``, ``bn``, ``bn_mmt``, ``oh``.
         adv: weight of the competition with the student.
-        batches: that it will take down in the whole run.
     """
 
-    def __init__(self, config: Any, teacher: nn.Module, task: Task, adv: float, batches: int = 1):
+    def __init__(self, config: Any, teacher: nn.Module, task: Task, adv: float):
         self.config, self.teacher, self.task, self.adv = config, teacher, task, adv
         self.statistics = BNStatistics(teacher) if config.bn else None
+        self.precision = task.precision.fresh()  # of all batches: g_steps are too few to find a scale in
         self.average: list[Stats] = []
         self.blended: list[Stats] = []
-        self.measure = task.compile(self.losses, batches * config.g_steps, "synthesis losses")
+        self.measure = self.losses
 
     def descend(
         self, generate: Callable[[], Tensor], optimizer: torch.optim.Optimizer, labels: Tensor, student: nn.Module
@@ -112,9 +113,9 @@ class Inversion:
                 images = generate().float()
             # The first round, which has no average, is not worth a compilation of its own.
             measure = self.measure if self.average or not self.statistics else self.losses
-            losses = measure(self.task.augment(images), labels, student)
+            losses = measure(self.task.random_view(images), labels, student)
             best.update(images, losses)
-            self.task.precision.minimize(losses["loss"], optimizer)
+            self.precision.minimize(losses["loss"], optimizer)
         self.average = [(mean.detach(), var.detach()) for mean, var in self.blended]
         return ImageBatch(best.images, labels, best.scalars())
 
@@ -132,9 +133,14 @@ class Inversion:
             terms["loss_adv"] = self.adv, adversarial_loss(student_logits, logits, agreeing_only=True)
         return weighted_sum(terms)
 
-    def load_average(self, average: list[Stats]) -> None:
-        """Takes up the running average that another instance had."""
-        self.average = [(mean.to(self.task.device), var.to(self.task.device)) for mean, var in average]
+    def state_dict(self) -> dict[str, Any]:
+        """The running average and the loss scale."""
+        return {"average": self.average, "precision": self.precision.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes up what another instance had; more in ``state`` than that is passed over."""
+        self.average = [(mean.to(self.task.device), var.to(self.task.device)) for mean, var in state["average"]]
+        self.precision.load_state_dict(state.get("precision", {}))
 
 
 def blend(batch: list[Stats], average: list[Stats], momentum: float) -> list[Stats]:
@@ -186,14 +192,20 @@ class FastSynthesizer(Synthesizer):
 
     def __init__(self, config: FastConfig, teacher: nn.Module, task: Task, *, warm_up: bool):
         self.config, self.task, self.warm_up = config, task, warm_up
-        rounds = config.init_rounds if warm_up else task.rounds
-        self.inversion = Inversion(config, teacher, task, 0.0 if warm_up else config.adv, rounds)
-        self.generator = reset(Generator(config.nz, task.image_size)).to(task.device, memory_format=torch.channels_last)
+        self.inversion = Inversion(config, teacher, task, 0.0 if warm_up else config.adv)
+        self.generator = reset(Generator(config.nz, task.info.image_size)).to(task.device, memory_format=torch.channels_last)
         self.adapted = copy.deepcopy(self.generator)  # overwritten every round
-        self.generate = task.compile(self.adapted, rounds * config.g_steps, "generator")
+        self.generate = self.adapted
         self.lr = config.lr_g * config.g_steps
         self.meta_optimizer = torch.optim.Adam(self.generator.parameters(), lr=self.lr, betas=BETAS, fused=True)
+        self.meta_precision = task.precision.fresh()
         self.rounds = 0
+
+    def hot(self) -> list[Hot]:
+        return [
+            Hot(self, "generate", self.config.g_steps, "generator"),
+            Hot(self.inversion, "measure", self.config.g_steps, "synthesis losses"),
+        ]
 
     def synthesize(self, student: nn.Module) -> ImageBatch:
         """The best of ``g_steps`` batches of an adapted copy; the meta generator moves once."""
@@ -204,24 +216,25 @@ class FastSynthesizer(Synthesizer):
         with torch.no_grad():
             torch._foreach_copy_(adapted, meta)
         z = torch.randn(config.synthesis_batch_size, config.nz, device=device, requires_grad=True)
-        labels = balanced_labels(len(z), self.task.num_classes, device)
+        labels = balanced_labels(len(z), self.task.info.num_classes, device)
         groups = [{"params": adapted, "lr": config.lr_g}, {"params": [z], "lr": config.lr_z}]
         optimizer = torch.optim.Adam(groups, betas=BETAS, fused=True)
         gradients = fomaml_gradient(optimizer, adapted) if config.is_maml else None
         batch = self.inversion.descend(lambda: self.generate(z), optimizer, labels, student)
         gradients = gradients or reptile_gradient(meta, adapted)
-        self.task.precision.minimize(with_gradient(meta, gradients), self.meta_optimizer)
+        self.meta_precision.minimize(with_gradient(meta, gradients), self.meta_optimizer)
         self.rounds += 1
         return batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Meta generator, its optimizer, the running average and the count of rounds."""
+        """Meta generator, its optimizer, the running average, loss scales and the count of rounds."""
         return {
             "warm_up": self.warm_up,
             "rounds": self.rounds,
             "generator": self.generator.state_dict(),
             "meta_optimizer": self.meta_optimizer.state_dict(),
-            "average": self.inversion.average,
+            "meta_precision": self.meta_precision.state_dict(),
+            **self.inversion.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -230,7 +243,8 @@ class FastSynthesizer(Synthesizer):
             self.rounds = state["rounds"] if state["warm_up"] == self.warm_up else 0
             self.generator.load_state_dict(state["generator"])
             self.meta_optimizer.load_state_dict(state["meta_optimizer"])
-            self.inversion.load_average(state["average"])
+            self.meta_precision.load_state_dict(state.get("meta_precision", {}))
+            self.inversion.load_state_dict(state)
         for group in self.meta_optimizer.param_groups:  # --init_bank of a run with another learning rate
             group["lr"] = self.lr
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from datafree.diffusion.prior import hub_errors, quiet_libraries
+from datafree.diffusion.hub import hub_errors, quiet_libraries
 from engine.runtime.errors import UserError
 
 Embedding = Callable[[Tensor], Tensor]

@@ -28,8 +28,8 @@ DISTILL = ("distill",)
 class KDConfig:
     """Flags of KD."""
 
-    T: float = flag(20.0, "temperature of the distillation loss", stages=DISTILL)
-    ce: float = flag(0.0, "weight of the cross-entropy to the real labels", stages=DISTILL)
+    T: float = flag(20.0, "temperature of the distillation loss", affects=DISTILL)
+    ce: float = flag(0.0, "weight of the cross-entropy to the real labels", affects=DISTILL)
 
 
 class RealImages(Synthesizer):
@@ -52,7 +52,7 @@ class RealImages(Synthesizer):
         while True:
             order = torch.randperm(len(self.split), generator=generator)[:whole].view(-1, batch_size)
             for images, labels in self.split.batches(batch_size // count, order[:, rank::count].flatten()):
-                yield self.task.augment(images), labels
+                yield self.task.random_view(images), labels
 
 
 class KDObjective(KLDistillation):

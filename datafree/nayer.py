@@ -18,8 +18,8 @@ Where e comes from, ``--label_embedding``:
                 read once, then kept with the synthesizer's state.
 
 Published settings (CIFAR): 20 rounds of warm-up, then 100, 200 or 300 of 400 student steps on batches of 512; SGD lr .2,
-cosine to 2e-4, T 20; 2 batches of 400 images a round, 10 in warm-up; g_steps 30 (CIFAR-100: 40), lr_g 4e-3, g_life 10; bn 10,
-bn_mmt .9, adv 1.33, oh .5; nz 1000; CLIP ViT-B/32, "a image of <label>".
+cosine to 2e-4, T 20; 2 batches of 400 images a round, 10 in warm-up; g_steps 30 (CIFAR-100: 40), lr_g 4e-3, g_life 10;
+bn 10, bn_mmt .9, adv 1.33, oh .5; nz 1000; CLIP ViT-B/32, "a image of <label>".
 
 Deviations: the default embedding is not the paper's. Noisy layers have no bias (the script's starts at 0, below outputs
 of standard deviation sqrt(d)). In an incomplete group each class is there at most once; the script draws its labels
@@ -38,11 +38,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from datafree.base import ImageBatch, Method, Synthesizer, Task
-from datafree.diffusion.prior import hub_errors, prior_name, quiet_libraries
+from datafree.diffusion.hub import hub_errors, prior_name, quiet_libraries
 from datafree.fast import BETAS, Inversion, check_momentum, own_state
 from datafree.generators import Generator, reset
 from datafree.losses import KLDistillation
 from engine.loops.session import Stage
+from engine.runtime.compilation import Hot
 from engine.runtime.errors import UserError
 from engine.runtime.flags import check_least, flag
 
@@ -55,30 +56,30 @@ TEXT_MODEL_TYPES = ("clip", "clip_text_model")
 class NAYERConfig:
     """Flags of NAYER."""
 
-    init_rounds: int = flag(20, "rounds of warm-up, without competition", stages=("synthesize",))
-    init_g_loops: int = flag(10, "batches a round of warm-up", stages=("synthesize",))
-    g_loops: int = flag(2, "batches a round while distilling", stages=("distill",))
-    g_steps: int = flag(30, "steps of generator and noisy layers a batch", stages=BOTH)
-    g_life: int = flag(10, "rounds after which the generator starts afresh", stages=BOTH)
-    synthesis_batch_size: int = flag(400, "images a batch", stages=BOTH)
-    lr_g: float = flag(4e-3, "Adam learning rate of generator and noisy layers", stages=BOTH)
-    nz: int = flag(1000, "outputs of a noisy layer, inputs of the generator", stages=BOTH)
+    init_rounds: int = flag(20, "rounds of warm-up, without competition", affects=("synthesize",))
+    init_g_loops: int = flag(10, "batches a round of warm-up", affects=("synthesize",))
+    g_loops: int = flag(2, "batches a round while distilling", affects=("distill",))
+    g_steps: int = flag(30, "steps of generator and noisy layers a batch", affects=BOTH)
+    g_life: int = flag(10, "rounds after which the generator starts afresh", affects=BOTH)
+    synthesis_batch_size: int = flag(400, "images a batch", affects=BOTH)
+    lr_g: float = flag(4e-3, "Adam learning rate of generator and noisy layers", affects=BOTH)
+    nz: int = flag(1000, "outputs of a noisy layer, inputs of the generator", affects=BOTH)
     label_embedding: str = flag(
         "orthogonal",
         "what stands for a label: fixed random codes (no prior), or text embeddings of its name",
         choices=("orthogonal", "clip"),
-        stages=BOTH,
+        affects=BOTH,
     )
-    label_dim: int = flag(512, "length of the orthogonal codes; clip has its own", stages=BOTH)
+    label_dim: int = flag(512, "length of the orthogonal codes; clip has its own", affects=BOTH)
     text_model: str = flag(
-        "openai/clip-vit-base-patch32", "clip: hub id or local directory of a CLIP text encoder", stages=BOTH
+        "openai/clip-vit-base-patch32", "clip: hub id or local directory of a CLIP text encoder", affects=BOTH
     )
-    prompt: str = flag("a image of {label}", "clip: the text that is embedded", stages=BOTH)
-    bn: float = flag(10.0, "weight of the BN-statistics loss", stages=BOTH)
-    bn_mmt: float = flag(0.9, "share of earlier batches' statistics in the BN-statistics loss, [0, 1)", stages=BOTH)
-    oh: float = flag(0.5, "weight of the one-hot loss", stages=BOTH)
-    adv: float = flag(1.33, "weight of the competition with the student (warm-up has 0)", stages=("distill",))
-    T: float = flag(20.0, "temperature of the distillation loss", stages=("distill",))
+    prompt: str = flag("a image of {label}", "clip: the text that is embedded", affects=BOTH)
+    bn: float = flag(10.0, "weight of the BN-statistics loss", affects=BOTH)
+    bn_mmt: float = flag(0.9, "share of earlier batches' statistics in the BN-statistics loss, [0, 1)", affects=BOTH)
+    oh: float = flag(0.5, "weight of the one-hot loss", affects=BOTH)
+    adv: float = flag(1.33, "weight of the competition with the student (warm-up has 0)", affects=("distill",))
+    T: float = flag(20.0, "temperature of the distillation loss", affects=("distill",))
 
 
 def orthogonal_codes(num_classes: int, dim: int) -> Tensor:
@@ -153,10 +154,9 @@ class NAYERSynthesizer(Synthesizer):
     def __init__(self, config: NAYERConfig, teacher: nn.Module, task: Task, *, warm_up: bool):
         self.config, self.task, self.warm_up = config, task, warm_up
         self.loops = config.init_g_loops if warm_up else config.g_loops
-        batches = self.loops * (config.init_rounds if warm_up else task.rounds)
-        self.inversion = Inversion(config, teacher, task, 0.0 if warm_up else config.adv, batches)
-        self.generator = Generator(config.nz, task.image_size).to(task.device, memory_format=torch.channels_last)
-        self.compiled_generator = task.compile(self.generator, batches * config.g_steps, "generator")
+        self.inversion = Inversion(config, teacher, task, 0.0 if warm_up else config.adv)
+        self.generator = Generator(config.nz, task.info.image_size).to(task.device, memory_format=torch.channels_last)
+        self.run_generator = self.generator
         self.rounds = 0
         clip = ["clip", Path(config.text_model).name, config.prompt]
         self.source = clip if config.label_embedding == "clip" else ["orthogonal", config.label_dim]
@@ -172,8 +172,14 @@ class NAYERSynthesizer(Synthesizer):
         """Label embeddings (C, d) as the flags say."""
         config, task = self.config, self.task
         if config.label_embedding == "clip":
-            return text_codes(task.class_names, config.prompt, config.text_model, task.device)
-        return orthogonal_codes(task.num_classes, config.label_dim)
+            return text_codes(task.info.class_names, config.prompt, config.text_model, task.device)
+        return orthogonal_codes(task.info.num_classes, config.label_dim)
+
+    def hot(self) -> list[Hot]:
+        return [
+            Hot(self, "run_generator", self.loops * self.config.g_steps, "generator"),
+            Hot(self.inversion, "measure", self.loops * self.config.g_steps, "synthesis losses"),
+        ]
 
     def synthesize(self, student: nn.Module) -> ImageBatch:
         """The batches of one round, with the mean of their losses."""
@@ -190,20 +196,20 @@ class NAYERSynthesizer(Synthesizer):
     def batch(self, student: nn.Module) -> ImageBatch:
         """``g_steps`` steps of the generator together with new noisy layers."""
         config, task = self.config, self.task
-        labels = grouped_labels(config.synthesis_batch_size, task.num_classes, task.device)
-        group = min(task.num_classes, len(labels))
+        labels = grouped_labels(config.synthesis_batch_size, task.info.num_classes, task.device)
+        group = min(task.info.num_classes, len(labels))
         shape = (-(-len(labels) // group), self.codes.shape[1], config.nz)
         weights = torch.randn(shape, device=task.device, requires_grad=True)
         parameters = [*self.generator.parameters(), *self.norm.parameters(), weights]
         optimizer = torch.optim.Adam(parameters, lr=config.lr_g, betas=BETAS, fused=True)
 
         def generate() -> Tensor:
-            return self.compiled_generator(noisy_layers(self.norm(self.codes[labels]), weights, group))
+            return self.run_generator(noisy_layers(self.norm(self.codes[labels]), weights, group))
 
         return self.inversion.descend(generate, optimizer, labels, student)
 
     def state_dict(self) -> dict[str, Any]:
-        """Label embeddings, generator, the running average and the count of rounds."""
+        """Label embeddings, generator, the running average, the loss scale and the count of rounds."""
         return {
             "warm_up": self.warm_up,
             "rounds": self.rounds,
@@ -211,7 +217,7 @@ class NAYERSynthesizer(Synthesizer):
             "codes": self.codes,
             "norm": self.norm.state_dict() if self.norm else None,
             "generator": self.generator.state_dict(),
-            "average": self.inversion.average,
+            **self.inversion.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -219,7 +225,7 @@ class NAYERSynthesizer(Synthesizer):
         with own_state():
             self.rounds = state["rounds"] if state["warm_up"] == self.warm_up else 0
             self.generator.load_state_dict(state["generator"])
-            self.inversion.load_average(state["average"])
+            self.inversion.load_state_dict(state)
             if state["codes"] is not None and state["source"] == self.source:
                 self.use_codes(state["codes"])
                 self.norm.load_state_dict(state["norm"])
@@ -236,7 +242,7 @@ class NAYER(Method):
         check_least(config, g_steps=1, g_life=1, init_g_loops=1, g_loops=0, synthesis_batch_size=2, label_dim=1)
         check_momentum(config.bn_mmt)
         if config.label_embedding == "clip":
-            if not task.class_names:
+            if not task.info.class_names:
                 raise UserError(
                     "--label_embedding clip wants class names, and this dataset has none; give --label_embedding orthogonal"
                 )

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from datafree.base import ImageBatch, Method, Synthesizer, Task
 from datafree.losses import KLDistillation
 from datafree.stream import unlabelled
-from engine.data.image_files import image_files, read_images
+from engine.data.image_files import SUFFIXES, image_files, read_images, tell_of_cropping
 from engine.data.transfer_set import TransferSet
+from engine.runtime.errors import UserError
 from engine.runtime.flags import flag
 
 DISTILL = ("distill",)
@@ -30,11 +31,11 @@ DISTILL = ("distill",)
 class NoiseConfig:
     """Flags of the noise control."""
 
-    images: str | None = flag(None, "folder of unrelated pictures, to any depth; unset: noise", stages=DISTILL)
+    images: str | None = flag(None, "folder of unrelated pictures, to any depth; unset: noise", affects=DISTILL)
     noise: str = flag(
-        "uniform", "distribution of the pixels where no folder is given", choices=("uniform", "normal"), stages=DISTILL
+        "uniform", "distribution of the pixels where no folder is given", choices=("uniform", "normal"), affects=DISTILL
     )
-    T: float = flag(20.0, "temperature of the distillation loss", stages=DISTILL)
+    T: float = flag(20.0, "temperature of the distillation loss", affects=DISTILL)
 
 
 class NoiseImages(Synthesizer):
@@ -49,7 +50,7 @@ class NoiseImages(Synthesizer):
 
     def batches(self, batch_size: int, *, seed: int, rank: int = 0, count: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
         """Images of independent pixels."""
-        shape = (batch_size // count, 3, self.task.image_size, self.task.image_size)
+        shape = (batch_size // count, 3, self.task.info.image_size, self.task.info.image_size)
         while True:
             if self.noise == "uniform":
                 images = torch.rand(shape, device=self.task.device)
@@ -63,14 +64,18 @@ class FolderImages(NoiseImages):
 
     def __init__(self, task: Task, folder: str):
         self.task = task
-        images = read_images(image_files(Path(folder)), task.image_size)
-        self.pictures = TransferSet(len(images), task.image_size, task.device)
+        files = image_files(folder)
+        if not files:
+            raise UserError(f"--images {folder} holds no images ({', '.join(SUFFIXES)}); give a folder that does")
+        tell_of_cropping(f"--images {folder}", task.info.image_size, files)
+        images = read_images(files, task.info.image_size)
+        self.pictures = TransferSet(len(images), task.info.image_size, task.device)
         self.pictures.add(images, torch.full((len(images),), -1))
         self.images_total = len(images)
 
     def batches(self, batch_size: int, **share: int) -> Iterator[tuple[Tensor, Tensor]]:
         """As ``TransferSet.batches``, labels -1."""
-        return self.pictures.batches(batch_size, self.task.augment, **share)
+        return self.pictures.batches(batch_size, self.task.random_view, **share)
 
 
 class Noise(Method):

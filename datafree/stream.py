@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from datafree.base import ImageBatch, Method, Synthesizer, Task
 from datafree.generators import LARGE, Generator, reset
 from datafree.losses import KLDistillation
+from engine.runtime.compilation import Hot
 from engine.runtime.flags import check_least, flag
 
 DISTILL = ("distill",)
@@ -29,11 +30,11 @@ DISTILL = ("distill",)
 class StreamConfig:
     """Flags of every method with a streaming generator."""
 
-    g_steps: int = flag(1, "generator steps a round", stages=DISTILL)
-    synthesis_batch_size: int = flag(256, "images a generator step", stages=DISTILL)
-    lr_g: float = flag(1e-3, "Adam learning rate of the generator", stages=DISTILL)
-    nz: int = flag(256, "length of the generator's noise vector", stages=DISTILL)
-    T: float = flag(1.0, "temperature of the distillation loss", stages=DISTILL)
+    g_steps: int = flag(1, "generator steps a round", affects=DISTILL)
+    synthesis_batch_size: int = flag(256, "images a generator step", affects=DISTILL)
+    lr_g: float = flag(1e-3, "Adam learning rate of the generator", affects=DISTILL)
+    nz: int = flag(256, "length of the generator's noise vector", affects=DISTILL)
+    T: float = flag(1.0, "temperature of the distillation loss", affects=DISTILL)
 
 
 class GeneratorStream(Synthesizer):
@@ -41,12 +42,12 @@ class GeneratorStream(Synthesizer):
 
     def __init__(self, config: StreamConfig, teacher: nn.Module, task: Task):
         self.config, self.teacher, self.task = config, teacher, task
-        generator = reset(Generator(config.nz, task.image_size, LARGE))
+        generator = reset(Generator(config.nz, task.info.image_size, LARGE))
         self.generator = generator.to(task.device, memory_format=torch.channels_last).train()
         self.shared = self.generator
         self.optimizer = torch.optim.Adam(self.generator.parameters(), lr=config.lr_g, betas=(0.5, 0.999), fused=True)
-        self.compiled_generator = task.compile(self.generator, task.rounds * (config.g_steps + task.kd_steps), "generator")
-        self.measure = task.compile(self.losses, task.rounds * config.g_steps, "synthesis losses")
+        self.precision = task.precision.fresh()
+        self.run_generator, self.measure = self.generator, self.losses
 
     def losses(self, images: Tensor, student: nn.Module) -> dict[str, Tensor]:
         """Named losses of generated images (B, 3, H, W); "loss" is their weighted sum."""
@@ -55,14 +56,20 @@ class GeneratorStream(Synthesizer):
     def generate(self, count: int) -> Tensor:
         """(count, 3, H, W) in [0, 1] from fresh noise."""
         with self.task.precision.autocast():
-            return self.compiled_generator(torch.randn(count, self.config.nz, device=self.task.device)).float()
+            return self.run_generator(torch.randn(count, self.config.nz, device=self.task.device)).float()
+
+    def hot(self) -> list[Hot]:
+        return [
+            Hot(self, "run_generator", self.config.g_steps + self.task.kd_steps, "generator"),
+            Hot(self, "measure", self.config.g_steps, "synthesis losses"),
+        ]
 
     def synthesize(self, student: nn.Module) -> ImageBatch:
         """``g_steps`` steps of the generator; the batch returned is that of the last one."""
         for _ in range(self.config.g_steps):
             images = self.generate(self.config.synthesis_batch_size)
             losses = self.measure(images, student)
-            self.task.precision.minimize(losses["loss"], self.optimizer)
+            self.precision.minimize(losses["loss"], self.optimizer)
         scalars = {("loss_synthesis" if name == "loss" else name): value.detach() for name, value in losses.items()}
         return ImageBatch(images.detach(), unlabelled(images), scalars)
 
@@ -74,13 +81,15 @@ class GeneratorStream(Synthesizer):
             yield images, unlabelled(images)
 
     def state_dict(self) -> dict[str, Any]:
-        """Generator and optimizer."""
-        return {"generator": self.generator.state_dict(), "optimizer": self.optimizer.state_dict()}
+        """Generator, optimizer and its loss scale."""
+        parts = {"generator": self.generator, "optimizer": self.optimizer, "precision": self.precision}
+        return {name: part.state_dict() for name, part in parts.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Undoes ``state_dict``."""
         self.generator.load_state_dict(state["generator"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self.precision.load_state_dict(state.get("precision", {}))
 
 
 def unlabelled(images: Tensor) -> Tensor:

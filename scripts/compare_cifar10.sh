@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every method on CIFAR-10 with the same four CPU minutes for images and student, resnet20 -> wrn16_1: a table of the README.
+# Every method on CIFAR-10 with the same four CPU minutes for images and student, resnet20 -> wrn16_1: a table of docs/results.md.
 #   TEACHER=cifar10_resnet20.pth DATA=data PICTURES=folder bash scripts/compare_cifar10.sh      an hour on one CPU core
 # The teacher is RepDistiller's public resnet20, whose normalization has a std of its own. PICTURES: unrelated images, to any
 # depth. Loss weights are the published ones; lengths were set by the rates measured on one thread.
@@ -21,7 +21,7 @@ declare -A flags=(
   [nayer]="$bank --kd_steps 60 --init_rounds 1 --init_g_loops 1 --g_loops 1 --lr .1"
   [csd]="$bank --kd_steps 60 --init_rounds 3 --init_batch_size 100 --init_g_steps 20 --g_steps 10 --lr_g 4e-3 --head_interval 4"
   [dda]="--synthesis_batch_size 100 --kd_steps 50 --ep_steps 50 --init_bank $out/csd --g_steps 7 --lr_g 4e-3 --head_interval 4
-    --pixel_channels 32,64 --fit_rounds 3 --fit_steps 100 --fit_lr 4e-3"
+    --fit_passes 16 --fit_lr 4e-3"
 )
 for name in ${METHODS:-kd noise pictures dafl zskt dfad dfq deepinv adi cmi fast nayer csd dda}; do
   python datafree_kd.py --method "${name/pictures/noise}" --dataset cifar10 --data_root "${DATA:-data}" \

@@ -1,15 +1,25 @@
 """Writes scripts/<method>/*.sh from the tables below; run it after changing them. A test checks that all are up to date.
 
 python scripts/make_scripts.py
+
+A header tells the paper's accuracy (``registry.PUBLISHED``) and ours, where ``checkpoints/results`` holds runs with the
+script's settings.
 """
 
+import shlex
+import statistics
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent
 sys.path.insert(0, str(ROOT.parent))
 
+from datafree_kd import parse  # noqa: E402
+from engine.report.results import read_lines, settings as settings_of  # noqa: E402
+from engine.report.tables import spread  # noqa: E402
+from engine.runtime.flags import stage_flags  # noqa: E402
 from registry import PAIRS, PUBLISHED  # noqa: E402
 
 CIFAR = ("cifar10", "cifar100")
@@ -78,10 +88,12 @@ TABLE_ROW = {
     "dm_kd": "diffdfkd --oh 0.0 --bn 0.0 --adv 0.0 --lca_every 0",
 }
 
+# Settings that say which files a run reads, and not what it does with them.
+INPUTS = ("seed", "data_root", "teacher_ckpt", "teacher_mean", "teacher_std", "init_bank", "init_variants")
+
 HEAD = """#!/usr/bin/env bash
 # {paper}:
-# {dataset}, {what}; {kind}.{published}
-# acc1: not measured yet. Time: not measured yet. Device: one GPU.
+# {dataset}, {what}; {kind}.{published}{measured}
 # {note}
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -103,36 +115,72 @@ def published(method: str, dataset: str, pair: tuple[str, str]) -> str:
     return f"\n# The paper's acc1 (best test epoch): {dict(zip(PAIRS, values))[pair]:.2f} %." if values else ""
 
 
+def results() -> list[dict[str, Any]]:
+    """All results of this repository."""
+    return [result for file in sorted(ROOT.parent.glob("checkpoints/results/*.jsonl")) for result in read_lines(file)]
+
+
+def measured(results: list[dict[str, Any]], command: str, bank_command: str) -> str:
+    """What runs with a script's settings came to, as a sentence; nothing where there is none.
+
+    Args:
+        command, bank_command: flags of datafree_kd.py, of the script and of the one that makes its initial bank.
+    """
+    name, _, groups = parse(shlex.split(command.replace("\\\n", " ")))
+    about = {"method": name, "dataset": groups[0].dataset, "teacher": groups[0].teacher, "student": groups[0].student}
+    runs = [run for run in results if about.items() <= run.items()]
+    if not runs:
+        return ""
+    bank_groups = parse(shlex.split(bank_command.replace("\\\n", " ")))[2]
+    wanted = stage_flags("synthesize", *bank_groups) | stage_flags("generate", *bank_groups)
+    wanted |= stage_flags("augment", *groups) | stage_flags("distill", *groups)
+    wanted = {flag: value for flag, value in wanted.items() if flag not in INPUTS}
+    runs = [run for run in runs if all(settings_of(run).get(flag) == value for flag, value in wanted.items())]
+    if not runs:
+        return ""
+    hours = [sum(run["seconds"].values()) / 3600 for run in runs if None not in run["seconds"].values()]
+    time = f", {statistics.fmean(hours):.1f} h" if hours else ""
+    seeds = ", ".join(str(run["seed"]) for run in runs)
+    acc1 = spread([run["acc1_last"] for run in runs])
+    return f"\n# Ours (last epoch): {acc1} %, seed{'s' * (len(runs) > 1)} {seeds}{time} on {runs[0]['machine']}."
+
+
 def settings(method: str, *conditions: str, table: dict[tuple[str, ...], str] = FLAGS) -> str:
     """The flags that hold for this method under these conditions."""
     held = [flags for (name, *of), flags in table.items() if name == method and set(of) <= set(conditions)]
     return "".join(f" {flags}" for flags in held)
 
 
-def of_method(method: str, paper: str) -> Iterator[tuple[str, str]]:
-    """(path below scripts/, text) of every script of one method."""
+def of_method(method: str, paper: str, results: list[dict[str, Any]]) -> Iterator[tuple[str, str]]:
+    """(path below scripts/, text) of every script of one method; ``results`` are this repository's."""
     for dataset in DATASETS.get(method, CIFAR):
         for teacher, student in PAIRS:
             kind = KINDS.get((method, dataset)) or KINDS.get(method, "published settings")
             common = {"paper": paper, "dataset": dataset, "teacher": teacher, "kind": kind}
             common["method"] = BASELINES.get(method, method)
-            note = f"Wants checkpoints/pretrained/{dataset}_{teacher}.pth."
+            note = f"One GPU. Wants checkpoints/pretrained/{dataset}_{teacher}.pth."
             flags = f"--student {student}" + settings(method, dataset, teacher, student)
+            task = f"--method {common['method']} --dataset {dataset} --teacher {teacher} "
+            bank_flags = flags
             if method in INITIAL_BANK:
                 bank = f"checkpoints/{method}/{dataset}_{teacher}_initBank"
                 first = f"{method}/{method}_{dataset}_initBank_{short(teacher)}.sh"
+                bank_flags = (
+                    f"--stages {'generate' if method in GENERATED else 'synthesize'} --save_dir {bank}"
+                    + (f" \\\n {more}" if (more := settings(method, dataset, teacher, table=BANK_FLAGS)) else "")
+                )
                 yield (
                     first,
                     HEAD.format(
                         **common,
                         what=f"initial image bank of {teacher} ({INITIAL_BANK[method]:,} images)",
-                        note=f"Wants checkpoints/pretrained/{dataset}_{teacher}.pth; makes {bank}/bank.",
+                        note=f"One GPU. Wants checkpoints/pretrained/{dataset}_{teacher}.pth; makes {bank}/bank.",
                         published="",
-                        flags=f"--stages {'generate' if method in GENERATED else 'synthesize'} --save_dir {bank}"
-                        + (f" \\\n {more}" if (more := settings(method, dataset, teacher, table=BANK_FLAGS)) else ""),
+                        measured="",
+                        flags=bank_flags,
                     ),
                 )
-                note = f"First: bash scripts/{first}"
+                note = f"One GPU. First: bash scripts/{first}"
                 flags += f" --init_bank {bank}/bank"
             if method in BASELINES:  # not where the method itself keeps its runs
                 flags += f" \\\n  --save_dir checkpoints/{method}/{dataset}_{teacher}_{student}_seed{{seed}}"
@@ -143,6 +191,7 @@ def of_method(method: str, paper: str) -> Iterator[tuple[str, str]]:
                     what=f"{teacher} -> {student}",
                     note=note,
                     published=published(method, dataset, (teacher, student)),
+                    measured=measured(results, task + flags, task + bank_flags),
                     flags=flags,
                 ),
             )
@@ -150,7 +199,8 @@ def of_method(method: str, paper: str) -> Iterator[tuple[str, str]]:
 
 def scripts() -> dict[str, str]:
     """{path below scripts/: text} of every generated script."""
-    return dict(pair for method, paper in METHODS.items() for pair in of_method(method, paper))
+    known = results()
+    return dict(pair for method, paper in METHODS.items() for pair in of_method(method, paper, known))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ if [ "$part" = all ]; then
   python datafree_kd.py --method csd "${kd[@]}" "${inversion[@]}" --save_dir "$out/csd" --init_rounds 6 --init_g_steps 60
   echo "== 4/5  DDA: the same bank, varied by a diffusion model trained on it, filtered, and distilled"
   python datafree_kd.py --method dda "${kd[@]}" "${inversion[@]}" --save_dir "$out/dda" --init_bank "$out/csd/bank" \
-    --variants 2 --strength 0.6 --fit_rounds 8 --fit_steps 100 --fit_lr 4e-3
+    --variants 2 --strength 0.6 --fit_passes 21 --fit_lr 4e-3
 fi
 echo "== 5/5  DiffDFKD: a diffusion model that knows printed digits draws what the teacher asks for"
 python datafree_kd.py --method diffdfkd "${kd[@]}" --save_dir "$out/diffdfkd" --images_per_class 60 --num_inference_steps 10 \
@@ -31,6 +31,14 @@ python datafree_kd.py --method diffdfkd "${kd[@]}" --save_dir "$out/diffdfkd" --
 
 echo
 python -m engine.report "$out" --rounds
+echo
+if [ "$part" = all ]; then
+  echo "You have seen a resnet8 learn handwritten digits from images made with the teacher alone (csd, dda) or with"
+  echo "a diffusion model of printed digits (diffdfkd); the rows \"real data\" are the teacher and a resnet8 that had the real images."
+else
+  echo "You have seen a resnet8 learn handwritten digits from images that a diffusion model of printed digits drew under the"
+  echo "teacher's guidance; the row \"real data\" is the teacher, which had the real images."
+fi
 echo
 echo "pictures:    $out/*/pictures/*.png"
 echo "figures:     $out/*/result.json, metrics.jsonl"

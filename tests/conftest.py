@@ -5,6 +5,7 @@ from pathlib import Path
 
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
+import dataclasses
 import functools
 
 import pytest
@@ -27,8 +28,14 @@ CPU = torch.device("cpu")
 
 
 def make_task(**changes) -> Task:
-    """Ten classes at 16 px on the CPU, without augmentation, but for what is named."""
-    fields = dict(num_classes=10, image_size=16, device=CPU, augment=lambda images: images, precision=Precision("no", CPU))
+    """Ten classes at 16 px on the CPU, without augmentation, but for what is named: fields of the task or its dataset."""
+    about = {
+        "name": "debug", "num_classes": 10, "image_size": 16, "mean": (0.3,) * 3, "std": (0.3,) * 3, "class_names": None,
+        "flip": False, "crop_padding": 1, "data_root": "data", "reader": "",
+    }  # fmt: skip
+    names = {field.name for field in dataclasses.fields(datasets.DatasetInfo)}
+    info = datasets.DatasetInfo(**about | {name: changes.pop(name) for name in names & changes.keys()})
+    fields = dict(info=info, device=CPU, random_view=lambda images: images, precision=Precision("no", CPU))
     return Task(**fields | changes)
 
 
@@ -54,7 +61,7 @@ TINY = {
     "--memory_size 15 --negatives 8 --head_dim 8",
     "csd": "--init_rounds 2 --init_g_steps 2 --init_batch_size 6 --g_steps 2 --synthesis_batch_size 6 --nz 8",
     "dda": "--init_rounds 2 --init_g_steps 2 --init_batch_size 6 --g_steps 2 --synthesis_batch_size 6 --nz 8 "
-    "--fit_rounds 2 --fit_steps 2 --fit_batch_size 4 --num_inference_steps 4 --variants 2 --omega -1",
+    "--fit_passes 2 --fit_batch_size 6 --num_inference_steps 4 --variants 2 --omega -1",
     "diffdfkd": "--images_per_class 1 --synthesis_batch_size 6 --diffusion_batch_size 3 --num_inference_steps 2 "
     "--lca_every 1",
 }

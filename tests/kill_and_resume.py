@@ -20,7 +20,7 @@ import torch
 from tests.conftest import ROOT, TINY, TINY_TASK, build_network, outcome
 
 # Long enough that kills land in every stage.
-LONGER = "--init_rounds 25 --fit_rounds 30 --variants 8 --epochs 25"
+LONGER = "--init_rounds 25 --fit_passes 15 --variants 8 --epochs 25"
 
 
 def by_name(folder: Path) -> dict[str, str | bytes]:

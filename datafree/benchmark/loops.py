@@ -171,6 +171,7 @@ class Ours:
         self.optimizer = torch.optim.SGD(student.parameters(), lr=1e-3, momentum=0.9, fused=True)
         self.z = torch.randn(batch_size, 256, device=device, requires_grad=True)
         self.labels = torch.randint(info.num_classes, (batch_size,), device=device)
+        self.inversion_precision = precision.fresh()
         self.inversion_optimizer = torch.optim.Adam([*generator.parameters(), self.z], lr=1e-3)
         self.teacher = compiler(teacher, ALWAYS, "teacher", constant_weights=True)
         self.student_step = compiler(StudentStep(student.train()), ALWAYS, "student step")
@@ -204,7 +205,7 @@ class Ours:
     def inversion(self) -> None:
         with self.precision.autocast():
             loss = self.synthesis_losses(self.view(self.generator(self.z)), self.labels)
-        self.precision.minimize(loss, self.inversion_optimizer)
+        self.inversion_precision.minimize(loss, self.inversion_optimizer)
 
 
 def _apart(module: nn.Module) -> nn.Module:

@@ -1,11 +1,11 @@
-"""The embedded prior of stage generate: a class-conditional diffusion model of printed digits.
+"""Printed digits, rendered: what the embedded prior of stage generate was trained on.
 
-    python -m datafree.diffusion.glyphs --preview glyphs.png
+    python -m datafree.diffusion.glyphs
+    python -m datafree.diffusion.train_prior --dataset glyphs_digits --channels 48,96 --no_attention --no_flip \\
+      --batch_size 16 --lr 2e-3 --images 192000 --output checkpoints/priors/glyphs_digits_16.safetensors
 
-It renders digits, trains the pixel U-Net of ``datafree.diffusion.pixel`` on them (v-prediction, classifier-free guidance;
-see there for the papers) and writes its averaged weights as one small file. It plays the part that Stable Diffusion has in
-DiffDFKD (Qi et al. 2025, arXiv 2504.00870): it knows what the classes look like in print, and has seen none of the
-handwriting that the teacher was trained on. To resume, run the same command again.
+That prior plays the part that Stable Diffusion has in DiffDFKD (Qi et al. 2025, arXiv 2504.00870): it knows what the classes
+look like in print, and has seen none of the handwriting that the teacher was trained on.
 
 Glyphs come from fonts (Pillow's embedded one and whatever TrueType fonts are installed) and from ``PEN``, polylines and
 splines drawn for this project after typographic variants: the four open and closed, the seven with and without a bar, the
@@ -20,30 +20,24 @@ glyphs recognised all of 500 samples at guidance 1, 2 and 3 and 10 or 20 DDIM st
 class is 76 to 89 % of that between rendered glyphs, less at higher guidance and with fewer steps.
 """
 
-import dataclasses
-import json
+import io
 import math
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
-from safetensors import safe_open
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from datafree.diffusion.pixel import PatchUNet, PixelPrior
 from engine.runtime.errors import UserError, run_command
-from engine.runtime.files import atomic_path, load_checkpoint, load_tensors, save_checkpoint, save_tensors
-from engine.runtime.flags import Parser, add_flags, flag, from_args
+from engine.runtime.files import atomic_path
+from engine.runtime.flags import Parser, add_flags, check_least, flag, from_args
 
 CLASS_NAMES = tuple("0123456789")
-PRIOR = Path("checkpoints/priors/glyphs_digits_16.safetensors")
 SYSTEM_FONTS = (
     "/usr/share/fonts", "/usr/local/share/fonts", "~/.local/share/fonts", "~/.fonts",
     "/System/Library/Fonts", "/Library/Fonts", "~/Library/Fonts", "C:/Windows/Fonts",
@@ -259,154 +253,45 @@ def _reduced(random: np.random.Generator, ink: Image.Image) -> np.ndarray:
 
 @dataclass(frozen=True)
 class GlyphFlags:
-    """What to render, what to train, where to keep it."""
+    """What to render, and where to put it."""
 
-    output: str | None = flag(None, "the prior's weights; unset: checkpoints/priors/glyphs_digits_<image_size>.safetensors")
+    output: str = flag("data/glyphs_digits.npz", "the dataset: x_train, y_train, x_test, y_test, classes")
     fonts: tuple[str, ...] | None = flag(
         None, "folders of TrueType fonts, comma-separated; unset: the system's; Pillow's own is always among them"
     )
-    preview: str | None = flag(None, "PNG file of rendered (left) and generated glyphs (right) to write at the end")
-    redo: bool = flag(False, "forget what was trained before")
     image_size: int = flag(16, "px")
-    images: int = flag(20000, "glyphs to render and train on")
-    rounds: int = flag(60, "rounds of training; a stopped run goes on after the last whole one")
-    steps: int = flag(200, "steps a round")
-    batch_size: int = flag(16, "glyphs a step")
-    lr: float = flag(2e-3, "AdamW learning rate at its highest")
-    patch: int = flag(2, "px a side of the blocks that the network sees as one")
-    channels: tuple[int, ...] = flag((48, 96), "width of each level of the network")
-    seed: int = flag(0, "of glyphs and training")
-    device: str = flag("cpu", "where to train, as torch names it")
+    images: int = flag(20000, "glyphs to train on")
+    test_images: int = flag(1000, "others to measure on")
+    seed: int = flag(0, "every glyph is a function of seed, number and fonts")
 
 
-def train_prior(flags: GlyphFlags, fonts: list[Font]) -> PixelPrior:
-    """Renders, trains and writes ``flags.output``; goes on where it was stopped.
-
-    Raises:
-        UserError: the output or an unfinished training was made with other flags, or training diverged.
-    """
-    output = Path(flags.output)
-    unfinished = output.with_suffix(".pth")
-    settings = {k: v for k, v in dataclasses.asdict(flags).items() if k not in ("output", "fonts", "preview", "redo")}
-    settings = json.loads(json.dumps(settings | {"fonts": [font.name for font in fonts]}))
-    prior = PixelPrior(
-        len(CLASS_NAMES), flags.image_size, patch=flags.patch, channels=flags.channels, attention=False,
-        fit_rounds=flags.rounds, fit_steps=flags.steps, fit_batch_size=flags.batch_size, fit_lr=flags.lr,
-        strength=1.0, num_inference_steps=20, guidance_scale=2.0, seed=flags.seed, device=flags.device,
-    )  # fmt: skip
-    if flags.redo:
-        output.unlink(missing_ok=True)
-        unfinished.unlink(missing_ok=True)
-    if output.exists():
-        network, about = load_patch_prior(output)
-        _check_settings(output, about.get("settings", {}), settings)
-        prior.ema.load_state_dict(network.state_dict())
-        print(f"trained before: {output}; --redo trains again")
-        return prior
-    start = 0
-    if unfinished.exists():
-        state = load_checkpoint(unfinished, "unfinished training")
-        _check_settings(unfinished, state["settings"], settings)
-        prior.load_state_dict(state["prior"])
-        start = state["round"]
-    images, labels = render(flags.images, flags.image_size, fonts, flags.seed, bar=True)
-    bar = tqdm(total=flags.rounds * flags.steps, desc="train glyph prior", unit="step", initial=start * flags.steps)
-    for round in range(start, flags.rounds):
-        torch.manual_seed((flags.seed << 20) + round)  # resumed or not, a round has its own numbers
-        figures = prior.fit(images, labels)
-        save_checkpoint(unfinished, {"settings": settings, "round": round + 1, "prior": prior.state_dict()})
-        bar.set_postfix({"loss": f"{float(figures['loss']):.4f}"}, refresh=False)
-        bar.update(flags.steps)
-    bar.close()
-    about = {
-        "name": "glyphs", "num_classes": len(CLASS_NAMES), "class_names": CLASS_NAMES, "image_size": flags.image_size,
-        "patch": flags.patch, "channels": flags.channels, "attention": False, "settings": settings,
-    }  # fmt: skip
-    weights = {name: tensor.half() for name, tensor in prior.ema.state_dict().items()}
-    save_tensors(output, weights, {name: json.dumps(value) for name, value in about.items()})
-    unfinished.unlink()
-    return prior
-
-
-def _check_settings(file: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    for name, value in now.items():
-        if before.get(name) != value:
-            found = f"{file} was made with --{name} {before.get(name)}, now {value}"
-            raise UserError(f"{found}; give another --output, or --redo")
-
-
-def load_patch_prior(path: Path) -> tuple[PatchUNet, dict[str, Any]]:
-    """A class-conditional pixel prior from one safetensors file.
-
-    The file's tensors are those of ``PatchUNet.state_dict()``; its metadata hold, as JSON, ``num_classes``, ``image_size``,
-    ``patch``, ``channels``, ``attention``, ``class_names`` and ``name``.
-
-    Returns:
-        The network in float32, eval mode and without gradients to its weights, on the CPU: (x_t, t, labels) -> v with
-        images in [-1, 1] and ``num_classes`` as the null label; and the metadata as Python values.
-    Raises:
-        UserError: the file is missing, truncated or something else.
-    """
-    path = Path(path)
-    tensors = load_tensors(path)
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-    try:
-        about = {name: json.loads(value) for name, value in metadata.items()}
-        sizes = [about["num_classes"], about["image_size"], about["patch"], *about["channels"]]
-        if not all(type(size) is int and 0 < size <= 4096 for size in sizes) or len(about["channels"]) > 8:
-            raise ValueError(f"sizes {sizes} are out of range")
-        if len(about["class_names"]) != about["num_classes"]:
-            raise ValueError(f"{len(about['class_names'])} names for {about['num_classes']} classes")
-        about["channels"], about["class_names"] = tuple(about["channels"]), tuple(map(str, about["class_names"]))
-        with torch.device("meta"):  # no memory before the shapes are known to fit
-            network = PatchUNet(*(about[key] for key in ("num_classes", "image_size", "patch", "channels", "attention")))
-        if bad := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
-            raise ValueError(f"NaN or infinite weights in {bad[0]}")
-        network.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
-    except (KeyError, ValueError, TypeError, RuntimeError, UserError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path} is no pixel prior as python -m datafree.diffusion.glyphs writes it ({reason})") from None
-    return network.requires_grad_(False).eval(), about
-
-
-def picture(prior: PixelPrior, image_size: int, fonts: list[Font], seed: int, columns: int = 10) -> Image.Image:
-    """A row a class: ``columns`` rendered glyphs, a grey column, ``columns`` that the prior made of noise."""
-    rows = len(CLASS_NAMES)
-    rendered, labels = render(rows * columns, image_size, fonts, seed + 1)
-    noise = [(seed << 32) + k for k in range(len(labels))]
-    generated = prior.augment(torch.zeros(rendered.shape), labels, noise).cpu().mul(255).round().byte()
-
-    def tiles(images: Tensor) -> Tensor:
-        """Class c of images c, c + C, c + 2 C, ... fills row c: (rows * size, columns * size) uint8."""
-        size = image_size + 1
-        images = F.pad(images[:, 0], (0, 1, 0, 1), value=64).view(columns, rows, size, size)
-        return images.permute(1, 2, 0, 3).reshape(rows * size, columns * size)
-
-    left, right = tiles(rendered), tiles(generated)
-    sheet = torch.cat([left, torch.full((len(left), 4), 128, dtype=torch.uint8), right], 1)
-    return Image.fromarray(sheet.repeat_interleave(3, 0).repeat_interleave(3, 1).numpy())
+def write_dataset(flags: GlyphFlags, fonts: list[Font]) -> None:
+    """Renders both splits and writes them as one npz file, atomically; the test glyphs have the numbers after the others."""
+    check_least(flags, image_size=1, images=len(CLASS_NAMES), test_images=1)
+    images, labels = render(flags.images + flags.test_images, flags.image_size, fonts, flags.seed, bar=True)
+    images, labels = images.permute(0, 2, 3, 1).numpy(), labels.numpy()
+    arrays = {"classes": np.array(CLASS_NAMES)}
+    for split, part in (("train", slice(flags.images)), ("test", slice(flags.images, None))):
+        arrays |= {f"x_{split}": images[part], f"y_{split}": labels[part]}
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    with atomic_path(Path(flags.output)) as temporary:
+        temporary.write_bytes(buffer.getbuffer())
 
 
 def main() -> None:
-    """Command line of this module: render, train, write."""
+    """Command line of this module."""
     parser = Parser(
         prog="python -m datafree.diffusion.glyphs",
-        description="Trains the embedded prior of printed digits (stage generate) and writes its weights.",
-        epilog="To resume, run the same command again.",
+        description="Renders printed digits as a dataset, for the embedded prior of stage generate.",
+        epilog="The prior: python -m datafree.diffusion.train_prior --dataset glyphs_digits",
     )
     add_flags(parser, GlyphFlags, GlyphFlags.__doc__.rstrip("."))
     flags = from_args(GlyphFlags, parser.parse_args())
-    output = flags.output or PRIOR.with_name(f"glyphs_digits_{flags.image_size}.safetensors")
-    flags = dataclasses.replace(flags, output=str(output))
     fonts = find_fonts(flags.fonts)
     print(f"{len(fonts)} fonts: {', '.join(font.name for font in fonts)}")
-    prior = train_prior(flags, fonts)
-    print(f"{output}: {os.path.getsize(output) / 2**20:.2f} MiB")
-    if flags.preview:
-        with atomic_path(Path(flags.preview)) as temporary:
-            picture(prior, flags.image_size, fonts, flags.seed).save(temporary, format="PNG")
-        print(f"{flags.preview}: rendered left, generated right")
+    write_dataset(flags, fonts)
+    print(f"{flags.output}: {flags.images} glyphs to train on, {flags.test_images} to measure on")
 
 
 if __name__ == "__main__":

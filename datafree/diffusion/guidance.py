@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from datafree.bn_statistics import BNStatistics, bn_loss
-from datafree.diffusion.generative import GenerativePrior
+from datafree.diffusion.priors import DiffusionPrior
 from datafree.diffusion.sampling import Trajectory
 from datafree.diffusion.variation import resize
 from datafree.losses import adversarial_loss
@@ -85,14 +85,14 @@ class Guidance:
             loss = loss + self.adv * adversarial_loss(self.student(images), logits.detach(), agreeing_only=True)
         return len(images) * loss
 
-    def view(self, prior: GenerativePrior, trajectory: Trajectory, latents: Tensor, k: int, output: Tensor) -> Tensor:
+    def view(self, prior: DiffusionPrior, trajectory: Trajectory, latents: Tensor, k: int, output: Tensor) -> Tensor:
         """The images (B, 3, S, S) in [0, 1] that latents at step k and the prior's output for them stand for."""
         images = prior.decode(trajectory.clean(latents, k, output)).clamp(0, 1)
         size = (self.image_size, self.image_size)
         return images if images.shape[2:] == size else resize(images, size)
 
     def gradient(
-        self, prior: GenerativePrior, trajectory: Trajectory, latents: Tensor, k: int, condition: Any, targets: Tensor
+        self, prior: DiffusionPrior, trajectory: Trajectory, latents: Tensor, k: int, condition: Any, targets: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The prior's output for latents (B, C, h, w) at step k, and B * dL/dz there, of one shape."""
         parts = batches(len(latents), self.micro_batch)

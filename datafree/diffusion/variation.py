@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from datafree.diffusion.prior import Augmenter, denoising_steps, load_pipeline, prior_name, seeded_generators
+from datafree.diffusion.augmenter import Augmenter, denoising_steps, seeded_generators
+from datafree.diffusion.hub import load_pipeline, prior_name
 from engine.runtime.errors import UserError
 
 IMAGE_TO_IMAGE = {
@@ -35,8 +36,8 @@ def resize(images: Tensor, size: tuple[int, int], antialias: bool = True) -> Ten
 class _LatentAugmenter(Augmenter):
     """What both share: a pipeline, the size at which it works, and the way back to the source's size."""
 
-    def __init__(self, pipeline, model_id: str, revision: str | None, resolution: int | None):
-        self.pipeline = pipeline
+    def __init__(self, pipeline, model_id: str, revision: str | None, resolution: int | None, steps: int):
+        self.pipeline, self.network, self.steps = pipeline, pipeline.unet, steps
         self.external_prior = prior_name(model_id, revision)
         own = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
         self.resolution = resolution or own
@@ -84,7 +85,7 @@ class ImageVariation(_LatentAugmenter):
     ):
         denoising_steps(1.0, num_inference_steps)
         pipeline = load_pipeline(model_id, revision, "StableDiffusionImageVariationPipeline", dtype, device)
-        super().__init__(pipeline, model_id, revision, resolution)
+        super().__init__(pipeline, model_id, revision, resolution, num_inference_steps)
         self.guidance_scale, self.num_inference_steps = guidance_scale, num_inference_steps
         processor = pipeline.feature_extractor
         self.mean = torch.tensor(getattr(processor, "image_mean", CLIP_MEAN), device=device).view(1, 3, 1, 1)
@@ -143,7 +144,7 @@ class ImageToImage(_LatentAugmenter):
             )
         denoising_steps(strength, num_inference_steps)
         pipeline = load_pipeline(model_id, revision, IMAGE_TO_IMAGE, dtype, device)
-        super().__init__(pipeline, model_id, revision, resolution)
+        super().__init__(pipeline, model_id, revision, resolution, num_inference_steps)
         self.prompt, self.class_names = prompt, class_names
         self.strength, self.guidance_scale, self.num_inference_steps = strength, guidance_scale, num_inference_steps
 

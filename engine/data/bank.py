@@ -133,6 +133,12 @@ class ImageBank:
         return {"images": MappedImages.of([shard["images"] for shard in shards]), **columns}
 
 
+def find_bank(path: Path, folder: str = "bank") -> Path:
+    """A bank's folder, given as such or by the run folder whose ``folder`` it is."""
+    path = Path(path)
+    return path / folder if not (path / "manifest.json").exists() and (path / folder).is_dir() else path
+
+
 def read_manifest(path: Path) -> Manifest:
     """The manifest of a bank folder.
 

@@ -100,9 +100,8 @@ def _pad_mirrored(pixels: Tensor, mirror: Tensor, padding: int) -> Tensor:
 def resized_crop_flip(images: Tensor, flip: bool, scale: float = 0.08, ratio: float = 3 / 4, attempts: int = 10) -> Tensor:
     """A box of each image at the size of the whole, and mirrored with probability 1/2 (Szegedy et al. 2014, 1409.4842).
 
-    Boxes are drawn as torchvision's ``RandomResizedCrop`` draws them, but not rounded to pixels: a uniform share of the area,
-    log-uniform aspect, again where a box sticks out of the image. None is larger than the image, so there is nothing to
-    antialias.
+    Boxes are drawn as torchvision's ``RandomResizedCrop`` draws them, but not rounded to pixels: a uniform share of the
+    area, log-uniform aspect, again where a box sticks out of the image. None is larger than the image, so nothing aliases.
 
     Args:
         images: (B, C, H, W), float in [0, 1] or uint8.

@@ -6,6 +6,8 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.nn import functional as F
 
+from engine.data.bank import to_uint8
+
 SHOWN = 64  # px an image is enlarged to, if it is smaller
 
 
@@ -20,7 +22,7 @@ def grid(images: Tensor, columns: int = 16, padding: int = 2) -> Tensor:
     from torchvision.utils import make_grid
 
     if images.is_floating_point():
-        images = (images * 255).round().byte()
+        images = to_uint8(images)
     return make_grid(enlarge(images.cpu()), nrow=columns, padding=padding, pad_value=255)
 
 

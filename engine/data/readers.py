@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from engine.data.image_files import image_files
 from engine.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from engine.data.datasets import DatasetInfo
 
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff"}
 # The names that a split goes by on disk, best first.
 SPLIT_FOLDERS = {"train": ("train",), "test": ("test", "val")}
 
@@ -50,6 +50,11 @@ def describe_npz(row: dict[str, Any], root: Path, name: str, domain: str | None,
         names = next((archive[key] for key in ("classes", "class_names") if key in archive), None)
         labels = _labels(archive, path, "test")
         shape = _shape(archive, path, "x_test")
+    if names is None and labels.size and labels.min() != 0:
+        raise UserError(
+            f"{path}: the test labels lie in {labels.min()}..{labels.max()}, wanted 0..C-1; number the classes from 0, or add "
+            "their names as 'classes'"
+        )
     if names is None and not labels.size:
         raise UserError(f"{path} has neither 'classes' nor test labels: the number of classes is unknown")
     if len(shape) not in (3, 4):
@@ -226,16 +231,6 @@ def class_folders(folder: Path) -> list[str]:
     names = [entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith(".")]
     numeric = all(name.isdecimal() for name in names)
     return sorted(names, key=lambda name: (int(name), name)) if numeric else sorted(names)
-
-
-def image_files(folder: Path) -> list[str]:
-    """Every image below ``folder``, in a fixed order."""
-    found = []
-    for parent, folders, files in os.walk(folder):
-        folders.sort()
-        keep = (f for f in sorted(files) if os.path.splitext(f)[1].lower() in IMAGE_SUFFIXES and not f.startswith("."))
-        found += [os.path.join(parent, file) for file in keep]
-    return found
 
 
 # DomainNet

@@ -5,21 +5,20 @@ is the same for both. Normalization is the model's.
 """
 
 import os
-import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from engine.data.datasets import DatasetInfo
+from engine.data.image_files import decode_image, tell_of_cropping
+from engine.data.memory import home_of
 from engine.data.readers import RawSplit
 from engine.runtime.errors import UserError
 from engine.runtime.names import resolve
@@ -117,7 +116,8 @@ def load_split(info: DatasetInfo, split: str, device: torch.device | str, worker
     device = torch.device(device)
     raw, labels = read_split(info, split)
     labels = labels.to(device)
-    home = _home(len(labels) * 3 * info.image_size**2, device)
+    tell_of_cropping(f"{info.name} {split}", info.image_size, raw.images)
+    home = home_of(len(labels) * 3 * info.image_size**2, device)
     if isinstance(raw.images, np.ndarray):
         return Split(_resized(raw.images, info.image_size).to(home or "cpu"), labels, info.num_classes)
 
@@ -160,33 +160,6 @@ def _checked_labels(raw: RawSplit, info: DatasetInfo, split: str) -> Tensor:
             f"{raw.origin}: {split} labels lie in {low}..{high}, {info.name} has the classes 0..{info.num_classes - 1}"
         )
     return torch.from_numpy(raw.labels.astype(np.int64))
-
-
-def _home(num_bytes: int, device: torch.device) -> torch.device | None:
-    """Where that many bytes of images live: the device, else the host, else None (decoded as needed)."""
-    return next((place for place in (device, torch.device("cpu")) if num_bytes <= memory_limit(place)), None)
-
-
-def memory_limit(device: torch.device) -> int:
-    """Bytes that a split may take: a quarter of the free GPU memory, half of this process's share of the free host memory."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] // 4
-    free = _read_bytes("/proc/meminfo", "MemAvailable:", 1024)
-    if free is None:
-        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    limit, used = (_read_bytes(f"/sys/fs/cgroup/memory.{what}") for what in ("max", "current"))  # a container's
-    if limit is not None and used is not None:
-        free = min(free, max(limit - used, 0))
-    return free // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-
-
-def _read_bytes(path: str, key: str = "", unit: int = 1) -> int | None:
-    """The first number in a kernel file, or on its line that begins with ``key``; None where there is none."""
-    try:
-        line = next(line for line in Path(path).read_text().splitlines() if line.startswith(key))
-        return int(line.removeprefix(key).split()[0]) * unit
-    except (OSError, StopIteration, ValueError, IndexError):
-        return None
 
 
 def _resized(images: np.ndarray, size: int) -> Tensor:
@@ -251,25 +224,3 @@ def decode(files: ImageFiles, chunks: list[list[int]], workers: int, pin_memory:
 
 def _stack(images: list[Tensor | UserError]) -> Tensor | UserError:
     return next((image for image in images if isinstance(image, UserError)), None) or torch.stack(images)
-
-
-def decode_image(path: str, size: int, crop_fraction: float = 1.0) -> Tensor:
-    """(size, size, 3) uint8 RGB: shorter side to size / crop_fraction, bilinear antialiased, centre crop.
-
-    Raises:
-        UserError: the file is missing or damaged.
-    """
-    try:
-        with Image.open(path) as image:
-            image = image.convert("RGB")
-    except FileNotFoundError:
-        raise UserError(f"image {path} does not exist") from None
-    except (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as error:
-        raise UserError(f"image {path} cannot be decoded: {error}") from None
-    width, height = image.size
-    scale = max(size, round(size / crop_fraction)) / min(width, height)
-    width, height = max(size, round(width * scale)), max(size, round(height * scale))
-    if image.size != (width, height):
-        image = image.resize((width, height), Image.Resampling.BILINEAR)
-    left, top = (width - size) // 2, (height - size) // 2
-    return torch.from_numpy(np.array(image.crop((left, top, left + size, top + size))))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from engine.data.mapped import MappedImages, prefetch
-from engine.data.splits import memory_limit
+from engine.data.memory import home_of
 
 COPIED_AT_ONCE = 256  # images on their way from the shards to memory
 
@@ -14,8 +14,8 @@ COPIED_AT_ONCE = 256  # images on their way from the shards to memory
 class TransferSet:
     """The images that a student learns from, with room for those still to come.
 
-    They live where they fit, which is decided once: on the device of the networks (at most half of its free memory), in host
-    memory (likewise), else nowhere but in the shards. From the last two, batches are read ahead of the steps.
+    They live where they fit (``home_of``), which is decided once: on the device of the networks, in host memory, else nowhere
+    but in the shards. From the last two, batches are read ahead of the steps.
 
     Args:
         capacity: number of images it will hold in the end.
@@ -25,10 +25,9 @@ class TransferSet:
     def __init__(self, capacity: int, image_size: int, device: torch.device):
         self.capacity, self.device, self.count = capacity, device, 0
         self.bytes = capacity * 3 * image_size**2
-        fits = device.type == "cuda" and self.bytes <= torch.cuda.mem_get_info(device)[0] // 2
-        self.home = device if fits else torch.device("cpu")
+        home = home_of(self.bytes, device)
+        self.mapped, self.home = home is None, home or torch.device("cpu")
         self.labels = torch.empty(capacity, dtype=torch.long, device=self.home)
-        self.mapped = not fits and self.bytes > memory_limit(self.home)
         if self.mapped:
             nothing = torch.empty(0, 3, image_size, image_size, dtype=torch.uint8)
             self.images = MappedImages([nothing.numpy()], torch.empty(capacity, 2, dtype=torch.int32))

@@ -10,6 +10,7 @@ from engine.data.bank import to_uint8
 from engine.data.pictures import variants_grid
 from engine.loops.evaluate import check_finite
 from engine.loops.fill import Maker, Part, Share
+from engine.runtime.compilation import Hot
 from engine.runtime.errors import UserError
 from engine.runtime.files import load_checkpoint, load_tensors, save_checkpoint, save_tensors
 from engine.runtime.run import Run, progress
@@ -24,7 +25,7 @@ class VariantMaker(Maker):
     Position p = k * N + i of the bank is variant k of source i; its seed is a function of (seed, i, k) alone.
 
     Args:
-        augmenter: ``datafree.diffusion.prior.Augmenter``.
+        augmenter: ``datafree.diffusion.augmenter.Augmenter``.
         sources: images (N, 3, H, W) uint8 and labels (N,).
         variants: V.
         batch_size: images varied together.
@@ -43,6 +44,12 @@ class VariantMaker(Maker):
 
     def size(self, round: int) -> int:
         return min((round + 1) * SHARD, self.total) - round * SHARD
+
+    def hot(self) -> list[Hot]:
+        network = self.augmenter.network
+        batches = -(-SHARD // self.batch_size)
+        calls = batches * self.augmenter.steps
+        return [Hot(network, "forward", calls, "denoising network")] if network is not None else []
 
     def learn(self, round: int, made) -> dict[str, float] | None:
         """Trains the augmenter on the sources, if it learns."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from engine.data.bank import ImageBank
 from engine.data.pictures import grid
 from engine.loops.evaluate import check_finite
+from engine.runtime.compilation import Hot
 from engine.runtime.errors import UserError
 from engine.runtime.files import load_checkpoint, save_checkpoint
 from engine.runtime.processes import Processes
@@ -82,6 +83,10 @@ class Maker:
     def report(self, columns: dict[str, Tensor]) -> dict[str, float]:
         """Figures of a finished round, in the main process."""
         return {}
+
+    def hot(self) -> list[Hot]:
+        """What a round spends its time on."""
+        return []
 
     def state_dict(self) -> dict[str, Any]:
         """What the next round depends on: tensors and plain values."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from engine.data.bank import to_uint8
 from engine.loops.fill import Maker, Part, Share
+from engine.runtime.compilation import Hot
 from engine.runtime.files import atomic_path
 from engine.runtime.seeding import position_seed, seed_position
 
@@ -84,37 +85,41 @@ class Order:
 
 
 class GuidedMaker(Maker):
-    """Batches of ``order`` from a generator, as ``datafree.diffusion.generator.GuidedGenerator``.
+    """Batches of ``order`` from a sampler, as ``datafree.diffusion.guided_sampler.GuidedSampler``.
 
     Args:
-        generator: has ``generate(labels, seeds, repeats)``, ``measure(images, labels)``, ``competes``,
+        sampler: has ``draw(labels, seeds, repeats)``, ``measure(images, labels)``, ``competes``,
             ``wants_to_learn(images)``, ``fit(images, labels)``, ``state_dict()`` and ``load_state_dict(state)``.
     """
 
     unit = "img"
     advice = "lower --guidance_lr, --bn or --oh, give --adv 0 or fewer --adv_steps, and run again"
 
-    def __init__(self, generator, order: Order):
-        self.generator, self.order = generator, order
-        self.independent = not generator.competes
+    def __init__(self, sampler, order: Order):
+        self.sampler, self.order = sampler, order
+        self.independent = not sampler.competes
 
     def size(self, round: int) -> int:
         return len(self.order.positions(round))
 
+    def hot(self) -> list[Hot]:
+        batches = len(self.order.batches(0))
+        return [Hot(self.sampler.prior.network, "forward", batches * self.sampler.steps, "denoising network")]
+
     def learn(self, round: int, made) -> dict[str, float] | None:
         """Its competing student learns from the images so far."""
-        if not self.generator.wants_to_learn(self.order.positions(round).start):
+        if not self.sampler.wants_to_learn(self.order.positions(round).start):
             return None
         seed_position(self.order.seed, "generate", "learn", round)
         columns = made()
-        return {name: float(value) for name, value in self.generator.fit(columns["images"], columns["labels"]).items()}
+        return {name: float(value) for name, value in self.sampler.fit(columns["images"], columns["labels"]).items()}
 
     def make(self, round: int, share: Share, show) -> dict[int, Part]:
         parts = {}
         for index, positions in share.of(self.order.batches(round)):
             labels = self.order.labels(positions)
             seeds = [position_seed(self.order.seed, "generate", p) for p in positions]
-            batch = self.generator.generate(labels, seeds, self.order.repeats(positions))
+            batch = self.sampler.draw(labels, seeds, self.order.repeats(positions))
             if self.order.export:
                 export(self.order.export, batch.full, batch.labels, positions)
             parts[index] = Part({"images": to_uint8(batch.images).cpu(), "labels": labels})
@@ -123,13 +128,13 @@ class GuidedMaker(Maker):
 
     def report(self, columns: dict[str, Tensor]) -> dict[str, float]:
         """What the teacher says of them."""
-        return self.generator.measure(columns["images"], columns["labels"])
+        return self.sampler.measure(columns["images"], columns["labels"])
 
     def state_dict(self) -> dict[str, Any]:
-        return self.generator.state_dict()
+        return self.sampler.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.generator.load_state_dict(state)
+        self.sampler.load_state_dict(state)
 
 
 def export(folder: Path, images: Tensor, labels: Tensor, positions: range) -> None:

@@ -1,6 +1,5 @@
 """What every stage of a run is given, and how the stages are gone through."""
 
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,11 +7,12 @@ from typing import Any
 
 import torch
 
-from engine.data.bank import ImageBank, Manifest
+from engine.data.bank import ImageBank, Manifest, find_bank
 from engine.data.datasets import DatasetInfo
 from engine.loops.distill import Schedule
+from engine.runtime.compilation import Compiler
 from engine.runtime.errors import UserError
-from engine.runtime.files import read_json
+from engine.runtime.files import delete_files, read_json
 from engine.runtime.processes import Processes
 from engine.runtime.run import Run
 from engine.runtime.seeding import seed_position
@@ -42,6 +42,7 @@ class Session:
     schedule: Schedule
     flags: dict[str, Any]
     device: torch.device
+    compiler: Compiler
     processes: Processes = Processes()
     published: Callable[[dict[str, Any]], float | None] = lambda settings: None
 
@@ -62,9 +63,7 @@ class Session:
             UserError: the stage is not done, or the bank does not fit this run.
         """
         given = self.flags[flag]
-        path = Path(given) if given else self.path / folder
-        if given and not (path / "manifest.json").exists() and (path / folder).is_dir():
-            path = path / folder
+        path = find_bank(Path(given), folder) if given else self.path / folder
         record = path.parent / "stages.json"
         made = read_json(record) if record.exists() else {}
         if given and stage in INITIAL:
@@ -174,8 +173,10 @@ def run_stages(session: Session, stages: tuple[Stage, ...], selected: list[str],
 def _plan(session: Session, stages: tuple[Stage, ...], selected: list[str], redo: str | None) -> dict[str, str]:
     """{selected stage: "todo" or "done"}, after what is to be made again is deleted."""
     record = session.record
-    gone = record.discard(redo) if redo else []
-    for path in [p for stage in stages if stage.name in gone for pattern in stage.outputs for p in session.path.glob(pattern)]:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if redo:
+        gone = record.from_on(redo)
+        record.check([name for name in record.dependencies if name not in gone])  # before anything is deleted
+        delete_files(session.path, [pattern for stage in stages if stage.name in gone for pattern in stage.outputs])
+        record.discard(redo)
     record.check(selected)
     return {name: "done" if record.status(name) == "done" else "todo" for name in selected}

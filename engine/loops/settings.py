@@ -16,27 +16,27 @@ DISTILL = ("distill",)
 class TaskFlags:
     """Which networks, which data, where."""
 
-    dataset: str = flag("cifar10", "a name of registry.DATASETS, or NAME where DATA_ROOT/NAME.npz exists", stages=ALL)
-    data_root: str = flag("data", "folder of the real data (the test split, only to report)")
+    dataset: str = flag("cifar10", "a name of registry.DATASETS, or NAME where DATA_ROOT/NAME.npz exists", affects=ALL)
+    data_root: str = flag("data", "folder of the real data (the test split, only to report), from the current directory on")
     name: str | None = flag(
         None, "what checkpoints, run folders and tables call the dataset; unset: its name, or that of its folder"
     )
-    domain: str | None = flag(None, "domain of a dataset that has several (domainnet)", stages=ALL)
+    domain: str | None = flag(None, "domain of a dataset that has several (domainnet)", affects=ALL)
     classes: str | None = flag(
-        None, "of such a dataset: ten (its usual subset) or all; unset: ten", choices=("ten", "all"), stages=ALL
+        None, "of such a dataset: ten (its usual subset) or all; unset: ten", choices=("ten", "all"), affects=ALL
     )
-    image_size: int | None = flag(None, "px; unset: the dataset's own", stages=ALL)
+    image_size: int | None = flag(None, "px; unset: the dataset's own", affects=ALL)
     teacher: str = flag(
-        "wrn40_2", "a name of registry.MODELS, path/to/file.py:factory or package.module:factory", stages=ALL
+        "wrn40_2", "a name of registry.MODELS, path/to/file.py:factory or package.module:factory(key='value')", affects=ALL
     )
     teacher_ckpt: str | None = flag(
-        None, "its weights; unset: checkpoints/pretrained/<dataset>_<teacher>.pth or .safetensors"
+        None, "its weights; unset: checkpoints/pretrained/<dataset>_<teacher>.pth or .safetensors, here or beside datafree_kd.py"
     )
     teacher_mean: tuple[float, ...] | None = flag(
-        None, "normalization the teacher was trained with, r,g,b; unset: its checkpoint's, else the dataset's", stages=ALL
+        None, "normalization the teacher was trained with, r,g,b; unset: its checkpoint's, else the dataset's", affects=ALL
     )
-    teacher_std: tuple[float, ...] | None = flag(None, "see --teacher_mean", stages=ALL)
-    student: str = flag("wrn16_1", "as --teacher; starts from random weights", stages=DISTILL)
+    teacher_std: tuple[float, ...] | None = flag(None, "see --teacher_mean", affects=ALL)
+    student: str = flag("wrn16_1", "as --teacher; starts from random weights", affects=DISTILL)
 
 
 @dataclass(frozen=True)
@@ -45,24 +45,25 @@ class RunFlags:
 
     save_dir: str | None = flag(
         None,
-        "run folder, with --seeds one below it for each; unset: checkpoints/<method>/<dataset>_<teacher>_<student>_seed<seed>",
+        "run folder, with --seeds one below it for each; unset, in the current directory: "
+        "checkpoints/<method>/<dataset>_<teacher>_<student>_seed<seed>",
     )
     stages: tuple[str, ...] | None = flag(None, "which stages to run, comma-separated; unset: all of the method's")
     redo: str | None = flag(None, "forget this stage of the run folder and those after it, then run")
     init_bank: str | None = flag(
         None,
         "image bank to start from, instead of stage synthesize or generate (made with the same teacher)",
-        stages=("augment", "distill"),
+        affects=("augment", "distill"),
     )
     init_variants: str | None = flag(
-        None, "variants of --init_bank from another run, instead of stage augment", stages=DISTILL
+        None, "variants of --init_bank from another run, instead of stage augment", affects=DISTILL
     )
-    seed: int = flag(0, "random numbers are a function of seed, stage and round", stages=ALL)
+    seed: int = flag(0, "random numbers are a function of seed, stage and round", affects=ALL)
     seeds: tuple[int, ...] | None = flag(
         None, "several runs, one a seed, comma-separated; {seed} in a path flag stands for it, and a table ends them"
     )
     gpu: int | None = flag(None, "index of the GPU, -1 for the CPU; unset: GPU 0 if there is one")
-    amp: str = flag("no", "mixed precision of the networks", choices=AMP, stages=ALL)
+    amp: str = flag("no", "mixed precision of the networks", choices=AMP, affects=ALL)
     compile: str = flag(
         "auto",
         "torch.compile of inner steps; auto: of those that run often enough to win; graphs: as CUDA graphs",
@@ -74,15 +75,15 @@ class RunFlags:
 class DistillFlags:
     """Lengths and optimizer of stage distill."""
 
-    epochs: int = flag(200, "epochs of ep_steps student steps; accuracy is measured after each", stages=DISTILL)
-    kd_steps: int = flag(400, "student steps a round (a round begins with one synthesis)", stages=DISTILL)
-    ep_steps: int = flag(0, "student steps an epoch; 0: kd_steps, so that an epoch is a round", stages=DISTILL)
-    batch_size: int = flag(256, "images a student step", stages=DISTILL, short="-b")
-    lr: float = flag(0.1, "SGD learning rate at the cosine's beginning", stages=DISTILL)
-    lr_min: float = flag(0.0, "and at its end", stages=DISTILL)
-    momentum: float = flag(0.9, "SGD momentum", stages=DISTILL)
-    weight_decay: float = flag(1e-4, "SGD weight decay", stages=DISTILL)
-    warmup_epochs: int = flag(0, "epochs of linear warm-up of lr", stages=DISTILL)
+    epochs: int = flag(200, "epochs of ep_steps student steps; accuracy is measured after each", affects=DISTILL)
+    kd_steps: int = flag(400, "student steps a round (a round begins with one synthesis)", affects=DISTILL)
+    ep_steps: int = flag(0, "student steps an epoch; 0: kd_steps, so that an epoch is a round", affects=DISTILL)
+    batch_size: int = flag(256, "images a student step", affects=DISTILL, short="-b")
+    lr: float = flag(0.1, "SGD learning rate at the cosine's beginning", affects=DISTILL)
+    lr_min: float = flag(0.0, "and at its end", affects=DISTILL)
+    momentum: float = flag(0.9, "SGD momentum", affects=DISTILL)
+    weight_decay: float = flag(1e-4, "SGD weight decay", affects=DISTILL)
+    warmup_epochs: int = flag(0, "epochs of linear warm-up of lr", affects=DISTILL)
 
     def schedule(self) -> Schedule:
         """The same in the form that stage distill takes."""

@@ -35,11 +35,20 @@ class FillBank(Stage):
     rounds: int
     maker: Callable[[Session], Maker]
     external_prior: str = "none"
-    outputs = ("bank",)
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        return ("bank/manifest.json", f"bank/{self.name}-*.safetensors", f"bank/{STATE}")
 
     def run(self, session: Session) -> None:
         bank = session.new_bank("bank", self.external_prior)
-        fill(session.run, session.record, bank, self.name, self.rounds, lambda: self.maker(session), session.processes)
+
+        def maker() -> Maker:
+            made = self.maker(session)
+            session.compiler.compile_hot(made.hot(), self.rounds)
+            return made
+
+        fill(session.run, session.record, bank, self.name, self.rounds, maker, session.processes)
 
 
 @dataclass(frozen=True)
@@ -48,7 +57,7 @@ class Augment(Stage):
 
     Args:
         initial: name of the stage that fills the bank.
-        augmenter: builds ``datafree.diffusion.prior.Augmenter``.
+        augmenter: builds ``datafree.diffusion.augmenter.Augmenter``.
         variants: V, of each image.
         batch_size: images varied together.
         filter: ``datafree.filter.CosineFilter``.
@@ -62,16 +71,18 @@ class Augment(Stage):
     filter: Any
     external_prior: str = "none"
     name = "augment"
-    outputs = ("variants", "prior.pth", "filter_*.safetensors")
+    outputs = ("variants/manifest.json", "variants/augment-*.safetensors", "prior.pth", "filter_*.safetensors")
 
     def run(self, session: Session) -> None:
         sources = session.finished(self.initial, "init_bank", "bank").columns
 
         def maker() -> Maker:
             device, run = session.device, session.run
-            return augment.VariantMaker(
+            made = augment.VariantMaker(
                 self.augmenter(), sources, self.variants, self.batch_size, session.seed, device, run
             )
+            session.compiler.compile_hot(made.hot(), rounds)
+            return made
 
         bank = session.new_bank("variants", self.external_prior)
         rounds = -(-self.variants * len(sources["labels"]) // augment.SHARD)
@@ -108,7 +119,7 @@ class Distill(Stage):
     external_prior: str = "none"
     images_per_class: int | None = None
     name = "distill"
-    outputs = ("bank/distill-*", "distill.pth", "student.pth", "result.json")
+    outputs = ("bank/distill-*.safetensors", "distill.pth", "student.pth", "result.json")
 
     def prepare(self, session: Session) -> None:
         if not self.method.streams:
@@ -146,7 +157,7 @@ class Distill(Stage):
         distillation = distill.Distillation(
             method.teacher, method.student, method.objective().to(device), self._synthesizer(session, images.initial),
             session.schedule, Precision(session.flags["amp"], device), method.images_per_round if bank is not None else 0,
-            processes, method.task.compile,
+            processes, session.compiler,
         )  # fmt: skip
         figures = distill.distill(
             run, record, distillation, bank, transfer, method.student_view, test, seed=session.seed
@@ -181,6 +192,7 @@ class Distill(Stage):
     def _synthesizer(self, session: Session, initial: Finished | None) -> Any:
         """That of the rounds, going on from where the one of the initial bank stopped, if that left a state."""
         synthesizer = self.method.synthesizer()
+        session.compiler.compile_hot(synthesizer.hot(), session.schedule.rounds)
         file = initial.bank.path / STATE if initial else None
         if session.processes.main and file and file.exists():  # the others make no images
             synthesizer.load_state_dict(load_checkpoint(file, "synthesizer")["synthesizer"])

@@ -6,6 +6,7 @@ from torch import nn
 
 from engine.data.bank import to_uint8
 from engine.loops.fill import Maker, Part, Share
+from engine.runtime.compilation import Hot
 from engine.runtime.seeding import seed_position
 from models.classifier import weights_fixed
 
@@ -35,6 +36,9 @@ class SynthesisMaker(Maker):
         show(1)
         figures = {name: float(value) for name, value in batch.scalars.items()}
         return {0: Part({"images": to_uint8(batch.images).cpu(), "labels": batch.labels.cpu()}, figures)}
+
+    def hot(self) -> list[Hot]:
+        return self.synthesizer.hot()
 
     def state_dict(self) -> dict[str, Any]:
         return self.synthesizer.state_dict()

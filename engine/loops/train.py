@@ -24,16 +24,16 @@ TRAIN = ("train",)
 class TrainFlags:
     """Lengths and optimizer."""
 
-    epochs: int = flag(200, "passes over the training split", stages=TRAIN)
-    batch_size: int = flag(128, "images a step", stages=TRAIN, short="-b")
-    lr: float = flag(0.1, "SGD learning rate at its highest", stages=TRAIN)
+    epochs: int = flag(200, "passes over the training split", affects=TRAIN)
+    batch_size: int = flag(128, "images a step", affects=TRAIN, short="-b")
+    lr: float = flag(0.1, "SGD learning rate at its highest", affects=TRAIN)
     lr_decay_milestones: tuple[int, ...] | None = flag(
-        None, "epochs at which lr falls to a tenth, comma-separated; unset: cosine to zero", stages=TRAIN
+        None, "epochs at which lr falls to a tenth, comma-separated; unset: cosine to zero", affects=TRAIN
     )
-    warmup_epochs: int = flag(5, "epochs of linear warm-up (at most a tenth of all)", stages=TRAIN)
-    momentum: float = flag(0.9, "SGD momentum (Nesterov)", stages=TRAIN)
-    weight_decay: float = flag(5e-4, "SGD weight decay", stages=TRAIN, short="--wd")
-    label_smoothing: float = flag(0.0, "label smoothing", stages=TRAIN)
+    warmup_epochs: int = flag(5, "epochs of linear warm-up (at most a tenth of all)", affects=TRAIN)
+    momentum: float = flag(0.9, "SGD momentum (Nesterov)", affects=TRAIN)
+    weight_decay: float = flag(5e-4, "SGD weight decay", affects=TRAIN, short="--wd")
+    label_smoothing: float = flag(0.0, "label smoothing", affects=TRAIN)
 
 
 def learning_rate(flags: TrainFlags, epoch: float) -> float:

@@ -1,8 +1,10 @@
 """Teachers and students as a run uses them: built by name, weights checked, normalization on board."""
 
+import ast
 import importlib
 import importlib.util
 import inspect
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from engine.networks.normalization import Normalization, choose_normalization
-from engine.networks.weights import first_line, load_weights
+from engine.networks.weights import WrongNetwork, first_line, load_weights
 from engine.runtime.errors import UserError
+from engine.runtime.files import shipped
 from engine.runtime.names import lookup, resolve
 from models.classifier import Classifier, frozen
 
@@ -21,12 +24,14 @@ PRETRAINED = Path("checkpoints/pretrained")
 
 
 def short_name(spec: str) -> str:
-    """A network's name for file names: "nets/mine.py:big" -> "mine_big"."""
-    return spec.removesuffix(".py").split("/")[-1].replace(".py:", "_").replace(":", "_").replace(".", "_")
+    """A network's name for file names: "nets/mine.py:big" -> "mine_big", "nets.mine:big(depth=3)" -> "nets_mine_big_depth_3"."""
+    spec, _, arguments = spec.partition("(")
+    name = spec.removesuffix(".py").split("/")[-1].replace(".py:", "_").replace(":", "_").replace(".", "_")
+    return "_".join([name, *re.findall(r"\w+", arguments)])
 
 
 def find_checkpoint(spec: str, dataset: str, given: str | None, folder: Path = PRETRAINED) -> Path:
-    """The teacher's weights: ``given``, else ``<folder>/<dataset>_<name>.pth`` or ``.safetensors``.
+    """The teacher's weights: ``given``, else ``<folder>/<dataset>_<name>.pth`` or ``.safetensors``, here or in the project.
 
     Raises:
         UserError: neither exists; says how to get one.
@@ -35,8 +40,8 @@ def find_checkpoint(spec: str, dataset: str, given: str | None, folder: Path = P
         return Path(given)
     stem = f"{dataset}_{short_name(spec)}"
     for suffix in (".pth", ".safetensors"):
-        if (folder / (stem + suffix)).exists():
-            return folder / (stem + suffix)
+        if (file := shipped(folder / (stem + suffix))).exists():
+            return file
     raise UserError(
         f"no teacher checkpoint {folder / stem}.pth (or .safetensors); train one with 'python train_scratch.py --model "
         f"{spec}' and the dataset flags of this command, put a published one there, or name one with --teacher_ckpt"
@@ -48,19 +53,46 @@ def build_network(table: dict[str, str], spec: str, num_classes: int) -> nn.Modu
 
     Args:
         table: ``registry.MODELS``.
-        spec: one of its names, ``path/to/file.py:factory`` or ``package.module:factory``.
+        spec: one of its names, ``path/to/file.py:factory`` or ``package.module:factory``, and behind it, where the factory
+            takes them, arguments by name with literal values: ``torchvision.models:get_model(name="resnet18")``.
         num_classes: given to the factory, unless it takes no argument of that name.
     Raises:
         UserError: no such name, file or factory, or the factory fails or makes something else.
     """
-    factory = _find_factory(table, spec)
+    place, arguments = split_arguments(spec)
+    factory = _find_factory(table, place)
     try:
-        network = factory(num_classes=num_classes) if _takes_num_classes(factory) else factory()
+        if _takes_num_classes(factory):
+            arguments = {"num_classes": num_classes} | arguments
+        network = factory(**arguments)
     except Exception as error:  # whatever a user's file raises
         raise UserError(f"model '{spec}' failed: {first_line(error)}") from error
     if not isinstance(network, nn.Module):
         raise UserError(f"model '{spec}' made a {type(network).__name__}, wanted a torch.nn.Module")
     return network
+
+
+def split_arguments(spec: str) -> tuple[str, dict[str, Any]]:
+    """``"place:factory(depth=3)"`` -> ``"place:factory"``, {"depth": 3}. Values are literals; nothing is executed.
+
+    Raises:
+        UserError: what stands in the brackets is anything else.
+    """
+    place, bracket, rest = spec.partition("(")
+    if not bracket:
+        return spec, {}
+    try:
+        call = ast.parse(f"f({rest}", mode="eval").body
+        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
+            raise ValueError
+        arguments = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+        if None in arguments:  # **values
+            raise ValueError
+        return place, arguments
+    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
+        raise UserError(
+            f"model '{spec}': arguments are given by name, with literal values, as in {place}(depth=3, kind='a')"
+        ) from None
 
 
 def _find_factory(table: dict[str, str], spec: str) -> Callable[..., Any]:
@@ -147,6 +179,37 @@ def load_teacher(
     """
     network = build_network(table, spec, info.num_classes)
     file = find_checkpoint(spec, info.name, checkpoint)
-    stored = load_weights(network, file, "teacher checkpoint")
+    stored = load_named_weights(table, network, file, "teacher checkpoint", num_classes=info.num_classes)
     normalization = choose_normalization(info, mean, std, stored, f"teacher checkpoint {file}", "--teacher_")
     return frozen(wrap(network, spec, info, device, normalization))
+
+
+def load_named_weights(
+    table: dict[str, str], network: nn.Module, path: Path, what: str, *, num_classes: int, new_head: bool = False
+) -> dict[str, Any]:
+    """``load_weights``; where they are another network's, the error names those that fit.
+
+    Args:
+        table: ``registry.MODELS``.
+    """
+    try:
+        return load_weights(network, path, what, new_head)
+    except WrongNetwork as error:
+        names = fitting(table, error.shapes, num_classes)
+        found = f"{' or '.join(names)} would fit" if names else "choose the architecture that made it"
+        raise UserError(f"{error}; {found}") from None
+
+
+def fitting(table: dict[str, str], shapes: dict[str, torch.Size], num_classes: int) -> list[str]:
+    """The names in a table whose networks have the keys and shapes of a state dict; no memory is taken for them.
+
+    Args:
+        shapes: of the state dict, without BN's batch counters.
+    """
+    names = []
+    for name in table:
+        with torch.device("meta"):
+            state = build_network(table, name, num_classes).state_dict()
+        if shapes == {key: tensor.shape for key, tensor in state.items() if not key.endswith("num_batches_tracked")}:
+            names.append(name)
+    return names

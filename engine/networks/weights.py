@@ -16,6 +16,14 @@ WRAPPERS = ("state_dict", "model", "net")
 PREFIXES = ("module.", "_orig_mod.")  # of DataParallel and of torch.compile
 
 
+class WrongNetwork(UserError):
+    """A checkpoint is another network's. ``shapes`` are its tensors', without BN's batch counters."""
+
+    def __init__(self, message: str, shapes: dict[str, torch.Size]):
+        super().__init__(message)
+        self.shapes = shapes
+
+
 def published_weights(table: dict[str, str], spec: str) -> Path:
     """torchvision's ImageNet weights of a network, downloaded into torch's cache unless they are there.
 
@@ -118,7 +126,8 @@ def _check_fit(state: dict[str, Tensor], wanted: dict[str, Tensor], file: str, n
         if keys
     ]
     holds = f"holds {arch}" if arch else "holds another network"
-    raise UserError(f"{file} {holds}, wanted {network}: {'; '.join(found)}; choose the architecture that made it")
+    shapes = {key: tensor.shape for key, tensor in state.items() if not key.endswith("num_batches_tracked")}
+    raise WrongNetwork(f"{file} {holds}, wanted {network}: {'; '.join(found)}", shapes)
 
 
 def _is_head(keys: list[str], state: dict[str, Tensor], wanted: dict[str, Tensor]) -> bool:

@@ -1,11 +1,16 @@
 """How a command ends: the one exception for mistakes that the user can mend, and the wrapper of every entry point."""
 
 import errno
+import logging
 import os
+import re
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
+from contextlib import suppress
+from typing import NoReturn
 
 EXIT_USER_ERROR = 2
 PATIENCE = 5  # s; see ``follow``
@@ -50,32 +55,52 @@ def follow(main: Callable[[], None]) -> None:
         raise
 
 
-def run_command(main: Callable[[], None]) -> None:
-    """Runs ``main``; a UserError or a refused write is one line on stderr and exit code 2, a stop is 130 or 143."""
+def end_process(code: int) -> NoReturn:
+    """Ends this process with an exit code; one that a launcher started with others ends without finalizing the interpreter.
+
+    A thread of gloo's may hold the last reference to a tensor made by Python, also after ``destroy_process_group``: dropped
+    while the interpreter is finalized, it ends the process by abort() (SIGABRT).
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        sys.exit(code)
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # a closed pipe
+            stream.flush()
+    os._exit(code)
+
+
+def run_command(main: Callable[[], None], leave: Callable[[], None] = lambda: None) -> None:
+    """Runs ``main``; a UserError or a refused write is one line on stderr and exit code 2, a stop is 130 or 143.
+
+    Args:
+        leave: called at the end, if all went well.
+    """
 
     def on_sigterm(signum, frame):
         raise Terminated
 
+    def command():
+        main()
+        leave()
+
     signal.signal(signal.SIGTERM, on_sigterm)
     rank = launched_rank()
     try:
-        follow(main) if rank else main()
+        follow(command) if rank else command()
+        end_process(0)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(EXIT_USER_ERROR)
-    except OSError as error:
-        if error.errno is None:
-            raise
-        print(f"error: {explain_os_error(error)}", file=sys.stderr)
-        sys.exit(EXIT_USER_ERROR)
-    except RuntimeError as error:
-        if "closed by peer" not in str(error) and "reset by peer" not in str(error):
-            raise
-        print(
-            f"error: process {rank} has lost another one, which says why in its own last line", file=sys.stderr, flush=True
-        )
-        sys.stdout.flush()
-        os._exit(EXIT_USER_ERROR)  # gloo's threads, which still wait for the other one, would end an orderly exit by abort()
+        end_process(EXIT_USER_ERROR)
     except (KeyboardInterrupt, Terminated) as stop:
         print("\nstopped; nothing written is lost: run the same command again to go on", file=sys.stderr)
-        sys.exit(143 if isinstance(stop, Terminated) else 130)
+        end_process(143 if isinstance(stop, Terminated) else 130)
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            print(f"error: {explain_os_error(error)}", file=sys.stderr)
+            end_process(EXIT_USER_ERROR)
+        if isinstance(error, RuntimeError) and re.search("(closed|reset) by peer", str(error)):
+            print(f"error: process {rank} has lost another one, which says why in its own last line", file=sys.stderr)
+            end_process(EXIT_USER_ERROR)
+        traceback.print_exc()
+        end_process(1)

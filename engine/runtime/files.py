@@ -1,9 +1,15 @@
-"""Files that are either whole or absent: atomic writes, and reads that never unpickle code."""
+"""Files that are either whole or absent: atomic writes, and reads that never unpickle code.
+
+What is deleted or replaced is this program's own: temporary files by their name, which nobody else gives, and outputs by the
+names that the stages give them. Nothing is ever deleted through a link.
+"""
 
 import hashlib
 import io
 import json
 import os
+import re
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +23,16 @@ from torch import Tensor
 
 from engine.runtime.errors import UserError
 
+PROJECT = Path(__file__).parents[2]
+TEMPORARY = ".datafree_kd.tmp"  # ends the name of every file that is still being written
+TEMPORARY_NAME = re.compile(rf"\..+\.[a-z0-9_]{{8}}{re.escape(TEMPORARY)}")
+
+
+def shipped(path: Path | str) -> Path:
+    """A default path as it is, below the current directory, or else the file of that name that comes with this project."""
+    path = Path(path)
+    return path if path.exists() or not (PROJECT / path).exists() else PROJECT / path
+
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
@@ -26,7 +42,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=TEMPORARY, dir=path.parent)
     os.close(descriptor)
     temporary = Path(name)
     try:
@@ -46,6 +62,78 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yields a temporary folder beside ``path``, renamed onto it at the end, removed after an error.
+
+    Raises:
+        UserError: ``path`` is there and is not an empty folder.
+    """
+    path = Path(path)
+    require_new(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=TEMPORARY, dir=path.parent))
+    try:
+        yield temporary
+        temporary.chmod(0o777 & ~_umask())
+        require_new(path)
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def require_new(path: Path) -> None:
+    """Raises a UserError unless ``path`` is absent or an empty folder."""
+    path = Path(path)
+    if path.is_symlink() or (path.exists() and not (path.is_dir() and not any(path.iterdir()))):
+        raise UserError(f"{path} is there already and is not an empty folder; give a new one")
+
+
+def claim_folder(folder: Path, owner: str) -> None:
+    """Takes a folder for the files of one owner, who may come again; the file ``.datafree_kd`` in it says whose it is.
+
+    Raises:
+        UserError: it holds other files, or those of another owner.
+    """
+    mark = Path(folder) / ".datafree_kd"
+    if not (mark.is_file() and mark.read_text() == owner):
+        delete_temporaries(Path(folder))  # a mark that was not finished
+        require_new(Path(folder))
+        with atomic_path(mark) as temporary:
+            temporary.write_text(owner)
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether this is a file that ``atomic_path`` made; a link is none."""
+    return TEMPORARY_NAME.fullmatch(path.name) is not None and path.is_file() and not path.is_symlink()
+
+
+def delete_temporaries(folder: Path) -> None:
+    """Deletes what killed writes have left directly in a folder, which may be missing or a link (then: nothing)."""
+    if folder.is_dir() and not folder.is_symlink():
+        for file in filter(is_temporary, list(folder.iterdir())):
+            file.unlink(missing_ok=True)
+
+
+def delete_files(folder: Path, patterns: list[str]) -> None:
+    """Deletes files of a folder and of the folders directly in it, and of the latter those that are empty then.
+
+    Args:
+        patterns: as of ``Path.glob``: "student.pth" or "bank/distill-*.safetensors".
+    Raises:
+        UserError: one lies behind a link; nothing is deleted.
+    """
+    files = sorted({file for pattern in patterns for file in folder.glob(pattern) if not file.is_dir()})
+    for path in dict.fromkeys(part for file in files for part in (file.parent, file)):
+        if path.is_symlink() and path != folder:
+            raise UserError(f"{path} is a link, and nothing is deleted through links; remove it by hand")
+    for file in files:
+        file.unlink()
+    for parent in {file.parent for file in files} - {folder}:
+        if not any(parent.iterdir()):
+            parent.rmdir()
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -117,8 +205,10 @@ def load_checkpoint(path: Path, what: str = "checkpoint") -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises a dozen unrelated types on damaged files
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if "weights_only" in str(error) or "Unsupported" in str(error):
+        reason = str(error).strip().splitlines()[0].split(". ")[0] if str(error).strip() else type(error).__name__
+        if "Unsupported operand" in str(error) or isinstance(error, LookupError | EOFError | ValueError | TypeError | AttributeError):
+            reason = "it is no whole file that torch.save has written"
+        elif "weights_only" in str(error) or "Unsupported" in str(error):
             reason = "it holds pickled objects other than tensors, which may run code and are never loaded"
         raise UserError(f"{what} {path} cannot be read: {reason}; a file with a plain state_dict is wanted") from None
 

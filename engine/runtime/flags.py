@@ -1,25 +1,25 @@
-"""Frozen dataclasses as command lines: a field is a flag, written once with its default, help and stages."""
+"""Frozen dataclasses as command lines: a field is a flag, written once with its default, its help and the stages it affects."""
 
 import argparse
 import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from engine.runtime.errors import UserError
 
 
 def flag(
-    default: Any, help: str, *, stages: Sequence[str] = (), choices: Sequence[str] | None = None, short: str | None = None
+    default: Any, help: str, *, affects: Sequence[str] = (), choices: Sequence[str] | None = None, short: str | None = None
 ) -> Any:
     """A dataclass field that is a flag.
 
     Args:
-        stages: the stages whose results depend on it. Changing it after one of them has begun is an error.
+        affects: the stages whose results depend on it. Changing it after one of them has begun is an error.
     """
-    metadata = {"help": help, "stages": tuple(stages), "choices": choices, "short": short}
+    metadata = {"help": help, "affects": tuple(affects), "choices": choices, "short": short}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -44,10 +44,27 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> typing.NoReturn:
         if message.startswith("unrecognized arguments: "):
             unknown = message.removeprefix("unrecognized arguments: ").split()[0]
-            near = difflib.get_close_matches(unknown.split("=")[0], self._option_string_actions, n=3, cutoff=0.6)
+            written = "--" + unknown.split("=")[0].lstrip("-").replace("-", "_")
+            known = [name for name in self._option_string_actions if "-" not in name.lstrip("-")]
+            near = difflib.get_close_matches(written, known, n=3, cutoff=0.6)
             hint = f"did you mean {' or '.join(near)}? " if near else ""
             message = f"unknown flag {unknown}; {hint}see --help"
         raise UserError(message)
+
+
+def add_list(parser: argparse.ArgumentParser, **tables: Iterable[str]) -> None:
+    """Adds ``--list KIND``, which prints the names of a table, one a line, and ends the program.
+
+    Args:
+        tables: {kind: names}, kind as "models".
+    """
+
+    class List(argparse.Action):
+        def __call__(self, parser, namespace, value, option_string=None):
+            print("\n".join(tables[value]))
+            parser.exit()
+
+    parser.add_argument("--list", action=List, choices=tables, help="print the known names, one a line, and stop")
 
 
 class _Formatter(argparse.HelpFormatter):
@@ -122,5 +139,5 @@ def stage_flags(stage: str, *configs: Any) -> dict[str, Any]:
         f.name: list(v) if isinstance(v := getattr(config, f.name), tuple) else v
         for config in configs
         for f in dataclasses.fields(config)
-        if stage in f.metadata["stages"]
+        if stage in f.metadata["affects"]
     }

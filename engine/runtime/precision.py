@@ -15,6 +15,9 @@ AMP = ("no", "bf16", "fp16")
 class Precision:
     """``autocast()`` around networks, ``minimize(loss, optimizer)`` for backward and step, with loss scaling for fp16.
 
+    The scale of fp16 follows the losses of one optimizer: each optimizer has a Precision of its own, which lives as long. One
+    that outlives a round is part of its owner's state.
+
     Args:
         amp: "no", "bf16" or "fp16".
     Raises:
@@ -24,9 +27,14 @@ class Precision:
     def __init__(self, amp: str, device: torch.device):
         if amp == "fp16" and device.type != "cuda":
             raise UserError(f"--amp fp16 needs a GPU, the device is {device}; give --amp no or --amp bf16")
+        self.amp = amp
         self.dtype = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
         self.device = device
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
+
+    def fresh(self) -> "Precision":
+        """The same for another optimizer: a scale of its own, as at the beginning."""
+        return type(self)(self.amp, self.device)
 
     def autocast(self) -> AbstractContextManager:
         """The context in which networks run; losses are computed in float32 outside it or by autocast's own rules."""
@@ -40,6 +48,7 @@ class Precision:
         self.scaler.update()
 
     def state_dict(self) -> dict[str, Any]:
+        """The scale and what it follows; empty without fp16."""
         return self.scaler.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

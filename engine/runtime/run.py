@@ -22,30 +22,55 @@ from torch import Tensor
 from tqdm import tqdm
 
 from engine.runtime.errors import UserError
-from engine.runtime.files import atomic_path, write_json
+from engine.runtime.files import atomic_path, delete_temporaries, is_temporary, write_json
 from engine.runtime.processes import is_main
+
+FOLDERS = ("bank", "variants", "pictures")  # of a run folder
+
+
+def require_run_folder(path: Path) -> None:
+    """Raises a UserError if ``path`` holds files, but neither the args.json nor the stages.json of a run.
+
+    A run killed before it wrote either has left nothing but its lock and temporary files.
+    """
+    if not path.is_dir() or all(file.name == ".lock" or is_temporary(file) for file in path.iterdir()):
+        return
+    args, stages = (_json_object(path / name) for name in ("args.json", "stages.json"))
+    is_stage = (isinstance(entry, dict) and "depends_on" in entry for entry in stages.values())
+    if not ({"args", "command", "versions"} <= args.keys() or any(is_stage)):
+        raise UserError(f"--save_dir {path} holds files that are no run of this program; give a new folder, or that of a run")
+
+
+def _json_object(file: Path) -> dict[str, Any]:
+    """A JSON file's object; {} for anything else."""
+    try:
+        value = json.loads(file.read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 class Run:
     """One run folder, held by one process at a time.
 
     Raises:
-        UserError: the folder cannot be written, or another process is using it.
+        UserError: the folder cannot be written, holds something else than a run, or another process is using it.
     """
 
     def __init__(self, save_dir: str | Path, args: dict[str, Any]):
         self.path = Path(save_dir)
         try:
+            require_run_folder(self.path)
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.path / ".lock", "w")
+            self._lock = open(self.path / ".lock", "a")
         except OSError as error:
             raise UserError(f"--save_dir {self.path} cannot be written ({error.strerror}); give a writable folder") from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UserError(f"another process is running in {self.path}; wait for it, or give another --save_dir") from None
-        for leftover in self.path.rglob("*.tmp"):
-            leftover.unlink()
+        for folder in (self.path, *(self.path / name for name in FOLDERS)):
+            delete_temporaries(folder)
         self._writer = None
         self.provenance = {
             "command": shlex.join([Path(sys.executable).name, *sys.argv]),

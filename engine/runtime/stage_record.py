@@ -32,7 +32,7 @@ class StageRecord:
             UserError: a flag or an input has changed since.
         """
         order = list(self.dependencies)
-        for stage in order[: max(map(order.index, selected)) + 1]:
+        for stage in order[: max(map(order.index, selected), default=-1) + 1]:
             if stage not in self.record:
                 continue
             status, before = self.record[stage]["status"], self.record[stage]["depends_on"]
@@ -72,12 +72,16 @@ class StageRecord:
             entry["status"] = "done"
         write_json(self.path, self.record)
 
-    def discard(self, stage: str) -> list[str]:
-        """Forgets a stage and all that follow it; returns their names."""
+    def from_on(self, stage: str) -> list[str]:
+        """The names of a stage and of all that follow it."""
         order = list(self.dependencies)
         if stage not in order:
             raise UserError(f"--redo {stage}: this method has the stages {', '.join(order)}")
-        gone = order[order.index(stage) :]
+        return order[order.index(stage) :]
+
+    def discard(self, stage: str) -> list[str]:
+        """Forgets a stage and all that follow it; returns their names."""
+        gone = self.from_on(stage)
         for name in gone:
             self.record.pop(name, None)
         if self.path.exists():

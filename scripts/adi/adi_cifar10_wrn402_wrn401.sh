@@ -2,8 +2,7 @@
 # Adaptive DeepInversion, CVPR 2020 (arXiv 1912.08795):
 # cifar10, wrn40_2 -> wrn40_1; settings published for CIFAR-10, wrn40_2 -> wrn16_1, but for the steps.
 # The paper's acc1 (best test epoch): 86.85 %.
-# acc1: not measured yet. Time: not measured yet. Device: one GPU.
-# Wants checkpoints/pretrained/cifar10_wrn40_2.pth.
+# One GPU. Wants checkpoints/pretrained/cifar10_wrn40_2.pth.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 source scripts/environment.sh

@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
 # CMI, IJCAI 2021 (arXiv 2105.08584):
 # cifar100, initial image bank of wrn40_2 (51,200 images); settings published for CIFAR-10, wrn40_2 -> wrn16_1.
-# acc1: not measured yet. Time: not measured yet. Device: one GPU.
-# Wants checkpoints/pretrained/cifar100_wrn40_2.pth; makes checkpoints/cmi/cifar100_wrn40_2_initBank/bank.
+# One GPU. Wants checkpoints/pretrained/cifar100_wrn40_2.pth; makes checkpoints/cmi/cifar100_wrn40_2_initBank/bank.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 source scripts/environment.sh

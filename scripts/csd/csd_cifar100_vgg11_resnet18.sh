@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
 # CSD, ICME 2023 (arXiv 2307.04542):
 # cifar100, vgg11 -> resnet18; settings published for CIFAR-10, wrn40_2 -> wrn16_1.
-# acc1: not measured yet. Time: not measured yet. Device: one GPU.
-# First: bash scripts/csd/csd_cifar100_initBank_vgg11.sh
+# One GPU. First: bash scripts/csd/csd_cifar100_initBank_vgg11.sh
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 source scripts/environment.sh

@@ -2,8 +2,7 @@
 # DAFL, ICCV 2019 (arXiv 1904.01186):
 # cifar10, vgg11 -> resnet18; published settings.
 # The paper's acc1 (best test epoch): 81.10 %.
-# acc1: not measured yet. Time: not measured yet. Device: one GPU.
-# Wants checkpoints/pretrained/cifar10_vgg11.pth.
+# One GPU. Wants checkpoints/pretrained/cifar10_vgg11.pth.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 source scripts/environment.sh

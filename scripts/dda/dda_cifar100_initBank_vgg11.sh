@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
 # DDA, ACM MM 2024 (arXiv 2410.17606):
 # cifar100, initial image bank of vgg11 (80,000 images); CSD's published settings; for the diffusion stage none are, and its prior is trained here.
-# acc1: not measured yet. Time: not measured yet. Device: one GPU.
-# Wants checkpoints/pretrained/cifar100_vgg11.pth; makes checkpoints/dda/cifar100_vgg11_initBank/bank.
+# One GPU. Wants checkpoints/pretrained/cifar100_vgg11.pth; makes checkpoints/dda/cifar100_vgg11_initBank/bank.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 source scripts/environment.sh

@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
 # DDA, ACM MM 2024 (arXiv 2410.17606):
 # cifar10, wrn40_2 -> wrn16_2; CSD's published settings; for the diffusion stage none are, and its prior is trained here.
-# acc1: not measured yet. Time: not measured yet. Device: one GPU.
-# First: bash scripts/dda/dda_cifar10_initBank_wrn402.sh
+# One GPU. First: bash scripts/dda/dda_cifar10_initBank_wrn402.sh
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 source scripts/environment.sh

@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
 # DeepInversion, CVPR 2020 (arXiv 1912.08795):
 # cifar100, wrn40_2 -> wrn40_1; ADI's settings without its competition.
-# acc1: not measured yet. Time: not measured yet. Device: one GPU.
-# Wants checkpoints/pretrained/cifar100_wrn40_2.pth.
+# One GPU. Wants checkpoints/pretrained/cifar100_wrn40_2.pth.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 source scripts/environment.sh

@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
 # DFAD, 2019 (arXiv 1912.11006):
 # cifar10, resnet34 -> resnet18; published settings.
-# acc1: not measured yet. Time: not measured yet. Device: one GPU.
-# Wants checkpoints/pretrained/cifar10_resnet34.pth.
+# One GPU. Wants checkpoints/pretrained/cifar10_resnet34.pth.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 source scripts/environment.sh

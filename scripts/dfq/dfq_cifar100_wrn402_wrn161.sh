@@ -2,8 +2,7 @@
 # DFQ, CVPRW 2020 (arXiv 2005.04136):
 # cifar100, wrn40_2 -> wrn16_1; published settings.
 # The paper's acc1 (best test epoch): 51.27 %.
-# acc1: not measured yet. Time: not measured yet. Device: one GPU.
-# Wants checkpoints/pretrained/cifar100_wrn40_2.pth.
+# One GPU. Wants checkpoints/pretrained/cifar100_wrn40_2.pth.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 source scripts/environment.sh

@@ -2,8 +2,7 @@
 # DFQ, CVPRW 2020 (arXiv 2005.04136):
 # cifar10, resnet34 -> resnet18; published settings.
 # The paper's acc1 (best test epoch): 94.61 %.
-# acc1: not measured yet. Time: not measured yet. Device: one GPU.
-# Wants checkpoints/pretrained/cifar10_resnet34.pth.
+# One GPU. Wants checkpoints/pretrained/cifar10_resnet34.pth.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 source scripts/environment.sh

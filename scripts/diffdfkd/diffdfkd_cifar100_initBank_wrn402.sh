@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
 # DiffDFKD, ICME 2025 (arXiv 2504.00870), Stable Diffusion 1.5:
 # cifar100, initial image bank of wrn40_2 (50,000 images); CIFAR-10's published settings.
-# acc1: not measured yet. Time: not measured yet. Device: one GPU.
-# Wants checkpoints/pretrained/cifar100_wrn40_2.pth; makes checkpoints/diffdfkd/cifar100_wrn40_2_initBank/bank.
+# One GPU. Wants checkpoints/pretrained/cifar100_wrn40_2.pth; makes checkpoints/diffdfkd/cifar100_wrn40_2_initBank/bank.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 source scripts/environment.sh

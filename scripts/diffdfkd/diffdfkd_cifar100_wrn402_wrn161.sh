@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
 # DiffDFKD, ICME 2025 (arXiv 2504.00870), Stable Diffusion 1.5:
 # cifar100, wrn40_2 -> wrn16_1; CIFAR-10's published settings.
-# acc1: not measured yet. Time: not measured yet. Device: one GPU.
-# First: bash scripts/diffdfkd/diffdfkd_cifar100_initBank_wrn402.sh
+# One GPU. First: bash scripts/diffdfkd/diffdfkd_cifar100_initBank_wrn402.sh
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 source scripts/environment.sh

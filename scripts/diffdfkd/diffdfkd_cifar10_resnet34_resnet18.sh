@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
 # DiffDFKD, ICME 2025 (arXiv 2504.00870), Stable Diffusion 1.5:
 # cifar10, resnet34 -> resnet18; published settings.
-# acc1: not measured yet. Time: not measured yet. Device: one GPU.
-# First: bash scripts/diffdfkd/diffdfkd_cifar10_initBank_resnet34.sh
+# One GPU. First: bash scripts/diffdfkd/diffdfkd_cifar10_initBank_resnet34.sh
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 source scripts/environment.sh

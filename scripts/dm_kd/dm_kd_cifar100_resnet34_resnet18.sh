@@ -2,8 +2,7 @@
 # DM-KD (arXiv 2305.12954), Stable Diffusion 1.5: DiffDFKD without guidance:
 # cifar100, resnet34 -> resnet18; DiffDFKD's settings, unguided; DM-KD's images are a DiT's.
 # The paper's acc1 (best test epoch): 76.58 %.
-# acc1: not measured yet. Time: not measured yet. Device: one GPU.
-# First: bash scripts/dm_kd/dm_kd_cifar100_initBank_resnet34.sh
+# One GPU. First: bash scripts/dm_kd/dm_kd_cifar100_initBank_resnet34.sh
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 source scripts/environment.sh

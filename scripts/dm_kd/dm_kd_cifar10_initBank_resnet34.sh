@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
 # DM-KD (arXiv 2305.12954), Stable Diffusion 1.5: DiffDFKD without guidance:
 # cifar10, initial image bank of resnet34 (50,000 images); DiffDFKD's settings, unguided; DM-KD's images are a DiT's.
-# acc1: not measured yet. Time: not measured yet. Device: one GPU.
-# Wants checkpoints/pretrained/cifar10_resnet34.pth; makes checkpoints/dm_kd/cifar10_resnet34_initBank/bank.
+# One GPU. Wants checkpoints/pretrained/cifar10_resnet34.pth; makes checkpoints/dm_kd/cifar10_resnet34_initBank/bank.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 source scripts/environment.sh

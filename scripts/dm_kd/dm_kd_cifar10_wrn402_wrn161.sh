@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
 # DM-KD (arXiv 2305.12954), Stable Diffusion 1.5: DiffDFKD without guidance:
 # cifar10, wrn40_2 -> wrn16_1; DiffDFKD's settings, unguided; DM-KD's images are a DiT's.
-# acc1: not measured yet. Time: not measured yet. Device: one GPU.
-# First: bash scripts/dm_kd/dm_kd_cifar10_initBank_wrn402.sh
+# One GPU. First: bash scripts/dm_kd/dm_kd_cifar10_initBank_wrn402.sh
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 source scripts/environment.sh

@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
 # DM-KD (arXiv 2305.12954), Stable Diffusion 1.5: DiffDFKD without guidance:
 # tiny_imagenet, vgg11 -> resnet18; DiffDFKD's settings, unguided; DM-KD's images are a DiT's.
-# acc1: not measured yet. Time: not measured yet. Device: one GPU.
-# First: bash scripts/dm_kd/dm_kd_tiny_imagenet_initBank_vgg11.sh
+# One GPU. First: bash scripts/dm_kd/dm_kd_tiny_imagenet_initBank_vgg11.sh
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 source scripts/environment.sh

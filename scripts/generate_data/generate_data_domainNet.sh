@@ -2,8 +2,7 @@
 # DiffDFKD, ICME 2025 (arXiv 2504.00870): 200 images a class for ten classes of one domain of DomainNet, drawn by Stable
 # Diffusion 1.5 under guidance of the teacher (bn 0.1, oh 1, adv 1 from 20 images a class on); published settings. Their
 # prompt leaves the class to the guidance; --prompt "an image of {label}" names it.
-# acc1: not measured yet. Time: not measured yet. Device: one GPU (24 GB: add --diffusion_batch_size 4
-# --gradient_checkpointing). First: bash scripts/train_from_scratch/domainnet.sh
+# One GPU (24 GB: add --diffusion_batch_size 4 --gradient_checkpointing). First: bash scripts/train_from_scratch/domainnet.sh
 # DOMAIN=quickdraw bash ... takes another domain than sketch; makes checkpoints/diffdfkd/domainnet_<domain>_generated/bank.
 set -euo pipefail
 cd "$(dirname "$0")/../.."

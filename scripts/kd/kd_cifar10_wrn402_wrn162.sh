@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
 # ordinary distillation on the real training images, the upper bound (arXiv 1503.02531):
 # cifar10, wrn40_2 -> wrn16_2; steps and rates as the methods'.
-# acc1: not measured yet. Time: not measured yet. Device: one GPU.
-# Wants checkpoints/pretrained/cifar10_wrn40_2.pth.
+# One GPU. Wants checkpoints/pretrained/cifar10_wrn40_2.pth.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 source scripts/environment.sh

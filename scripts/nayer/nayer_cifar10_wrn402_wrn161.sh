@@ -2,8 +2,7 @@
 # NAYER, CVPR 2024 (arXiv 2310.00258), prior-free label codes; --label_embedding clip for the paper's:
 # cifar10, wrn40_2 -> wrn16_1; published settings.
 # The paper's acc1 (best test epoch): 91.94 %.
-# acc1: not measured yet. Time: not measured yet. Device: one GPU.
-# Wants checkpoints/pretrained/cifar10_wrn40_2.pth.
+# One GPU. Wants checkpoints/pretrained/cifar10_wrn40_2.pth.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 source scripts/environment.sh

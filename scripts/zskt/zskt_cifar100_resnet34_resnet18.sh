@@ -2,8 +2,7 @@
 # ZSKT, NeurIPS 2019 (arXiv 1905.09768):
 # cifar100, resnet34 -> resnet18; published settings.
 # The paper's acc1 (best test epoch): 67.74 %.
-# acc1: not measured yet. Time: not measured yet. Device: one GPU.
-# Wants checkpoints/pretrained/cifar100_resnet34.pth.
+# One GPU. Wants checkpoints/pretrained/cifar100_resnet34.pth.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 source scripts/environment.sh

@@ -2,8 +2,7 @@
 # ZSKT, NeurIPS 2019 (arXiv 1905.09768):
 # cifar100, wrn40_2 -> wrn16_1; published settings.
 # The paper's acc1 (best test epoch): 36.66 %.
-# acc1: not measured yet. Time: not measured yet. Device: one GPU.
-# Wants checkpoints/pretrained/cifar100_wrn40_2.pth.
+# One GPU. Wants checkpoints/pretrained/cifar100_wrn40_2.pth.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 source scripts/environment.sh

@@ -2,8 +2,7 @@
 # ZSKT, NeurIPS 2019 (arXiv 1905.09768):
 # cifar10, wrn40_2 -> wrn16_2; published settings.
 # The paper's acc1 (best test epoch): 89.66 %.
-# acc1: not measured yet. Time: not measured yet. Device: one GPU.
-# Wants checkpoints/pretrained/cifar10_wrn40_2.pth.
+# One GPU. Wants checkpoints/pretrained/cifar10_wrn40_2.pth.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 source scripts/environment.sh

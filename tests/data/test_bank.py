@@ -107,7 +107,7 @@ def test_a_full_disk_leaves_the_bank_whole(tmp_path, monkeypatch):
     assert "no space left" in str(explain_os_error(caught.value))
     monkeypatch.undo()
     assert bank.rounds("synthesize") == [0, 1, 2] and torch.equal(bank.read("synthesize")["images"][:], before)
-    assert not list((tmp_path / "bank").glob("*.tmp"))
+    assert not list((tmp_path / "bank").glob("*.tmp")) and not list((tmp_path / "bank").glob(".*"))
 
 
 def test_png_export_and_import_are_exact(tmp_path):
@@ -145,6 +145,28 @@ def test_command_line_round_trip(tmp_path, monkeypatch, capsys):
     assert read_manifest(tmp_path / "again").image_size == 16
     assert "12 images" in capsys.readouterr().out
     with pytest.raises(UserError, match="there already"):
+        bank_module.main()
+
+
+def test_import_for_a_folder_dataset_and_export_of_a_run(tmp_path, monkeypatch, capsys):
+    from PIL import Image
+
+    for name in ("ant", "bee", "cow"):
+        for split in ("train", "test"):
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            Image.new("RGB", (64, 64), (9, 9, 9)).save(tmp_path / "data" / split / name / "a.png")
+    Image.new("RGB", (64, 64), (200, 0, 0)).save(tmp_path / "data" / "train" / "cow" / "b.png")
+    (tmp_path / "data" / "train" / "ant" / "a.png").unlink()
+    words = f"bank import {tmp_path / 'data' / 'train'} {tmp_path / 'run' / 'bank'} --dataset folder --data_root {tmp_path / 'data'}"
+    monkeypatch.setattr("sys.argv", words.split())
+    bank_module.main()
+    columns = ImageBank(tmp_path / "run" / "bank", Manifest("folder", 3, 64), create=False).read_all()
+    assert columns["labels"].tolist() == [1, 2, 2] and columns["images"][2][0, 0, 0] == 200
+    monkeypatch.setattr("sys.argv", ["bank", "export", str(tmp_path / "run"), str(tmp_path / "png")])
+    bank_module.main()
+    assert (tmp_path / "png" / "2" / "0000002.png").exists()
+    monkeypatch.setattr("sys.argv", ["bank", "export", str(tmp_path), str(tmp_path / "other")])
+    with pytest.raises(UserError, match="manifest.json does not exist"):
         bank_module.main()
 
 
@@ -219,7 +241,7 @@ def test_a_shard_of_another_size_is_named(tmp_path):
 
 def served(bank, home, monkeypatch, steps=9, **shares):
     """Labels and images of some batches; the last shard joins as a round's would."""
-    monkeypatch.setattr("engine.data.transfer_set.memory_limit", lambda device: 0 if home == "mapped" else 2**40)
+    monkeypatch.setattr("engine.data.memory.memory_limit", lambda device: 0 if home == "mapped" else 2**40)
     transfer = TransferSet(14, 8, torch.device("cpu"))
     assert transfer.mapped == (home == "mapped") and transfer.description.endswith(
         "in mapped shards" if home == "mapped" else "in host memory"
@@ -279,7 +301,7 @@ def test_batches_for_another_device_are_pinned_in_the_thread(limit, monkeypatch)
     """With a device that stands for a GPU."""
     pinned = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(threading.current_thread().name) or self)
-    monkeypatch.setattr("engine.data.transfer_set.memory_limit", lambda device: limit)
+    monkeypatch.setattr("engine.data.memory.memory_limit", lambda device: limit)
     transfer = TransferSet(6, 4, torch.device("meta"))
     transfer.add(torch.zeros(6, 3, 4, 4, dtype=torch.uint8), torch.arange(6))
     images, labels = next(transfer.batches(4, lambda images: images, seed=0))
@@ -304,14 +326,14 @@ import re, sys
 from itertools import islice
 from pathlib import Path
 import torch
-from engine.data.splits import bank as module, transfer_set
+from engine.data import bank as module, memory, transfer_set
 
 def anonymous():
     return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) // 1024
 
 bank = module.ImageBank(sys.argv[1], module.Manifest("digits", 10, 64))
 for limit in (0, 2**40):
-    transfer_set.memory_limit = lambda device: limit
+    memory.memory_limit = lambda device: limit
     before = anonymous()
     columns = bank.read("synthesize")
     transfer = transfer_set.TransferSet(len(columns["labels"]), 64, torch.device("cpu"))

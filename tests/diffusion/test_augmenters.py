@@ -6,9 +6,11 @@ import math
 import pytest
 import torch
 
-from datafree.diffusion import pixel
-from datafree.diffusion.pixel import PixelPrior
-from datafree.diffusion.prior import denoising_steps, hub_errors, prior_name, seeded_noise
+from datafree.diffusion import patch_unet
+from datafree.diffusion.augmenter import denoising_steps, seeded_noise
+from datafree.diffusion.denoising import EMA_POWER, EMA_WIDTH, Denoising
+from datafree.diffusion.hub import hub_errors, prior_name
+from datafree.diffusion.pixel import PixelAugmenter
 from datafree.diffusion.variation import ImageToImage, ImageVariation, resize
 from engine.runtime.errors import UserError
 from tests import tiny_pipelines
@@ -46,8 +48,8 @@ def bank(count=64, size=16, classes=4):
 
 
 def tiny_prior(**changes):
-    settings = dict(channels=(16, 16), fit_rounds=4, fit_steps=30, fit_batch_size=16, fit_lr=4e-3, num_inference_steps=6)
-    return PixelPrior(4, 16, **settings | changes)
+    settings = dict(channels=(16, 16), fit_passes=40, fit_batch_size=16, fit_lr=4e-3, num_inference_steps=6)
+    return PixelAugmenter(4, 16, **settings | changes)
 
 
 def fitted(prior, rounds, images, labels, first=0):
@@ -63,8 +65,8 @@ def trained():
     """A small prior that has seen the bank, its first and last loss, and sources with labels."""
     images, labels = bank()
     prior = tiny_prior()
-    first = fitted(prior, 1, images, labels)
-    last = fitted(prior, 3, images, labels, first=1)
+    first = fitted(prior, 5, images, labels)
+    last = fitted(prior, 35, images, labels, first=5)
     return prior, float(first["loss"]), float(last["loss"]), images[:7].float() / 255, labels[:7]
 
 
@@ -85,11 +87,11 @@ def saved_and_loaded(state):
 
 def test_noise_and_velocity_invert_each_other():
     clean, noise, t = torch.rand(5, 3, 4, 4) * 2 - 1, torch.randn(5, 3, 4, 4), torch.tensor([0.1, 0.3, 0.5, 0.9, 1.0])
-    x_t, v = pixel.add_noise(clean, noise, t), pixel.velocity(clean, noise, t)
-    assert torch.allclose(pixel.clean_estimate(x_t, v, t), clean, atol=1e-5)
+    x_t, v = patch_unet.add_noise(clean, noise, t), patch_unet.velocity(clean, noise, t)
+    assert torch.allclose(patch_unet.clean_estimate(x_t, v, t), clean, atol=1e-5)
     # With the true clean image one step lands on the same image and noise at the earlier time.
-    assert torch.allclose(pixel.ddim_step(x_t, clean, t, t / 2), pixel.add_noise(clean, noise, t / 2), atol=1e-5)
-    half = pixel.add_noise(torch.ones(1, 3, 1, 1), torch.ones(1, 3, 1, 1), torch.tensor([0.5]))
+    assert torch.allclose(patch_unet.ddim_step(x_t, clean, t, t / 2), patch_unet.add_noise(clean, noise, t / 2), atol=1e-5)
+    half = patch_unet.add_noise(torch.ones(1, 3, 1, 1), torch.ones(1, 3, 1, 1), torch.tensor([0.5]))
     assert torch.allclose(half, torch.full_like(half, math.sqrt(2)))
 
 
@@ -130,60 +132,89 @@ def test_more_strength_goes_further_from_the_source(trained):
     distances = []
     for strength in (0.2, 0.5, 0.9):
         other = tiny_prior(strength=strength)
-        other.ema.load_state_dict(prior.ema.state_dict())
+        other.training.ema.load_state_dict(prior.training.ema.state_dict())
         distances.append(float((other.augment(images, labels, list(range(7))) - images).square().mean()))
     assert distances == sorted(distances) and distances[2] > 2 * distances[0]
 
 
 def test_a_resumed_prior_is_the_unbroken_one_bit_for_bit():
     images, labels = bank()
-    unbroken = tiny_prior(fit_steps=5, flip=True)
+    unbroken = tiny_prior(flip=True)
     fitted(unbroken, 2, images, labels)
     state = saved_and_loaded(unbroken.state_dict())
     torch.rand(7)  # what ran before must not matter, to the initial weights either
-    resumed = tiny_prior(fit_steps=5, flip=True)
-    assert all(torch.equal(a, b) for a, b in zip(resumed.unet.parameters(), tiny_prior().unet.parameters()))
+    resumed = tiny_prior(flip=True)
+    initial = (prior.training.network.parameters() for prior in (resumed, tiny_prior()))
+    assert all(torch.equal(a, b) for a, b in zip(*initial))
     resumed.load_state_dict(state)
     logs = [fitted(prior, 2, images, labels, first=2) for prior in (unbroken, resumed)]
-    assert torch.equal(logs[0]["loss"], logs[1]["loss"]) and resumed.step == unbroken.step == 20
+    assert logs[0] == logs[1] and resumed.training.step == unbroken.training.step == 4 * 4
     for kind in ("unet", "ema"):
         ours, theirs = unbroken.state_dict()[kind], resumed.state_dict()[kind]
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def test_learning_rate_warms_up_and_ends_near_zero():
-    prior = tiny_prior(fit_lr=1.0, fit_rounds=10, fit_steps=10)
-    rates = []
-    for prior.step in range(100):
-        rates.append(prior._learning_rate())
-    assert rates[0] == pytest.approx(0.1) and 0.9 < max(rates) <= 1 and rates[-1] < 1e-3
+    images, labels = bank(count=40)
+    prior = tiny_prior(channels=(8, 8), fit_lr=0.01, fit_passes=10, fit_batch_size=4)
+    rates = [fitted(prior, 1, images, labels, first=k)["lr"] for k in range(10)]
+    assert prior.training.step == 100 and rates == sorted(rates, reverse=True)
+    assert 0.009 < rates[0] <= 0.01 and rates[-1] < 1e-5
+    assert prior._learning_rate(0) == pytest.approx(0.001)
+
+
+def test_a_pass_shows_every_image_once(monkeypatch):
+    images, labels = bank(count=10)
+    prior, seen = tiny_prior(fit_batch_size=4), []
+    monkeypatch.setattr(prior.training, "fit", lambda images, labels, batches: seen.extend(batches) or 0.0)
+    prior.fit(images, labels)
+    assert [len(part) for part in seen] == [4, 4, 2] and torch.cat(seen).sort().values.tolist() == list(range(10))
+
+
+def test_the_average_reaches_over_the_same_share_of_any_training():
+    """A weight that is the number of its step: the average of steps 1..s has the power function's mean, and its width."""
+    images, labels = bank(count=4)
+    prior = tiny_prior(channels=(8, 8))
+    training = Denoising(prior.training.network, 4, lambda step: 0.0)
+    weight, average = (next(network.parameters()) for network in (training.network, training.ema))
+    g, count = EMA_POWER, 400
+    decays = [(1 - 1 / step) ** (g + 1) for step in range(1, count + 1)]
+    shares = [(1 - decay) * math.prod(decays[k + 1 :]) for k, decay in enumerate(decays)]
+    mean = sum(share * (k + 1) for k, share in enumerate(shares))
+    width = math.sqrt(sum(share * (k + 1 - mean) ** 2 for k, share in enumerate(shares)))
+    assert sum(shares) == pytest.approx(1) and width / count == pytest.approx(EMA_WIDTH, rel=0.01)
+    for step in range(1, 41):
+        weight.data.fill_(step)
+        training.fit(images, labels, [torch.arange(1)])
+    assert average.flatten()[0] / 40 == pytest.approx((g + 1) / (g + 2), rel=0.02)
 
 
 def test_diverged_training_names_the_step_and_the_flag():
     images, labels = bank()
-    prior = tiny_prior(fit_steps=3)
+    prior = tiny_prior()
     with torch.no_grad():
-        prior.unet.unet.conv_in.weight.fill_(math.nan)
+        prior.training.network.unet.conv_in.weight.fill_(math.nan)
     with pytest.raises(UserError, match=r"diverged \(loss NaN at step 0\); lower --fit_lr"):
         prior.fit(images, labels)
 
 
-def test_null_label_is_drawn_and_flips_mirror(monkeypatch):
+def test_null_label_is_drawn(monkeypatch):
     images, labels = bank(size=16)
     seen = []
-    prior = tiny_prior(flip=True, fit_steps=1, fit_batch_size=400)
-    monkeypatch.setattr(prior.unet, "forward", lambda x_t, t, labels: seen.append(labels) or x_t)
+    prior = tiny_prior()
+    monkeypatch.setattr(prior.training.network, "forward", lambda x_t, t, labels: seen.append((t, labels)) or x_t)
     torch.manual_seed(0)
-    prior._loss(images[:1].expand(400, -1, -1, -1), labels[:1].expand(400))
-    share = (seen[0] == prior.null_label).float().mean()
-    assert 0.05 < share < 0.16
+    prior.training.loss(images[:1].expand(400, -1, -1, -1), labels[:1].expand(400))
+    times, drawn = seen[0]
+    assert 0.05 < (drawn == prior.null_label).float().mean() < 0.16
+    assert torch.allclose(times.sort().values.diff(), torch.full((399,), 1 / 400), atol=1e-5)
 
 
 def test_sizes_that_do_not_fit_are_refused():
     for size in (8, 16, 28, 32, 64):
-        PixelPrior(2, size, channels=(8, 8))
+        PixelAugmenter(2, size, channels=(8, 8))
     with pytest.raises(UserError, match="30 px do not fit"):
-        PixelPrior(2, 30, channels=(8, 8, 8))
+        PixelAugmenter(2, 30, channels=(8, 8, 8))
     with pytest.raises(UserError, match="--strength 0.1 of --num_inference_steps 5 .* --num_inference_steps 10"):
         tiny_prior(strength=0.1, num_inference_steps=5)
 

@@ -1,4 +1,4 @@
-"""The embedded prior of printed digits: rendering, training in miniature, the shipped file, and files that are not it."""
+"""The embedded prior of printed digits: rendering, its dataset, the shipped file, and files that are not it."""
 
 import json
 import subprocess
@@ -9,14 +9,16 @@ from PIL import ImageFont
 from torch.nn import functional as F
 
 from datafree.diffusion import glyphs
-from datafree.diffusion.glyphs import find_fonts, load_patch_prior, render
-from datafree.diffusion.pixel import PatchUNet, PixelPrior
+from datafree.diffusion.augmenter import seeded_noise
+from datafree.diffusion.glyphs import find_fonts, render
+from datafree.diffusion.patch_unet import SHIPPED as FOLDER
+from datafree.diffusion.patch_unet import PatchUNet, denoise, load_patch_prior
+from engine.data.splits import load_split
 from engine.runtime.errors import UserError
 from engine.runtime.files import load_tensors, save_tensors
 from tests.conftest import ROOT, build_network, dataset_info
 
-SHIPPED = ROOT / glyphs.PRIOR
-TINY = "--images 40 --rounds 3 --steps 2 --batch_size 4 --channels 8,8 --image_size 8"
+SHIPPED = FOLDER / "glyphs_digits_16.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -32,17 +34,6 @@ def shipped():
 @pytest.fixture(scope="module")
 def pool(fonts):
     return render(2000, 16, fonts, seed=1)
-
-
-@pytest.fixture
-def train(monkeypatch):
-    def call(folder, extra=""):
-        arguments = f"{TINY} --fonts {folder} --output {folder / 'prior.safetensors'} {extra}"
-        monkeypatch.setattr("sys.argv", ["glyphs", *arguments.split()])
-        glyphs.main()
-        return folder / "prior.safetensors"
-
-    return call
 
 
 # Rendering
@@ -109,48 +100,29 @@ def test_fonts_without_digits_are_left_out(fonts):
     assert not glyphs._resembles(glyphs.Font("slashed", (slashed, *font.masks[1:])), font)
 
 
-# Training
+# The dataset
 
 
-def test_a_tiny_prior_from_end_to_end(train, tmp_path, capsys):
-    file = train(tmp_path, f"--preview {tmp_path / 'p.png'}")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["p.png", "prior.safetensors"]
-    network, about = load_patch_prior(file)
-    assert about["image_size"] == 8 and about["channels"] == (8, 8) and about["settings"]["rounds"] == 3
-    before = file.read_bytes()
-    train(tmp_path)
-    assert "trained before" in capsys.readouterr().out and file.read_bytes() == before
-    with pytest.raises(UserError, match="--seed 0, now 1; .*--redo"):
-        train(tmp_path, "--seed 1")
-    train(tmp_path, "--seed 1 --redo")
-    assert file.read_bytes() != before
+def test_the_dataset_is_one_that_training_reads(monkeypatch, tmp_path, capsys):
+    arguments = f"--images 40 --test_images 20 --image_size 8 --output {tmp_path / 'printed.npz'} --fonts {tmp_path}"
+    monkeypatch.setattr("sys.argv", ["glyphs", *arguments.split()])
+    glyphs.main()
+    assert "1 fonts: embedded" in capsys.readouterr().out and [p.name for p in tmp_path.iterdir()] == ["printed.npz"]
+    info = dataset_info("printed", tmp_path)
+    assert (info.num_classes, info.image_size, info.class_names) == (10, 8, glyphs.CLASS_NAMES)
+    train, test = (load_split(info, split, "cpu") for split in ("train", "test"))
+    assert len(train) == 40 and len(test) == 20 and not (train.images[:20] == test.images).all((1, 2, 3)).any()
+    assert torch.equal(train.images, render(40, 8, find_fonts(()))[0])
 
 
-def test_a_stopped_training_goes_on_bit_for_bit(train, tmp_path, monkeypatch):
-    (tmp_path / "whole").mkdir(), (tmp_path / "stopped").mkdir()
-    whole = load_tensors(train(tmp_path / "whole"))
-    fit, calls = PixelPrior.fit, []
-
-    def stopping(self, *args):
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return fit(self, *args)
-
-    monkeypatch.setattr(PixelPrior, "fit", stopping)
-    with pytest.raises(KeyboardInterrupt):
-        train(tmp_path / "stopped")
-    assert [path.name for path in (tmp_path / "stopped").iterdir()] == ["prior.pth"]
-    with pytest.raises(UserError, match="--lr"):
-        train(tmp_path / "stopped", "--lr 1e-3")
-    resumed = load_tensors(train(tmp_path / "stopped"))
-    assert len(calls) == 4 and all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
-
-
-def test_help_names_the_flags(train, tmp_path, capsys):
+def test_help_and_mistakes(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["glyphs", "--help"])
     with pytest.raises(SystemExit):
-        train(tmp_path, "--help")
-    assert "python -m datafree.diffusion.glyphs" in (text := capsys.readouterr().out) and "--preview" in text
+        glyphs.main()
+    assert "python -m datafree.diffusion.glyphs" in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", ["glyphs", "--images", "3"])
+    with pytest.raises(UserError, match="--images 3 found"):
+        glyphs.main()
 
 
 # The shipped file
@@ -169,7 +141,7 @@ def test_the_shipped_prior(shipped):
 
 
 def test_git_keeps_the_shipped_prior():
-    done = subprocess.run(["git", "check-ignore", "-q", str(glyphs.PRIOR)], cwd=ROOT)
+    done = subprocess.run(["git", "check-ignore", "-q", str(SHIPPED.relative_to(ROOT))], cwd=ROOT)
     assert done.returncode != 0
 
 
@@ -188,11 +160,8 @@ def recogniser(images, labels):
 
 def test_samples_of_the_shipped_prior_are_recognised(shipped, pool, fonts):
     network, about = shipped
-    shape = {key: about[key] for key in ("patch", "channels", "attention")}
-    prior = PixelPrior(10, 16, **shape, strength=1.0, num_inference_steps=10, guidance_scale=2.0)
-    prior.ema = network
-    labels = torch.arange(60) % 10
-    images = prior.augment(torch.zeros(60, 3, 16, 16), labels, list(range(60)))
+    labels, noise = torch.arange(60) % 10, seeded_noise(list(range(60)), (3, 16, 16))
+    images = denoise(network, noise, torch.linspace(1, 0, 11), labels, 10, guidance_scale=2.0) / 2 + 0.5
     model = recogniser(*pool)
     for share, pixels in ((0.9, render(60, 16, fonts, seed=9)[0].float()), (0.85, images * 255)):
         with torch.no_grad():

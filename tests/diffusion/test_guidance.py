@@ -8,10 +8,10 @@ import torch
 from torch.nn import functional as F
 
 from datafree.bn_statistics import BNStatistics, bn_loss
-from datafree.diffusion.generative import load_prior
-from datafree.diffusion.generator import Competitor, GuidedGenerator
+from datafree.diffusion.augmenter import seeded_generators, seeded_noise
 from datafree.diffusion.guidance import BACKPROP, Guidance, memory_errors
-from datafree.diffusion.prior import seeded_generators, seeded_noise
+from datafree.diffusion.guided_sampler import Competitor, GuidedSampler
+from datafree.diffusion.priors import load_prior
 from engine.runtime.errors import UserError
 from models.classifier import frozen
 from tests import tiny_pipelines
@@ -81,7 +81,7 @@ def terms(teacher, student, images, labels, bn, oh, adv, held=None):
 def drawn(generator, batch_size=5, order=None):
     """Images of all labels and seeds, ``batch_size`` at a time."""
     index = torch.arange(len(LABELS)) if order is None else order
-    parts = [generator.generate(LABELS[i], [SEEDS[j] for j in i], [0] * len(i)).images for i in index.split(batch_size)]
+    parts = [generator.draw(LABELS[i], [SEEDS[j] for j in i], [0] * len(i)).images for i in index.split(batch_size)]
     return torch.cat(parts)[index.argsort()]
 
 
@@ -95,14 +95,14 @@ def surer(student):
 def test_another_resolution_and_half_precision(paths, teacher, task):
     prior = load_prior(paths["sdxl"], num_classes=10, class_names=NAMES, resolution=16, dtype=torch.bfloat16)
     prior.checkpoint_gradients()
-    batch = GuidedGenerator(prior, Guidance(teacher, 16, bn=0.1), task, steps=2).generate(LABELS, SEEDS, [0] * 5)
+    batch = GuidedSampler(prior, Guidance(teacher, 16, bn=0.1), task, steps=2).draw(LABELS, SEEDS, [0] * 5)
     assert prior.shape == (4, 8, 8) and batch.full.shape == (5, 3, 16, 16)
     assert batch.full.dtype == torch.float32 and batch.full.isfinite().all()
 
 
 def test_grey_pixels_become_three_channels(tmp_path, teacher, task):
     path = tiny_pipelines.pixel_unet(tmp_path / "grey", channels=1)
-    images = drawn(GuidedGenerator(load_prior(path, num_classes=10), Guidance(teacher, 16), task, steps=2))
+    images = drawn(GuidedSampler(load_prior(path, num_classes=10), Guidance(teacher, 16), task, steps=2))
     assert images.shape == (5, 3, 16, 16) and torch.equal(images[:, 0], images[:, 2])
 
 
@@ -199,7 +199,7 @@ def test_guided_denoising_by_hand(priors, teacher, competitor, task):
     prior, labels, seeds, lr = priors["patch_prior"], torch.tensor([3, 1, 4]), [11, 5, 2], 10.0
     weights = 0.1, 1.0, 2.0
     guidance = Guidance(teacher, 16, *weights, lr=lr, student=competitor)
-    found = GuidedGenerator(prior, guidance, task, steps=3, rule="ancestral").generate(labels, seeds, [0] * 3).images
+    found = GuidedSampler(prior, guidance, task, steps=3, rule="ancestral").draw(labels, seeds, [0] * 3).images
 
     streams = [torch.Generator().manual_seed(seed) for seed in seeds]
     trajectory, condition = prior.trajectory(3), prior.condition(labels, [0] * 3)
@@ -220,8 +220,8 @@ def test_guided_denoising_by_hand(priors, teacher, competitor, task):
         mean = (after**0.5 * (1 - step) * clean + step**0.5 * (1 - after) * z) / (1 - bar)
         z = mean + ((1 - after) / (1 - bar) * (1 - step)) ** 0.5 * normal()
     assert (found - (z / 2 + 0.5).clamp(0, 1)).abs().max() < 1e-3
-    plain = GuidedGenerator(prior, Guidance(teacher, 16, oh=0), task, steps=3, rule="ancestral").generate(labels, seeds, [0] * 3)
-    assert (found - plain.images).abs().max() > 0.1
+    plain = GuidedSampler(prior, Guidance(teacher, 16, oh=0), task, steps=3, rule="ancestral")
+    assert (found - plain.draw(labels, seeds, [0] * 3).images).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("backprop", BACKPROP)
@@ -233,8 +233,8 @@ def test_every_term_changes_the_image(priors, teacher, task, backprop, terms):
     student.load_state_dict(teacher.state_dict())
     surer(student)
     guidance = Guidance(teacher, 16, **terms, backprop=backprop, student=student)
-    guided = drawn(GuidedGenerator(prior, guidance, task, **settings))
-    unguided = drawn(GuidedGenerator(prior, Guidance(teacher, 16, oh=0.0), task, **settings))
+    guided = drawn(GuidedSampler(prior, guidance, task, **settings))
+    unguided = drawn(GuidedSampler(prior, Guidance(teacher, 16, oh=0.0), task, **settings))
     assert (guided - unguided).abs().max() > 1e-4
 
 
@@ -242,14 +242,14 @@ def test_the_one_hot_term_makes_the_teacher_surer(priors, teacher, task):
     prior = priors["patch_prior"]
     losses = []
     for lr in (0.0, 1.0, 5.0):
-        images = drawn(GuidedGenerator(prior, Guidance(teacher, 16, lr=lr), task, steps=10))
+        images = drawn(GuidedSampler(prior, Guidance(teacher, 16, lr=lr), task, steps=10))
         losses.append(float(F.cross_entropy(teacher(images), LABELS)))
     assert losses[0] > losses[1] > losses[2]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_images_do_not_depend_on_the_batch(priors, teacher, task, kind):
-    generator = GuidedGenerator(priors[kind], Guidance(teacher, 16), task, steps=3)
+    generator = GuidedSampler(priors[kind], Guidance(teacher, 16), task, steps=3)
     whole = drawn(generator)
     assert whole.shape == (5, 3, 16, 16) and whole.dtype == torch.float32 and 0 <= whole.min() and whole.max() <= 1
     assert torch.equal(whole, drawn(generator))
@@ -264,7 +264,7 @@ def test_images_do_not_depend_on_the_batch(priors, teacher, task, kind):
 def test_micro_batches_change_nothing_but_rounding(priors, teacher, task, backprop):
     def images(micro_batch):
         guidance = Guidance(teacher, 16, bn=1.0, backprop=backprop, micro_batch=micro_batch)
-        return drawn(GuidedGenerator(priors["patch_prior"], guidance, task, steps=4, lca=[2]))
+        return drawn(GuidedSampler(priors["patch_prior"], guidance, task, steps=4, lca=[2]))
 
     assert (images(2) - images(0)).abs().max() < 1e-4
 
@@ -275,7 +275,7 @@ def test_checkpointed_gradients_are_the_same(paths, teacher, task):
         if checkpoint:
             prior.checkpoint_gradients()
             assert prior.network.is_gradient_checkpointing and prior.vae.is_gradient_checkpointing
-        return drawn(GuidedGenerator(prior, Guidance(teacher, 16, bn=1.0), task, steps=2))
+        return drawn(GuidedSampler(prior, Guidance(teacher, 16, bn=1.0), task, steps=2))
 
     assert (images(True) - images(False)).abs().max() < 1e-5
 
@@ -283,7 +283,7 @@ def test_checkpointed_gradients_are_the_same(paths, teacher, task):
 def test_weights_get_no_gradients_and_do_not_change(priors, teacher, task):
     prior = priors["stable_diffusion"]
     before = [p.clone() for m in (prior.network, prior.vae, teacher) for p in m.state_dict().values()]
-    drawn(GuidedGenerator(prior, Guidance(teacher, 16, bn=1.0), task, steps=2))
+    drawn(GuidedSampler(prior, Guidance(teacher, 16, bn=1.0), task, steps=2))
     after = [p for m in (prior.network, prior.vae, teacher) for p in m.state_dict().values()]
     assert all(torch.equal(a, b) for a, b in zip(before, after))
     assert not any(p.grad is not None for m in (prior.network, prior.vae, teacher) for p in m.parameters())
@@ -293,7 +293,7 @@ def test_lca_mixes_batches_only_and_repair_redraws_the_seam(priors, teacher, tas
     prior, guidance = priors["patch_prior"], Guidance(teacher, 16)
 
     def images(lca, repair=0, batch_size=5):
-        return drawn(GuidedGenerator(prior, guidance, task, steps=5, lca=lca, lca_repair=repair), batch_size)
+        return drawn(GuidedSampler(prior, guidance, task, steps=5, lca=lca, lca_repair=repair), batch_size)
 
     plain, mixed = images([]), images([2, 3])
     assert (plain - mixed).abs().mean() > 1e-2 and torch.equal(mixed, images([2, 3]))
@@ -313,7 +313,7 @@ def test_the_student_learns_from_what_was_made_and_then_competes(priors, teacher
     def build():
         guidance = Guidance(teacher, 16, oh=0.0, adv=1.0)
         competitor = Competitor(20, 3, temperature=30.0, batch_size=8, lr=0.05)
-        return GuidedGenerator(priors["patch_prior"], guidance, task, fresh, steps=3, competitor=competitor)
+        return GuidedSampler(priors["patch_prior"], guidance, task, fresh, steps=3, competitor=competitor)
 
     generator = build()
     assert not generator.wants_to_learn(0) and not generator.wants_to_learn(19) and generator.wants_to_learn(20)
@@ -333,7 +333,7 @@ def test_the_student_learns_from_what_was_made_and_then_competes(priors, teacher
 
 
 def test_measured_figures(priors, teacher, task):
-    generator = GuidedGenerator(priors["patch_prior"], Guidance(teacher, 16), task, steps=2)
+    generator = GuidedSampler(priors["patch_prior"], Guidance(teacher, 16), task, steps=2)
     images = torch.randint(0, 256, (6, 3, 16, 16), dtype=torch.uint8)
     with torch.no_grad():
         logits = teacher(images.float() / 255)
@@ -347,7 +347,7 @@ def test_measured_figures(priors, teacher, task):
 
 
 def test_nan_latents_name_the_step(priors, teacher, task):
-    generator = GuidedGenerator(priors["patch_prior"], Guidance(teacher, 16, lr=math.inf), task, steps=3)
+    generator = GuidedSampler(priors["patch_prior"], Guidance(teacher, 16, lr=math.inf), task, steps=3)
     with pytest.raises(UserError, match="denoising step 1 of 3; .* are kept: give --diffusion_dtype fp32 or a lower"):
         drawn(generator)
 

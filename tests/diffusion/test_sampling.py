@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from datafree.diffusion import pixel
-from datafree.diffusion.prior import seeded_generators
+from datafree.diffusion.augmenter import seeded_generators
 from datafree.diffusion.sampling import RULES, Trajectory, cosine_trajectory, own_rule, scheduler_trajectory
 
 

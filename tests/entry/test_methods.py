@@ -62,7 +62,7 @@ def test_the_student_changes_and_the_teacher_does_not(method, teacher_file):
         add_flags(parser, group, method, cls.defaults)
     config = from_args(cls.Config, parser.parse_args(TINY[method].split()))
     task = make_task(
-        augment=lambda x: crop_flip(x, 1, False),
+        random_view=lambda x: crop_flip(x, 1, False),
         training_split=lambda: load_split(info, "train", CPU) if cls.reads_train_split else None,
     )
     pieces = cls(config, teacher, student, task)
@@ -143,7 +143,7 @@ def test_every_method_is_one_graph_a_step(method, distill, finished, monkeypatch
 def test_images_that_stay_in_their_shards_make_the_same_student(distill, tmp_path, monkeypatch, finished):
     """Where no memory is free: bank, kept variants and the images of the rounds alike."""
     expected = outcome(finished("dda"))
-    monkeypatch.setattr("engine.data.transfer_set.memory_limit", lambda device: 0)
+    monkeypatch.setattr("engine.data.memory.memory_limit", lambda device: 0)
     distill("dda", tmp_path)
     log = (tmp_path / "log.txt").read_text()
     assert outcome(tmp_path) == expected and "in mapped shards" in log and "peak memory" in log.splitlines()[-1]

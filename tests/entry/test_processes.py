@@ -91,7 +91,7 @@ def trained_head(average_gradients, share):
     student = plain_step()[0].student
     task = make_task(average_gradients=average_gradients)
     config = CSDConfig(nz=8, bn=0.0)
-    maker = CSDSynthesizer(config, None, task, feature_dim=student.feature_dim, rounds=1, g_steps=1, images=6, csd=10.0)
+    maker = CSDSynthesizer(config, None, task, feature_dim=student.feature_dim, g_steps=1, images=6, csd=10.0)
     for images in torch.rand(2, 8, 3, 16, 16):
         maker.after_step(student, images[share], torch.arange(8)[share])
     return [p.detach() for p in maker.head.parameters()]

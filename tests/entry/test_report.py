@@ -26,7 +26,7 @@ def test_report_takes_mean_and_spread_over_seeds(tmp_path, monkeypatch, capsys):
     write_result(tmp_path / "b", seed=1, acc1_last=92.0)
     write_result(tmp_path / "c", method="n", variants=10, variants_kept=4)
     table = tmp_path / "t.csv"
-    monkeypatch.setattr("sys.argv", ["report", str(tmp_path), "--rounds", "--csv", str(table)])
+    monkeypatch.setattr("sys.argv", ["report", str(tmp_path), "--wide", "--markdown", "--rounds", "--csv", str(table)])
     report.main()
     out = capsys.readouterr().out
     assert "91.00 ± 1.41" in out and "| 0,1 |" in out and "10 (40)" in out and "| m | 50.0 ± 0.0 | 51.0 ± 0.0 |" in out
@@ -111,7 +111,7 @@ def test_a_teacher_for_each_seed_is_one_row(paths, tmp_path):
 def test_a_repeated_seed_is_a_warning(tmp_path, capsys):
     for k, seed in enumerate((0, 1, 1)):
         write_result(tmp_path / f"run{k}", seed=seed)
-    assert "| 0,1,1 |" in report.table(report.parse([str(tmp_path)]))
+    assert "| 0,1,1 |" in report.table(report.parse([str(tmp_path), "--wide", "--markdown"]))
     warning = capsys.readouterr().err
     assert warning.startswith("warning: seed 1 is 2 times in one row") and warning.count("\n") == 1
     assert "run1" in warning and "run2" in warning and "run0" not in warning
@@ -121,7 +121,7 @@ def test_report_can_name_rows_by_their_folders(tmp_path):
     for seed in (0, 1):
         write_result(tmp_path / "with_x" / f"seed{seed}", seed=seed, settings={"x": 1})
     write_result(tmp_path / "plain", settings={"x": 0})
-    text = report.table(report.parse([str(tmp_path), "--folders"]))
+    text = report.table(report.parse([str(tmp_path), "--wide", "--markdown", "--folders"]))
     assert (
         "| plain | m |" in text
         and "| with_x | m |" in text
@@ -147,3 +147,70 @@ def test_report_rewrites_a_table_in_place(tmp_path, monkeypatch):
         report.collect([tmp_path / "empty"])
     with pytest.raises(UserError, match="table:y"):
         report.replace_table(file, "y", "")
+
+
+@pytest.fixture
+def three_runs(tmp_path):
+    for seed in (0, 1):
+        write_result(tmp_path / "runs" / "m" / f"seed{seed}", seed=seed, acc1_last=90.0 + 2 * seed)
+    write_result(tmp_path / "runs" / "long", method="n", settings={"x": 1}, external_prior="a prior with a rather long name")
+    write_result(tmp_path / "runs" / "real", method="scratch", teacher=None, student="t", student_steps=None, seconds={"train": 7.0})
+    return tmp_path / "runs"
+
+
+def run_report(*arguments):
+    return report.table(report.parse([str(argument) for argument in arguments]))
+
+
+def test_a_terminal_gets_aligned_columns_that_fit(three_runs):
+    """What all distilled rows share is said once; columns are those that matter; a row says what its runs took."""
+    write_result(three_runs / "flags", method="n", settings={f"a_long_flag_{k}": k for k in range(9)}, student_steps=200)
+    text = run_report(three_runs, "--rounds")
+    assert text.startswith("d, t -> s; acc1: test accuracy")
+    assert max(map(len, text.splitlines())) <= 100 and "|" not in text
+    (mean,) = [line for line in text.splitlines() if "91.00" in line]
+    assert mean.split() == ["m", "100", "0,1", "none", "91.00", "±", "1.41", "30", "5"]
+    (real,) = [line for line in text.splitlines() if line.startswith("real data")]
+    assert real.split() == ["real", "data", "(t)", "0", "90.00", "7", "5"]
+    assert "--a_long_flag_8" in " ".join(text.split()) and "acc1 best" not in text and "50.0 ± 0.0" in text
+
+
+def test_wide_has_all_columns_and_markdown_the_same_figures(three_runs):
+    wide, brief = run_report(three_runs, "--wide"), run_report(three_runs, "--markdown")
+    assert "acc1 best" in wide and "distillation s" in wide and "|" not in wide
+    assert brief.splitlines()[0] == "| method | seeds | external prior | acc1 | time s | images |"
+    assert "| m | 0,1 | none | 91.00 ± 1.41 | 30 | 5 |" in brief
+
+
+@pytest.mark.parametrize("flags", [(), ("--wide", "--rounds", "--budget", "60"), ("--wide", "--folders", "--markdown")])
+def test_result_lines_make_the_tables_that_their_folders_made(three_runs, tmp_path, monkeypatch, capsys, flags):
+    lines = tmp_path / "results.jsonl"
+    monkeypatch.setattr("sys.argv", ["report", str(three_runs), "--lines", str(lines)])
+    report.main()
+    report.main()  # a run that is there is replaced
+    assert capsys.readouterr().out.splitlines() == [f"{lines}: 4 results written, 4 in it now"] * 2
+    assert run_report(lines, *flags) == run_report(three_runs, *flags)
+    kept = [json.loads(line) for line in lines.read_text().splitlines()]
+    assert [line["folder"] for line in kept] == ["long", "m/seed0", "m/seed1", "real"]
+    assert kept[1]["acc1_last"] == 90.0 and len(kept[1]["history"]) == 2 and "path" not in kept[1]
+
+
+def test_a_rerun_takes_the_place_of_its_line_and_others_stay(three_runs, tmp_path):
+    lines = tmp_path / "results.jsonl"
+    report.write_lines(lines, report.collect([three_runs]))
+    write_result(tmp_path / "again" / "m" / "seed1", seed=1, acc1_last=50.0)
+    assert report.write_lines(lines, report.collect([tmp_path / "again"])) == 4
+    assert [r["acc1_last"] for r in report.collect([lines])] == [90.0, 90.0, 50.0, 90.0]
+    assert [p.name for p in tmp_path.glob("*.jsonl*")] == ["results.jsonl"]
+
+
+@pytest.mark.parametrize("text", ["{", '{"stage": "distill", "acc1": 1.0}', "[1]", '{"folder": "a", "history": []}'])
+def test_a_file_of_anything_else_is_one_line(text, tmp_path):
+    (tmp_path / "x.jsonl").write_text(text + "\n")
+    with pytest.raises(UserError, match="line 1 of .*x.jsonl is no result of a run.*--lines"):
+        report.collect([tmp_path / "x.jsonl"])
+
+
+def test_a_table_goes_into_a_file_by_its_name():
+    with pytest.raises(UserError, match="--into FILE and --name TABLE"):
+        report.parse(["runs", "--into", "page.md"])

@@ -1,18 +1,16 @@
-"""Scripts run as written, shrunk by the flags that a user may add; tables and paths in the README are true."""
+"""Scripts run as written, shrunk by the flags that a user may add."""
 
 import dataclasses
 import functools
 import importlib.util
 import json
 import os
-import re
 import subprocess
 
 import pytest
 
 import datafree_kd
 import registry
-from engine import report
 from engine.loops.settings import DistillFlags
 from engine.runtime.names import resolve
 from tests.conftest import ROOT, TINY, TINY_TASK
@@ -117,34 +115,3 @@ def test_a_script_runs_to_a_student(script, command, teacher_file, tmp_path):
         small += f" --init_bank {tmp_path / 'bank'}"
     command("datafree_kd", f"{' '.join(commands()[script][1:-1])} {small} --save_dir {tmp_path / 'run'}")
     assert json.loads((tmp_path / "run" / "result.json").read_text())["method"] == method
-
-
-def tables_in_readme():
-    return re.findall(
-        r"<!-- table:(\S+) python -m engine\.report (.*?) -->\n(.*?)\n<!-- /table",
-        (ROOT / "README.md").read_text(),
-        re.DOTALL,
-    )
-
-
-@pytest.mark.parametrize("name, command_line, text", tables_in_readme(), ids=lambda v: v[:20])
-def test_readme_tables_are_made_from_result_files(name, command_line, text, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    assert text == report.table(report.parse(command_line.split()))
-
-
-def test_readme_has_its_tables():
-    assert {name for name, _, _ in tables_in_readme()} >= {"digits", "cifar10"}
-
-
-def test_every_path_in_the_readme_exists():
-    text = (ROOT / "README.md").read_text()
-    paths = re.findall(r"(?<![\w/.])((?:scripts|engine|datafree|models|tests|docs)/[\w./-]+\w)", text)
-    missing = {p for p in paths if not (ROOT / p).exists() and not (ROOT / (p + ".py")).exists()}
-    assert paths and not missing
-
-
-def test_the_readme_lists_every_method():
-    text = (ROOT / "README.md").read_text()
-    rows = set(re.findall(r"^\| `(\w+)` \|", text[: text.index("## Every method")], re.MULTILINE))
-    assert rows == set(registry.METHODS)

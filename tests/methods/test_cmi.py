@@ -27,7 +27,7 @@ def method(augment=lambda x: crop_flip(x, 1, False), student=None, **flags):
     small = {"init_g_steps": 2, "g_steps": 2, "synthesis_batch_size": 6, "nz": 8}
     flags = small | {"memory_size": 15, "negatives": 8, "head_dim": 10} | flags
     torch.manual_seed(5)
-    return CMI(CMIConfig(**flags), classifier(0), student, make_task(num_classes=4, augment=augment))
+    return CMI(CMIConfig(**flags), classifier(0), student, make_task(num_classes=4, random_view=augment))
 
 
 def sphere(*shape):

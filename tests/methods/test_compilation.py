@@ -40,9 +40,9 @@ def test_an_inversion_step_is_the_plain_one():
     teacher, student, lines, found = frozen(classifier(0, 8)), classifier(1, 6), [], []
     for choice in ("no", "yes"):
         compiler = Compiler(choice, CPU, log=lines.append)
-        task = make_task(compile=compiler)
         torch.manual_seed(2)
-        synthesizer = CSD(CSDConfig(synthesis_batch_size=20, nz=16), teacher, student, task).synthesizer()
+        synthesizer = CSD(CSDConfig(synthesis_batch_size=20, nz=16), teacher, student, make_task()).synthesizer()
+        compiler.compile_hot(synthesizer.hot(), 1)
         z, labels = torch.randn(20, 16, requires_grad=True), torch.arange(20) % 10
         with weights_fixed(student):
             images = synthesizer.generate(z)

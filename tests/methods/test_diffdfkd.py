@@ -42,7 +42,7 @@ class Scribbler:
         self.learns_from, self.stop_after, self.level = learns_from, stop_after, torch.zeros(())
         self.competes = learns_from < 1000
 
-    def generate(self, labels, seeds, repeats):
+    def draw(self, labels, seeds, repeats):
         if self.stop_after is not None and Scribbler.made >= self.stop_after:
             raise KeyboardInterrupt
         Scribbler.made += 1
@@ -184,7 +184,7 @@ def test_full_size_files_are_whole_and_apart_from_the_bank(tmp_path):
 
     order = Order(12, 10, 16, 5, 0, export=tmp_path / "png")
     bank = filled(tmp_path / "run", order)
-    files = sorted((tmp_path / "png").rglob("*.*"), key=lambda f: f.name)
+    files = sorted((tmp_path / "png").rglob("*.png"), key=lambda f: f.name)
     assert [f.stem for f in files] == [f"{p:07d}" for p in range(12)]
     assert [int(f.parent.name) for f in files] == bank["labels"].tolist()
     assert Image.open(files[0]).size == (16, 16) and bank["images"].shape == (12, 3, 8, 8)
@@ -383,7 +383,7 @@ def test_nan_keeps_what_was_made(paths, distill, tmp_path):
     before = shards(tmp_path)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("datafree.diffusion.generative.PatchPrior.predict", lambda self, z, *rest: z * float("nan"))
+        patch.setattr("datafree.diffusion.priors.PatchPrior.predict", lambda self, z, *rest: z * float("nan"))
         with pytest.raises(UserError, match="latents became NaN .* are kept"):
             distill("diffdfkd", tmp_path, extra)
     assert shards(tmp_path) == before and len(before) == 3

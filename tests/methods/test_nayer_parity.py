@@ -70,7 +70,7 @@ def test_terms_and_gradients(networks):
 
 
 def test_a_whole_batch_by_hand(networks):
-    """BN of the label codes, a noisy layer for every image of a class, generator, loss and Adam, twice; the better is kept."""
+    """BN of label codes, a noisy layer for every image of a class, generator, loss and Adam, twice; the better is kept."""
     teacher, student = networks
     ours = NAYERSynthesizer(CONFIG, teacher, TASK, warm_up=False)
     ours.synthesize(student)  # leaves a generator, an average and codes

@@ -1,4 +1,4 @@
-"""DAFL, ZSKT, DFAD, DFQ and KD against the papers' formulas, written again here: losses, gradients, whole synthesis steps."""
+"""DAFL, ZSKT, DFAD, DFQ and KD against their formulas, written again here: losses, gradients, whole synthesis steps."""
 
 import copy
 

@@ -1,0 +1,221 @@
+"""Images from a generative prior under a teacher's guidance: the loop over timesteps, and the student of ``adv``.
+
+One random stream an image, drawn on the CPU: noise, the template of the prompt, an ancestral sampler's steps and latent
+CutMix's boxes. So an image depends on neither order nor restart; with ``bn`` or latent CutMix it depends on the batch it is
+drawn with, which is a function of its position.
+"""
+
+import copy
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from datafree.base import ImageBatch, Task
+from datafree.bn_statistics import BNStatistics, bn_loss
+from datafree.diffusion.augmenter import seeded_generators
+from datafree.diffusion.guidance import Guidance, batches, check_finite, memory_errors
+from datafree.diffusion.latent_cutmix import draw_cutmix, seams
+from datafree.diffusion.priors import DiffusionPrior
+from datafree.diffusion.sampling import RULES
+from datafree.diffusion.variation import resize
+from datafree.losses import kd_loss
+from engine.runtime.errors import UserError
+from models.classifier import eval_mode
+
+MEASURED_AT_ONCE = 512  # images
+
+
+@dataclass
+class Drawn(ImageBatch):
+    """Images at the dataset's size, and ``full`` (B, 3, R, R) float32 in [0, 1] as they were drawn."""
+
+    full: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Competitor:
+    """How the student of ``adv`` learns: from ``after`` images on, ``steps`` steps of SGD before each round."""
+
+    after: int
+    steps: int
+    temperature: float
+    batch_size: int
+    lr: float
+
+
+class GuidedSampler:
+    """Draws images of wanted classes; stage generate calls it.
+
+    Args:
+        prior: what draws.
+        guidance: what the teacher wants.
+        task: see ``datafree.base.Task``.
+        student: its copy competes where ``guidance.adv`` is not 0.
+        steps: denoising steps.
+        rule: "own" or one of ``sampling.RULES``.
+        lca: the steps before which latent CutMix comes.
+        lca_repair: rounds of inpainting the seams after each.
+        competitor: when and how the student learns; ``after`` in images.
+    """
+
+    def __init__(
+        self,
+        prior: DiffusionPrior,
+        guidance: Guidance,
+        task: Task,
+        student: nn.Module | None = None,
+        *,
+        steps: int,
+        rule: str = "own",
+        lca: list[int] | tuple[int, ...] = (),
+        lca_repair: int = 0,
+        competitor: Competitor | None = None,
+    ):
+        self.prior, self.guidance, self.task = prior, guidance, task
+        self.trajectory, self.steps = prior.trajectory(steps), steps
+        self.rule = prior.own_rule if rule == "own" else rule
+        assert self.rule in RULES, self.rule
+        self.lca, self.lca_repair, self.competitor = frozenset(lca), lca_repair, competitor
+        self.student = None
+        if guidance.adv and competitor:
+            self.student = copy.deepcopy(student)
+            self.optimizer = torch.optim.SGD(self.student.parameters(), lr=competitor.lr, momentum=0.9, weight_decay=5e-4)
+        self.statistics = guidance.statistics
+        if self.statistics is None:
+            try:
+                self.statistics = BNStatistics(guidance.teacher)  # measured even if it does not guide
+            except UserError:
+                pass
+
+    def draw(self, labels: Tensor, seeds: list[int], repeats: list[int]) -> Drawn:
+        """One image of each label (B,).
+
+        Args:
+            seeds: B; see the module.
+            repeats: B; how many images of its class come before each, so that prompts take turns.
+        Raises:
+            UserError: a latent became NaN, or the memory does not suffice.
+        """
+        labels = labels.to(self.prior.device)
+        with memory_errors(), torch.no_grad(), eval_mode(self.student or nn.Identity()):
+            latents = self._latents(labels, seeds, repeats)
+            parts = batches(len(latents), self.guidance.micro_batch)
+            full = torch.cat([self.prior.decode(latents[part]).clamp(0, 1) for part in parts])
+            check_finite([True] * (len(self.trajectory) - 1) + [bool(full.isfinite().all())])
+        full = full.float()
+        size = (self.task.info.image_size, self.task.info.image_size)
+        return Drawn(full if full.shape[2:] == size else resize(full, size), labels, full=full)
+
+    def _latents(self, labels: Tensor, seeds: list[int], repeats: list[int]) -> Tensor:
+        """The last latents (B, C, h, w), clean."""
+        prior, trajectory, device = self.prior, self.trajectory, self.prior.device
+        generators = seeded_generators(seeds)
+        condition = prior.condition(labels, repeats)
+        targets = F.one_hot(labels, self.task.info.num_classes).float()
+        latents, previous, whole = self._noise(generators), None, []
+        for k in range(len(trajectory)):
+            if k in self.lca and len(latents) > 1:
+                mix = draw_cutmix(generators, *prior.shape[1:], device)
+                latents, targets = mix(latents), mix.targets(targets)
+                previous = None if previous is None else mix(previous)
+                latents = self._repaired(latents, k, condition, seams(mix.masks), generators)
+            if self.guidance.active:
+                output, gradient = self.guidance.gradient(prior, trajectory, latents, k, condition, targets)
+                latents = latents - self.guidance.lr * gradient
+            else:
+                output = self._predict(latents, k, condition)
+            latents, previous = self._step(latents, k, output, previous, generators)
+            whole.append(latents.isfinite().all())
+        check_finite(torch.stack(whole).tolist())
+        return latents
+
+    def _step(self, latents, k, output, previous, generators) -> tuple[Tensor, Tensor]:
+        """x_{k+1}, and the clean latents at k."""
+        clean = self.trajectory.clamp(self.trajectory.clean(latents, k, output))
+        noise = self._noise(generators) if self.rule == "ancestral" else None
+        return self.trajectory.step(self.rule, latents, k, clean, previous, noise), clean
+
+    def _repaired(self, latents: Tensor, k: int, condition: Any, seam: Tensor, generators) -> Tensor:
+        """Latents at step k whose seams were redrawn ``lca_repair`` times: a step, the way back with fresh noise, and only
+        within the seam is that taken over (RePaint, Lugmayr et al. 2022, arXiv 2201.09865)."""
+        for _ in range(self.lca_repair if k + 1 < len(self.trajectory) else 0):
+            after, _ = self._step(latents, k, self._predict(latents, k, condition), None, generators)
+            latents = torch.where(seam, self.trajectory.renoise(after, k + 1, self._noise(generators)), latents)
+        return latents
+
+    def _predict(self, latents: Tensor, k: int, condition: Any) -> Tensor:
+        time, parts = self.trajectory.times[k], batches(len(latents), self.guidance.micro_batch)
+        return torch.cat([self.prior.predict(latents[part], time, condition[part]) for part in parts])
+
+    def _noise(self, generators: list[torch.Generator]) -> Tensor:
+        noise = torch.stack([torch.randn(self.prior.shape, generator=generator) for generator in generators])
+        return noise.to(self.prior.device)
+
+    @property
+    def competes(self) -> bool:
+        """Whether a student learns from each round before the next."""
+        return self.student is not None
+
+    def wants_to_learn(self, images: int) -> bool:
+        """Whether the student of ``adv`` is to learn from the ``images`` that there are, before more are made."""
+        return self.student is not None and images > 0 and images >= self.competitor.after
+
+    def fit(self, images_u8: Tensor, labels: Tensor) -> dict[str, float | Tensor]:
+        """``competitor.steps`` steps of KL on random images made so far; from then on the student competes.
+
+        Args:
+            images_u8: (N, 3, S, S) uint8; labels: (N,), which play no part.
+        Returns:
+            Named scalars for the log.
+        """
+        settings, device, losses = self.competitor, self.task.device, []
+        self.student.train().requires_grad_(True)
+        for _ in range(settings.steps):
+            index = torch.randint(len(images_u8), (settings.batch_size,))
+            batch = self.task.random_view(images_u8[index].to(device)).float().div_(255)
+            with torch.no_grad():
+                teacher_logits = self.guidance.teacher(batch)
+            loss = kd_loss(self.student(batch), teacher_logits, settings.temperature)
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            self.optimizer.step()
+            losses.append(loss.detach())
+        self.compete()
+        return {"loss_student": torch.stack(losses).mean()}
+
+    def compete(self) -> None:
+        """The student as it is joins the guidance."""
+        self.guidance.student = self.student.eval().requires_grad_(False)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The student of ``adv``: all that ``fit`` changes."""
+        if self.student is None:
+            return {}
+        return {"student": self.student.network.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Undoes ``state_dict``; the student competes at once."""
+        self.student.network.load_state_dict(state["student"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.compete()
+
+    @torch.no_grad()
+    def measure(self, images_u8: Tensor, labels: Tensor) -> dict[str, float]:
+        """What the teacher says of finished images (N, 3, S, S) uint8: teacher_acc1 in %, loss_oh, and the mean L_bn over
+        batches of up to 512."""
+        hits, cross_entropy, distance = 0, 0.0, 0.0
+        for part in batches(len(images_u8), MEASURED_AT_ONCE):
+            images, wanted = images_u8[part].to(self.task.device).float().div_(255), labels[part].to(self.task.device)
+            with self.statistics.collect() if self.statistics else nullcontext() as batch_stats:
+                logits = self.guidance.teacher(images)
+            hits += int((logits.argmax(1) == wanted).sum())
+            cross_entropy += float(F.cross_entropy(logits, wanted, reduction="sum"))
+            if self.statistics:
+                distance += float(bn_loss(batch_stats, self.statistics.running)) * len(images)
+        count = len(images_u8)
+        figures = {"teacher_acc1": 100 * hits / count, "loss_oh": cross_entropy / count}
+        return figures | ({"loss_bn": distance / count} if self.statistics else {})

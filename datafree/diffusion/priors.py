@@ -1,0 +1,331 @@
+"""Generative priors behind one small interface: pretrained diffusion models that draw an image of a class from noise.
+
+    text to image        Stable Diffusion 1 and 2, SDXL, Turbo: latents of an autoencoder, prompts
+    class-conditional    DiT (Peebles & Xie 2022, arXiv 2212.09748): latents of an autoencoder, class ids
+    pixels               a class-conditional ``UNet2DModel`` with its scheduler; pixels are the latents
+    embedded             a ``PatchUNet`` file of this project (``datafree.diffusion.train_prior``); likewise
+
+Which of them a model is, it says itself: a ``.safetensors`` file, or the name of one that this project ships, is an embedded
+one; a hub id or a directory names its pipeline. Loading, errors and names are those of the augmenters
+(``datafree.diffusion.hub``), so the same models serve DDA. Everything between ``predict`` and ``decode`` can be
+differentiated.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from datafree.diffusion.hub import load_pipeline, prior_name
+from datafree.diffusion.patch_unet import load_patch_prior, shipped_prior
+from datafree.diffusion.sampling import Trajectory, cosine_trajectory, own_rule, scheduler_trajectory
+from engine.runtime.errors import UserError
+
+FLAG = "--diffusion_model"
+TEXT = {
+    "StableDiffusionPipeline": "StableDiffusionPipeline",
+    "StableDiffusionImg2ImgPipeline": "StableDiffusionPipeline",
+    "StableDiffusionXLPipeline": "StableDiffusionXLPipeline",
+    "StableDiffusionXLImg2ImgPipeline": "StableDiffusionXLPipeline",
+}
+PIPELINES = TEXT | {name: name for name in ("DiTPipeline", "DDPMPipeline", "DDIMPipeline")}
+
+
+class DiffusionPrior:
+    """A pretrained model that turns noise into images of wanted classes.
+
+    Attributes:
+        external_prior: as the results table names it, ``"<model id>[@revision]"``.
+        shape: (C, h, w) of a latent.
+        own_rule: the sampling rule that it was published with, of ``sampling.RULES``.
+        guidance_scale: of classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598); at most 1 is none and costs half.
+        device, dtype: of the model; latents outside it are float32.
+    """
+
+    external_prior: str
+    shape: tuple[int, int, int]
+    own_rule: str
+    guidance_scale: float
+    device: torch.device
+    dtype: torch.dtype
+
+    def trajectory(self, steps: int) -> Trajectory:
+        """Noise levels of ``steps`` steps."""
+        raise NotImplementedError
+
+    def condition(self, labels: Tensor, repeats: list[int]) -> Any:
+        """What ``predict`` takes for labels (B,), a sequence of B that can be sliced.
+
+        Args:
+            repeats: how many images of its class came before each, so that templates take turns.
+        """
+        raise NotImplementedError
+
+    def predict(self, latents: Tensor, time: Tensor, condition: Any) -> Tensor:
+        """The model's output, guided by the condition: latents (B, C, h, w), time () -> (B, C, h, w), in their dtype."""
+        inputs = latents.to(self.dtype)
+        if self.guidance_scale <= 1:
+            return self._network(inputs, time, condition).to(latents.dtype)
+        doubled = self._network(torch.cat([inputs, inputs]), time, self._with_null(condition)).to(latents.dtype)
+        unconditional, conditional = doubled.chunk(2)
+        return unconditional + self.guidance_scale * (conditional - unconditional)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Clean latents (B, C, h, w) to images (B, 3, H, W), in [0, 1] but for overshoot, in the latents' dtype."""
+        raise NotImplementedError
+
+    def checkpoint_gradients(self) -> None:
+        """Trades time for memory: activations are computed again on the way back."""
+        raise NotImplementedError
+
+    def _network(self, latents: Tensor, time: Tensor, condition: Any) -> Tensor:
+        raise NotImplementedError
+
+    def _with_null(self, condition: Any) -> Any:
+        """Twice as long: null conditions first."""
+        raise NotImplementedError
+
+
+class _Pipeline(DiffusionPrior):
+    """What priors from a diffusers pipeline share: its scheduler, and its autoencoder where it has one."""
+
+    def __init__(self, pipeline, network: torch.nn.Module, name: str, guidance_scale: float, resolution: int | None):
+        self.pipeline, self.network, self.external_prior, self.guidance_scale = pipeline, network, name, guidance_scale
+        self.device, self.dtype = network.device, network.dtype
+        self.own_rule = own_rule(pipeline.scheduler)
+        self.vae = getattr(pipeline, "vae", None)
+        for module in filter(None, (network, self.vae)):
+            module.eval().requires_grad_(False)
+        # SDXL's autoencoder overflows in half precision, and its configuration says so; that of others says so by default.
+        if self.dtype == torch.float16 and hasattr(pipeline, "text_encoder_2") and self.vae.config.get("force_upcast"):
+            self.vae.float()
+        factor = 2 ** (len(self.vae.config.block_out_channels) - 1) if self.vae is not None else 1
+        own = network.config.sample_size * factor
+        resolution = resolution or own
+        if resolution % max(8, factor):
+            raise UserError(f"--resolution {resolution} is no multiple of {max(8, factor)}; {name} was made for {own}")
+        self.resolution = resolution
+        self.shape = (network.config.in_channels, resolution // factor, resolution // factor)
+
+    def trajectory(self, steps: int) -> Trajectory:
+        try:
+            return scheduler_trajectory(self.pipeline.scheduler, steps, self.device)
+        except ValueError as error:
+            raise UserError(f"{FLAG} {self.external_prior} with --num_inference_steps {steps}: {error}") from None
+
+    def decode(self, latents: Tensor) -> Tensor:
+        if self.vae is None:
+            return latents.expand(-1, 3, -1, -1) / 2 + 0.5
+        images = self.vae.decode((latents / self.vae.config.scaling_factor).to(self.vae.dtype)).sample
+        return images.to(latents.dtype) / 2 + 0.5
+
+    def checkpoint_gradients(self) -> None:
+        for module in filter(None, (self.network, self.vae)):
+            module.enable_gradient_checkpointing()
+
+
+class TextToImage(_Pipeline):
+    """Stable Diffusion, SDXL and Turbo checkpoints.
+
+    Args:
+        prompts: templates that take turns within a class; ``{label}`` stands for the class name. Each distinct prompt is
+            encoded once.
+        class_names: by label, or None if unknown.
+    Raises:
+        UserError: a template wants names that are not known.
+    """
+
+    def __init__(
+        self, pipeline, name: str, *, prompts: tuple[str, ...], class_names, guidance_scale: float, resolution: int | None
+    ):
+        super().__init__(pipeline, pipeline.unet, name, guidance_scale, resolution)
+        check_prompts(prompts, class_names)
+        self.prompts, self.class_names = prompts, class_names
+        self.encoded: dict[str, tuple[tuple[Tensor, Tensor | None], ...]] = {}
+
+    def condition(self, labels: Tensor, repeats: list[int]) -> list[str | None]:
+        """The prompts themselves."""
+        templates = [self.prompts[k % len(self.prompts)] for k in repeats]
+        names = [self.class_names[label] if self.class_names else "" for label in labels.tolist()]
+        return [template.replace("{label}", name) for template, name in zip(templates, names, strict=True)]
+
+    def _with_null(self, condition: list[str | None]) -> list[str | None]:
+        return [None] * len(condition) + condition
+
+    @torch.no_grad()
+    def _encode(self, prompt: str) -> tuple[tuple[Tensor, Tensor | None], ...]:
+        """(embeddings (L, D), pooled (P,) or None) of the empty prompt and of this one."""
+        if prompt not in self.encoded:
+            encoded = self.pipeline.encode_prompt(
+                prompt, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=True
+            )
+            embeddings, null, *pooled = encoded
+            pooled, null_pooled = pooled or (None, None)
+            self.encoded[prompt] = tuple(
+                (sequence[0], vector if vector is None else vector[0])
+                for sequence, vector in ((null, null_pooled), (embeddings, pooled))
+            )
+        return self.encoded[prompt]
+
+    def _network(self, latents: Tensor, time: Tensor, condition: list[str | None]) -> Tensor:
+        some = next((prompt for prompt in condition if prompt is not None), "")
+        rows = [self._encode(some)[0] if prompt is None else self._encode(prompt)[1] for prompt in condition]
+        added = None
+        if rows[0][1] is not None:  # SDXL wants to know the size of the picture, too
+            sizes = [self.resolution, self.resolution, 0, 0, self.resolution, self.resolution]
+            ids = torch.tensor([sizes] * len(rows), dtype=self.dtype, device=self.device)
+            added = {"text_embeds": torch.stack([pooled for _, pooled in rows]), "time_ids": ids}
+        embeddings = torch.stack([sequence for sequence, _ in rows])
+        return self.network(latents, time, encoder_hidden_states=embeddings, added_cond_kwargs=added).sample
+
+
+class _Classes:
+    """Conditions that are class ids of the prior.
+
+    Args of ``_take_classes``:
+        known: number of classes of the prior; null: its id for "no class", or None if it was not trained for guidance.
+        class_map: the prior's class id of each label; None: the label itself.
+    Raises:
+        UserError: a label has no class, or guidance is asked for without a null class.
+    """
+
+    def _take_classes(self, known: int, null: int | None, num_classes: int, class_map: tuple[int, ...] | None) -> None:
+        if class_map is not None and len(class_map) != num_classes:
+            raise UserError(f"--class_map has {len(class_map)} ids for the {num_classes} classes of the dataset")
+        ids = class_map or tuple(range(num_classes))
+        if wrong := [c for c in ids if not 0 <= c < known]:
+            raise UserError(
+                f"{FLAG} {self.external_prior} knows {known} classes, id {wrong[0]} is none of them and the dataset has "
+                f"{num_classes}; give a prior that knows them, or its ids with --class_map"
+            )
+        if self.guidance_scale > 1 and null is None:
+            raise UserError(
+                f"{FLAG} {self.external_prior} was trained without a null class, which --guidance_scale "
+                f"{self.guidance_scale:g} needs; give --guidance_scale 1, or the id of that class with --null_class"
+            )
+        self.ids, self.null = torch.tensor(ids, device=self.device), null
+
+    def condition(self, labels: Tensor, repeats: list[int]) -> Tensor:
+        """The prior's class ids (B,)."""
+        return self.ids[labels.to(self.device)]
+
+    def _with_null(self, condition: Tensor) -> Tensor:
+        return torch.cat([torch.full_like(condition, self.null), condition])
+
+
+class DiT(_Classes, _Pipeline):
+    """A class-conditional diffusion transformer; its null class comes after the last one."""
+
+    def __init__(self, pipeline, name: str, *, num_classes: int, class_map, guidance_scale: float, resolution: int | None):
+        super().__init__(pipeline, pipeline.transformer, name, guidance_scale, resolution)
+        own = self.network.config.sample_size
+        if self.shape[1] != own:
+            only = own * resolution // self.shape[1]
+            raise UserError(f"--resolution {resolution}: {name} draws {only} px only; leave it out")
+        known = self.network.config.num_embeds_ada_norm
+        self._take_classes(known, known, num_classes, class_map)
+
+    def _network(self, latents: Tensor, time: Tensor, condition: Tensor) -> Tensor:
+        output = self.network(latents, timestep=time.expand(len(latents)), class_labels=condition).sample
+        return output[:, : latents.shape[1]]  # the rest is a variance
+
+
+class PixelUNet(_Classes, _Pipeline):
+    """A class-conditional ``UNet2DModel``, of RGB or grey images. Its null class is ``null_class``, unset: the embedding
+    that is left over where it has one more than the dataset has classes."""
+
+    def __init__(
+        self, pipeline, name: str, *, num_classes: int, class_map, null_class: int | None, guidance_scale: float,
+        resolution: int | None,
+    ):  # fmt: skip
+        super().__init__(pipeline, pipeline.unet, name, guidance_scale, resolution)
+        known = self.network.config.get("num_class_embeds")
+        if not known:
+            raise UserError(f"{FLAG} {name}: a class-conditional model is wanted, its UNet2DModel has no num_class_embeds")
+        if null_class is None and known == num_classes + 1:
+            null_class = num_classes
+        if null_class is not None and not 0 <= null_class < known:
+            raise UserError(f"--null_class {null_class}: {FLAG} {name} has the class ids 0 to {known - 1}")
+        self._take_classes(known, null_class, num_classes, class_map)
+
+    def _network(self, latents: Tensor, time: Tensor, condition: Tensor) -> Tensor:
+        return self.network(latents, time, class_labels=condition).sample[:, : latents.shape[1]]
+
+
+class PatchPrior(_Classes, DiffusionPrior):
+    """A model file of this project: pixels in [-1, 1], cosine schedule, v-prediction (``datafree.diffusion.patch_unet``)."""
+
+    own_rule = "ddim"
+
+    def __init__(self, path: Path, *, num_classes: int, class_map, guidance_scale: float, dtype, device):
+        network, about = load_patch_prior(path)
+        self.network = network.to(device, dtype, memory_format=torch.channels_last).eval().requires_grad_(False)
+        self.external_prior, self.guidance_scale = prior_name(str(path)), guidance_scale
+        self.device, self.dtype = torch.device(device), dtype
+        self.shape = (3, about["image_size"], about["image_size"])
+        self._take_classes(about["num_classes"], about["num_classes"], num_classes, class_map)
+
+    def trajectory(self, steps: int) -> Trajectory:
+        return cosine_trajectory(steps, self.device)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return latents / 2 + 0.5
+
+    def checkpoint_gradients(self) -> None:
+        self.network.unet.enable_gradient_checkpointing()
+
+    def _network(self, latents: Tensor, time: Tensor, condition: Tensor) -> Tensor:
+        return self.network(latents, time.to(latents.dtype).expand(len(latents)), condition)
+
+
+def check_prompts(prompts: tuple[str, ...], class_names: tuple[str, ...] | None) -> None:
+    """Raises a UserError where there is no prompt, or one wants class names that are not known."""
+    if not prompts:
+        raise UserError("--prompt is empty; give one such as 'a photo of a {label}'")
+    if class_names is None and (wanting := [p for p in prompts if "{label}" in p]):
+        raise UserError(
+            f"--prompt '{wanting[0]}' wants class names, and this dataset has none; give a --prompt without {{label}}"
+        )
+
+
+def load_prior(
+    model_id: str,
+    revision: str | None = None,
+    *,
+    num_classes: int,
+    class_names: tuple[str, ...] | None = None,
+    prompts: tuple[str, ...] = ("a photo of a {label}",),
+    class_map: tuple[int, ...] | None = None,
+    null_class: int | None = None,
+    guidance_scale: float = 3.0,
+    resolution: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> DiffusionPrior:
+    """The prior that ``model_id`` names, of whatever kind it is.
+
+    Args:
+        model_id: hub id, directory written by ``save_pretrained``, a ``.safetensors`` file of this project, or the name of
+            one that it ships (``natural_32``).
+        num_classes: of the dataset; class_names: by label, or None.
+        prompts: of a text-to-image model; class_map, null_class: of a class-conditional one.
+        resolution: px at which it draws; None: its own.
+    Raises:
+        UserError: the model cannot be had, is of another kind, knows too few classes, or cannot draw at ``resolution``.
+    """
+    common: dict[str, Any] = {"num_classes": num_classes, "class_map": class_map, "guidance_scale": guidance_scale}
+    model_id = str(shipped_prior(model_id) or model_id)
+    if model_id.endswith(".safetensors"):
+        if resolution:
+            raise UserError(f"--resolution {resolution}: {model_id} draws at its own size only; leave it out")
+        return PatchPrior(Path(model_id), **common, dtype=dtype, device=device)
+    pipeline = load_pipeline(model_id, revision, PIPELINES, dtype, device, FLAG)
+    name, kind = prior_name(model_id, revision), type(pipeline).__name__
+    common["resolution"] = resolution
+    if kind == "DiTPipeline":
+        return DiT(pipeline, name, **common)
+    if kind in TEXT:
+        del common["num_classes"], common["class_map"]
+        return TextToImage(pipeline, name, prompts=prompts, class_names=class_names, **common)
+    return PixelUNet(pipeline, name, null_class=null_class, **common)

@@ -1,0 +1,329 @@
+"""Trains a diffusion prior: a class-conditional U-Net on the training images of any dataset, written as one small file.
+
+    python -m datafree.diffusion.train_prior --dataset cifar100 --output checkpoints/priors/natural_32.safetensors
+
+Any ``DATA_ROOT/NAME.npz`` (``--dataset NAME``) or tree of class folders (``--dataset folder``) serves. ``--diffusion_model``
+takes the file, by its path or, if it lies in ``checkpoints/priors``, by its name. The file is renewed after every report, so
+it can be used while the training goes on. To resume, run the same command again; a larger --images goes on after the end.
+``--start FILE`` begins with the weights of such a file.
+
+Loss, network and average are those of ``datafree.diffusion.patch_unet`` and ``datafree.diffusion.denoising``. The learning
+rate is constant after a warm-up: how long a machine can be had is often not known, and the average (see there) does what a
+falling rate would do.
+"""
+
+import dataclasses
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from datafree.diffusion.augmenter import seeded_noise
+from datafree.diffusion.denoising import Denoising, Diverged
+from datafree.diffusion.patch_unet import PatchUNet, add_noise, denoise, load_patch_prior, save_patch_prior, velocity
+from datafree.diffusion.quality import density_coverage, frechet_distance
+from engine.data.datasets import DatasetInfo, dataset_info
+from engine.data.pictures import grid
+from engine.data.splits import Split, load_split
+from engine.networks.build import load_teacher
+from engine.runtime.errors import UserError, run_command
+from engine.runtime.files import load_checkpoint, save_checkpoint
+from engine.runtime.flags import Parser, add_flags, check_least, flag, from_args, stage_flags
+from engine.runtime.precision import Precision, choose_device
+from engine.runtime.run import Run, progress
+from engine.runtime.seeding import position_seed, seed_position
+from models.classifier import Classifier
+from registry import DATASETS, MODELS
+
+TRAIN = ("train",)
+WARMUP_STEPS = 200
+LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # times at which the loss of held-out images is taken
+SAMPLING_STEPS = 20
+SHOWN = (10, 10)  # rows (classes) and columns of the picture
+HELD_OUT = 1000  # images that it is taken of
+CHUNK = 250  # images that go through a network together in a report
+
+
+@dataclass(frozen=True)
+class PriorFlags:
+    """What to learn from, how, and where to keep it."""
+
+    dataset: str = flag("cifar100", "a name of registry.DATASETS, NAME of DATA_ROOT/NAME.npz, or folder", affects=TRAIN)
+    data_root: str = flag("data", "folder of the data; of folder: with train/<class>/* and test/<class>/* in it")
+    image_size: int | None = flag(None, "px; unset: the dataset's own", affects=TRAIN)
+    output: str | None = flag(None, "the weights; unset: checkpoints/priors/<dataset>_<image_size>.safetensors")
+    save_dir: str | None = flag(None, "run folder (logs, pictures, resume); unset: checkpoints/train_prior/<output's name>")
+    start: str | None = flag(None, "file of a prior of the same shape whose weights to begin with", affects=TRAIN)
+    redo: bool = flag(False, "forget the run folder and train again")
+    images: int = flag(3_000_000, "training images to draw, with those of --start")
+    minutes: float | None = flag(None, "stop after that long; the same command goes on")
+    patch: int = flag(2, "px a side of the blocks that the network sees as one", affects=TRAIN)
+    channels: tuple[int, ...] = flag((48, 96, 192), "width of each level of the network", affects=TRAIN)
+    no_attention: bool = flag(False, "no self-attention at the coarsest level", affects=TRAIN)
+    batch_size: int = flag(64, "images a step", affects=TRAIN)
+    lr: float = flag(1e-3, f"AdamW learning rate, reached after {WARMUP_STEPS} steps", affects=TRAIN)
+    no_flip: bool = flag(False, "mirror no images, though the dataset allows it", affects=TRAIN)
+    amp: str = flag(
+        "auto",
+        "mixed precision; auto: bf16 where the processor computes in it",
+        choices=("auto", "no", "bf16"),
+        affects=TRAIN,
+    )
+    round_steps: int = flag(50, "steps a round: what a stop can cost", affects=TRAIN)
+    report_every: int = flag(30, "rounds between reports (held-out loss, samples), after which the output is renewed")
+    judge: str | None = flag(
+        None, "classifier of the dataset (train_scratch.py) whose features compare samples with the test split; unset: none"
+    )
+    samples: int = flag(500, "images to draw for that")
+    guidance_scale: float = flag(2.0, "classifier-free guidance of samples and pictures; 1 is none")
+    seed: int = flag(0, "random numbers are a function of seed and round", affects=TRAIN)
+    gpu: int | None = flag(None, "index of the GPU, -1 for the CPU; unset: GPU 0 if there is one")
+
+
+def choose_amp(amp: str, device: torch.device) -> str:
+    """ "no" or "bf16" of "auto": whether the device multiplies bf16 in hardware."""
+    if amp != "auto":
+        return amp
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16" if fast else "no"
+
+
+def _spread(*tensors: Tensor, count: int) -> list[Tensor]:
+    """``count`` rows at equal steps of tensors of one length; all, where there are fewer."""
+    step = max(1, len(tensors[0]) // count)
+    return [tensor[::step][:count] for tensor in tensors]
+
+
+class Report:
+    """What is measured of a prior now and then: always on the same images, noise and labels.
+
+    Args:
+        split: held-out images, with which samples are compared.
+        judge: a frozen classifier, or None.
+    """
+
+    def __init__(self, flags: PriorFlags, info: DatasetInfo, split: Split, judge: Classifier | None, device: torch.device):
+        self.flags, self.info, self.judge, self.device = flags, info, judge, device
+        self.held_out = _spread(split.images, split.labels, count=HELD_OUT)
+        self.labels = torch.arange(max(flags.samples, info.num_classes)) % info.num_classes
+        self.real = self._features(split.images)[0] if judge else None
+
+    @torch.no_grad()
+    def losses(self, training: Denoising) -> dict[str, float]:
+        """Mean squared error of v on held-out images, by time and on average."""
+        images, labels = self.held_out
+        found = {}
+        for t in LEVELS:
+            level, total = torch.full((1,), t, device=self.device), 0.0
+            for start in range(0, len(images), CHUNK):
+                clean = images[start : start + CHUNK].to(self.device).float().div(127.5).sub(1)
+                seeds = [position_seed("held out", start + k, round(100 * t)) for k in range(len(clean))]
+                noise = seeded_noise(seeds, tuple(clean.shape[1:])).to(self.device)
+                with training.autocast():
+                    v = training.ema(add_noise(clean, noise, level), level.expand(len(clean)), labels[start : start + CHUNK])
+                total += float(F.mse_loss(v.float(), velocity(clean, noise, level), reduction="sum"))
+            found[f"held_out_{t:g}"] = round(total / images.numel(), 5)
+        return {"held_out": round(sum(found.values()) / len(found), 5)} | found
+
+    def draw(self, training: Denoising, labels: Tensor) -> Tensor:
+        """A sample of each label (B,) from noise of its position: (B, 3, H, W) uint8."""
+        size, times = self.info.image_size, torch.linspace(1, 0, SAMPLING_STEPS + 1, device=self.device)
+        drawn = []
+        for start in range(0, len(labels), CHUNK):
+            part = labels[start : start + CHUNK].to(self.device)
+            seeds = [position_seed("sample", start + k) for k in range(len(part))]
+            noise = seeded_noise(seeds, (3, size, size)).to(self.device)
+            with training.autocast():
+                images = denoise(training.ema, noise, times, part, self.info.num_classes, self.flags.guidance_scale)
+            drawn.append(images.add(1).mul(127.5).round().byte().cpu())
+        return torch.cat(drawn)
+
+    def quality(self, images_u8: Tensor, labels: Tensor) -> dict[str, float]:
+        """Of images (B, 3, H, W) uint8 with labels (B,): Fréchet distance to the test split, density and coverage of as many
+        images of it, and the share that the judge names by their labels, in %."""
+        features, predicted = self._features(images_u8)
+        (real,) = _spread(self.real, count=len(features))
+        density, coverage = density_coverage(real, features)
+        return {
+            "frechet": round(frechet_distance(self.real, features), 4),
+            "density": round(density, 4),
+            "coverage": round(coverage, 4),
+            "judge_acc1": round(100 * float((predicted == labels.cpu()).float().mean()), 2),
+        }
+
+    def picture(self, training: Denoising) -> Tensor:
+        """Samples, a row a class, classes spread over all: (3, H', W') uint8."""
+        rows, columns = min(SHOWN[0], self.info.num_classes), SHOWN[1]
+        classes = torch.arange(rows) * self.info.num_classes // rows
+        return grid(self.draw(training, classes.repeat_interleave(columns)), columns)
+
+    @torch.no_grad()
+    def _features(self, images_u8: Tensor) -> tuple[Tensor, Tensor]:
+        outputs = [
+            self.judge(part.to(self.device).float().div(255), return_features=True) for part in images_u8.split(CHUNK)
+        ]
+        return torch.cat([o.features for o in outputs]).cpu(), torch.cat([o.logits.argmax(1) for o in outputs]).cpu()
+
+
+def train_prior(flags: PriorFlags) -> Path:
+    """Trains, reports and writes ``flags.output``, whose path it returns; goes on where it was stopped.
+
+    Raises:
+        UserError: the run was begun with other flags, the data or the start cannot be read, or training diverged.
+    """
+    check_least(flags, images=1, batch_size=1, round_steps=1, report_every=1, samples=1)
+    device = choose_device(flags.gpu)
+    flags = dataclasses.replace(flags, amp=choose_amp(flags.amp, device))
+    info = dataset_info(DATASETS, flags.dataset, flags.data_root, flags.image_size)
+    output = Path(flags.output or f"checkpoints/priors/{info.name}_{info.image_size}.safetensors")
+    run = Run(flags.save_dir or Path("checkpoints/train_prior", output.stem), dataclasses.asdict(flags))
+    try:
+        settings = stage_flags("train", flags) | {"image_size": info.image_size}
+        settings["start"] = flags.start and Path(flags.start).name
+        state = _unfinished(run, flags, settings)
+        network, about = _network(flags, info, device, state)
+        training = Denoising(
+            network,
+            info.num_classes,
+            lambda step: flags.lr * min(1, (step + 1) / WARMUP_STEPS),
+            flip=info.flip and not flags.no_flip,
+            autocast=Precision(flags.amp, device).autocast,
+            start=about["images_drawn"] // flags.batch_size,
+        )
+        if state:
+            training.load_state_dict(state["training"])
+        train, test = (load_split(info, split, device) for split in ("train", "test"))
+        if train.images is None or test.images is None:
+            raise UserError(f"the images of {info.name} do not fit into memory; give a smaller --image_size")
+        report = Report(flags, info, test, _judge(flags, info, device), device)
+        about |= {"training_images": len(train), "settings": settings}
+        _rounds(run, flags, training, train, report, about, output, state["round"] if state else 0)
+        return output
+    finally:
+        run.close()
+
+
+def _unfinished(run: Run, flags: PriorFlags, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """What the run folder holds of a training with these settings; None: it is to begin."""
+    file = run.path / "last.pth"
+    if flags.redo:
+        file.unlink(missing_ok=True)
+    state = load_checkpoint(file, "unfinished training") if file.exists() else None
+    for name, value in settings.items() if state else ():
+        if state["settings"].get(name) != value:
+            found = f"{run.path} was begun with --{name} {state['settings'].get(name)}, now {value}"
+            raise UserError(f"{found}; give another --save_dir, or --redo")
+    run.rewind("prior", state["round"] if state else 0)
+    return state
+
+
+def _network(
+    flags: PriorFlags, info: DatasetInfo, device: torch.device, state: dict[str, Any] | None
+) -> tuple[PatchUNet, dict[str, Any]]:
+    """The network, fresh or with the weights of ``--start``, and what its file says of it.
+
+    ``--start`` is read when a training begins and never again: it may be the file that the training writes.
+    """
+    shape = {
+        "num_classes": info.num_classes, "image_size": info.image_size, "patch": flags.patch, "channels": flags.channels,
+        "attention": not flags.no_attention,
+    }  # fmt: skip
+    names = info.class_names or tuple(map(str, range(info.num_classes)))
+    about = {"dataset": info.name, "class_names": names, "images_drawn": state["drawn_before"] if state else 0, **shape}
+    seed_position(flags.seed, "init")
+    network = PatchUNet(**shape)
+    if flags.start and not state:
+        loaded, known = load_patch_prior(Path(flags.start))
+        if other := [name for name, value in shape.items() if known[name] != value]:
+            raise UserError(f"--start {flags.start} has {other[0]} {known[other[0]]}, this training {shape[other[0]]}")
+        network.load_state_dict(loaded.state_dict())
+        about["images_drawn"] = known.get("images_drawn", 0)
+    return network.to(device, memory_format=torch.channels_last), about
+
+
+def _judge(flags: PriorFlags, info: DatasetInfo, device: torch.device) -> Classifier | None:
+    """The frozen classifier of ``--judge``, which says itself what network it is and how it normalizes."""
+    if not flags.judge:
+        return None
+    about = load_checkpoint(Path(flags.judge), "judge")
+    if "arch" not in about:
+        raise UserError(f"--judge {flags.judge} does not say of which network it is; give one that train_scratch.py wrote")
+    return load_teacher(MODELS, about["arch"], info, device, flags.judge, about.get("mean"), about.get("std"))
+
+
+def _rounds(
+    run: Run,
+    flags: PriorFlags,
+    training: Denoising,
+    train: Split,
+    report: Report,
+    about: dict[str, Any],
+    output: Path,
+    first: int,
+) -> None:
+    """Rounds of training until --images or --minutes are over; the file and a report every so often and at the end."""
+    before, a_round = about["images_drawn"], flags.round_steps * flags.batch_size
+    rounds = max(0, -(-(flags.images - before) // a_round))
+    end = time.monotonic() + 60 * flags.minutes if flags.minutes else float("inf")
+    images, labels = train.images, train.labels
+    if report.judge and first < rounds:
+        run.log(f"of training images: {report.quality(*_spread(images, labels, count=len(report.labels)))}")
+    bar = progress(rounds * a_round, f"train {output.stem}", "img", first * a_round)
+    for number in range(first, rounds):
+        seed_position(flags.seed, "prior", number)
+        started = time.monotonic(), time.process_time()
+        batches = torch.randint(len(images), (flags.round_steps, flags.batch_size)).unbind()
+        try:
+            loss = training.fit(images, labels, batches)
+        except Diverged as error:
+            raise UserError(f"{error}; lower --lr {flags.lr:g}") from None
+        spent = time.monotonic() - started[0], time.process_time() - started[1]
+        drawn = before + (number + 1) * a_round
+        figures = {
+            "images": drawn, "loss": round(loss, 5), "images_per_s": round(a_round / spent[0], 1),
+            "images_per_cpu_s": round(a_round / spent[1], 1),
+        }  # fmt: skip
+        over = number + 1 == rounds or time.monotonic() >= end
+        if over or (number + 1) % flags.report_every == 0:
+            figures |= report.losses(training) | (
+                report.quality(report.draw(training, report.labels), report.labels) if report.judge else {}
+            )
+            run.picture(f"samples_{drawn:09d}", report.picture(training), number)
+            save_patch_prior(output, training.ema, about | {"name": output.stem, "images_drawn": drawn})
+            run.log(f"{drawn} images: " + ", ".join(f"{name} {figures[name]}" for name in list(figures)[1:]))
+        run.metrics("prior", number, figures)
+        state = {
+            "settings": about["settings"],
+            "drawn_before": before,
+            "round": number + 1,
+            "training": training.state_dict(),
+        }
+        save_checkpoint(run.path / "last.pth", state)
+        bar.set_postfix({"loss": f"{loss:.4f}"}, refresh=False)
+        bar.update(a_round)
+        if over:
+            break
+    bar.close()
+
+
+def main() -> None:
+    """Command line of this module."""
+    parser = Parser(
+        prog="python -m datafree.diffusion.train_prior",
+        description=__doc__.splitlines()[0],
+        epilog="To resume, run the same command again.",
+    )
+    add_flags(parser, PriorFlags, PriorFlags.__doc__.rstrip("."))
+    output = train_prior(from_args(PriorFlags, parser.parse_args()))
+    print(f"{output}: {os.path.getsize(output) / 2**20:.2f} MiB")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,74 @@
+"""The command ``python -m engine.report``.
+
+python -m engine.report checkpoints/dda checkpoints/csd                 a table that fits a terminal
+python -m engine.report RUNS... --wide                                 with all columns
+python -m engine.report RUNS... --rounds --budget 100 --target 95      and the accuracy on the way there
+python -m engine.report RUNS... --csv table.csv
+python -m engine.report RUNS... --lines results.jsonl                  keep the results, a line a run, without the folders
+python -m engine.report results.jsonl --wide --into docs/results.md --name digits      rewrite that table in a file
+"""
+
+import argparse
+import csv
+from pathlib import Path
+
+from engine.report.layout import aligned, markdown, replace_table
+from engine.report.results import collect, group, warn_of_repeated_seeds, write_lines
+from engine.report.tables import brief_rows, rounds_rows, rows_of, what_all_share
+from engine.runtime.errors import UserError
+from engine.runtime.files import atomic_path
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line.
+
+    Raises:
+        UserError: --into without --name, or the other way round.
+    """
+    parser = argparse.ArgumentParser(prog="python -m engine.report", description="Results -> a table, a row for all seeds.")
+    parser.add_argument("runs", nargs="+", type=Path, help="run folders, folders of them, or files written with --lines")
+    parser.add_argument("--wide", action="store_true", help="all columns")
+    parser.add_argument("--markdown", action="store_true", help="the table in Markdown")
+    parser.add_argument("--rounds", action="store_true", help="add the accuracy on the way")
+    parser.add_argument("--budget", type=int, metavar="STEPS", help="add the accuracy after so many student steps")
+    parser.add_argument("--target", type=float, metavar="ACC1", help="add the student steps to this accuracy in %%")
+    parser.add_argument("--folders", action="store_true", help="name rows by their folders, not by the flags that differ")
+    parser.add_argument("--csv", type=Path, help="write the table here too, with all columns")
+    parser.add_argument("--lines", type=Path, metavar="FILE.jsonl", help="put the results into this file, a line a run")
+    parser.add_argument("--into", type=Path, help="rewrite a Markdown table in this file instead of printing it")
+    parser.add_argument("--name", help="which table of that file")
+    args = parser.parse_args(argv)
+    if bool(args.into) != bool(args.name):
+        raise UserError("--into FILE and --name TABLE belong together; give both or none")
+    return args
+
+
+def table(args: argparse.Namespace) -> str:
+    """The table of every result under ``args.runs``, as the command line asks for it."""
+    groups = group(collect(args.runs))
+    warn_of_repeated_seeds(groups)
+    rows = (rows_of if args.wide else brief_rows)(groups, args.budget, args.target, args.folders)
+    way = rounds_rows(groups, 10 if args.wide else 6) if args.rounds else []
+    if args.markdown or args.into:
+        return "\n\n".join(markdown(part) for part in (rows, way) if part)
+    width = None if args.wide else 100
+    return what_all_share(groups) + "\n\n" + "\n\n".join(aligned(part, width) for part in (rows, way) if part)
+
+
+def main() -> None:
+    args = parse()
+    if args.lines:
+        results = collect(args.runs)
+        print(f"{args.lines}: {len(results)} results written, {write_lines(args.lines, results)} in it now")
+        return
+    if args.csv:
+        rows = rows_of(group(collect(args.runs)), args.budget, args.target, args.folders)
+        with atomic_path(args.csv) as temporary, open(temporary, "w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+    text = table(args)
+    if args.into:
+        replace_table(args.into, args.name, text)
+    else:
+        print(text)

@@ -1,0 +1,134 @@
+"""Results of runs: from run folders or from a file with a line a run, grouped into the rows of a table."""
+
+import json
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from engine.runtime.errors import UserError
+from engine.runtime.files import atomic_path, read_json
+
+GROUP_BY = ("dataset", "teacher", "student", "method", "external_prior", "student_steps", "bank_images", "variants")
+PATHS = ("teacher_ckpt", "init_bank", "init_variants")  # a path with the seed in it stands for one of the same kind a seed
+
+
+def collect(places: list[Path]) -> list[dict[str, Any]]:
+    """The results of runs, in the order of their folders.
+
+    Beside what result.json holds, each has "history", the lines of metrics.jsonl with an accuracy, "folder", the run's folder
+    below the one given, and "path", where it was read.
+
+    Args:
+        places: run folders, folders of them, and files that ``write_lines`` wrote.
+    Raises:
+        UserError: a place does not exist, or there is no result at all.
+    """
+    results = []
+    for place in places:
+        if not place.exists():
+            raise UserError(f"{place} does not exist; give run folders, folders of them, or a file of result lines")
+        results += read_lines(place) if place.is_file() else _read_folders(place)
+    if not results:
+        raise UserError(f"no result.json under {', '.join(map(str, places))}; a run writes it when it is finished")
+    return results
+
+
+def _read_folders(place: Path) -> list[dict[str, Any]]:
+    results = []
+    for file in sorted(place.rglob("result.json")):
+        metrics, folder = file.parent / "metrics.jsonl", file.parent.relative_to(place)
+        lines = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
+        name = str(folder) if folder.parts else place.resolve().name
+        history = [line for line in lines if "acc1" in line]
+        results.append({"folder": name} | read_json(file) | {"history": history, "path": str(file.parent)})
+    return results
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """The results in a file with a line a run.
+
+    Raises:
+        UserError: a line is not a result.
+    """
+    results = []
+    for number, line in enumerate(file.read_text().splitlines(), start=1):
+        try:
+            result = json.loads(line)
+            results.append(result | {"path": f"{file}, {result['folder']}"})
+            result["history"], result["acc1_last"]
+        except (json.JSONDecodeError, KeyError, TypeError):
+            raise UserError(
+                f"line {number} of {file} is no result of a run; wanted a file that python -m engine.report --lines wrote"
+            ) from None
+    return results
+
+
+def write_lines(file: Path, results: list[dict[str, Any]]) -> int:
+    """Puts results into a file, one line each, in place of those of the same folder; returns how many it then has."""
+    known = {result["folder"]: result for result in (read_lines(file) if file.exists() else [])}
+    known |= {result["folder"]: result for result in results}
+    lines = [{k: v for k, v in known[name].items() if k != "path"} for name in sorted(known, key=lambda n: Path(n).parts)]
+    with atomic_path(file) as temporary:
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return len(lines)
+
+
+def group(results: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Results that differ in nothing but the seed, together; real-data training first, then by method.
+
+    Data and teacher are told apart by their digests, which are among the settings.
+    """
+    groups: dict[tuple, list] = {}
+    for result in results:
+        key = *(result.get(name) for name in GROUP_BY), json.dumps(settings(result), sort_keys=True)
+        groups.setdefault(key, []).append(result)
+    return sorted(
+        groups.values(),
+        key=lambda g: (g[0]["dataset"], g[0]["method"] != "scratch", str(g[0].get("student_steps")), g[0]["method"]),
+    )
+
+
+def warn_of_repeated_seeds(groups: list[list[dict[str, Any]]]) -> None:
+    """A line on stderr for each seed that is in a row more than once: its run counts twice in mean and spread."""
+    for runs in groups:
+        for seed, count in Counter(run["seed"] for run in runs).items():
+            if count > 1:
+                places = ", ".join(run["path"] for run in runs if run["seed"] == seed)
+                print(f"warning: seed {seed} is {count} times in one row ({places}); leave one", file=sys.stderr)
+
+
+def settings(result: dict[str, Any]) -> dict[str, Any]:
+    """The flags and inputs on which a result depends, but for the seed.
+
+    A teacher goes by its digest, a bank by its path; where the path has the seed in it (``{seed}`` or ``seed0``), each seed
+    has its own, and it goes by the path with ``{seed}`` in place of the number.
+    """
+    found = {name: value for name, value in result.get("settings", {}).items() if name != "seed"}
+    return found | {name: path for name in PATHS if (path := path_of_every_seed(result, name))}
+
+
+def path_of_every_seed(result: dict[str, Any], name: str) -> str | None:
+    """The path that the command gave with ``--<name>``, ``{seed}`` standing for the run's seed; None without it."""
+    given = re.search(rf"--{name.replace('_', '[_-]')}[ =]'?([^\s']+)", result.get("command", ""))
+    path = given[1] if given else str(result.get("settings", {}).get(name))
+    path = re.sub(rf"(?<=seed){result['seed']}(?!\d)", "{seed}", path)
+    return path if "{seed}" in path else None
+
+
+def published(
+    table: dict[str, dict[str, tuple]], pairs: tuple, method: str, dataset: str, teacher: str, student: str, settings: dict
+) -> float | None:
+    """The accuracy that its paper reports for a method, pair and dataset (best test epoch), or None.
+
+    Args:
+        table, pairs: ``registry.PUBLISHED`` and ``registry.PAIRS``.
+        settings: the run's flags by name; a row of the table may ask for some.
+    """
+    for name, by_pair in table.get(dataset, {}).items():
+        row, *flags = name.split(" --")
+        wanted = dict(flag.split() for flag in flags)
+        if row == method and all(str(settings.get(k)) == v for k, v in wanted.items()):
+            return dict(zip(pairs, by_pair)).get((teacher, student))
+    return None

@@ -1,0 +1,191 @@
+"""Groups of results -> rows of a table."""
+
+import re
+import statistics
+from pathlib import Path
+from typing import Any
+
+from engine.report.results import settings
+from engine.runtime.stage_record import show
+
+Groups = list[list[dict[str, Any]]]  # results that differ in the seed alone, together
+FACTS = ("dataset", "teacher", "network", "student steps", "seeds")  # columns of the brief table only where its rows differ
+
+
+def spread(values: list[float | None], digits: int = 2) -> str:
+    """ "mean ± standard deviation" over seeds, or the value alone; "" where there is none."""
+    numbers = [v for v in values if v is not None]
+    if not numbers:
+        return ""
+    mean = f"{statistics.fmean(numbers):.{digits}f}"
+    return mean if len(numbers) == 1 else f"{mean} ± {statistics.stdev(numbers):.{digits}f}"
+
+
+def differing_flags(groups: Groups) -> list[str]:
+    """For each group " --flag value ..." of what sets it apart from the others of its method, dataset and networks."""
+    texts = []
+    for runs in groups:
+        mine = runs[0]
+        alike = [
+            g[0] for g in groups if all(g[0].get(n) == mine.get(n) for n in ("method", "dataset", "teacher", "student"))
+        ]
+        flags = [name for name in settings(mine) if len({str(settings(other).get(name)) for other in alike}) > 1]
+        texts.append("".join(f" --{name} {show(settings(mine)[name])}" for name in flags))
+    return texts
+
+
+def synthesis_and_distillation(result: dict[str, Any]) -> tuple[float | None, float | None]:
+    """Seconds spent on making images, in whatever stage, and on the student; None where a part is not known."""
+    inside = result.get("synthesis_seconds", 0)
+    before = [seconds for stage, seconds in result["seconds"].items() if stage != "distill"]
+    total = result["seconds"].get("distill")
+    making = None if None in before else sum(before) + inside
+    return making, None if total is None else total - inside
+
+
+def steps_to(runs: list[dict[str, Any]], target: float) -> str:
+    """Student steps after which ``target`` % was first reached, mean over seeds; those that never did are counted."""
+    reached = [next((line["student_steps"] for line in run["history"] if line["acc1"] >= target), None) for run in runs]
+    numbers = [steps for steps in reached if steps is not None]
+    missed = len(reached) - len(numbers)
+    return spread(numbers, 0) + (f"{' ' if numbers else ''}({missed} of {len(reached)} never)" if missed else "")
+
+
+def row(
+    runs: list[dict[str, Any]], flags: str = "", budget: int | None = None, target: float | None = None, hours: bool = False
+) -> dict[str, str]:
+    """One line of the table: the runs of one group.
+
+    Args:
+        flags: what to say behind the method's name.
+        budget: student steps at which to show the accuracy too.
+        target: accuracy in % for which to show the student steps.
+        hours: times in hours, not in seconds.
+    """
+    first = runs[0]
+    real = first["method"] == "scratch"
+    unit, digits, scale = ("h", 2, 3600) if hours else ("s", 0, 1)
+
+    def over(name: str) -> str:
+        return spread([run.get(name) for run in runs])
+
+    def times(values: list[float | None]) -> str:
+        return spread([None if v is None else v / scale for v in values], digits)
+
+    making, learning = zip(*(((None, None) if real else synthesis_and_distillation(run)) for run in runs))
+    kept = spread([100 * r["variants_kept"] / r["variants"] for r in runs if r.get("variants")], 0)
+    paper = first.get("published")
+    best = statistics.fmean(run["acc1_best"] for run in runs)
+    line = {
+        "method": ("real data" if real else first["method"]) + flags,
+        "dataset": first["dataset"],
+        "teacher": "" if real else first["teacher"],
+        "network": first["student"],
+        "external prior": "" if real else first["external_prior"],
+        "seeds": ",".join(str(r["seed"]) for r in sorted(runs, key=lambda r: r["seed"])),
+        "acc1 last": over("acc1_last"),
+        "acc1 best": over("acc1_best"),
+        "acc1 mean": over("acc1_mean"),
+        "published best": "" if paper is None else f"{paper:.2f}",
+        "difference": "" if paper is None else f"{best - paper:+.2f}",
+    }
+    if budget:
+        at = [
+            next((line["acc1"] for line in run["history"] if line.get("student_steps", 0) >= budget), None) for run in runs
+        ]
+        line[f"acc1 at {budget} steps"] = "" if real else spread(at, 1)
+    if target:
+        line[f"steps to {target:g} %"] = "" if real else steps_to(runs, target)
+    return line | {
+        "student steps": str(first.get("student_steps", "")),
+        "images": str(first.get("images", first.get("bank_images", ""))),
+        "teacher acc1 on them": over("bank_teacher_acc1"),
+        "BN distance": over("bank_loss_bn"),
+        "variants (kept %)": f"{first['variants']} ({kept})" if first.get("variants") else "",
+        f"synthesis {unit}": times(making),
+        f"distillation {unit}": times(learning),
+        f"training {unit}": times([run["seconds"].get("train") for run in runs]),
+    }
+
+
+def rows_of(
+    groups: Groups, budget: int | None = None, target: float | None = None, folders: bool = False
+) -> list[dict[str, str]]:
+    """The rows of the table, times in hours if any is an hour or more; ``folders`` names them by their folders."""
+    return [line for _, line in _runs_and_rows(groups, budget, target, folders)]
+
+
+def brief_rows(
+    groups: Groups, budget: int | None = None, target: float | None = None, folders: bool = False
+) -> list[dict[str, str]]:
+    """The same with the columns that matter most, and what the rows differ in; the time is that of the whole run."""
+    pairs = _runs_and_rows(groups, budget, target, folders)
+    shared = _shared(pairs)
+    rows = []
+    for runs, line in pairs:
+        hours = "synthesis h" in line
+        seconds = [sum(run["seconds"].values()) for run in runs if None not in run["seconds"].values()]
+        time = statistics.fmean(seconds) / (3600 if hours else 1) if seconds else None
+        named = {"run": line["run"]} if folders else {}
+        if line["teacher"]:
+            named |= {name: line[name] for name in ("method", *FACTS) if name not in shared}
+        else:
+            named |= {"method": f"{line['method']} ({line['network']})"}
+            named |= {name: line[name] if name in ("dataset", "seeds") else "" for name in FACTS if name not in shared}
+        rows.append(
+            named
+            | {"external prior": line["external prior"], "acc1": line["acc1 last"], "published": line["published best"]}
+            | {name: value for name, value in line.items() if name.startswith(("acc1 at ", "steps to "))}
+            | {f"time {'h' if hours else 's'}": "" if time is None else f"{time:.{2 if hours else 0}f}"}
+            | {"images": line["images"]}
+        )
+    return rows
+
+
+def what_all_share(groups: Groups) -> str:
+    """A line that says what all rows of the brief table have in common."""
+    shared = _shared(_runs_and_rows(groups))
+    words = [shared.get("dataset"), " -> ".join(shared[n] for n in ("teacher", "network") if n in shared)]
+    words += [f"{shared['student steps']} student steps" if shared.get("student steps") else ""]
+    words += [f"seed{'s' * (',' in shared['seeds'])} {shared['seeds']}" if "seeds" in shared else ""]
+    return "; ".join(filter(None, [", ".join(filter(None, words)), "acc1: test accuracy of the last epoch in %"]))
+
+
+def _shared(pairs: list[tuple[list[dict[str, Any]], dict[str, str]]]) -> dict[str, str]:
+    """Of FACTS, those in which all rows agree, but for training on real data."""
+    lines = [line for _, line in pairs if line["teacher"]] or [line for _, line in pairs]
+    return {name: lines[0][name] for name in FACTS if len({line[name] for line in lines}) == 1}
+
+
+def _runs_and_rows(
+    groups: Groups, budget: int | None = None, target: float | None = None, folders: bool = False
+) -> list[tuple[list[dict[str, Any]], dict[str, str]]]:
+    known = [t for runs in groups for run in runs if run["method"] != "scratch" for t in synthesis_and_distillation(run)]
+    hours = any(t is not None and t >= 3600 for t in known)
+    pairs = [(runs, row(runs, text, budget, target, hours)) for runs, text in zip(groups, differing_flags(groups))]
+    if folders:
+        pairs = [(r, {"run": folder_of_every_seed(r[0])} | line | {"method": r[0]["method"]}) for r, line in pairs]
+        pairs.sort(key=lambda pair: pair[1]["run"])
+    return pairs
+
+
+def folder_of_every_seed(result: dict[str, Any]) -> str:
+    """The run's folder without the part that names its seed."""
+    return "/".join(part for part in Path(result["folder"]).parts if not re.fullmatch(r"seed\d+", part))
+
+
+def rounds_rows(groups: Groups, columns: int = 10) -> list[dict[str, str]]:
+    """Accuracy on the way: mean ± std over seeds after up to ``columns`` evenly spaced epochs, by student steps."""
+    rows = []
+    for runs, text in zip(groups, differing_flags(groups)):
+        histories = [run["history"] for run in runs if run["method"] != "scratch" and run["history"]]
+        if not histories:
+            continue
+        length = min(map(len, histories))
+        chosen = sorted({round((k + 1) * length / min(columns, length)) - 1 for k in range(min(columns, length))})
+        rows.append(
+            {"method": runs[0]["method"] + text}
+            | {str(histories[0][k]["student_steps"]): spread([h[k]["acc1"] for h in histories], 1) for k in chosen}
+        )
+    names = sorted({n for r in rows for n in r if n != "method"}, key=int)
+    return [{"acc1 after student steps": r["method"]} | {n: r.get(n, "") for n in names} for r in rows]

@@ -1,0 +1,232 @@
+"""Training a diffusion prior: from an npz and from class folders, stopped and gone on, started from a file, and misuse."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from datafree.diffusion import patch_unet, train_prior
+from datafree.diffusion.denoising import Denoising
+from datafree.diffusion.patch_unet import load_patch_prior
+from datafree.diffusion.priors import load_prior
+from datafree.diffusion.quality import density_coverage, frechet_distance
+from engine.runtime.errors import UserError
+from engine.runtime.files import load_tensors, save_checkpoint
+from tests.conftest import build_network
+
+TINY = "--channels 8,8 --no_attention --batch_size 4 --round_steps 2 --report_every 2 --images 32 --samples 12 --gpu -1"
+
+
+def pictures(count, seed, classes=3, size=8):
+    """Noise around a grey of the class's own: (count, size, size, 3) uint8 and labels."""
+    random, labels = np.random.default_rng(seed), np.arange(count) % classes
+    return (random.integers(0, 60, (count, size, size, 3)) + 60 * labels[:, None, None, None]).astype(np.uint8), labels
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A folder with ``greys.npz`` and the same images as class folders."""
+    root = tmp_path_factory.mktemp("data")
+    arrays = {"classes": np.array(["dark", "grey", "light"])}
+    for split, count in (("train", 30), ("test", 12)):
+        images, labels = pictures(count, seed=count)
+        arrays |= {f"x_{split}": images, f"y_{split}": labels}
+        for k, (image, label) in enumerate(zip(images, labels)):
+            file = root / "greys" / split / arrays["classes"][label] / f"{k:03d}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(file)
+    np.savez(root / "greys.npz", **arrays)
+    return root
+
+
+@pytest.fixture
+def train(monkeypatch, data, tmp_path):
+    def call(name="prior", extra="", dataset="greys", root=data):
+        output = tmp_path / f"{name}.safetensors"
+        arguments = f"{TINY} --dataset {dataset} --data_root {root} --output {output} --save_dir {tmp_path / name} {extra}"
+        monkeypatch.setattr("sys.argv", ["train_prior", *arguments.split()])
+        train_prior.main()
+        return output
+
+    return call
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def same(one, other):
+    ours, theirs = load_tensors(one), load_tensors(other)
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_tiny_prior_from_end_to_end(train, tmp_path, data):
+    file = train()
+    network, about = load_patch_prior(file)
+    assert (about["num_classes"], about["image_size"], about["class_names"]) == (3, 8, ("dark", "grey", "light"))
+    assert (about["name"], about["dataset"], about["images_drawn"], about["training_images"]) == ("prior", "greys", 32, 30)
+    assert about["settings"]["lr"] == 1e-3 and {t.dtype for t in load_tensors(file).values()} == {torch.float16}
+    figures = lines(tmp_path / "prior")
+    assert [line["images"] for line in figures] == [8, 16, 24, 32]
+    assert ["held_out" in line for line in figures] == [False, True, False, True] and "frechet" not in figures[-1]
+    assert sorted(p.name for p in (tmp_path / "prior" / "pictures").iterdir()) == [
+        "samples_000000016.png", "samples_000000032.png"
+    ]  # fmt: skip
+    assert list((tmp_path / "prior").glob("events.*"))
+
+
+def test_class_folders_give_the_same_prior_as_an_npz(train, data):
+    npz = train("npz")
+    folders = train("folders", "--image_size 8", "folder", data / "greys")
+    # The order of images differs (class by class), so the weights do; what the files say does not.
+    (_, ours), (_, theirs) = (load_patch_prior(file) for file in (npz, folders))
+    assert theirs["dataset"] == "folder" and all(
+        ours[k] == theirs[k] for k in ("class_names", "image_size", "training_images")
+    )
+
+
+def test_a_stopped_training_goes_on_bit_for_bit(train, tmp_path, monkeypatch):
+    whole = train("whole")
+    fit, calls = Denoising.fit, []
+
+    def stopping(self, *args):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return fit(self, *args)
+
+    monkeypatch.setattr(Denoising, "fit", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        train("stopped")
+    assert load_patch_prior(tmp_path / "stopped.safetensors")[1]["images_drawn"] == 16  # of use before the end
+    torch.rand(5)
+    resumed = train("stopped")
+    assert len(calls) == 5 and same(whole, resumed)
+    timeless = [
+        [{k: v for k, v in line.items() if "per" not in k} for line in lines(tmp_path / name)]
+        for name in ("whole", "stopped")
+    ]
+    assert timeless[0] == timeless[1]
+    longer = train("stopped", "--images 40")
+    assert load_patch_prior(longer)[1]["images_drawn"] == 40 and not same(whole, longer)
+    assert same(longer, train("at_once", "--images 40"))
+
+
+def test_minutes_stop_a_training_that_can_go_on(train, tmp_path):
+    file = train("slow", "--minutes 0.0001")
+    assert load_patch_prior(file)[1]["images_drawn"] == 8
+    assert same(train("slow"), train("fast"))
+
+
+def test_changed_flags_are_refused_and_redo_forgets(train):
+    first = train()
+    before = first.read_bytes()
+    with pytest.raises(UserError, match="begun with --lr 0.001, now 0.002; give another --save_dir, or --redo"):
+        train(extra="--lr 2e-3")
+    train(extra="--lr 2e-3 --redo")
+    assert first.read_bytes() != before
+
+
+def test_start_goes_on_from_a_file(train, tmp_path):
+    first = train("first")
+    second = train("second", f"--start {first} --images 48")
+    about = load_patch_prior(second)[1]
+    assert about["images_drawn"] == 48 and [line["images"] for line in lines(tmp_path / "second")] == [40, 48]
+    assert about["settings"]["start"] == "first.safetensors" and not same(first, second)
+    with pytest.raises(UserError, match=r"has channels \(8, 8\), this training \(8, 16\)"):
+        train("third", f"--start {first} --channels 8,16 --images 48")
+    with pytest.raises(UserError, match="missing.safetensors does not exist"):
+        train("third", "--start missing.safetensors")
+
+
+def test_a_file_may_be_renewed_from_itself_stopped_or_not(train, tmp_path, monkeypatch):
+    first = train("first")
+    whole = train("whole", f"--start {first} --images 64")
+    again = f"--start {first} --output {first} --save_dir {tmp_path / 'renewed'} --report_every 1"
+    train("first", f"{again} --images 48")
+    assert load_patch_prior(first)[1]["images_drawn"] == 48
+    train("first", f"{again} --images 64")
+    assert same(first, whole)
+
+
+def test_a_judge_compares_samples_with_the_test_split(train, tmp_path, data, monkeypatch):
+
+    torch.manual_seed(0)
+    save_checkpoint(tmp_path / "judge.pth", {"state_dict": build_network("resnet8", 3).state_dict(), "arch": "resnet8"})
+    plain, judged = train("plain"), train("judged", f"--judge {tmp_path / 'judge.pth'}")
+    last = lines(tmp_path / "judged")[-1]
+    assert last["frechet"] > 0 and 0 <= last["coverage"] <= 1 and 0 <= last["judge_acc1"] <= 100
+    assert same(plain, judged)  # measuring changes nothing
+    save_checkpoint(tmp_path / "nameless.pth", {"state_dict": build_network("resnet8", 3).state_dict()})
+    with pytest.raises(UserError, match="nameless.pth does not say of which network"):
+        train("judged", f"--judge {tmp_path / 'nameless.pth'}")
+
+
+def test_shipped_priors_load_by_name(train, tmp_path, monkeypatch):
+    monkeypatch.setattr(patch_unet, "SHIPPED", tmp_path)
+    train("natural_8")
+    monkeypatch.chdir(tmp_path / "natural_8")
+    prior = load_prior("natural_8", num_classes=3)
+    assert prior.external_prior == "natural_8" and prior.shape == (3, 8, 8)
+    assert patch_unet.shipped_prior("natural_8") == tmp_path / "natural_8.safetensors"
+    for name in ("natural_9", "../natural_8", "natural_8/../natural_8"):
+        assert patch_unet.shipped_prior(name) is None
+
+
+MISTAKES = {
+    "--dataset nothing_here": "unknown dataset 'nothing_here'",
+    "--dataset folder": "train|test",
+    "--batch_size 0": "--batch_size 0 found",
+    "--images 0": "--images 0 found",
+    "--channels 8,7": "do not fit",
+    "--patch 3": "do not fit",
+    "--amp fp16": "none of auto, no, bf16",
+    "--image_sise 8": "did you mean --image_size",
+    "--judge missing.pth": "judge missing.pth does not exist",
+    "--lr 1e30": "diverged .*lower --lr",
+}
+
+
+@pytest.mark.parametrize("flags, words", MISTAKES.items())
+def test_a_mistake_is_one_line(flags, words, train):
+    with pytest.raises(UserError, match=words) as caught:
+        train("mistaken", flags)
+    assert "\\n" not in str(caught.value)
+
+
+def test_help_names_the_flags(train, capsys):
+    with pytest.raises(SystemExit):
+        train(extra="--help")
+    assert "python -m datafree.diffusion.train_prior" in (text := capsys.readouterr().out) and "--report_every" in text
+
+
+# Quality
+
+
+def test_frechet_distance_in_closed_form():
+    """Of one-dimensional and of diagonal Gaussians: (m1 - m2)^2 + (s1 - s2)^2 an axis."""
+    generator = torch.Generator().manual_seed(0)
+    real = torch.randn(500, 3, generator=generator, dtype=torch.float64)
+    real = (real - real.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(real.T)).T)  # white, exactly
+    other = real * torch.tensor([1.0, 2.0, 0.5]) + torch.tensor([3.0, 0.0, 1.0])
+    assert frechet_distance(real, real) == pytest.approx(0, abs=1e-9)
+    assert frechet_distance(real, other) == pytest.approx(9 + 1 + 1 + 0.25)
+
+
+def test_density_and_coverage():
+    generator = torch.Generator().manual_seed(0)
+    real, same_law = (torch.randn(800, 4, generator=generator) for _ in range(2))
+    density, coverage = density_coverage(real, same_law)
+    assert 0.9 < density < 1.1 and coverage > 0.9
+    assert density_coverage(real, same_law + 50) == (0, 0)
+    density, coverage = density_coverage(real, real[:1].expand(800, 4))  # one image again and again
+    assert coverage < 0.05
+
+
+def test_the_file_is_readable_by_safetensors_alone(train):
+    from safetensors.torch import load
+
+    file = train()
+    assert load(file.read_bytes()).keys() == load_tensors(file).keys()

@@ -1,0 +1,86 @@
+"""Loss scales: one an optimizer, part of the state of whatever outlives a round. Simulated on the CPU, which has no fp16."""
+
+import shutil
+
+import pytest
+import torch
+
+from engine.runtime.errors import UserError
+from engine.runtime.files import load_checkpoint, weights_digest
+from engine.runtime.precision import Precision
+
+CPU = torch.device("cpu")
+
+
+def scaled(self, amp, device):
+    """In the place of Precision.__init__: float32 networks and a scale that overflows at every other step or so."""
+    self.amp, self.dtype, self.device = amp, None, device
+    self.scaler = torch.amp.GradScaler("cpu", enabled=True, init_scale=2.0**126, growth_interval=1)
+
+
+@pytest.fixture
+def overflowing(monkeypatch):
+    monkeypatch.setattr(Precision, "__init__", scaled)
+
+
+def steps(precision, count):
+    """A weight after so many steps of plain SGD down 8 w."""
+    weight = torch.nn.Parameter(torch.zeros(()))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    for _ in range(count):
+        precision.minimize(8 * weight, optimizer)
+    return weight.item()
+
+
+def test_without_fp16_there_is_no_state():
+    precision = Precision("no", CPU)
+    assert steps(precision, 2) == -16 and precision.state_dict() == {} == precision.fresh().state_dict()
+    precision.load_state_dict({"scale": 4.0})  # an image bank's, made with fp16
+    assert steps(precision, 2) == -16
+    with pytest.raises(UserError, match="fp16 needs a GPU"):
+        Precision("fp16", CPU)
+
+
+def test_a_scale_is_one_optimizers_and_goes_on(overflowing):
+    one = Precision("fp16", CPU)
+    two = one.fresh()
+    assert steps(one, 4) > -32  # some steps overflowed and were left out
+    assert one.state_dict() != two.state_dict() and two.state_dict()["scale"] == 2.0**126
+    again = two.fresh()
+    again.load_state_dict(one.state_dict())
+    assert again.state_dict() == one.state_dict() and steps(again, 5) == steps(one, 5)
+
+
+def outcome(folder):
+    synthesizer = load_checkpoint(folder / "distill.pth")["synthesizer"]
+    scales = {name: part for name, part in synthesizer.items() if name.endswith("precision")}
+    shards = {f.name: f.read_bytes() for f in folder.rglob("*.safetensors")}
+    return shards, weights_digest(load_checkpoint(folder / "student.pth")["state_dict"]), scales
+
+
+@pytest.mark.parametrize("method, count", [("dafl", 1), ("fast", 2), ("nayer", 1), ("csd", 0), ("cmi", 0), ("deepinv", 0)])
+def test_a_run_in_fp16_goes_on_to_the_same_bits(method, count, distill, tmp_path, monkeypatch, overflowing):
+    import engine.loops.distill as module
+
+    original, calls = module.save_checkpoint, []
+
+    def failing(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    distill(method, tmp_path / "whole")
+    whole = outcome(tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "save_checkpoint", failing)
+        with pytest.raises(KeyboardInterrupt):
+            distill(method, tmp_path / "run")
+    shutil.copytree(tmp_path / "run", tmp_path / "forgetful")
+    distill(method, tmp_path / "run")
+    found = outcome(tmp_path / "run")
+    assert found == whole
+    assert len(found[2]) == count and all(scale["scale"] != 2.0**126 for scale in found[2].values())
+    monkeypatch.setattr(Precision, "load_state_dict", lambda self, state: None)
+    distill(method, tmp_path / "forgetful")
+    assert outcome(tmp_path / "forgetful") != whole
