@@ -7,6 +7,7 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 import dataclasses
 import functools
+import subprocess
 
 import pytest
 import torch
@@ -70,6 +71,19 @@ TINY_TASK = (
 )
 
 
+def script_commands(scripts: list[str], flags: str = "", **variables: str) -> dict[str, list[str]]:
+    """{script: the arguments of its python, with flags behind its own}, by bash, where a function stands for python."""
+    loop = r"""
+        python() { printf '%s\0' "$@"; }
+        export -f python
+        for script in $SCRIPTS; do printf '%s\0' "$script"; bash "$script" "$@"; echo; done"""
+    environment = os.environ | {"VENV": "none", "SCRIPTS": " ".join(scripts)} | variables
+    words = ["bash", "-c", loop, "bash", *flags.split()]
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
+    records = [line.split("\0")[:-1] for line in done.stdout.splitlines()]
+    return {script: arguments for script, *arguments in records}
+
+
 @pytest.fixture(autouse=True)
 def no_hub(monkeypatch):
     """No hub, also where huggingface_hub was imported before, which reads the variable once."""
@@ -91,14 +105,14 @@ def teacher_file(tmp_path_factory):
 
 @pytest.fixture
 def command(monkeypatch, teacher_file):
-    """Runs an entry point in this process: command("datafree_kd", "--method csd ...")."""
+    """Runs an entry point in this process: command("datafree_kd", "--method csd ..."), or with a list of arguments."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr("engine.data.splits._train_split_forbidden", False)
 
-    def call(module: str, arguments: str) -> None:
+    def call(module: str, arguments: str | list[str]) -> None:
         import importlib
 
-        monkeypatch.setattr("sys.argv", [f"{module}.py", *arguments.split()])
+        monkeypatch.setattr("sys.argv", [f"{module}.py", *(arguments.split() if isinstance(arguments, str) else arguments)])
         importlib.import_module(module).main()
 
     return call

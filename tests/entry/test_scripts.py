@@ -4,8 +4,6 @@ import dataclasses
 import functools
 import importlib.util
 import json
-import os
-import subprocess
 
 import pytest
 
@@ -13,7 +11,7 @@ import datafree_kd
 import registry
 from engine.loops.settings import DistillFlags
 from engine.runtime.names import resolve
-from tests.conftest import ROOT, TINY, TINY_TASK
+from tests.conftest import ROOT, TINY, TINY_TASK, script_commands
 
 SCRIPTS = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("scripts/*/*.sh"))
 SMALLER = "--epochs 1 --kd_steps 1 --ep_steps 1"
@@ -32,16 +30,8 @@ GENERATED = generated()
 
 @functools.cache
 def commands():
-    """{script: arguments of its python}, by bash, where a function stands for python and ``--behind`` for a user's flags."""
-    loop = r"""
-        python() { printf '%s\0' "$@"; }
-        export -f python
-        for script; do printf '%s\0' "$script"; bash "$script" --behind; echo; done"""
-    done = subprocess.run(
-        ["bash", "-c", loop, "bash", *SCRIPTS], cwd=ROOT, env=os.environ | {"VENV": "none"}, capture_output=True, text=True
-    )
-    records = [line.split("\0")[:-1] for line in done.stdout.splitlines()]
-    return {script: arguments for script, *arguments in records}
+    """{script: [entry point, its flags..., "--behind"]}, where ``--behind`` stands for what a user adds."""
+    return script_commands(SCRIPTS, "--behind")
 
 
 def parsed(script, extra=""):
@@ -111,7 +101,7 @@ def test_a_script_runs_to_a_student(script, command, teacher_file, tmp_path):
     method = parsed(script)[0]
     small = f"{TINY_TASK} {TINY[method]} --teacher_ckpt {teacher_file} {SMALLER}"
     if first := first_of(script):
-        command("datafree_kd", f"{' '.join(commands()[first][1:-1])} {small} --save_dir {tmp_path / 'bank'}")
+        command("datafree_kd", [*commands()[first][1:-1], *f"{small} --save_dir {tmp_path / 'bank'}".split()])
         small += f" --init_bank {tmp_path / 'bank'}"
-    command("datafree_kd", f"{' '.join(commands()[script][1:-1])} {small} --save_dir {tmp_path / 'run'}")
+    command("datafree_kd", [*commands()[script][1:-1], *f"{small} --save_dir {tmp_path / 'run'}".split()])
     assert json.loads((tmp_path / "run" / "result.json").read_text())["method"] == method
