@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from engine.data.pictures import grid
 from engine.loops.evaluate import check_finite, evaluate
+from engine.networks.weights import first_line
 from engine.runtime.errors import UserError
 from engine.runtime.files import load_checkpoint, save_checkpoint
 from engine.runtime.precision import Precision
@@ -186,7 +187,12 @@ def distill(
         state = load_checkpoint(file, "run checkpoint") if file.exists() else None
         run.rewind("distill", state["round"] if state else 0)
     state = processes.broadcast(state)
-    start = distillation.load_state_dict(state) if state else 0
+    try:
+        start = distillation.load_state_dict(state) if state else 0
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"distill.pth does not fit this run: {first_line(error)}; if it is of an earlier version, use --redo distill"
+        ) from None
     if bank is not None:
         if distillation.images_per_round:
             made = bank.read("distill", start)
