@@ -168,8 +168,9 @@ class Distillation:
 
 
 def distill(
-    run: Run | None, record: StageRecord | None, distillation: Distillation, bank, transfer, augment_batch, measure, *, seed: int
-) -> dict[str, float]:
+    run: Run | None, record: StageRecord | None, distillation: Distillation, bank, transfer, augment_batch, measure, *,
+    seed: int,
+) -> dict[str, float]:  # fmt: skip
     """Runs every epoch that is left; one checkpoint and one measurement an epoch.
 
     Args:
@@ -179,8 +180,8 @@ def distill(
         augment_batch: random crop and flip of the student's batches.
         measure: ``engine.loops.evaluate.Accuracy`` or ``Agreement``, only to report.
     Returns:
-        acc1_last, acc1_best, acc1_mean (over epochs) in %, or the same of agreement, student_steps, synthesis_seconds (within this stage); of the
-        others nothing.
+        acc1_last, acc1_best, acc1_mean (over epochs) in %, or the same of agreement, student_steps, synthesis_seconds (within
+        this stage); of the others nothing.
     """
     schedule, processes = distillation.schedule, distillation.processes
     state = None
@@ -220,7 +221,8 @@ def distill(
     bar.close()
     if not processes.main:
         return {}
-    return summary(measure.name, distillation.scores, schedule) | {"synthesis_seconds": round(distillation.synthesis_clock.read(), 3)}
+    figures = summary(measure.name, distillation.scores, schedule)
+    return figures | {"synthesis_seconds": round(distillation.synthesis_clock.read(), 3)}
 
 
 def distill_epoch(

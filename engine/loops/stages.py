@@ -268,7 +268,8 @@ class Distill(Stage):
         record.update("distill", done=True)
         memory = ", ".join(f"{name.replace('_', ' ').removesuffix(' mib')} {mib} MiB" for name, mib in peak_memory().items())
         run.log(
-            f"distill: {measure.words} {about[measure.name]:.2f} % (last), {figures[f'{measure.name}_best']:.2f} % (best) after "
+            f"distill: {measure.words} {figures[f'{measure.name}_last']:.2f} % (last), "
+            f"{figures[f'{measure.name}_best']:.2f} % (best) after "
             f"{figures['student_steps']} student steps ({record.seconds()['distill']:.0f} s, {memory}) -> "
             f"{run.path / 'result.json'}"
         )

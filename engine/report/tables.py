@@ -45,7 +45,8 @@ def synthesis_and_distillation(result: dict[str, Any]) -> tuple[float | None, fl
 
 def steps_to(runs: list[dict[str, Any]], target: float) -> str:
     """Student steps after which ``target`` % was first reached, mean over seeds; those that never did are counted."""
-    reached = [next((line["student_steps"] for line in run["history"] if line.get("acc1", 0) >= target), None) for run in runs]
+    tested = [[line for line in run["history"] if "acc1" in line] for run in runs]
+    reached = [next((line["student_steps"] for line in lines if line["acc1"] >= target), None) for lines in tested]
     numbers = [steps for steps in reached if steps is not None]
     missed = len(reached) - len(numbers)
     return spread(numbers, 0) + (f"{' ' if numbers else ''}({missed} of {len(reached)} never)" if missed else "")
@@ -94,7 +95,8 @@ def row(
     }
     if budget:
         at = [
-            next((line.get("acc1") for line in run["history"] if line.get("student_steps", 0) >= budget), None) for run in runs
+            next((line.get("acc1") for line in run["history"] if line.get("student_steps", 0) >= budget), None)
+            for run in runs
         ]
         line[f"acc1 at {budget} steps"] = "" if real else spread(at, 1)
     if target:
