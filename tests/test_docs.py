@@ -59,7 +59,8 @@ def commands(text):
         if len(words) == 1 and "=" in words[0]:
             name, _, value = words[0].partition("=")
             variables[name] = value
-        programs = [k for k, word in enumerate(words) if word.endswith(("datafree_kd.py", "train_scratch.py")) or word == "-m"]
+        names = "datafree_kd.py", "train_scratch.py"
+        programs = [k for k, word in enumerate(words) if word.endswith(names) or word == "-m"]
         for start in programs[:1]:
             program, *arguments = words[start + (words[start] == "-m") :]
             yield program, arguments

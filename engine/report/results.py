@@ -17,8 +17,8 @@ PATHS = ("teacher_ckpt", "init_bank", "init_variants")  # a path with the seed i
 def collect(places: list[Path]) -> list[dict[str, Any]]:
     """The results of runs, in the order of their folders.
 
-    Beside what result.json holds, each has "history", the lines of metrics.jsonl with an accuracy, "folder", the run's folder
-    below the one given, and "path", where it was read.
+    Beside what result.json holds, each has "history", the lines of metrics.jsonl with an accuracy, "folder", the run's
+    folder below the one given, and "path", where it was read.
 
     Args:
         places: run folders, folders of them, and files that ``write_lines`` wrote.

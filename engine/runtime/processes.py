@@ -18,8 +18,8 @@ from engine.runtime.errors import UserError, launched_rank
 class Processes:
     """This process's number and how many there are. Process 0, ``main``, keeps the run folder; the others only compute.
 
-    Plain values travel through host memory (gloo), tensors of a GPU from GPU to GPU (nccl). All processes must call gather and
-    broadcast together, in the same order.
+    Plain values travel through host memory (gloo), tensors of a GPU from GPU to GPU (nccl). All processes must make the same
+    calls in the same order.
     """
 
     rank: int = 0
