@@ -134,7 +134,8 @@ def brief_rows(
             named |= {name: line[name] if name in ("dataset", "seeds") else "" for name in FACTS if name not in shared}
         rows.append(
             named
-            | {"external prior": line["external prior"], "acc1": line["acc1 last"], "published": line["published best"]}
+            | {"external prior": line["external prior"], "acc1": line["acc1 last"]}
+            | {"published best": line["published best"]}
             | {name: value for name, value in line.items() if name.startswith(("acc1 at ", "steps to "))}
             | {f"time {'h' if hours else 's'}": "" if time is None else f"{time:.{2 if hours else 0}f}"}
             | {"images": line["images"]}
