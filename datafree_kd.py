@@ -60,8 +60,8 @@ def run(name: str, method_class: type, groups: list) -> Path:
     # Imported after parsing, so that --help and a misspelt flag answer at once.
     from datafree.build import build_method
     from engine.data.bank import Manifest
-    from engine.data.identity import data_identity
-    from engine.data.splits import allow_train_split, forbid_train_split
+    from engine.data.splits import forbid_train_split
+    from engine.loops import preflight
     from engine.loops.session import Session, choose_stages, run_stages
     from engine.networks.build import require_batch_norm, short_name
     from engine.runtime.compilation import Compiler
@@ -87,20 +87,23 @@ def run(name: str, method_class: type, groups: list) -> Path:
     path = Path(run_flags.save_dir or Path("checkpoints", name, f"{pair}_seed{run_flags.seed}"))
     flags = {"method": name} | {k: v for group in groups for k, v in dataclasses.asdict(group).items()}
     inputs = {"method": name, "teacher_ckpt": f"(weights {weights})"} | method.teacher.normalization.as_flags("teacher_")
-    real = {"distill": ("train", "test") if method.reads_train_split else ("test",)} if "distill" in selected else {}
-    with allow_train_split(method.reads_train_split):
-        data = {stage: {"data_root": data_identity(info, *real.get(stage, ()))} for stage in order}
+    learns = "distill" in selected
+    opens = {"test": learns and not task_flags.no_test, "train": learns and method.reads_train_split}
+    data = preflight.data_identities(info, order, **opens)
+    depends_on = {s: stage_flags(s, *groups) | inputs | {"data_root": data[s]} for s in order}
     manifest = Manifest(info.name, info.num_classes, info.image_size, short_name(task_flags.teacher), weights, name)
-    folder = record = None
+    paper = partial(report.published, PUBLISHED, PAIRS, name, info.name, task_flags.teacher, task_flags.student)
+    session = Session(path, None, None, info, manifest, schedule, flags, device, compiler, processes, paper)
+    folder, stages = None, [stage for stage in stages if stage.name in order]
     if processes.main:  # of those that a launcher started, one keeps the folder
+        session, todo = preflight.check(session, method, stages, depends_on, selected)
         folder = Run(path, flags)
         compiler.log = folder.log
-        folder.log(f"teacher {method.teacher.name} normalizes with {method.teacher.normalization}")
-        record = StageRecord(path / "stages.json", {s: stage_flags(s, *groups) | inputs | data[s] for s in order})
-    paper = partial(report.published, PUBLISHED, PAIRS, name, info.name, task_flags.teacher, task_flags.student)
-    session = Session(path, folder, record, info, manifest, schedule, flags, device, compiler, processes, paper)
+        session = dataclasses.replace(session, run=folder, record=StageRecord(path / "stages.json", depends_on))
     try:
-        run_stages(session, [stage for stage in stages if stage.name in order], selected, run_flags.redo)
+        if processes.main and todo:
+            session = preflight.tell(session, method.teacher, todo)
+        run_stages(session, stages, selected, run_flags.redo)
     finally:
         if folder:
             folder.close()

@@ -20,7 +20,7 @@ How to add one, "mine":
    What they cannot know is whether its losses are the paper's: test those against a closed form in ``tests/``.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -160,6 +160,15 @@ class Method:
 
     def __init__(self, config: Any, teacher: nn.Module, student: nn.Module, task: Task):
         self.config, self.teacher, self.student, self.task = config, teacher, student, task
+
+    def check_inputs(self, stages: Collection[str]) -> None:
+        """Opens what the flags name, before anything is made: a folder's first file, a model's configuration.
+
+        Args:
+            stages: names of those that are to begin; what one that goes on needs was there when it began.
+        Raises:
+            UserError: it is not there, or is something else.
+        """
 
     def stages(self) -> tuple[Stage, ...]:
         """The stages of a run, in order. Default: all happens while distilling."""

@@ -1,11 +1,14 @@
 """From flags to a method with its networks."""
 
+from dataclasses import replace
+
 from datafree.base import Method, Task
 from engine.data.crops import crop_flip
 from engine.data.datasets import dataset_info
 from engine.data.splits import allow_train_split, load_split
 from engine.loops.distill import Schedule
 from engine.networks.build import build_classifier, load_teacher
+from engine.runtime.errors import UserError
 from engine.runtime.precision import Precision, choose_device
 from engine.runtime.processes import Processes
 from engine.runtime.seeding import seed_position
@@ -24,9 +27,13 @@ def build_method(
     """
     flags, run_flags, _, config = groups
     device = choose_device(run_flags.gpu)
-    named = flags.dataset, flags.data_root, flags.image_size, flags.domain, flags.classes, flags.name
-    info = dataset_info(datasets, *named)
+    if flags.no_test and method_class.reads_train_split:
+        raise UserError(f"--no_test opens no real image, and {name} learns from them; leave it out")
+    named = flags.dataset, flags.data_root, flags.image_size, flags.domain, flags.classes, flags.name, flags.num_classes
+    info = dataset_info(datasets, *named, unseen=flags.no_test)
     teacher = load_teacher(models, flags.teacher, info, device, flags.teacher_ckpt, flags.teacher_mean, flags.teacher_std)
+    if not info.reader:  # what is known of the dataset's pixels is how the teacher normalizes them
+        info = replace(info, mean=teacher.normalization.mean, std=teacher.normalization.std)
     seed_position(run_flags.seed, "student")
     student = build_classifier(models, flags.student, info, device)
 

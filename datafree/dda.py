@@ -17,8 +17,9 @@ embedding and V are not known: the paper's figure keeps .83 and .76 and drops .4
 measured on the bank (``datafree.filter``).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +27,8 @@ from torch import Tensor, nn
 from datafree.base import Task
 from datafree.csd import CSD, CSDConfig
 from datafree.diffusion.augmenter import Augmenter, denoising_steps
-from datafree.diffusion.hub import DTYPES, diffusion_dtype, prior_name
-from datafree.filter import DEFAULT_MODELS, EMBEDDINGS, CosineFilter, build_embedding
+from datafree.diffusion.hub import DTYPES, diffusion_dtype, pipeline_config, prior_name
+from datafree.filter import DEFAULT_MODELS, EMBEDDINGS, CosineFilter, build_embedding, check_embedding
 from engine.loops.session import Stage
 from engine.loops.stages import Augment, Distill
 from engine.runtime.errors import UserError
@@ -124,10 +125,18 @@ class DDA(CSD):
         short = prior_name(self.embedding_model).split("/")[-1] if self.embedding_model else ""
         self.embedding_name = "-".join(filter(None, (config.embedding, short)))
 
+    def check_inputs(self, stages: Collection[str]) -> None:
+        super().check_inputs(stages)
+        if self.model and "augment" in stages:
+            from datafree.diffusion.variation import PIPELINES
+
+            pipeline_config(self.model, self.revision, PIPELINES[self.config.prior])
+
     def stages(self) -> tuple[Stage, ...]:
         config = self.config
         first, _ = self.from_initial_bank(config.init_rounds)
-        filter = CosineFilter(self.embedding_name, config.omega, self.embedding)
+        check = partial(check_embedding, config.embedding, self.embedding_model)
+        filter = CosineFilter(self.embedding_name, config.omega, self.embedding, check)
         prior = prior_name(self.model, self.revision) if self.model else "none"
         augment = Augment(first.name, self.augmenter, config.variants, config.diffusion_batch_size, filter, prior)
         seen_by = prior_name(self.embedding_model) if self.embedding_model else "none"

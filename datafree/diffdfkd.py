@@ -44,6 +44,7 @@ lost code, so there is no run of it to follow; this is the paper's algorithm.
 
 import json
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,7 +66,7 @@ from engine.loops.generate import GuidedMaker, Order
 from engine.loops.session import Session, Stage
 from engine.loops.stages import Distill, FillBank
 from engine.runtime.errors import UserError
-from engine.runtime.files import claim_folder, digest, shipped
+from engine.runtime.files import claim_folder, digest, is_claimed, require_new, shipped
 from engine.runtime.flags import check_least, flag
 from engine.runtime.processes import is_main
 
@@ -235,6 +236,23 @@ class DiffDFKD(Method):
         if config.msarc and not (teacher.feature_map_shapes and student.feature_map_shapes):
             raise UserError("a network without feature maps has no activation maps; give --msarc 0")
         self.model = config.diffusion_model or default_model(task)
+        self.prompts = tuple(text.strip() for text in (config.prompt or task.info.prompt).split("|") if text.strip())
+
+    def check_inputs(self, stages: Collection[str]) -> None:
+        """The prior, and that something makes an image one of its class."""
+        from datafree.diffusion.priors import check_prior
+
+        if "generate" not in stages:
+            return
+        config = self.config
+        if config.export_png and not is_claimed(Path(config.export_png)):
+            require_new(Path(config.export_png))
+        by_prompt = check_prior(self.model, config.diffusion_revision, self.prompts, self.task.info.class_names)
+        if by_prompt and not config.oh and not all("{label}" in prompt for prompt in self.prompts):
+            raise UserError(
+                f"--prompt '{config.prompt}' does not name the class and --oh is 0, so nothing would make an image one of "
+                "its class; put {label} into every prompt, or give --oh 1"
+            )
 
     def stages(self) -> tuple[Stage, ...]:
         config = self.config
@@ -277,21 +295,15 @@ class DiffDFKD(Method):
         Raises:
             UserError: the prior cannot be had, or does not fit the flags or the dataset.
         """
-        from datafree.diffusion.priors import TextToImage, load_prior
+        from datafree.diffusion.priors import load_prior
 
         config, task = self.config, self.task
-        prompts = tuple(prompt.strip() for prompt in (config.prompt or task.info.prompt).split("|") if prompt.strip())
         prior = load_prior(
             self.model, config.diffusion_revision, num_classes=task.info.num_classes, class_names=task.info.class_names,
-            prompts=prompts, class_map=config.class_map, null_class=config.null_class,
+            prompts=self.prompts, class_map=config.class_map, null_class=config.null_class,
             guidance_scale=config.guidance_scale, resolution=config.resolution, device=task.device,
             dtype=diffusion_dtype(config.diffusion_dtype, task.device),
         )  # fmt: skip
-        if isinstance(prior, TextToImage) and not config.oh and not all("{label}" in prompt for prompt in prompts):
-            raise UserError(
-                f"--prompt '{config.prompt}' does not name the class and --oh is 0, so nothing would make an image one of "
-                "its class; put {label} into every prompt, or give --oh 1"
-            )
         if config.gradient_checkpointing:
             prior.checkpoint_gradients()
         guidance = Guidance(
@@ -321,7 +333,7 @@ def default_model(task: Task, embedded: Path = EMBEDDED) -> str:
             about = {name: json.loads(value) for name, value in (file.metadata() or {}).items()}
         if about.get("image_size") == task.info.image_size and about.get("class_names") == list(task.info.class_names or ()):
             return str(embedded)
-        if about.get("num_classes") == task.num_classes == 10 and are_digits(task.class_names) and is_main():
+        if about.get("num_classes") == task.info.num_classes == 10 and are_digits(task.info.class_names) and is_main():
             tqdm.write(
                 f"--diffusion_model {DEFAULT_MODEL} by default; the shipped {embedded} draws printed digits at "
                 f"{about.get('image_size')} px: if classes 0 to 9 are digits, give --diffusion_model {embedded}"

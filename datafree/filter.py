@@ -57,6 +57,23 @@ def build_embedding(
     return _PretrainedEmbedding(kind, model_id or DEFAULT_MODELS[kind], device, dtype)
 
 
+def check_embedding(kind: str, model_id: str | None) -> None:
+    """That the pretrained model of an embedding is there and of its kind, by its configuration alone.
+
+    Raises:
+        UserError: it is not.
+    """
+    if kind == "teacher":
+        return
+    from transformers import AutoConfig
+
+    quiet_libraries()
+    with hub_errors(model_id, None, "--embedding_model"):
+        config = AutoConfig.from_pretrained(model_id)
+    if config.model_type not in MODEL_TYPES[kind]:
+        raise UserError(f"--embedding_model {model_id} holds a model of type {config.model_type}, but {kind} is wanted")
+
+
 class _TeacherEmbedding:
     def __init__(self, teacher: nn.Module, device: torch.device | str):
         self.teacher, self.device = teacher, device
@@ -73,13 +90,9 @@ class _PretrainedEmbedding:
     """
 
     def __init__(self, kind: str, model_id: str, device: torch.device | str, dtype: torch.dtype):
-        from transformers import AutoConfig, AutoModel, CLIPVisionModelWithProjection
+        from transformers import AutoModel, CLIPVisionModelWithProjection
 
-        quiet_libraries()
-        with hub_errors(model_id, None, "--embedding_model"):
-            config = AutoConfig.from_pretrained(model_id)
-        if config.model_type not in MODEL_TYPES[kind]:
-            raise UserError(f"--embedding_model {model_id} holds a model of type {config.model_type}, but {kind} is wanted")
+        check_embedding(kind, model_id)
         loader = CLIPVisionModelWithProjection if kind == "clip" else AutoModel
         with hub_errors(model_id, None, "--embedding_model"):
             self.model = loader.from_pretrained(model_id, dtype=dtype).to(device).eval().requires_grad_(False)
@@ -120,11 +133,13 @@ class CosineFilter:
         name: of the embedding, for the file of the cosines.
         omega: the least cosine that stays; None: ``calibrated_omega``.
         build: makes the embedding, when it is first needed.
+        check: raises a UserError where it could not be built.
     """
 
     name: str
     omega: float | None
     build: Callable[[], Embedding]
+    check: Callable[[], None] = lambda: None
 
     def score(
         self, sources: dict[str, Any], variants: dict[str, Any], show: Callable[[int], None]

@@ -29,6 +29,7 @@ loss is not reset between the batches of a round. Rounds of ``g_life`` are count
 Left out: the script's settings for ImageNet (a deeper generator, jitter).
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,21 @@ def orthogonal_codes(num_classes: int, dim: int) -> Tensor:
     return (basis * triangle.diagonal().sign()).T.float().contiguous()
 
 
+def check_text_model(model_id: str) -> None:
+    """That --text_model is there and of the right kind, by its configuration alone.
+
+    Raises:
+        UserError: it is not.
+    """
+    from transformers import AutoConfig
+
+    quiet_libraries()
+    with hub_errors(model_id, None, "--text_model"):
+        kind = AutoConfig.from_pretrained(model_id).model_type
+    if kind not in TEXT_MODEL_TYPES:
+        raise UserError(f"--text_model {model_id} holds a model of type {kind}, but a CLIP text encoder is wanted")
+
+
 @torch.no_grad()
 def text_codes(names: tuple[str, ...], prompt: str, model_id: str, device: torch.device) -> Tensor:
     """Text embeddings of the prompts, not normalized: (C, D) float32 on ``device``.
@@ -102,13 +118,9 @@ def text_codes(names: tuple[str, ...], prompt: str, model_id: str, device: torch
     Raises:
         UserError: the model cannot be had, is of another kind, or cannot tell the classes apart.
     """
-    from transformers import AutoConfig, AutoTokenizer, CLIPTextModelWithProjection
+    from transformers import AutoTokenizer, CLIPTextModelWithProjection
 
-    quiet_libraries()
-    with hub_errors(model_id, None, "--text_model"):
-        kind = AutoConfig.from_pretrained(model_id).model_type
-    if kind not in TEXT_MODEL_TYPES:
-        raise UserError(f"--text_model {model_id} holds a model of type {kind}, but a CLIP text encoder is wanted")
+    check_text_model(model_id)
     with hub_errors(model_id, None, "--text_model"):
         tokenizer = AutoTokenizer.from_pretrained(model_id)
         model = CLIPTextModelWithProjection.from_pretrained(model_id, dtype=torch.float32).to(device).eval()
@@ -249,6 +261,11 @@ class NAYER(Method):
             if "{label}" not in config.prompt:
                 raise UserError(f"--prompt '{config.prompt}' has no {{label}}, so that all classes would have one embedding")
             self.external_prior = prior_name(config.text_model)
+
+    def check_inputs(self, stages: Collection[str]) -> None:
+        """The text model; of a bank that is given, the synthesizer's state brings the codes."""
+        if self.config.label_embedding == "clip" and "synthesize" in stages:
+            check_text_model(self.config.text_model)
 
     @property
     def images_per_round(self) -> int:

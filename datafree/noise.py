@@ -9,7 +9,7 @@ A method that does not beat this has not found anything out about the training d
 what they lack is the classes, not the look of images (see Beyer et al. 2022, arXiv 2106.05237, on out-of-domain transfer).
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from datafree.base import ImageBatch, Method, Synthesizer, Task
 from datafree.losses import KLDistillation
 from datafree.stream import unlabelled
-from engine.data.image_files import SUFFIXES, image_files, read_images, tell_of_cropping
+from engine.data.image_files import SUFFIXES, decode_image, image_files, read_images, tell_of_cropping
 from engine.data.transfer_set import TransferSet
 from engine.runtime.errors import UserError
 from engine.runtime.flags import flag
@@ -59,14 +59,24 @@ class NoiseImages(Synthesizer):
             yield images.contiguous(memory_format=torch.channels_last), unlabelled(images)
 
 
+def pictures_in(folder: str) -> list[str]:
+    """The image files below the folder of --images.
+
+    Raises:
+        UserError: there are none.
+    """
+    files = image_files(folder)
+    if not files:
+        raise UserError(f"--images {folder} holds no images ({', '.join(SUFFIXES)}); give a folder that does")
+    return files
+
+
 class FolderImages(NoiseImages):
     """Shuffled passes over a folder, cropped and flipped."""
 
     def __init__(self, task: Task, folder: str):
         self.task = task
-        files = image_files(folder)
-        if not files:
-            raise UserError(f"--images {folder} holds no images ({', '.join(SUFFIXES)}); give a folder that does")
+        files = pictures_in(folder)
         tell_of_cropping(f"--images {folder}", task.info.image_size, files)
         images = read_images(files, task.info.image_size)
         self.pictures = TransferSet(len(images), task.info.image_size, task.device)
@@ -88,6 +98,10 @@ class Noise(Method):
         super().__init__(config, teacher, student, task)
         if config.images:
             self.external_prior = f"images of {Path(config.images).resolve().name}"
+
+    def check_inputs(self, stages: Collection[str]) -> None:
+        if self.config.images and "distill" in stages:
+            decode_image(pictures_in(self.config.images)[0], self.task.info.image_size)
 
     def synthesizer(self) -> NoiseImages:
         config = self.config

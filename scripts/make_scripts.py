@@ -128,7 +128,7 @@ def measured(results: list[dict[str, Any]], command: str, bank_command: str) -> 
     """
     name, _, groups = parse(shlex.split(command.replace("\\\n", " ")))
     about = {"method": name, "dataset": groups[0].dataset, "teacher": groups[0].teacher, "student": groups[0].student}
-    runs = [run for run in results if about.items() <= run.items()]
+    runs = [run for run in results if about.items() <= run.items() and "acc1_last" in run]
     if not runs:
         return ""
     bank_groups = parse(shlex.split(bank_command.replace("\\\n", " ")))[2]

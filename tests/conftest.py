@@ -7,6 +7,7 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 import dataclasses
 import functools
+import subprocess
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import torch
 from datafree.base import Task
 from engine.data import datasets
 from engine.networks import build
+from engine.runtime.files import load_checkpoint, weights_digest
 from engine.runtime.precision import Precision
 from models.classifier import Classifier
 from registry import DATASETS, MODELS
@@ -69,6 +71,19 @@ TINY_TASK = (
 )
 
 
+def script_commands(scripts: list[str], flags: str = "", **variables: str) -> dict[str, list[str]]:
+    """{script: the arguments of its python, with flags behind its own}, by bash, where a function stands for python."""
+    loop = r"""
+        python() { printf '%s\0' "$@"; }
+        export -f python
+        for script in $SCRIPTS; do printf '%s\0' "$script"; bash "$script" "$@"; echo; done"""
+    environment = os.environ | {"VENV": "none", "SCRIPTS": " ".join(scripts)} | variables
+    words = ["bash", "-c", loop, "bash", *flags.split()]
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
+    records = [line.split("\0")[:-1] for line in done.stdout.splitlines()]
+    return {script: arguments for script, *arguments in records}
+
+
 @pytest.fixture(autouse=True)
 def no_hub(monkeypatch):
     """No hub, also where huggingface_hub was imported before, which reads the variable once."""
@@ -90,17 +105,22 @@ def teacher_file(tmp_path_factory):
 
 @pytest.fixture
 def command(monkeypatch, teacher_file):
-    """Runs an entry point in this process: command("datafree_kd", "--method csd ...")."""
+    """Runs an entry point in this process: command("datafree_kd", "--method csd ..."), or with a list of arguments."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr("engine.data.splits._train_split_forbidden", False)
 
-    def call(module: str, arguments: str) -> None:
+    def call(module: str, arguments: str | list[str]) -> None:
         import importlib
 
-        monkeypatch.setattr("sys.argv", [f"{module}.py", *arguments.split()])
+        monkeypatch.setattr("sys.argv", [f"{module}.py", *(arguments.split() if isinstance(arguments, str) else arguments)])
         importlib.import_module(module).main()
 
     return call
+
+
+def tiny_flags(method: str, teacher_file: Path, save_dir: Path, extra: str = "") -> str:
+    """Of a tiny data-free run."""
+    return f"--method {method} {TINY_TASK} --teacher_ckpt {teacher_file} {TINY[method]} --save_dir {save_dir} {extra}"
 
 
 @pytest.fixture
@@ -108,9 +128,34 @@ def distill(command, teacher_file):
     """Runs a tiny data-free run: distill("csd", save_dir, "--seed 1")."""
 
     def call(method: str, save_dir: Path, extra: str = "") -> None:
-        command(
-            "datafree_kd",
-            f"--method {method} {TINY_TASK} --teacher_ckpt {teacher_file} {TINY[method]} --save_dir {save_dir} {extra}",
-        )
+        command("datafree_kd", tiny_flags(method, teacher_file, save_dir, extra))
 
     return call
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, teacher_file):
+    """finished("csd"): the folder of a whole tiny run, made once; to look at, compare with or copy, never to change."""
+    folders: dict[str, Path] = {}
+
+    def call(method: str) -> Path:
+        if method not in folders:
+            import datafree_kd
+
+            folder = tmp_path_factory.mktemp("finished") / method
+            with pytest.MonkeyPatch.context() as patch:
+                patch.chdir(ROOT)
+                patch.setattr("engine.data.splits._train_split_forbidden", False)
+                patch.setattr("sys.argv", ["datafree_kd.py", *tiny_flags(method, teacher_file, folder).split()])
+                datafree_kd.main()
+            folders[method] = folder
+        return folders[method]
+
+    return call
+
+
+def outcome(folder: Path) -> tuple[dict[Path, bytes], str, str]:
+    """What must be equal when two runs are: weights, images, metrics."""
+    shards = {f.relative_to(folder): f.read_bytes() for f in sorted(folder.rglob("*.safetensors"))}
+    student = weights_digest(load_checkpoint(folder / "student.pth")["state_dict"])
+    return shards, student, (folder / "metrics.jsonl").read_text()

@@ -3,7 +3,7 @@
 import errno
 import socket
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -84,6 +84,26 @@ def quiet_libraries() -> None:
         library.disable_progress_bar()
 
 
+def pipeline_config(model_id: str, revision: str | None, kinds: Iterable[str], flag: str = "--diffusion_model") -> dict:
+    """The configuration of a pretrained pipeline, for which no weights are fetched; see ``load_pipeline``.
+
+    Args:
+        kinds: names of the pipelines that will do.
+    Raises:
+        UserError: the model cannot be had, or is of another kind.
+    """
+    import diffusers
+
+    quiet_libraries()
+    revision = None if Path(model_id).is_dir() else revision
+    with hub_errors(model_id, revision, flag):
+        config = diffusers.DiffusionPipeline.load_config(model_id, revision=revision)
+    found = config.get("_class_name")
+    if found not in kinds:
+        raise UserError(f"{flag} {model_id} holds a {found or 'model without pipeline'}; wanted: {' or '.join(kinds)}")
+    return config
+
+
 def load_pipeline(
     model_id: str,
     revision: str | None,
@@ -108,14 +128,10 @@ def load_pipeline(
     """
     import diffusers
 
-    quiet_libraries()
     kinds = {cls: cls} if isinstance(cls, str) else cls
     revision = None if Path(model_id).is_dir() else revision
-    with hub_errors(model_id, revision, flag):
-        config = diffusers.DiffusionPipeline.load_config(model_id, revision=revision)
-    found = config.get("_class_name")
-    if found not in kinds:
-        raise UserError(f"{flag} {model_id} holds a {found or 'model without pipeline'}; wanted: {' or '.join(kinds)}")
+    config = pipeline_config(model_id, revision, kinds, flag)
+    found = config["_class_name"]
     no_checker = {"safety_checker": None, "requires_safety_checker": False} if "safety_checker" in config else {}
     with hub_errors(model_id, revision, flag):
         pipeline = getattr(diffusers, kinds[found]).from_pretrained(model_id, revision=revision, dtype=dtype, **no_checker)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from datafree.diffusion.hub import load_pipeline, prior_name
+from datafree.diffusion.hub import load_pipeline, pipeline_config, prior_name
 from datafree.diffusion.patch_unet import load_patch_prior, shipped_prior
 from datafree.diffusion.sampling import Trajectory, cosine_trajectory, own_rule, scheduler_trajectory
 from engine.runtime.errors import UserError
@@ -287,6 +287,26 @@ def check_prompts(prompts: tuple[str, ...], class_names: tuple[str, ...] | None)
         raise UserError(
             f"--prompt '{wanting[0]}' wants class names, and this dataset has none; give a --prompt without {{label}}"
         )
+
+
+def check_prior(
+    model_id: str, revision: str | None, prompts: tuple[str, ...], class_names: tuple[str, ...] | None
+) -> bool:
+    """That a prior is there and of a kind that ``load_prior`` takes; of a pipeline the configuration alone is read.
+
+    Returns:
+        Whether it goes by prompts.
+    Raises:
+        UserError: it is not, or has prompts that want class names where none are known.
+    """
+    model_id = str(shipped_prior(model_id) or model_id)
+    if model_id.endswith(".safetensors"):
+        load_patch_prior(Path(model_id))
+        return False
+    by_prompt = pipeline_config(model_id, revision, PIPELINES, FLAG)["_class_name"] in TEXT
+    if by_prompt:
+        check_prompts(prompts, class_names)
+    return by_prompt
 
 
 def load_prior(

@@ -24,6 +24,8 @@ IMAGE_TO_IMAGE = {
     "StableDiffusionXLPipeline": "StableDiffusionXLImg2ImgPipeline",
     "StableDiffusionXLImg2ImgPipeline": "StableDiffusionXLImg2ImgPipeline",
 }
+# What each of --prior takes.
+PIPELINES = {"image_variation": ("StableDiffusionImageVariationPipeline",), "image_to_image": tuple(IMAGE_TO_IMAGE)}
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -84,7 +86,7 @@ class ImageVariation(_LatentAugmenter):
         device: torch.device | str = "cpu",
     ):
         denoising_steps(1.0, num_inference_steps)
-        pipeline = load_pipeline(model_id, revision, "StableDiffusionImageVariationPipeline", dtype, device)
+        pipeline = load_pipeline(model_id, revision, PIPELINES["image_variation"][0], dtype, device)
         super().__init__(pipeline, model_id, revision, resolution, num_inference_steps)
         self.guidance_scale, self.num_inference_steps = guidance_scale, num_inference_steps
         processor = pipeline.feature_extractor

@@ -16,6 +16,8 @@ UNREGISTERED = {
     "std": (0.5, 0.5, 0.5),
     "flip": True,
 }
+# And of a name without any file, whose images are never opened.
+UNSEEN = {name: UNREGISTERED[name] for name in ("mean", "std", "flip")} | {"reader": ""}
 
 
 
@@ -71,6 +73,8 @@ def dataset_info(
     domain: str | None = None,
     classes: str | None = None,
     alias: str | None = None,
+    num_classes: int | None = None,
+    unseen: bool = False,
 ) -> DatasetInfo:
     """Describes a dataset; opens no images.
 
@@ -82,6 +86,8 @@ def dataset_info(
         image_size: px; None is the dataset's own.
         domain, classes: of a dataset with domains: which, and 'ten' (default) or 'all' classes.
         alias: what checkpoints, run folders and tables call it; None is its own name, a tree's that of its folder.
+        num_classes: how many are wanted; with ``unseen`` and a size they describe a dataset of which there is nothing here.
+        unseen: no image of it will be opened.
     Raises:
         UserError: unknown name, domain or classes, or what must be read from the disk is not there.
     """
@@ -89,11 +95,19 @@ def dataset_info(
     if suffix in table.get(base, {}).get("domains", ()):
         name, domain = base, suffix
     root = Path(data_root)
-    row = _row(table, name, root)
+    has_archive = (root / f"{name}.npz").is_file()
+    if unseen and name not in table and not has_archive:
+        if not (num_classes and image_size):
+            raise UserError(f"nothing is known of the dataset '{name}'; with --no_test give --num_classes and --image_size")
+        row = UNSEEN | {"num_classes": num_classes, "size": image_size}
+    else:
+        row = _row(table, name, root, has_archive)
     if (domain or classes) and "domains" not in row:
         raise UserError(f"dataset '{name}' has no domains; leave out {'--domain' if domain else '--classes'}")
     if image_size is not None and image_size < 1:
         raise UserError(f"--image_size {image_size}: wanted at least 1 px")
+    if num_classes is not None and num_classes < 1:
+        raise UserError(f"--num_classes {num_classes}: wanted at least 1")
 
     if alias is not None and not re.fullmatch(r"\w[\w.-]*", alias):
         raise UserError(f"--name {alias}: wanted letters, digits, '_', '-' and '.', for it stands in file names")
@@ -102,6 +116,8 @@ def dataset_info(
 
     if "describe" in row:
         row = row | resolve(row["describe"])(row, root, name, domain, classes)
+    if num_classes is not None and num_classes != row["num_classes"]:
+        raise UserError(f"--num_classes {num_classes}: {name} has {row['num_classes']} classes; leave it out")
     class_names = row.get("class_names")
     if isinstance(class_names, str):
         class_names = resolve(class_names)
@@ -131,9 +147,8 @@ def dataset_info(
     )
 
 
-def _row(table: dict[str, dict[str, Any]], name: str, root: Path) -> dict:
+def _row(table: dict[str, dict[str, Any]], name: str, root: Path, has_archive: bool) -> dict:
     """The table's row, with the archive ``NAME.npz`` in place of its reader where there is one."""
-    has_archive = (root / f"{name}.npz").is_file()
     if name not in table and has_archive:
         return UNREGISTERED
     try:

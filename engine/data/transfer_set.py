@@ -55,6 +55,13 @@ class TransferSet:
         self.labels[self.count : end] = labels
         self.count = end
 
+    def spaced(self, most: int, batch_size: int = 250) -> Iterator[Tensor]:
+        """Up to ``most`` of the images so far, evenly spaced: batches of float32 (B, 3, H, W) in [0, 1], unchanged."""
+        chosen = torch.linspace(0, self.count - 1, min(most, self.count)).round().long()
+        for part in chosen.split(batch_size):
+            images = self.images[part] if self.mapped else self.images.index_select(0, part.to(self.home))
+            yield images.to(self.device).to(torch.float32, memory_format=torch.channels_last).div_(255)
+
     def batches(
         self, batch_size: int, augment: Callable[[Tensor], Tensor], *, seed: int, rank: int = 0, count: int = 1
     ) -> Iterator[tuple[Tensor, Tensor]]:

@@ -113,8 +113,7 @@ def filter_variants(run: Run, folder: Path, sources: dict[str, Any], variants: d
         sources: images (N, 3, H, W), labels; variants: images (N * V, 3, H, W), labels, source_index.
         filter: ``datafree.filter.CosineFilter``.
     """
-    file = filter_file(run.path, filter)
-    stored = next((load_tensors(f) for f in (file, folder.parent / file.name) if f.exists()), None)
+    file, stored = filter_file(run.path, filter), stored_cosines(run.path, folder, filter)
     if stored is None or len(stored["cosine"]) != len(variants["labels"]):
         with progress(len(sources["labels"]) + len(variants["labels"]), "embed", "img", delay=3) as bar:
             cosine, calibrated = filter.score(sources, variants, bar.update)
@@ -140,6 +139,12 @@ def filter_variants(run: Run, folder: Path, sources: dict[str, Any], variants: d
     of_shown = torch.arange(min(4, len(keep) // total))[:, None] * total + shown
     picture = variants_grid(sources["images"][shown], variants["images"][of_shown], cosine[of_shown], keep[of_shown])
     run.picture("variants", picture)
+
+
+def stored_cosines(run: Path, folder: Path, filter) -> dict[str, Tensor] | None:
+    """What a run's filter file holds or, without one, that of the run that made the variants in ``folder``."""
+    files = filter_file(run, filter), filter_file(folder.parent, filter)
+    return next((load_tensors(file) for file in files if file.exists()), None)
 
 
 def filter_file(folder: Path, filter) -> Path:

@@ -19,7 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from engine.data.pictures import grid
-from engine.loops.evaluate import check_finite, evaluate
+from engine.loops.evaluate import check_finite
+from engine.loops.pace import StepPace
+from engine.networks.weights import first_line
 from engine.runtime.errors import UserError
 from engine.runtime.files import load_checkpoint, save_checkpoint
 from engine.runtime.precision import Precision
@@ -111,8 +113,9 @@ class Distillation:
         self.optimizer = torch.optim.SGD(
             self.parameters, lr=schedule.lr, momentum=schedule.momentum, weight_decay=schedule.weight_decay, **fused
         )
-        self.accuracies: list[float] = []
+        self.scores: list[float] = []  # one an epoch
         self.synthesis_clock = Stopwatch(precision.device)
+        self.pace: StepPace | None = None
 
     def synthesize(self):
         """One round of synthesis by the main process, its seconds counted apart; the others get None."""
@@ -137,6 +140,8 @@ class Distillation:
             self.synthesizer.after_step(self.student, images, labels)
             sums = add(sums, {name: value.detach() for name, value in losses.items()})
             bar.update()
+            if self.pace:
+                self.pace.step()
         return {name: total / self.schedule.kd_steps for name, total in sums.items()}
 
     def state_dict(self, round: int) -> dict:
@@ -147,7 +152,7 @@ class Distillation:
             "optimizer": self.optimizer.state_dict(),
             "synthesizer": self.synthesizer.state_dict(),
             "precision": self.precision.state_dict(),
-            "accuracies": self.accuracies,
+            "accuracies": self.scores,
             "synthesis_seconds": self.synthesis_clock.read(),
         }
 
@@ -158,25 +163,26 @@ class Distillation:
         self.optimizer.load_state_dict(state["optimizer"])
         self.synthesizer.load_state_dict(state["synthesizer"])
         self.precision.load_state_dict(state["precision"])
-        self.accuracies = state["accuracies"]
+        self.scores = state["accuracies"]
         self.synthesis_clock.seconds = state["synthesis_seconds"]
         return state["round"]
 
 
 def distill(
-    run: Run | None, record: StageRecord | None, distillation: Distillation, bank, transfer, augment_batch, test, *, seed: int
-) -> dict[str, float]:
-    """Runs every epoch that is left; one checkpoint and one accuracy an epoch.
+    run: Run | None, record: StageRecord | None, distillation: Distillation, bank, transfer, augment_batch, measure, *,
+    seed: int,
+) -> dict[str, float]:  # fmt: skip
+    """Runs every epoch that is left; one checkpoint and one measurement an epoch.
 
     Args:
-        run, record, test: the main process's; None in the others.
+        run, record, measure: the main process's; None in the others.
         bank: where the images of each round are kept, or None for a method that only streams.
         transfer: ``TransferSet`` with the images there before the first round; None where ``bank`` is None.
         augment_batch: random crop and flip of the student's batches.
-        test: the test split, only to report.
+        measure: ``engine.loops.evaluate.Accuracy`` or ``Agreement``, only to report.
     Returns:
-        acc1_last, acc1_best, acc1_mean (over epochs) in %, student_steps, synthesis_seconds (within this stage); of the
-        others nothing.
+        acc1_last, acc1_best, acc1_mean (over epochs) in %, or the same of agreement, student_steps, synthesis_seconds (within
+        this stage); of the others nothing.
     """
     schedule, processes = distillation.schedule, distillation.processes
     state = None
@@ -186,7 +192,12 @@ def distill(
         state = load_checkpoint(file, "run checkpoint") if file.exists() else None
         run.rewind("distill", state["round"] if state else 0)
     state = processes.broadcast(state)
-    start = distillation.load_state_dict(state) if state else 0
+    try:
+        start = distillation.load_state_dict(state) if state else 0
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"distill.pth does not fit this run: {first_line(error)}; if it is of an earlier version, use --redo distill"
+        ) from None
     if bank is not None:
         if distillation.images_per_round:
             made = bank.read("distill", start)
@@ -199,22 +210,25 @@ def distill(
     if start and processes.main:
         run.log(f"distill: going on after round {start} of {schedule.rounds}")
     bar = progress(schedule.rounds * schedule.kd_steps, "distill", "step", start * schedule.kd_steps)
+    distillation.pace = StepPace(run.log, distillation, start) if run else None
     for epoch in range(start // schedule.rounds_per_epoch, schedule.epochs):
         figures = distill_epoch(distillation, epoch, bank, transfer, augment_batch, seed, bar, run)
         if not processes.main:
             continue
-        accuracy = evaluate(distillation.student, test)
-        distillation.accuracies.append(accuracy["acc1"])
         rounds = (epoch + 1) * schedule.rounds_per_epoch
-        figures |= {**accuracy, "student_steps": rounds * schedule.kd_steps}
-        bar.set_postfix({"acc1": f"{accuracy['acc1']:.2f}", "best": f"{max(distillation.accuracies):.2f}"}, refresh=False)
+        measured = measure(distillation.student, distillation.synthesizer, transfer, rounds)
+        score = measured[measure.name]
+        distillation.scores.append(score)
+        figures |= {**measured, "student_steps": rounds * schedule.kd_steps}
+        bar.set_postfix({measure.name: f"{score:.2f}", "best": f"{max(distillation.scores):.2f}"}, refresh=False)
         run.metrics("distill", rounds - 1, figures)  # before the checkpoint: a repeated epoch rewinds it
         save_checkpoint(file, distillation.state_dict(rounds))
         record.update("distill", rounds=rounds)
     bar.close()
     if not processes.main:
         return {}
-    return summary(distillation.accuracies, schedule) | {"synthesis_seconds": round(distillation.synthesis_clock.read(), 3)}
+    figures = summary(measure.name, distillation.scores, schedule)
+    return figures | {"synthesis_seconds": round(distillation.synthesis_clock.read(), 3)}
 
 
 def distill_epoch(
@@ -269,11 +283,11 @@ def keep(distillation: Distillation, bank, transfer, batch, round: int) -> None:
     transfer.add(images, labels)
 
 
-def summary(accuracies: list[float], schedule: Schedule) -> dict[str, float]:
-    """The figures of a finished run: the last epoch's accuracy first, best on test only to compare with papers."""
+def summary(name: str, scores: list[float], schedule: Schedule) -> dict[str, float]:
+    """The figures of a finished run: the last epoch's score first, best on test only to compare with papers."""
     return {
-        "acc1_last": accuracies[-1],
-        "acc1_best": max(accuracies),
-        "acc1_mean": round(sum(accuracies) / len(accuracies), 3),
+        f"{name}_last": scores[-1],
+        f"{name}_best": max(scores),
+        f"{name}_mean": round(sum(scores) / len(scores), 3),
         "student_steps": schedule.rounds * schedule.kd_steps,
     }

@@ -1,10 +1,14 @@
-"""Accuracy on a labelled split."""
+"""What is measured of a student: its accuracy on a labelled split or, without one, its agreement with the teacher."""
+
+from collections.abc import Iterable
+from itertools import islice
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from engine.runtime.errors import UserError
 from engine.runtime.run import progress
+from engine.runtime.seeding import position_seed, seed_position
 from models.classifier import eval_mode
 
 
@@ -26,6 +30,58 @@ def evaluate(classifier: nn.Module, split, batch_size: int = 500) -> dict[str, f
             bar.update(len(images))
     acc1, acc5 = (100 * hits.double() / len(split)).tolist()
     return {"acc1": round(acc1, 3), "acc5": round(acc5, 3)}
+
+
+class Accuracy:
+    """acc1 and acc5 on the test split."""
+
+    name, words = "acc1", "acc1"
+
+    def __init__(self, split):
+        self.split = split
+
+    def __call__(self, student: nn.Module, synthesizer, transfer, rounds: int) -> dict[str, float]:
+        return evaluate(student, self.split)
+
+
+class Agreement:
+    """On how many synthetic images student and teacher name the same class, in %: what is told where no real image is.
+
+    The images are those that the student learns from, as they are: of a transfer set up to ``MOST`` so far, evenly spaced;
+    of a method that streams as many batches, drawn for this alone, as make ``MOST``. So it says how well the student follows
+    the teacher there, and nothing of its accuracy on real images.
+
+    Args:
+        teacher: ``models.classifier.Classifier``.
+        batch_size: images that a streaming method makes at a time.
+        seed: of the run.
+    """
+
+    name, words = "agreement", "agreement with the teacher"
+    MOST = 1000
+
+    def __init__(self, teacher: nn.Module, batch_size: int, seed: int):
+        self.teacher, self.batch_size, self.seed = teacher, batch_size, seed
+
+    @torch.no_grad()
+    def __call__(self, student: nn.Module, synthesizer, transfer, rounds: int) -> dict[str, float]:
+        """Of a student after so many rounds.
+
+        Args:
+            synthesizer: see ``datafree.base.Synthesizer``; asked where ``transfer`` is None.
+            transfer: ``engine.data.transfer_set.TransferSet``.
+        """
+        seed_position(self.seed, self.name, rounds)  # the next round begins with a position of its own
+        alike = count = 0
+        with eval_mode(student):
+            for images in self._streamed(synthesizer, rounds) if transfer is None else transfer.spaced(self.MOST):
+                alike = alike + (student(images).argmax(1) == self.teacher(images).argmax(1)).sum()
+                count += len(images)
+        return {self.name: round(100 * float(alike) / count, 3)}
+
+    def _streamed(self, synthesizer, rounds: int) -> Iterable[Tensor]:
+        batches = synthesizer.batches(self.batch_size, seed=position_seed(self.seed, self.name, rounds))
+        return (images for images, _ in islice(batches, -(-self.MOST // self.batch_size)))
 
 
 def check_finite(values: dict[str, float], where: str, advice: str) -> None:

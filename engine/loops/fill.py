@@ -5,6 +5,7 @@ all processes make it together, each its share. The main process writes the shar
 ``synthesizer.pth`` holds the state from which the next round of a dependent maker goes on.
 """
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from torch import Tensor
 from engine.data.bank import ImageBank
 from engine.data.pictures import grid
 from engine.loops.evaluate import check_finite
+from engine.loops.pace import tell_time_left
 from engine.runtime.compilation import Hot
 from engine.runtime.errors import UserError
 from engine.runtime.files import load_checkpoint, save_checkpoint
@@ -153,6 +155,8 @@ def _make_rounds(
     for first in range(start, rounds, step):
         if first == start or not maker.independent:
             _learn(run, bank, stage, first, maker, processes)
+        if first == start:
+            began = time.monotonic()
         mine, share = (first + processes.rank, Share()) if maker.independent else (first, Share(processes.rank, processes.count))
         scale = step if maker.independent else processes.count  # the others are about as far
         made = maker.make(mine, share, lambda n: bar.update(min(n * scale, bar.total - bar.n))) if mine < rounds else {}
@@ -166,6 +170,9 @@ def _make_rounds(
             bar.n = sum(sizes[: round + 1])
             bar.set_postfix({name.removeprefix("loss_"): f"{value:.3g}" for name, value in figures.items()}, refresh=False)
             bar.refresh()
+        if first == start:
+            made, left = (sum(sizes[part]) for part in (slice(start, first + step), slice(first + step, None)))
+            tell_time_left(run.log, f"time left of stage {stage}", (time.monotonic() - began) / made * left)
     bar.close()
 
 

@@ -9,6 +9,7 @@ import torch
 
 from engine.data.bank import ImageBank, Manifest, find_bank
 from engine.data.datasets import DatasetInfo
+from engine.data.splits import Split
 from engine.loops.distill import Schedule
 from engine.runtime.compilation import Compiler
 from engine.runtime.errors import UserError
@@ -32,6 +33,8 @@ class Session:
         manifest: what the banks of this run must be.
         flags: every flag of the command by name.
         published: settings -> the paper's accuracy for such a run, in %, or None.
+        test: the test split, where it has been opened and the first stage is the one that wants it.
+        teacher_acc1: the teacher's accuracy on the test split in %; None: not measured.
     """
 
     path: Path
@@ -45,6 +48,8 @@ class Session:
     compiler: Compiler
     processes: Processes = Processes()
     published: Callable[[dict[str, Any]], float | None] = lambda settings: None
+    test: Split | None = None
+    teacher_acc1: float | None = None
 
     @property
     def seed(self) -> int:
@@ -126,6 +131,16 @@ class Stage:
     name: str
     outputs: tuple[str, ...]
 
+    def check(self, session: Session, before: list[str]) -> None:
+        """Looks, in the main process and before the run folder is made, for what the stage opens later.
+
+        Args:
+            session: without ``run`` and ``record``.
+            before: names of the stages that this command runs before this one.
+        Raises:
+            UserError: something is missing, or does not fit this run.
+        """
+
     def prepare(self, session: Session) -> None:
         """What the main process does before all processes run the stage."""
 
@@ -148,6 +163,8 @@ def choose_stages(name: str, known: list[str], flags) -> tuple[list[str], list[s
             if not set(replaced) & set(known):
                 raise UserError(f"--{flag}: {name} has no stage {' or '.join(replaced)} that it could take the place of")
             known = [stage for stage in known if stage not in replaced]
+    if flags.redo and flags.redo not in known:
+        raise UserError(f"--redo {flags.redo}: this run has the stages {', '.join(known)}")
     if wrong := [stage for stage in flags.stages or () if stage not in known]:
         raise UserError(f"--stages {','.join(wrong)}: this run has the stages {', '.join(known)}")
     return known, [stage for stage in known if stage in (flags.stages or known)]

@@ -26,6 +26,10 @@ class TaskFlags:
         None, "of such a dataset: ten (its usual subset) or all; unset: ten", choices=("ten", "all"), affects=ALL
     )
     image_size: int | None = flag(None, "px; unset: the dataset's own", affects=ALL)
+    num_classes: int | None = flag(None, "with --no_test: the number of classes of a dataset that is not here")
+    no_test: bool = flag(
+        False, "open no real image: agreement with the teacher on synthetic images is measured, and no accuracy"
+    )
     teacher: str = flag(
         "wrn40_2", "a name of registry.MODELS, path/to/file.py:factory or package.module:factory(key='value')", affects=ALL
     )

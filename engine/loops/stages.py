@@ -11,7 +11,7 @@ from engine.data.bank import ImageBank
 from engine.data.splits import load_split
 from engine.data.transfer_set import TransferSet
 from engine.loops import augment, distill
-from engine.loops.evaluate import evaluate
+from engine.loops.evaluate import Accuracy, Agreement
 from engine.loops.fill import STATE, Maker, fill
 from engine.loops.session import Finished, Session, Stage
 from engine.runtime.errors import UserError
@@ -73,6 +73,11 @@ class Augment(Stage):
     name = "augment"
     outputs = ("variants/manifest.json", "variants/augment-*.safetensors", "prior.pth", "filter_*.safetensors")
 
+    def check(self, session: Session, before: list[str]) -> None:
+        if self.initial not in before:
+            session.finished(self.initial, "init_bank", "bank")
+        self.filter.check()
+
     def run(self, session: Session) -> None:
         sources = session.finished(self.initial, "init_bank", "bank").columns
 
@@ -121,16 +126,27 @@ class Distill(Stage):
     name = "distill"
     outputs = ("bank/distill-*.safetensors", "distill.pth", "student.pth", "result.json")
 
+    def check(self, session: Session, before: list[str]) -> None:
+        self.method.objective()  # raises where it does not fit the networks
+        if self.initial and self.initial not in before:
+            session.finished(self.initial, "init_bank", "bank").columns
+        if self.filter is None or "augment" in before:
+            return
+        variants = session.finished("augment", "init_variants", "variants")
+        if self.initial not in before:
+            self._sources_and_variants(session)
+        stored = augment.stored_cosines(session.path, variants.bank.path, self.filter)
+        if stored is None:
+            self.filter.check()
+        elif self.filter.omega is not None:
+            self.filter.keep(stored["cosine"], self.filter.omega)
+
     def prepare(self, session: Session) -> None:
         if not self.method.streams:
             session.new_bank("bank", self.external_prior if self.filter is None else "none")
         if self.filter is not None:
-            sources, variants = (finished.columns for finished in self._finished(session))
             path = session.finished("augment", "init_variants", "variants").bank.path
-            index = variants["source_index"]
-            if int(index.max()) >= len(sources["labels"]) or not torch.equal(sources["labels"][index], variants["labels"]):
-                raise UserError(f"{path} holds variants of another image bank; give theirs with --init_bank")
-            augment.filter_variants(session.run, path, sources, variants, self.filter)
+            augment.filter_variants(session.run, path, *self._sources_and_variants(session), self.filter)
 
     def run(self, session: Session) -> None:
         method, run, record, processes, device = (
@@ -144,26 +160,45 @@ class Distill(Stage):
             transfer = TransferSet(capacity, session.info.image_size, device)
             for part in images.parts:
                 transfer.add(*part)
-        test, teacher_acc1 = None, None
+        measure = None
         if processes.main:
-            test = load_split(session.info, "test", device)
+            measure = self._measure(session)
             if transfer is not None:
                 run.log(transfer.description)
-            teacher_acc1 = evaluate(method.teacher, test)["acc1"]
-            run.log(
-                f"teacher {session.flags['teacher']}: {teacher_acc1:.2f} % on the {len(test)} test images of "
-                f"{session.info.name}"
-            )
         distillation = distill.Distillation(
             method.teacher, method.student, method.objective().to(device), self._synthesizer(session, images.initial),
             session.schedule, Precision(session.flags["amp"], device), method.images_per_round if bank is not None else 0,
             processes, session.compiler,
         )  # fmt: skip
         figures = distill.distill(
-            run, record, distillation, bank, transfer, method.student_view, test, seed=session.seed
+            run, record, distillation, bank, transfer, method.student_view, measure, seed=session.seed
         )
         if processes.main:
-            self._finish(session, images, distillation, figures | {"teacher_acc1": teacher_acc1})
+            self._finish(session, images, distillation, figures, measure)
+
+    def _measure(self, session: Session) -> Accuracy | Agreement:
+        """What tells of the student after each epoch."""
+        if not session.flags["no_test"]:
+            return Accuracy(session.test or load_split(session.info, "test", session.device))
+        kind = "drawn anew after each epoch" if self.method.streams else "of those that it learns from, evenly spaced"
+        session.run.log(
+            f"distill: no accuracy (--no_test), but in how many % of up to {Agreement.MOST} synthetic images, {kind}, the "
+            "student names the teacher's class"
+        )
+        return Agreement(self.method.teacher, session.schedule.batch_size, session.seed)
+
+    def _sources_and_variants(self, session: Session) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Columns of the initial bank and of its variants.
+
+        Raises:
+            UserError: the variants are another bank's.
+        """
+        initial, made = self._finished(session)
+        sources, variants = initial.columns, made.columns
+        index = variants["source_index"]
+        if int(index.max()) >= len(sources["labels"]) or not torch.equal(sources["labels"][index], variants["labels"]):
+            raise UserError(f"{made.bank.path} holds variants of another image bank; give theirs with --init_bank")
+        return sources, variants
 
     def _finished(self, session: Session) -> list[Finished]:
         """What the stages before left: the initial bank, and its variants."""
@@ -199,12 +234,13 @@ class Distill(Stage):
         return synthesizer
 
     def _finish(
-        self, session: Session, images: TransferImages, distillation: distill.Distillation, figures: dict[str, Any]
+        self, session: Session, images: TransferImages, distillation: distill.Distillation, figures: dict[str, Any], measure
     ) -> None:
         """Writes student.pth and result.json."""
         run, record, flags, info = session.run, session.record, session.flags, session.info
         before = [finished for finished in (images.initial, images.variants) if finished]
-        about = {"arch": flags["student"], "epoch": session.schedule.epochs, "acc1": figures["acc1_last"]}
+        about = {"arch": flags["student"], "epoch": session.schedule.epochs}
+        about[measure.name] = figures[f"{measure.name}_last"]
         about |= info.for_checkpoint()
         save_checkpoint(run.path / "student.pth", {"state_dict": self.method.student.network.state_dict(), **about})
         counts = dict(images.counts)
@@ -217,6 +253,8 @@ class Distill(Stage):
         settings: dict[str, Any] = {}
         for depends_on in [*(finished.depends_on for finished in before), *record.dependencies.values()]:
             settings |= depends_on
+        if session.teacher_acc1 is not None:
+            measured["teacher_acc1"] = session.teacher_acc1
         record.update("distill")
         seconds = {finished.stage: finished.seconds for finished in before} | record.seconds()
         run.result(
@@ -230,7 +268,8 @@ class Distill(Stage):
         record.update("distill", done=True)
         memory = ", ".join(f"{name.replace('_', ' ').removesuffix(' mib')} {mib} MiB" for name, mib in peak_memory().items())
         run.log(
-            f"distill: acc1 {figures['acc1_last']:.2f} % (last), {figures['acc1_best']:.2f} % (best) after "
+            f"distill: {measure.words} {figures[f'{measure.name}_last']:.2f} % (last), "
+            f"{figures[f'{measure.name}_best']:.2f} % (best) after "
             f"{figures['student_steps']} student steps ({record.seconds()['distill']:.0f} s, {memory}) -> "
             f"{run.path / 'result.json'}"
         )

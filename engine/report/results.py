@@ -17,8 +17,8 @@ PATHS = ("teacher_ckpt", "init_bank", "init_variants")  # a path with the seed i
 def collect(places: list[Path]) -> list[dict[str, Any]]:
     """The results of runs, in the order of their folders.
 
-    Beside what result.json holds, each has "history", the lines of metrics.jsonl with an accuracy, "folder", the run's folder
-    below the one given, and "path", where it was read.
+    Beside what result.json holds, each has "history", the lines of metrics.jsonl with an accuracy or an agreement, "folder",
+    the run's folder below the one given, and "path", where it was read.
 
     Args:
         places: run folders, folders of them, and files that ``write_lines`` wrote.
@@ -41,7 +41,7 @@ def _read_folders(place: Path) -> list[dict[str, Any]]:
         metrics, folder = file.parent / "metrics.jsonl", file.parent.relative_to(place)
         lines = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
         name = str(folder) if folder.parts else place.resolve().name
-        history = [line for line in lines if "acc1" in line]
+        history = [line for line in lines if "acc1" in line or "agreement" in line]
         results.append({"folder": name} | read_json(file) | {"history": history, "path": str(file.parent)})
     return results
 
@@ -57,7 +57,7 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
         try:
             result = json.loads(line)
             results.append(result | {"path": f"{file}, {result['folder']}"})
-            result["history"], result["acc1_last"]
+            result["history"], result["acc1_last" if "acc1_last" in result else "agreement_last"]
         except (json.JSONDecodeError, KeyError, TypeError):
             raise UserError(
                 f"line {number} of {file} is no result of a run; wanted a file that python -m engine.report --lines wrote"

@@ -45,7 +45,8 @@ def synthesis_and_distillation(result: dict[str, Any]) -> tuple[float | None, fl
 
 def steps_to(runs: list[dict[str, Any]], target: float) -> str:
     """Student steps after which ``target`` % was first reached, mean over seeds; those that never did are counted."""
-    reached = [next((line["student_steps"] for line in run["history"] if line["acc1"] >= target), None) for run in runs]
+    tested = [[line for line in run["history"] if "acc1" in line] for run in runs]
+    reached = [next((line["student_steps"] for line in lines if line["acc1"] >= target), None) for lines in tested]
     numbers = [steps for steps in reached if steps is not None]
     missed = len(reached) - len(numbers)
     return spread(numbers, 0) + (f"{' ' if numbers else ''}({missed} of {len(reached)} never)" if missed else "")
@@ -74,8 +75,9 @@ def row(
 
     making, learning = zip(*(((None, None) if real else synthesis_and_distillation(run)) for run in runs))
     kept = spread([100 * r["variants_kept"] / r["variants"] for r in runs if r.get("variants")], 0)
-    paper = first.get("published")
-    best = statistics.fmean(run["acc1_best"] for run in runs)
+    tested = all("acc1_best" in run for run in runs)  # a run with --no_test has no accuracy
+    paper = first.get("published") if tested else None
+    best = statistics.fmean(run["acc1_best"] for run in runs) if tested else 0.0
     line = {
         "method": ("real data" if real else first["method"]) + flags,
         "dataset": first["dataset"],
@@ -86,12 +88,15 @@ def row(
         "acc1 last": over("acc1_last"),
         "acc1 best": over("acc1_best"),
         "acc1 mean": over("acc1_mean"),
+        "agreement last": over("agreement_last"),
+        "agreement best": over("agreement_best"),
         "published best": "" if paper is None else f"{paper:.2f}",
         "difference": "" if paper is None else f"{best - paper:+.2f}",
     }
     if budget:
         at = [
-            next((line["acc1"] for line in run["history"] if line.get("student_steps", 0) >= budget), None) for run in runs
+            next((line.get("acc1") for line in run["history"] if line.get("student_steps", 0) >= budget), None)
+            for run in runs
         ]
         line[f"acc1 at {budget} steps"] = "" if real else spread(at, 1)
     if target:
@@ -134,7 +139,8 @@ def brief_rows(
             named |= {name: line[name] if name in ("dataset", "seeds") else "" for name in FACTS if name not in shared}
         rows.append(
             named
-            | {"external prior": line["external prior"], "acc1": line["acc1 last"], "published": line["published best"]}
+            | {"external prior": line["external prior"], "acc1": line["acc1 last"], "agreement": line["agreement last"]}
+            | {"published": line["published best"]}
             | {name: value for name, value in line.items() if name.startswith(("acc1 at ", "steps to "))}
             | {f"time {'h' if hours else 's'}": "" if time is None else f"{time:.{2 if hours else 0}f}"}
             | {"images": line["images"]}
@@ -148,7 +154,9 @@ def what_all_share(groups: Groups) -> str:
     words = [shared.get("dataset"), " -> ".join(shared[n] for n in ("teacher", "network") if n in shared)]
     words += [f"{shared['student steps']} student steps" if shared.get("student steps") else ""]
     words += [f"seed{'s' * (',' in shared['seeds'])} {shared['seeds']}" if "seeds" in shared else ""]
-    return "; ".join(filter(None, [", ".join(filter(None, words)), "acc1: test accuracy of the last epoch in %"]))
+    some = any("agreement_last" in run for runs in groups for run in runs)
+    untested = "; agreement: with the teacher, on synthetic images alone" if some else ""
+    return "; ".join(filter(None, [", ".join(filter(None, words)), f"acc1: test accuracy of the last epoch in %{untested}"]))
 
 
 def _shared(pairs: list[tuple[list[dict[str, Any]], dict[str, str]]]) -> dict[str, str]:
@@ -178,7 +186,7 @@ def rounds_rows(groups: Groups, columns: int = 10) -> list[dict[str, str]]:
     """Accuracy on the way: mean ± std over seeds after up to ``columns`` evenly spaced epochs, by student steps."""
     rows = []
     for runs, text in zip(groups, differing_flags(groups)):
-        histories = [run["history"] for run in runs if run["method"] != "scratch" and run["history"]]
+        histories = [run["history"] for run in runs if run["method"] != "scratch" and "acc1_last" in run and run["history"]]
         if not histories:
             continue
         length = min(map(len, histories))

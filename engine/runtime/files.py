@@ -25,6 +25,7 @@ from engine.runtime.errors import UserError
 
 PROJECT = Path(__file__).parents[2]
 TEMPORARY = ".datafree_kd.tmp"  # ends the name of every file that is still being written
+MARK = ".datafree_kd"
 TEMPORARY_NAME = re.compile(rf"\..+\.[a-z0-9_]{{8}}{re.escape(TEMPORARY)}")
 
 
@@ -91,13 +92,18 @@ def require_new(path: Path) -> None:
         raise UserError(f"{path} is there already and is not an empty folder; give a new one")
 
 
+def is_claimed(folder: Path) -> bool:
+    """Whether a folder has an owner."""
+    return (Path(folder) / MARK).is_file()
+
+
 def claim_folder(folder: Path, owner: str) -> None:
-    """Takes a folder for the files of one owner, who may come again; the file ``.datafree_kd`` in it says whose it is.
+    """Takes a folder for the files of one owner, who may come again; the file ``MARK`` in it says whose it is.
 
     Raises:
         UserError: it holds other files, or those of another owner.
     """
-    mark = Path(folder) / ".datafree_kd"
+    mark = Path(folder) / MARK
     if not (mark.is_file() and mark.read_text() == owner):
         delete_temporaries(Path(folder))  # a mark that was not finished
         require_new(Path(folder))

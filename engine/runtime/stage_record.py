@@ -79,11 +79,16 @@ class StageRecord:
             raise UserError(f"--redo {stage}: this method has the stages {', '.join(order)}")
         return order[order.index(stage) :]
 
-    def discard(self, stage: str) -> list[str]:
-        """Forgets a stage and all that follow it; returns their names."""
+    def forget(self, stage: str) -> list[str]:
+        """``discard`` that leaves the file as it is."""
         gone = self.from_on(stage)
         for name in gone:
             self.record.pop(name, None)
+        return gone
+
+    def discard(self, stage: str) -> list[str]:
+        """Forgets a stage and all that follow it; returns their names."""
+        gone = self.forget(stage)
         if self.path.exists():
             write_json(self.path, self.record)
         return gone

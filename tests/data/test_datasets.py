@@ -1,6 +1,5 @@
 """Real data: every layout as a tiny tree, exact batches, the closed train split, and one line for every mistake."""
 
-import re
 from dataclasses import replace
 
 import numpy as np
@@ -8,54 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
-import engine.data.splits as data
-from engine.data import memory
-from engine.data.identity import data_identity
-from engine.data.image_files import class_files, decode_image, image_files
-from engine.data.splits import StreamedSplit, allow_train_split, forbid_train_split, load_split
-from engine.runtime.errors import UserError
 from registry import DATASETS
 from tests.conftest import ROOT, dataset_info
+from tests.data.trees import fails, load, write_folders, write_image, write_npz
 
 SHARED = ROOT.parent / "shared"
-
-
-@pytest.fixture(autouse=True)
-def open_train_split(monkeypatch):
-    monkeypatch.setattr(data, "_train_split_forbidden", False)
-
-
-def load(info, split="test", **options):
-    return load_split(info, split, "cpu", workers=options.pop("workers", 0), **options)
-
-
-def pixels(*shape, seed=0):
-    return np.random.RandomState(seed).randint(0, 256, shape, dtype=np.uint8)
-
-
-def write_npz(folder, name, shape=(6, 8, 8, 3), labels=(0, 1, 2, 0, 1, 2), **extra):
-    arrays = {f"x_{split}": pixels(*shape, seed=seed) for seed, split in enumerate(("train", "test"))}
-    arrays |= {f"y_{split}": np.array(labels) for split in ("train", "test")}
-    np.savez(folder / f"{name}.npz", **arrays | extra)
-    return arrays
-
-
-def write_image(path, colour, size=(8, 8)):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, colour).save(path)
-
-
-def write_folders(root, names, splits=("train", "test"), each=2):
-    """Class i, in the order of ``names``, is filled with the colour (10 * i, 0, 0)."""
-    for split in splits:
-        for label, name in enumerate(names):
-            for i in range(each):
-                write_image(root / split / name / f"{i}.png", (10 * label, 0, 0))
-
-
-def fails(*words):
-    """A UserError of one line with these words in it."""
-    return pytest.raises(UserError, match="(?s)^(?!.*\n)" + "".join(f"(?=.*{word})" for word in words))
 
 
 @pytest.mark.parametrize("name", sorted(set(DATASETS) - {"folder", "domainnet"}))
@@ -90,21 +46,6 @@ def test_unknown_names_list_the_known(tmp_path):
         dataset_info("cifar10", tmp_path, domain="sketch")
     with fails("--image_size 0"):
         dataset_info("cifar10", tmp_path, image_size=0)
-
-
-def test_digits_are_split_in_thirds_the_same_way_each_time():
-    info = dataset_info("digits")
-    train, test = load(info, "train"), load(info, "test")
-    assert len(train) + len(test) == 1797 and abs(len(test) - 599) <= 5
-    for split in (train, test):
-        counts = split.labels.bincount()
-        assert len(counts) == 10 and counts.min() > 0.94 * counts.max() - 4
-        assert split.images.shape == (len(split), 3, 16, 16) and split.images.dtype == torch.uint8
-    assert torch.equal(test.images, load(info, "test").images)
-    both = torch.cat([train.images, test.images]).float() / 255
-    assert torch.allclose(both.mean((0, 2, 3)), torch.tensor(info.mean), atol=2e-3)
-    assert torch.allclose(both.std((0, 2, 3)), torch.tensor(info.std), atol=2e-3)
-    assert load(dataset_info("digits", image_size=8)).images.amax() == 255
 
 
 def test_an_archive_comes_before_the_download(tmp_path):
@@ -339,116 +280,6 @@ def test_wrong_domainnet(tmp_path):
         load(info)
 
 
-@pytest.fixture(params=["memory", "streamed", "streamed by workers"])
-def ten_classes(request, tmp_path, monkeypatch):
-    write_folders(tmp_path, [str(i) for i in range(10)], each=1)
-    if request.param != "memory":
-        monkeypatch.setattr(memory, "memory_limit", lambda device: 0)
-    split = load(dataset_info("folder", tmp_path, image_size=8), workers=2 if "workers" in request.param else 0)
-    assert isinstance(split, StreamedSplit) == (split.images is None) == (request.param != "memory")
-    return split
-
-
-def test_batches_follow_the_given_order(ten_classes):
-    state = torch.get_rng_state()
-    order = torch.tensor([3, 9, 0, 3, 7, 1, 5])
-    batches = list(ten_classes.batches(3, order))
-    assert [labels.tolist() for _, labels in batches] == [[3, 9, 0], [3, 7, 1], [5]]
-    for images, labels in batches:
-        assert images.dtype == torch.float32 and images.shape == (len(labels), 3, 8, 8)
-        assert images.is_contiguous(memory_format=torch.channels_last)
-        assert torch.equal(images[:, 0, 0, 0], (10 * labels).float() / 255)
-    assert [len(labels) for _, labels in ten_classes.batches(3, order, drop_last=True)] == [3, 3]
-    assert (
-        torch.cat([labels for _, labels in ten_classes.batches(4)]).tolist()
-        == list(range(10))
-        == ten_classes.labels.tolist()
-    )
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_streamed_errors_are_one_line(tmp_path, monkeypatch):
-    write_folders(tmp_path, ["a", "b"])
-    monkeypatch.setattr(memory, "memory_limit", lambda device: 0)
-    split = load(dataset_info("folder", tmp_path), workers=2)
-    (tmp_path / "test" / "b" / "0.png").write_bytes(b"")
-    with fails("0.png cannot be decoded"):
-        list(split.batches(2))
-
-
-def test_memory_limit_is_a_part_of_the_machine():
-    assert 0 < memory.memory_limit(torch.device("cpu")) < 2**45
-
-
-def test_a_data_free_run_cannot_open_the_train_split():
-    info = dataset_info("digits")
-    forbid_train_split()
-    assert len(load(info, "test"))
-    with fails("data-free", "train split of digits"):
-        load(info, "train")
-    with allow_train_split():
-        assert len(load(info, "train"))
-    with fails("data-free"):
-        load(info, "train")
-
-
-def test_an_identity_is_of_the_data_and_not_of_their_place(tmp_path):
-    """The same data elsewhere, under the same name, are the same; of files only a sample is opened, and none decoded."""
-    write_folders(tmp_path / "a" / "pics", ["cat", "dog"])
-    write_folders(tmp_path / "b" / "pics", ["cat", "dog"])
-    found = [data_identity(dataset_info("folder", tmp_path / k / "pics", 8), "train", "test") for k in "ab"]
-    assert found[0] == found[1]
-    assert re.fullmatch(r"\(pics: 2 classes \w{12}, 8 px, 4 train images \w{12}, 4 test images \w{12}\)", found[0])
-    (tmp_path / "a" / "pics" / "test" / "cat" / "0.png").write_bytes(b"no image")
-    assert data_identity(dataset_info("folder", tmp_path / "a" / "pics", 8), "train", "test") != found[0]
-
-
-def other_class(root):
-    (root / "test" / "cat").rename(root / "test" / "cow")
-
-
-def other_labels(root):
-    (root / "test" / "cat" / "0.png").rename(root / "test" / "dog" / "7.png")
-
-
-def other_pixels(root):
-    write_image(root / "test" / "dog" / "1.png", (1, 2, 3))
-
-
-def one_more(root):
-    write_image(root / "test" / "dog" / "2.png", (1, 2, 3))
-
-
-@pytest.mark.parametrize("change", [other_class, other_labels, other_pixels, one_more])
-def test_other_data_have_another_identity(change, tmp_path):
-    write_folders(tmp_path, ["cat", "dog"], ["test"])
-    before = dataset_info("folder", tmp_path)
-    made, measured = data_identity(before), data_identity(before, "test")
-    change(tmp_path)
-    after = dataset_info("folder", tmp_path)
-    assert data_identity(after, "test") != measured
-    assert (data_identity(after) == made) == (change is not other_class), "images that are made depend on no real image"
-
-
-def test_arrays_have_an_identity_by_labels_and_pixels(tmp_path):
-    arrays = write_npz(tmp_path, "foo")
-    first = data_identity(dataset_info("foo", tmp_path), "test")
-    np.savez_compressed(tmp_path / "foo.npz", **arrays)
-    assert data_identity(dataset_info("foo", tmp_path), "test") == first, "whatever the archive's own bytes"
-    arrays["x_test"][3, 0, 0] ^= 1
-    np.savez(tmp_path / "foo.npz", **arrays)
-    assert data_identity(dataset_info("foo", tmp_path), "test") != first
-    assert data_identity(dataset_info("foo", tmp_path, image_size=4)) != data_identity(dataset_info("foo", tmp_path))
-
-
-def test_a_data_free_run_cannot_ask_for_the_train_splits_identity():
-    info = dataset_info("digits")
-    forbid_train_split()
-    assert "602 test images" in data_identity(info, "test")
-    with fails("data-free"):
-        data_identity(info, "train")
-
-
 def test_names_of_datasets(tmp_path):
     """A tree is called as its folder, an archive as its file; --name goes before, and never takes another's name."""
     for name in ("pics", "my pictures!", "cifar10"):
@@ -465,67 +296,9 @@ def test_names_of_datasets(tmp_path):
     for wrong in ("a/b", "", "-x", "a b"):
         with fails("--name", "wanted letters"):
             dataset_info("foo", tmp_path, alias=wrong)
-# Image files
-
-
-def test_a_long_thin_file_takes_little_memory(tmp_path):
-    import resource
-
-    path = tmp_path / "thin.png"
-    Image.fromarray(np.arange(100_000, dtype=np.uint32).astype(np.uint8).reshape(-1, 1)).save(path)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    assert decode_image(path, 224).shape == (224, 224, 3)
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 1024
-
-
-def test_of_a_long_file_the_middle_is_kept(tmp_path):
-    picture = np.zeros((10, 1000, 3), np.uint8)
-    picture[:, 490:510] = 255
-    Image.fromarray(picture).save(tmp_path / "a.png")
-    assert (decode_image(tmp_path / "a.png", 10) == 255).all()
-    Image.fromarray(picture.transpose(1, 0, 2)).save(tmp_path / "b.png")
-    assert (decode_image(tmp_path / "b.png", 10) == 255).all()
-
-
-def test_too_many_pixels_are_refused_before_they_are_decoded(tmp_path):
-    Image.new("1", (9000, 9000)).save(tmp_path / "a.png")
-    with fails("a.png has 9000 x 9000 pixels, at most 67108864 wanted"):
-        decode_image(tmp_path / "a.png", 32)
-
-
-def test_images_that_are_not_square_are_told_of(tmp_path, capsys):
-    write_npz(tmp_path, "wide", (6, 8, 12, 3))
-    load(dataset_info("wide", tmp_path))
-    line = "wide test: images are not square (one has 12 x 8 px); each is resized to 8 px on its shorter side"
-    assert line in capsys.readouterr().out
-    write_npz(tmp_path, "square")
-    load(dataset_info("square", tmp_path))
-    assert "not square" not in capsys.readouterr().out
-    write_folders(tmp_path, ["a", "b"])
-    load(dataset_info("folder", tmp_path))
-    assert "not square" not in capsys.readouterr().out
-    write_image(tmp_path / "test" / "b" / "wide.jpg", (0, 0, 0), (40, 20))
-    load(dataset_info("folder", tmp_path))
-    assert "folder test: images are not square (one has 40 x 20 px)" in capsys.readouterr().out
 
 
 def test_labels_that_begin_at_one_are_refused(tmp_path):
     write_npz(tmp_path, "ones", labels=(1, 2, 3, 4, 1, 2))
     with fails("ones.npz: the test labels lie in 1..4, wanted 0..C-1", "'classes'"):
         dataset_info("ones", tmp_path)
-
-
-def test_one_list_of_suffixes(tmp_path):
-    for name in ("a.PNG", "b.tiff", "c.gif", "deep/d.webp", ".hidden.png", "e.txt"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("")
-    assert [file.removeprefix(f"{tmp_path}/") for file in image_files(tmp_path)] == ["a.PNG", "b.tiff", "c.gif", "deep/d.webp"]
-
-
-def test_class_folders_by_number_and_by_name(tmp_path):
-    for name in ("ship", "cat"):
-        write_image(tmp_path / name / "a.png", (1, 2, 3), (8, 8))
-    assert class_files(tmp_path, ("cat", "dog", "ship"))[1].tolist() == [0, 2]
-    assert class_files(tmp_path)[1].tolist() == [0, 1]
-    with fails("a folder 'ship', which is no class; wanted class numbers or names: cat, dog"):
-        class_files(tmp_path, ("cat", "dog"))

@@ -20,6 +20,7 @@ from tests.conftest import CPU, ROOT, TINY, TINY_TASK, dataset_info, make_classi
 
 TIMEOUT = 150  # s, for all that the two processes do
 ROUNDS = "--init_rounds 3"  # so that the last one has no partner
+GUIDED = "--images_per_class 2 --epochs 1 --adv 1000 --adv_from 1 --adv_steps 10"  # with a student that competes
 
 
 class Stopped(Exception):
@@ -112,6 +113,7 @@ def work(rank, port, folder, teacher):
     }
     done = {
         "dda": run("dda", folder / "dda", teacher, ROUNDS),
+        "diffdfkd": run("diffdfkd", folder / "diffdfkd", teacher, GUIDED),
         "zskt": run("zskt", folder / "zskt", teacher),
         "broken": run("zskt", folder / "broken", teacher, stop=True),
         "again": run("zskt", folder / "broken", teacher),
@@ -133,6 +135,7 @@ def folder(tmp_path_factory, teacher_file):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     run("dda", folder / "one", teacher_file, ROUNDS)
+    run("diffdfkd", folder / "guided", teacher_file, GUIDED)
     run("csd", folder / "more", teacher_file, stop=True)
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -174,6 +177,13 @@ def test_two_processes_make_the_images_of_one(folder):
     for pattern, count in (("bank/synthesize-*", 3), ("variants/augment-*", 1)):
         assert shards(folder / "dda", pattern) == shards(folder / "one", pattern)
         assert len(shards(folder / "dda", pattern)) == count
+
+
+def test_two_processes_draw_the_images_of_one(folder):
+    """With guidance by a student that learns from the rounds before."""
+    found = shards(folder / "diffdfkd", "bank/*.safetensors")
+    assert found == shards(folder / "guided", "bank/*.safetensors") and len(found) == 4
+    assert result(folder / "diffdfkd")["bank_images"] == 20
 
 
 def test_one_result_with_the_counts_of_one_process(folder):

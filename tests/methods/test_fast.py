@@ -210,7 +210,7 @@ def test_the_average_moves_once_a_round(teacher, student):
 @pytest.mark.parametrize("wanted", [0, 1, 2])
 def test_the_images_of_lowest_loss_are_kept_as_a_copy(wanted, teacher):
     """The optimizer changes the very tensor that was the image; what the teacher sees of it is not kept."""
-    halved = dataclasses.replace(TASK, augment=lambda images: images / 2)
+    halved = dataclasses.replace(TASK, random_view=lambda images: images / 2)
     inversion = Inversion(small(g_steps=3, bn=0.0), teacher, halved, 0.0)
     pixels = torch.rand(2, 3, 16, 16, requires_grad=True)
     seen = []

@@ -1,0 +1,63 @@
+"""How long what is left will take, told once when a stage's first steps are done."""
+
+import time
+from collections.abc import Callable
+
+import torch
+
+LEAST = 60  # s; of less nothing is said
+WARM_UP, MEASURED = 3, 20  # student steps
+
+
+def tell_time_left(log: Callable[[str], None], what: str, seconds: float) -> None:
+    """One line, if it is more than a minute."""
+    if seconds > LEAST:
+        log(f"{what}: about {duration(seconds)}")
+
+
+def duration(seconds: float) -> str:
+    """ "12 min", "3 h 20 min" or "2 d 5 h"."""
+    minutes = max(1, round(seconds / 60))
+    if minutes < 60:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
+
+
+class StepPace:
+    """The pace of stage distill from its first student steps and from the rounds of synthesis before and among them.
+
+    Args:
+        log: takes one line of text.
+        distillation: ``engine.loops.distill.Distillation``.
+        start: rounds that were done before.
+    """
+
+    def __init__(self, log: Callable[[str], None], distillation, start: int):
+        self.log, self.distillation, self.start, self.steps = log, distillation, start, 0
+        self.synthesis_before = distillation.synthesis_clock.read()
+
+    def step(self) -> None:
+        """Called after every student step."""
+        self.steps += 1
+        if self.steps == WARM_UP:
+            self.first = self._now()
+        elif self.steps == WARM_UP + MEASURED:
+            self._tell()
+
+    def _now(self) -> tuple[float, float]:
+        """Seconds, and those of them that went into synthesis, when all that was asked of the device is done."""
+        synthesis = self.distillation.synthesis_clock.read() - self.synthesis_before
+        if self.distillation.precision.device.type == "cuda":
+            torch.cuda.synchronize(self.distillation.precision.device)
+        return time.monotonic(), synthesis
+
+    def _tell(self) -> None:
+        schedule = self.distillation.schedule
+        begun = -(-self.steps // schedule.kd_steps)  # rounds
+        (first, before), (last, synthesis) = self.first, self._now()
+        per_step = (last - first - (synthesis - before)) / MEASURED
+        steps = (schedule.rounds - self.start) * schedule.kd_steps - self.steps
+        rounds = schedule.rounds - self.start - begun
+        seconds = per_step * steps + synthesis / begun * rounds
+        tell_time_left(self.log, "time left of stage distill, the last one, without what is measured after its epochs", seconds)

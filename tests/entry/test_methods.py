@@ -1,0 +1,181 @@
+"""Every method on the debug task: finite, reproducible, resumable, and clear about what it refuses."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+import registry
+from engine.runtime.errors import UserError
+from engine.runtime.files import load_checkpoint, weights_digest
+from engine.runtime.names import resolve
+from tests.conftest import CPU, TINY, TINY_TASK, build_classifier, dataset_info, load_teacher, make_task, outcome
+
+METHODS = sorted(registry.METHODS)
+RESULT_FIELDS = {
+    "method", "dataset", "teacher", "student", "seed", "external_prior", "teacher_acc1", "acc1_last", "acc1_best", "acc1_mean",
+    "student_steps", "images", "synthesis_seconds", "seconds", "settings", "peak_memory_mib", "versions", "command", "commit",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_makes_a_student(method, finished, teacher_file):
+    folder = finished(method)
+    result = json.loads((folder / "result.json").read_text())
+    assert RESULT_FIELDS <= set(result) and result["method"] == method
+    external = {"kd": "real training images", "diffdfkd": "glyphs_digits_16"}
+    assert result["external_prior"] == external.get(method, "none")
+    assert result["student_steps"] == 6 and result["images"] > 0
+    assert 0 <= result["synthesis_seconds"] < result["seconds"]["distill"]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    numbers = [v for line in lines for v in line.values() if isinstance(v, float)]
+    assert numbers and all(v == v and abs(v) < 1e6 for v in numbers)
+    assert result["teacher_digest"] == weights_digest(load_checkpoint(teacher_file)["state_dict"])
+    picture = "bank" if method == "diffdfkd" else "images"
+    for name in ("args.json", "log.txt", "stages.json", "student.pth", f"pictures/{picture}.png"):
+        assert (folder / name).exists(), name
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_another_seed_makes_another_student(method, distill, tmp_path, finished):
+    distill(method, tmp_path, "--seed 1")
+    assert outcome(tmp_path)[1] != outcome(finished(method))[1]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_student_changes_and_the_teacher_does_not(method, teacher_file):
+    """One round and three student steps, through the same objects as a run."""
+    from datafree.base import ImageBatch
+    from engine.data.crops import crop_flip
+    from engine.data.splits import load_split
+    from engine.loops.distill import Distillation, Schedule
+    from engine.loops.settings import DistillFlags
+    from engine.runtime.flags import Parser, add_flags, from_args
+    from engine.runtime.run import progress
+
+    info = dataset_info("digits")
+    teacher, student = load_teacher("resnet8", info, CPU, str(teacher_file)), build_classifier("resnet8", info, CPU)
+    cls = resolve(registry.METHODS[method])
+    parser = Parser()
+    for group in (DistillFlags, cls.Config):
+        add_flags(parser, group, method, cls.defaults)
+    config = from_args(cls.Config, parser.parse_args(TINY[method].split()))
+    task = make_task(
+        random_view=lambda x: crop_flip(x, 1, False),
+        training_split=lambda: load_split(info, "train", CPU) if cls.reads_train_split else None,
+    )
+    pieces = cls(config, teacher, student, task)
+    before = weights_digest(teacher.network.state_dict()), weights_digest(student.network.state_dict())
+    schedule = Schedule(1, 3, 3, 8, 0.1, 0.9, 1e-4, 0)
+    distillation = Distillation(teacher, student, pieces.objective(), pieces.synthesizer(), schedule, task.precision)
+    if pieces.streams or pieces.images_per_round:
+        batch = distillation.synthesizer.synthesize(student.eval())
+    else:
+        batch = ImageBatch(torch.rand(8, 3, 16, 16), torch.arange(8))
+    assert 0 <= batch.images.min() and batch.images.max() <= 1 and len(batch.images) == len(batch.labels)
+    losses = distillation.student_steps(iter([(batch.images, batch.labels)] * 3), 0, progress(3, "", ""))
+    assert all(torch.isfinite(value) for value in losses.values())
+    assert weights_digest(teacher.network.state_dict()) == before[0]
+    assert weights_digest(student.network.state_dict()) != before[1]
+    assert not any(p.requires_grad for p in teacher.parameters()) and not teacher.training
+
+
+@pytest.mark.parametrize("point", ["save_tensors:2", "save_checkpoint:1", "save_checkpoint:4", "save_tensors:3"])
+def test_stopped_anywhere_it_goes_on_to_the_same_bits(point, distill, tmp_path, monkeypatch, finished):
+    """Raises at the n-th write of a shard or a checkpoint, then runs the same command again."""
+    expected = outcome(finished("dda"))
+    name, n = point.split(":")
+    module = "engine.data.bank" if name == "save_tensors" else "engine.loops.augment" if n == "1" else "engine.loops.distill"
+    with monkeypatch.context() as patch:
+        stop_at(patch, module, name, int(n) if module != "engine.loops.distill" else 2)
+        with pytest.raises(KeyboardInterrupt):
+            distill("dda", tmp_path)
+    distill("dda", tmp_path)
+    assert outcome(tmp_path) == expected
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_goes_on_after_its_first_epoch(method, distill, tmp_path, monkeypatch, finished):
+    """Stops before the checkpoint of the second epoch, then runs the same command again; all bits are an unbroken run's."""
+    expected = outcome(finished(method))
+    with monkeypatch.context() as patch:
+        stop_at(patch, "engine.loops.distill", "save_checkpoint", 2)
+        with pytest.raises(KeyboardInterrupt):
+            distill(method, tmp_path)
+    distill(method, tmp_path)
+    assert outcome(tmp_path) == expected
+
+
+def stop_at(patch, module, name, call):
+    """Makes the ``call``-th call of a module's function raise."""
+    original, calls = getattr(sys.modules[module], name), []
+
+    def failing(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    patch.setattr(f"{module}.{name}", failing)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_is_one_graph_a_step(method, distill, finished, monkeypatch, tmp_path):
+    """torch.compile as far as the graph, which must be whole; no code is generated. Its figures are the uncompiled run's."""
+    folder, compile = finished(method), torch.compile
+
+    def whole_graph(function, dynamic, options):
+        return compile(function, dynamic=dynamic, fullgraph=True, backend="eager")
+
+    monkeypatch.setattr("torch.compile", whole_graph)
+    torch._dynamo.reset()
+    distill(method, tmp_path, "--compile yes")
+    log = (tmp_path / "log.txt").read_text()
+    assert "compile: the student step" in log and "uncompiled" not in log, log
+    assert "compile" not in (folder / "log.txt").read_text()
+    # Synthesis of the first round only: runs as wild as these, eight images a step, soon multiply rounding by thousands.
+    plain, compiled = (json.loads((path / "metrics.jsonl").read_text().splitlines()[0]) for path in (folder, tmp_path))
+    for name in [name for name in plain if name.startswith("loss_")]:
+        assert compiled[name] == pytest.approx(plain[name], rel=1e-2, abs=1e-4), name
+
+
+def test_images_that_stay_in_their_shards_make_the_same_student(distill, tmp_path, monkeypatch, finished):
+    """Where no memory is free: bank, kept variants and the images of the rounds alike."""
+    expected = outcome(finished("dda"))
+    monkeypatch.setattr("engine.data.memory.memory_limit", lambda device: 0)
+    distill("dda", tmp_path)
+    log = (tmp_path / "log.txt").read_text()
+    assert outcome(tmp_path) == expected and "in mapped shards" in log and "peak memory" in log.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "method", [m for m in METHODS if "bn" in resolve(registry.METHODS[m]).Config.__dataclass_fields__]
+)
+def test_a_teacher_without_batch_norm(method, command, tmp_path):
+    """One line that names the methods which need no BN statistics; with --bn 0 the method runs."""
+    from tests.plain_network import plain
+
+    torch.manual_seed(0)
+    torch.save(plain(10).state_dict(), tmp_path / "plain.pth")
+    flags = (
+        f"--method {method} {TINY_TASK} --teacher tests.plain_network:plain --teacher_ckpt {tmp_path / 'plain.pth'} {TINY[method]} "
+        f"--save_dir {tmp_path / 'run'}"
+    )
+    if "--bn 0" not in TINY[method]:
+        with pytest.raises(UserError, match="no BatchNorm layer.*give --bn 0, or a method that works without: .*zskt"):
+            command("datafree_kd", f"{flags} --bn 1")
+    command("datafree_kd", f"{flags} --bn 0")
+    assert (tmp_path / "run" / "result.json").exists()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_counts_below_one_are_one_line(method, distill, tmp_path):
+    """Of student and synthesis steps alike."""
+    with pytest.raises(UserError, match="--epochs 0 found, a whole number from 1 on wanted"):
+        distill(method, tmp_path, "--epochs 0")
+    for name in {"g_steps", "synthesis_batch_size"} & set(
+        resolve(registry.METHODS[method]).Config.__dataclass_fields__
+    ):
+        with pytest.raises(UserError, match=f"--{name} 0 found, a whole number from [12] on wanted"):
+            distill(method, tmp_path, f"--{name} 0")

@@ -1,0 +1,159 @@
+"""Loading weights: what is taken, what is refused, and the normalization that comes with them."""
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from engine.networks.weights import load_weights
+from engine.runtime.errors import UserError
+from tests.conftest import ROOT, build_network, load_teacher
+
+SHARED = ROOT.parent / "shared"
+
+
+@pytest.fixture(scope="module")
+def state():
+    network = build_network("resnet8", 10)
+    network(torch.rand(4, 3, 32, 32))  # moves the BN statistics
+    return network.state_dict()
+
+
+def assert_loads(path, state, metadata=None, **tolerance):
+    network = build_network("resnet8", 10)
+    assert load_weights(network, path) == (metadata or {})
+    for key, tensor in network.state_dict().items():
+        if not key.endswith("num_batches_tracked"):
+            assert tensor.dtype == torch.float32
+            torch.testing.assert_close(tensor, state[key], **tolerance)
+
+
+@pytest.mark.parametrize("wrapper", ["state_dict", "model", "net"])
+def test_wrapped_with_metadata(tmp_path, state, wrapper):
+    plain = {"arch": "resnet8", "epoch": 200, "best_acc1": 91.5}
+    torch.save({wrapper: state, **plain, "acc": torch.tensor(2.0), "optimizer": {"state": {}}}, tmp_path / "a.pth")
+    assert_loads(tmp_path / "a.pth", state, {**plain, "acc": 2.0})
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_prefixes_and_no_batch_counters(tmp_path, state, prefix):
+    old = {prefix + key: tensor for key, tensor in state.items() if not key.endswith("num_batches_tracked")}
+    torch.save(old, tmp_path / "a.pth")
+    assert_loads(tmp_path / "a.pth", state)
+
+
+def test_safetensors_in_half_precision(tmp_path, state):
+    halves = {key: tensor.half() if tensor.is_floating_point() else tensor for key, tensor in state.items()}
+    save_file(halves, tmp_path / "a.safetensors")
+    assert_loads(tmp_path / "a.safetensors", state, rtol=1e-2, atol=1e-3)
+
+
+def with_nan(state):
+    return {**state, "fc.bias": torch.full((10,), float("nan"))}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (lambda s: build_network("resnet8", 100).state_dict(), r"has 100 classes \(fc.weight 100x64\), wanted 10$"),
+        (
+            lambda s: {"state_dict": build_network("wrn16_1", 10).state_dict(), "arch": "wrn16_1"},
+            r"holds wrn16_1, wanted ResNet: \d+ missing \(bn1.weight|layer1.0.conv1.weight, .*, \.\.\.\); \d+ unexpected",
+        ),
+        (lambda s: build_network("resnet20", 10).state_dict(), r"wanted ResNet: 60 unexpected \(layer1.1.conv1.weight"),
+        (
+            lambda s: {**s, "conv1.weight": torch.zeros(8, 3, 3, 3), "fc.bias": torch.zeros(9)},
+            r"2 mis-shaped \(conv1.weight 8x3x3x3 for 16x3x3x3, fc.bias 9 for 10\)",
+        ),
+        (with_nan, r"NaN or infinite weights \(fc.bias\)"),
+        (lambda s: [1, 2], "holds a list, wanted a state_dict"),
+        (lambda s: {"epoch": 3}, r"holds no state_dict \(epoch"),
+        (lambda s: {"state_dict": {}}, r"holds no state_dict \(nothing"),
+    ],
+)
+def test_refused_contents(tmp_path, state, content, message):
+    torch.save(content(state), tmp_path / "a.pth")
+    network = build_network("resnet8", 10)
+    before = copy.deepcopy(network.state_dict())
+    with pytest.raises(UserError, match=message) as error:
+        load_weights(network, tmp_path / "a.pth")
+    assert "\n" not in str(error.value) and str(error.value).startswith(f"teacher checkpoint {tmp_path}")
+    assert all(torch.equal(tensor, before[key]) for key, tensor in network.state_dict().items())
+
+
+class Malicious:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def test_pickled_code_is_refused_and_not_run(tmp_path, state):
+    trace = tmp_path / "executed"
+    torch.save({"state_dict": state, "extra": Malicious(str(trace))}, tmp_path / "a.pth")
+    with pytest.raises(UserError, match="pickled objects"):
+        load_weights(build_network("resnet8", 10), tmp_path / "a.pth")
+    assert not trace.exists()
+
+
+INFO = SimpleNamespace(name="d", num_classes=10, image_size=32, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+
+
+def load(path, mean=None, std=None):
+    return load_teacher("resnet8", INFO, torch.device("cpu"), str(path), mean, std)
+
+
+def assert_normalizes(teacher, mean, std):
+    images = torch.rand(2, 3, 32, 32)
+    inputs = (images - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    torch.testing.assert_close(teacher(images), teacher.network(inputs))
+
+
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_a_flag_goes_before_the_checkpoint_before_the_dataset(tmp_path, state, as_tensor):
+    torch.save({"state_dict": state}, tmp_path / "published.pth")
+    stored = {"mean": [0.5, 0.5, 0.5], "std": [0.2, 0.2, 0.2]}
+    if as_tensor:
+        stored = {name: torch.tensor(values).view(1, 3, 1, 1) for name, values in stored.items()}
+    torch.save({"state_dict": state, **stored}, tmp_path / "own.pth")
+    teacher = load(tmp_path / "published.pth")
+    assert_normalizes(teacher, INFO.mean, INFO.std)
+    assert str(teacher.normalization) == "mean 0.1,0.2,0.3 (from the dataset), std 0.4,0.5,0.6 (from the dataset)"
+    teacher = load(tmp_path / "own.pth")
+    assert_normalizes(teacher, (0.5,) * 3, (0.2,) * 3)
+    assert str(teacher.normalization) == "mean 0.5,0.5,0.5 (from the checkpoint), std 0.2,0.2,0.2 (from the checkpoint)"
+    teacher = load(tmp_path / "own.pth", std=(1.0, 2.0, 3.0))
+    assert_normalizes(teacher, (0.5,) * 3, (1.0, 2.0, 3.0))
+    assert str(teacher.normalization) == "mean 0.5,0.5,0.5 (from the checkpoint), std 1,2,3 (from the flag)"
+
+
+@pytest.mark.parametrize(
+    "name, values",
+    [("mean", [0.5, 0.5]), ("mean", [0.5, float("nan"), 0.5]), ("mean", "0.5"), ("mean", 0.5), ("mean", [True, 0.5, 0.5]),
+     ("std", [0.2, 0.0, 0.2]), ("std", [0.2, 0.2, -1.0]), ("std", [float("inf")] * 3), ("std", [])],
+)  # fmt: skip
+def test_wrong_normalizations_are_one_line(tmp_path, state, name, values):
+    """Of the checkpoint, where a flag helps, and of a flag."""
+    torch.save({"state_dict": state, name: values}, tmp_path / "a.pth")
+    with pytest.raises(UserError, match=f"a.pth has the {name}.*three finite numbers.*--teacher_{name}") as error:
+        load(tmp_path / "a.pth")
+    assert "\n" not in str(error.value)
+    load(tmp_path / "a.pth", **{name: (0.5, 0.5, 0.5)})
+    if isinstance(values, list):
+        with pytest.raises(UserError, match=f"--teacher_{name} .*three finite numbers"):
+            load(tmp_path / "a.pth", **{name: tuple(values)})
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(UserError, match="student .*none.pth does not exist"):
+        load_weights(build_network("resnet8", 10), tmp_path / "none.pth", what="student")
+
+
+def test_public_checkpoint_loads_unmodified():
+    path = SHARED / "teachers" / "cifar10_resnet20.pth"
+    if not path.is_file():
+        pytest.skip("shared/teachers/cifar10_resnet20.pth is not here")
+    assert load_weights(build_network("resnet20", 10), path) == {"best_acc1": 94.0}

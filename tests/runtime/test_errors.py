@@ -1,0 +1,30 @@
+"""How a command ends: one line and an exit code."""
+
+import errno
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from engine.runtime import errors
+from tests.conftest import ROOT
+
+
+@pytest.mark.parametrize("code, word", [(errno.ENOSPC, "no space left"), (errno.EACCES, "--save_dir"), (errno.EIO, "error")])
+def test_what_the_file_system_refuses_is_one_line(code, word):
+    message = str(errors.explain_os_error(OSError(code, "Input/output error", "bank/x")))
+    assert word in message and "bank/x" in message and "\n" not in message
+
+
+def test_a_terminated_run_says_how_to_go_on(tmp_path):
+    code = "import time\nfrom engine.runtime.errors import run_command\ndef main():\n    print('ready', flush=True)\n    time.sleep(30)\nrun_command(main)"
+    for number, expected in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+        process = subprocess.Popen(
+            [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        process.stdout.readline()
+        time.sleep(0.1)
+        process.send_signal(number)
+        assert process.wait(20) == expected and "same command again" in process.stderr.read()

@@ -1,0 +1,14 @@
+"""Random numbers are a function of position."""
+
+import torch
+
+from engine.runtime.seeding import position_seed, seed_position
+
+
+def test_seeds_are_functions_of_position():
+    assert position_seed(0, "a", 1) == position_seed(0, "a", 1) != position_seed(0, "a", 2)
+    seed_position(3, "x")
+    first = torch.rand(2)
+    torch.rand(5)
+    seed_position(3, "x")
+    assert torch.equal(first, torch.rand(2))
