@@ -341,21 +341,21 @@ def test_without_a_network_the_hub_is_not_asked(monkeypatch):
 
     from huggingface_hub import constants
 
-    from datafree.diffusion import prior
+    from datafree.diffusion import hub
 
     def nowhere(*args):
         raise socket.gaierror(-2, "Name or service not known")
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(prior, "getproxies", dict)
-    monkeypatch.setattr(prior.socket, "getaddrinfo", lambda *args: [])
-    prior.notice_missing_network()
+    monkeypatch.setattr(hub, "getproxies", dict)
+    monkeypatch.setattr(hub.socket, "getaddrinfo", lambda *args: [])
+    hub.notice_missing_network()
     assert not constants.HF_HUB_OFFLINE
-    monkeypatch.setattr(prior.socket, "getaddrinfo", nowhere)
-    monkeypatch.setattr(prior, "getproxies", lambda: {"https": "http://proxy:1"})
-    prior.notice_missing_network()
+    monkeypatch.setattr(hub.socket, "getaddrinfo", nowhere)
+    monkeypatch.setattr(hub, "getproxies", lambda: {"https": "http://proxy:1"})
+    hub.notice_missing_network()
     assert not constants.HF_HUB_OFFLINE
-    monkeypatch.setattr(prior, "getproxies", dict)
-    with pytest.raises(UserError, match="hf download some/model"), prior.hub_errors("some/model", None, "--x"):
+    monkeypatch.setattr(hub, "getproxies", dict)
+    with pytest.raises(UserError, match="hf download some/model"), hub.hub_errors("some/model", None, "--x"):
         raise OSError("not in the cache")
     assert constants.HF_HUB_OFFLINE

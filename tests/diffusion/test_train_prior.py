@@ -82,7 +82,7 @@ def test_class_folders_give_the_same_prior_as_an_npz(train, data):
     folders = train("folders", "--image_size 8", "folder", data / "greys")
     # The order of images differs (class by class), so the weights do; what the files say does not.
     (_, ours), (_, theirs) = (load_patch_prior(file) for file in (npz, folders))
-    assert theirs["dataset"] == "folder" and all(
+    assert theirs["dataset"] == "greys" and all(
         ours[k] == theirs[k] for k in ("class_names", "image_size", "training_images")
     )
 
