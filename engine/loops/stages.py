@@ -1,5 +1,6 @@
 """The stages that a method's run is made of."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,11 +12,11 @@ from engine.data.bank import ImageBank
 from engine.data.splits import load_split
 from engine.data.transfer_set import TransferSet
 from engine.loops import augment, distill
-from engine.loops.evaluate import evaluate
+from engine.loops.evaluate import confusion, evaluate
 from engine.loops.fill import STATE, Maker, fill
 from engine.loops.session import Finished, Session, Stage
 from engine.runtime.errors import UserError
-from engine.runtime.files import load_checkpoint, load_tensors, save_checkpoint
+from engine.runtime.files import atomic_path, load_checkpoint, load_tensors, save_checkpoint
 from engine.runtime.precision import Precision
 from engine.runtime.run import peak_memory
 
@@ -119,7 +120,7 @@ class Distill(Stage):
     external_prior: str = "none"
     images_per_class: int | None = None
     name = "distill"
-    outputs = ("bank/distill-*.safetensors", "distill.pth", "student.pth", "result.json")
+    outputs = ("bank/distill-*.safetensors", "distill.pth", "student.pth", "confusion.json", "result.json")
 
     def prepare(self, session: Session) -> None:
         if not self.method.streams:
@@ -163,6 +164,9 @@ class Distill(Stage):
             run, record, distillation, bank, transfer, method.student_view, test, seed=session.seed
         )
         if processes.main:
+            names = {"class_names": session.info.class_names}
+            with atomic_path(run.path / "confusion.json") as temporary:
+                temporary.write_text(json.dumps(names | confusion(method.teacher, method.student, test)))
             self._finish(session, images, distillation, figures | {"teacher_acc1": teacher_acc1})
 
     def _finished(self, session: Session) -> list[Finished]:
