@@ -5,7 +5,7 @@ from engine.data.crops import crop_flip
 from engine.data.datasets import dataset_info
 from engine.data.splits import allow_train_split, load_split
 from engine.loops.distill import Schedule
-from engine.networks.build import build_classifier, load_teacher
+from engine.networks.build import build_classifier, load_teacher, own_weights
 from engine.runtime.precision import Precision, choose_device
 from engine.runtime.processes import Processes
 from engine.runtime.seeding import seed_position
@@ -26,6 +26,8 @@ def build_method(
     device = choose_device(run_flags.gpu)
     named = flags.dataset, flags.data_root, flags.image_size, flags.domain, flags.classes, flags.name
     info = dataset_info(datasets, *named)
+    if own := own_weights(flags.teacher, info.name, flags.teacher_ckpt):
+        info = info.as_known_to(flags.teacher, own, keep_size=flags.image_size is not None)
     teacher = load_teacher(models, flags.teacher, info, device, flags.teacher_ckpt, flags.teacher_mean, flags.teacher_std)
     seed_position(run_flags.seed, "student")
     student = build_classifier(models, flags.student, info, device)

@@ -25,15 +25,20 @@ class TaskFlags:
     classes: str | None = flag(
         None, "of such a dataset: ten (its usual subset) or all; unset: ten", choices=("ten", "all"), stages=ALL
     )
-    image_size: int | None = flag(None, "px; unset: the dataset's own", stages=ALL)
+    image_size: int | None = flag(None, "px; unset: that of a public teacher, else the dataset's own", stages=ALL)
     teacher: str = flag(
-        "wrn40_2", "a name of registry.MODELS, path/to/file.py:factory or package.module:factory(key='value')", stages=ALL
+        "wrn40_2",
+        "a name of registry.MODELS, a public one (timm:NAME, hf-hub:ORG/NAME, torchvision:NAME, local-dir:FOLDER), "
+        "path/to/file.py:factory or package.module:factory(key='value')",
+        stages=ALL,
     )
     teacher_ckpt: str | None = flag(
-        None, "its weights; unset: checkpoints/pretrained/<dataset>_<teacher>.pth or .safetensors, here or beside datafree_kd.py"
+        None,
+        "its weights; unset: checkpoints/pretrained/<dataset>_<teacher>.pth or .safetensors, here or beside datafree_kd.py, else "
+        "a public model's own",
     )
     teacher_mean: tuple[float, ...] | None = flag(
-        None, "normalization the teacher was trained with, r,g,b; unset: its checkpoint's, else the dataset's", stages=ALL
+        None, "normalization the teacher was trained with, r,g,b; unset: its checkpoint's or model's, else the dataset's", stages=ALL
     )
     teacher_std: tuple[float, ...] | None = flag(None, "see --teacher_mean", stages=ALL)
     student: str = flag("wrn16_1", "as --teacher; starts from random weights", stages=DISTILL)
