@@ -18,7 +18,7 @@ from engine.runtime.files import load_checkpoint
 from engine.runtime.processes import Processes, join_processes
 from tests.conftest import CPU, ROOT, TINY, TINY_TASK, dataset_info, make_classifier, make_task
 
-TIMEOUT = 150  # s, for all that the two processes do
+TIMEOUT = 300  # s, for all that the two processes do
 ROUNDS = "--init_rounds 3"  # so that the last one has no partner
 GUIDED = "--images_per_class 2 --epochs 1 --adv 1000 --adv_from 1 --adv_steps 10"  # with a student that competes
 
