@@ -24,7 +24,10 @@ class ScratchFlags:
     """What to train, on what, where to keep it."""
 
     model: str = flag(
-        "wrn40_2", "a name of registry.MODELS, path/to/file.py:factory or package.module:factory(key='value')", affects=TRAIN
+        "wrn40_2",
+        "a name of registry.MODELS, a public one (timm:NAME, hf-hub:ORG/NAME, torchvision:NAME, local-dir:FOLDER), "
+        "path/to/file.py:factory or package.module:factory(key='value')",
+        affects=TRAIN,
     )
     dataset: str = flag("cifar10", "a name of registry.DATASETS, or NAME where DATA_ROOT/NAME.npz exists", affects=TRAIN)
     data_root: str = flag("data", "folder of the data, from the current directory on; what can be downloaded is put there")
@@ -35,7 +38,7 @@ class ScratchFlags:
     classes: str | None = flag(
         None, "of such a dataset: ten (its usual subset) or all; unset: ten", choices=("ten", "all"), affects=TRAIN
     )
-    image_size: int | None = flag(None, "px; unset: the dataset's own", affects=TRAIN)
+    image_size: int | None = flag(None, "px; unset: that of public weights to start from, else the dataset's own", affects=TRAIN)
     output: str | None = flag(None, "the weights; unset, in the current directory: checkpoints/pretrained/<dataset>_<model>.pth")
     save_dir: str | None = flag(None, "run folder (logs, resume); unset, in the current directory: checkpoints/scratch/<dataset>_<model>")
     evaluate_only: bool = flag(False, "measure the accuracy of --resume, or of the output, and stop")
@@ -45,11 +48,13 @@ class ScratchFlags:
         affects=TRAIN,
     )
     pretrained: bool = flag(
-        False, "start from torchvision's ImageNet weights (networks named *_imagenet), with a new head", affects=TRAIN
+        False,
+        "start from a public model's own weights, or torchvision's ImageNet ones (networks named *_imagenet), with a new head",
+        affects=TRAIN,
     )
     redo: bool = flag(False, "forget the run folder and train again")
     mean: tuple[float, ...] | None = flag(
-        None, "normalization r,g,b; unset: that of a checkpoint to start from or evaluate, else the dataset's", affects=TRAIN
+        None, "normalization r,g,b; unset: that of weights to start from or evaluate, else the dataset's", affects=TRAIN
     )
     std: tuple[float, ...] | None = flag(None, "see --mean", affects=TRAIN)
     seed: int = flag(0, "random numbers are a function of seed and epoch", affects=TRAIN)
@@ -80,9 +85,19 @@ def main() -> None:
     from engine.data.datasets import dataset_info
     from engine.data.splits import load_split
     from engine.loops.evaluate import evaluate
-    from engine.networks.build import PRETRAINED, build_network, find_checkpoint, load_named_weights, short_name, wrap
+    from engine.networks.build import (
+        PRETRAINED,
+        build_network,
+        find_checkpoint,
+        load_named_weights,
+        own_weights,
+        short_name,
+        split_arguments,
+        with_own_weights,
+        wrap,
+    )
     from engine.networks.normalization import choose_normalization
-    from engine.networks.weights import published_weights
+    from engine.networks.public import configuration, is_public, published_weights
     from engine.runtime.precision import Precision, choose_device
     from engine.runtime.seeding import seed_position
 
@@ -95,15 +110,27 @@ def main() -> None:
     )
     stem = f"{info.name}_{short_name(flags.model)}"
     output = Path(flags.output) if flags.output else PRETRAINED / f"{stem}.pth"
+    own = start = None
     if flags.evaluate_only:
-        start = find_checkpoint(flags.model, info.name, flags.resume or (str(output) if output.exists() else None))
+        given = flags.resume or (str(output) if output.exists() else None)
+        own = own_weights(flags.model, info.name, given)
+        start = None if own else find_checkpoint(flags.model, info.name, given)
+    elif flags.pretrained and is_public(flags.model):
+        own = configuration(split_arguments(flags.model)[0])
     else:
         start = published_weights(MODELS, flags.model) if flags.pretrained else flags.resume
     seed_position(flags.seed, "init")
-    network = build_network(MODELS, flags.model, info.num_classes)
-    loading = {"num_classes": info.num_classes, "new_head": not flags.evaluate_only}
-    stored = load_named_weights(MODELS, network, start, "checkpoint", **loading) if start else {}
-    normalization = choose_normalization(info, flags.mean, flags.std, stored, f"checkpoint {start}")
+    kind, stored = "model" if own else "checkpoint", own or {}
+    if own:
+        wanted = own if flags.evaluate_only else own | {"num_classes": info.num_classes, "class_names": None}
+        info = info.as_known_to(flags.model, wanted, keep_size=flags.image_size is not None)
+        network, start = with_own_weights(MODELS, flags.model, info.num_classes), flags.model
+    else:
+        network = build_network(MODELS, flags.model, info.num_classes, info.image_size)
+    if start and not own:
+        loading = {"num_classes": info.num_classes, "new_head": not flags.evaluate_only}
+        stored = load_named_weights(MODELS, network, start, "checkpoint", **loading)
+    normalization = choose_normalization(info, flags.mean, flags.std, stored, f"{kind} {start}", kind=kind)
     classifier = wrap(network, flags.model, info, device, normalization)
     if flags.evaluate_only:
         print(f"{flags.model} normalizes with {normalization}")

@@ -7,7 +7,7 @@ from engine.data.crops import crop_flip
 from engine.data.datasets import dataset_info
 from engine.data.splits import allow_train_split, load_split
 from engine.loops.distill import Schedule
-from engine.networks.build import build_classifier, load_teacher
+from engine.networks.build import build_classifier, load_teacher, own_weights
 from engine.runtime.errors import UserError
 from engine.runtime.precision import Precision, choose_device
 from engine.runtime.processes import Processes
@@ -31,6 +31,8 @@ def build_method(
         raise UserError(f"--no_test opens no real image, and {name} learns from them; leave it out")
     named = flags.dataset, flags.data_root, flags.image_size, flags.domain, flags.classes, flags.name, flags.num_classes
     info = dataset_info(datasets, *named, unseen=flags.no_test)
+    if own := own_weights(flags.teacher, info.name, flags.teacher_ckpt):
+        info = info.as_known_to(flags.teacher, own, keep_size=flags.image_size is not None)
     teacher = load_teacher(models, flags.teacher, info, device, flags.teacher_ckpt, flags.teacher_mean, flags.teacher_std)
     if not info.reader:  # what is known of the dataset's pixels is how the teacher normalizes them
         info = replace(info, mean=teacher.normalization.mean, std=teacher.normalization.std)

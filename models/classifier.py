@@ -19,7 +19,8 @@ class Output(NamedTuple):
     Attributes:
         logits: (B, C).
         features: (B, D), the input of the last linear layer.
-        feature_map: (B, Cf, h, w), the last feature map before pooling; None where the network has none (ViT).
+        feature_map: (B, Cf, h, w), the last feature map before pooling; None where the network has none (ViT), or timm's
+            has channels last (Swin).
         feature_maps: {(h, w): the last map of that size}, from fine to coarse, ``feature_map`` among them; empty likewise.
         block_map: (B, Cb, h, w), what the last block makes: ``feature_map``, or in a pre-activation network the map before
             the last norm and activation.
@@ -68,7 +69,8 @@ class Classifier(nn.Module):
         calls = _trace(network, weight.new_zeros(2, self.mean.shape[1], image_size, image_size), num_classes)
         head = _find_head(calls, num_classes)
         before = calls[: calls.index(head)]
-        feature_map = _find_feature_map(before)
+        channels_last = getattr(network, "output_fmt", "NCHW") == "NHWC"  # so timm says that the maps are (B, h, w, Cf)
+        feature_map = None if channels_last else _find_feature_map(before)
         maps = _find_feature_maps(before, feature_map) if feature_map else []
         self.feature_dim: int = head.shape_in[1]
         self.feature_map_shapes: list[tuple[int, int, int]] = [tuple(call.shape[1:]) for call in maps]

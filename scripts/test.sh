@@ -6,4 +6,4 @@ cd "$(dirname "$0")/.."
 source scripts/environment.sh
 # One thread a process: two threads that wait for a busy core can slow a tiny network thirty-fold.
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-python -m pytest -q -n "${WORKERS:-2}" --dist loadfile --durations=5 tests "$@"
+python -m pytest -q -n "${WORKERS:-2}" --dist loadfile --no-loadscope-reorder --durations=5 tests "$@"

@@ -7,6 +7,7 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 import dataclasses
 import functools
+import shutil
 import subprocess
 
 import pytest
@@ -135,23 +136,29 @@ def distill(command, teacher_file):
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory, teacher_file):
-    """finished("csd"): the folder of a whole tiny run, made once; to look at, compare with or copy, never to change."""
-    folders: dict[str, Path] = {}
+    """finished("csd", flags): the folder of a tiny run, made once; to look at, compare with or copy, never to change."""
+    folders: dict[tuple[str, str], Path] = {}
 
-    def call(method: str) -> Path:
-        if method not in folders:
+    def call(method: str, extra: str = "") -> Path:
+        if (method, extra) not in folders:
             import datafree_kd
 
             folder = tmp_path_factory.mktemp("finished") / method
             with pytest.MonkeyPatch.context() as patch:
                 patch.chdir(ROOT)
                 patch.setattr("engine.data.splits._train_split_forbidden", False)
-                patch.setattr("sys.argv", ["datafree_kd.py", *tiny_flags(method, teacher_file, folder).split()])
+                patch.setattr("sys.argv", ["datafree_kd.py", *tiny_flags(method, teacher_file, folder, extra).split()])
                 datafree_kd.main()
-            folders[method] = folder
-        return folders[method]
+            folders[method, extra] = folder
+        return folders[method, extra]
 
     return call
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """copied("csd", flags): a copy of such a run, to go on from."""
+    return lambda method, extra="": shutil.copytree(finished(method, extra), tmp_path / "copied")
 
 
 def outcome(folder: Path) -> tuple[dict[Path, bytes], str, str]:

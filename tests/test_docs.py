@@ -39,6 +39,8 @@ def test_links_and_paths_lead_somewhere(page):
             target = folder / path if path else ROOT / page
             assert target.exists(), link
             assert not anchor or anchor in anchors(target.read_text()), link
+    if page == "CHANGELOG.md":  # names what is gone
+        return
     rooms = "scripts|engine|datafree|models|tests|docs|checkpoints/results|checkpoints/priors"
     for path in re.findall(rf"(?<![\w/.:}}])((?:{rooms})/[\w./-]+\w)", text):
         allowed = {"datafree/warm.py"}  # which docs/new_method.md makes
@@ -57,7 +59,8 @@ def commands(text):
         if len(words) == 1 and "=" in words[0]:
             name, _, value = words[0].partition("=")
             variables[name] = value
-        programs = [k for k, word in enumerate(words) if word.endswith(("datafree_kd.py", "train_scratch.py")) or word == "-m"]
+        names = "datafree_kd.py", "train_scratch.py"
+        programs = [k for k, word in enumerate(words) if word.endswith(names) or word == "-m"]
         for start in programs[:1]:
             program, *arguments = words[start + (words[start] == "-m") :]
             yield program, arguments
@@ -80,7 +83,7 @@ def parse(program, arguments):
         assert importlib.util.find_spec(program), program
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if list(commands(PAGES[page]))])
+@pytest.mark.parametrize("page", [p for p in PAGES if p != "CHANGELOG.md" and list(commands(PAGES[p]))])
 def test_commands_parse(page, monkeypatch):
     monkeypatch.setattr(datafree_kd, "METHODS", registry.METHODS | {"warm": registry.METHODS["csd"]})
     for program, arguments in commands(PAGES[page]):

@@ -1,7 +1,7 @@
 """What a dataset is: its classes, sizes and normalization, known without opening an image."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,33 @@ class DatasetInfo:
     def folder(self) -> Path:
         """Where a dataset of image files lies."""
         return Path(self.data_root, self.source)
+
+    def as_known_to(self, spec: str, config: dict[str, Any], keep_size: bool = False) -> "DatasetInfo":
+        """The dataset in the image size and with the class names of a model's own configuration.
+
+        Args:
+            spec: how errors call the model.
+            config: its num_classes, image_size and class_names (None: it knows none).
+            keep_size: a flag has given the size.
+        Raises:
+            UserError: the model has another number of classes, or the same ones in another order.
+        """
+        names, size = config.get("class_names"), config["image_size"]
+        if config["num_classes"] != self.num_classes:
+            raise UserError(
+                f"{spec} has {config['num_classes']} classes, {self.name} has {self.num_classes}; choose a dataset of its classes, "
+                f"or train a head for these: python train_scratch.py --model {spec} --pretrained"
+            )
+        if names and self.class_names and set(names) == set(self.class_names) and list(names) != list(self.class_names):
+            label = next(k for k, (a, b) in enumerate(zip(names, self.class_names)) if a != b)
+            raise UserError(
+                f"class {label} is '{names[label]}' to {spec}, and '{self.class_names[label]}' in {self.name}: the same classes in "
+                "another order; number them as the model does (folders 0, 1, ...; labels of an npz)"
+            )
+        changes: dict[str, Any] = {"class_names": tuple(names)} if names else {}
+        if not keep_size:
+            changes |= {"image_size": size, "crop_padding": round(self.crop_padding * size / self.image_size)}
+        return replace(self, **changes)
 
     def for_checkpoint(self) -> dict[str, Any]:
         """What a network trained for this dataset must be told to be of use elsewhere; plain values."""

@@ -14,8 +14,9 @@ COPIED_AT_ONCE = 256  # images on their way from the shards to memory
 class TransferSet:
     """The images that a student learns from, with room for those still to come.
 
-    They live where they fit (``home_of``), which is decided once: on the device of the networks, in host memory, else nowhere
-    but in the shards. From the last two, batches are read ahead of the steps.
+    Where they live is decided once, by their size: on the device of the networks if they take at most half of its free
+    memory, else in host memory by the same rule, else in the shards alone. From the last two, batches are read ahead of
+    the steps.
 
     Args:
         capacity: number of images it will hold in the end.

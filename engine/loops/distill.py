@@ -274,7 +274,7 @@ def keep(distillation: Distillation, bank, transfer, batch, round: int) -> None:
         values = {name: float(value) for name, value in batch.scalars.items()}
         check_finite(values, f"round {round} of stage distill (synthesis)", ADVICE)
         images, labels = bank.append("distill", round, batch.images, batch.labels)
-    if processes.count > 1 and processes.broadcast(transfer.mapped):  # what the main one found room for; its shard is there
+    if processes.count > 1 and processes.broadcast(transfer.mapped):  # all read the shard that the main process has written
         columns = bank.open_shards([bank.shard("distill", round)])
         images, labels = columns["images"], columns["labels"]
     elif processes.count > 1:

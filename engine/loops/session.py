@@ -150,9 +150,10 @@ class Stage:
 
 
 def choose_stages(name: str, known: list[str], flags) -> tuple[list[str], list[str]]:
-    """Of the stages of method ``name``: those of a run whose banks are not given by ``--init_bank`` or ``--init_variants``, and those selected of them.
+    """The stages of this run, and those that ``--stages`` selects. A bank given by a flag takes the place of its stage.
 
     Args:
+        name: of the method.
         known: names of the method's stages.
         flags: ``engine.loops.settings.RunFlags``.
     Raises:

@@ -25,19 +25,24 @@ class TaskFlags:
     classes: str | None = flag(
         None, "of such a dataset: ten (its usual subset) or all; unset: ten", choices=("ten", "all"), affects=ALL
     )
-    image_size: int | None = flag(None, "px; unset: the dataset's own", affects=ALL)
+    image_size: int | None = flag(None, "px; unset: that of a public teacher, else the dataset's own", affects=ALL)
     num_classes: int | None = flag(None, "with --no_test: the number of classes of a dataset that is not here")
     no_test: bool = flag(
         False, "open no real image: agreement with the teacher on synthetic images is measured, and no accuracy"
     )
     teacher: str = flag(
-        "wrn40_2", "a name of registry.MODELS, path/to/file.py:factory or package.module:factory(key='value')", affects=ALL
+        "wrn40_2",
+        "a name of registry.MODELS, a public one (timm:NAME, hf-hub:ORG/NAME, torchvision:NAME, local-dir:FOLDER), "
+        "path/to/file.py:factory or package.module:factory(key='value')",
+        affects=ALL,
     )
     teacher_ckpt: str | None = flag(
-        None, "its weights; unset: checkpoints/pretrained/<dataset>_<teacher>.pth or .safetensors, here or beside datafree_kd.py"
+        None,
+        "its weights; unset: checkpoints/pretrained/<dataset>_<teacher>.pth or .safetensors, here or beside datafree_kd.py, else "
+        "a public model's own",
     )
     teacher_mean: tuple[float, ...] | None = flag(
-        None, "normalization the teacher was trained with, r,g,b; unset: its checkpoint's, else the dataset's", affects=ALL
+        None, "normalization the teacher was trained with, r,g,b; unset: its checkpoint's or model's, else the dataset's", affects=ALL
     )
     teacher_std: tuple[float, ...] | None = flag(None, "see --teacher_mean", affects=ALL)
     student: str = flag("wrn16_1", "as --teacher; starts from random weights", affects=DISTILL)

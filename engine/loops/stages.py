@@ -11,11 +11,11 @@ from engine.data.bank import ImageBank
 from engine.data.splits import load_split
 from engine.data.transfer_set import TransferSet
 from engine.loops import augment, distill
-from engine.loops.evaluate import Accuracy, Agreement
+from engine.loops.evaluate import Accuracy, Agreement, confusion
 from engine.loops.fill import STATE, Maker, fill
 from engine.loops.session import Finished, Session, Stage
 from engine.runtime.errors import UserError
-from engine.runtime.files import load_checkpoint, load_tensors, save_checkpoint
+from engine.runtime.files import load_checkpoint, load_tensors, save_checkpoint, write_json
 from engine.runtime.precision import Precision
 from engine.runtime.run import peak_memory
 
@@ -124,7 +124,7 @@ class Distill(Stage):
     external_prior: str = "none"
     images_per_class: int | None = None
     name = "distill"
-    outputs = ("bank/distill-*.safetensors", "distill.pth", "student.pth", "result.json")
+    outputs = ("bank/distill-*.safetensors", "distill.pth", "student.pth", "confusion.json", "result.json")
 
     def check(self, session: Session, before: list[str]) -> None:
         self.method.objective()  # raises where it does not fit the networks
@@ -174,6 +174,9 @@ class Distill(Stage):
             run, record, distillation, bank, transfer, method.student_view, measure, seed=session.seed
         )
         if processes.main:
+            if isinstance(measure, Accuracy):
+                counts = confusion(method.teacher, method.student, measure.split)
+                write_json(run.path / "confusion.json", {"class_names": session.info.class_names, **counts}, indent=None)
             self._finish(session, images, distillation, figures, measure)
 
     def _measure(self, session: Session) -> Accuracy | Agreement:

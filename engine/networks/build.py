@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from engine.networks import public
 from engine.networks.normalization import Normalization, choose_normalization
 from engine.networks.weights import WrongNetwork, first_line, load_weights
 from engine.runtime.errors import UserError
@@ -24,7 +25,14 @@ PRETRAINED = Path("checkpoints/pretrained")
 
 
 def short_name(spec: str) -> str:
-    """A network's name for file names: "nets/mine.py:big" -> "mine_big", "nets.mine:big(depth=3)" -> "nets_mine_big_depth_3"."""
+    """A network's name for file names: "nets/mine.py:big" -> "mine_big", "nets.mine:big(depth=3)" -> "nets_mine_big_depth_3".
+
+    "timm:resnet18.a1_in1k" -> "timm_resnet18_a1_in1k", "hf-hub:org/net" -> "org_net", "local-dir:nets/mine" -> "mine".
+    """
+    if spec.startswith("local-dir:"):
+        return re.sub(r"[^\w-]+", "_", Path(spec.removeprefix("local-dir:")).resolve().name)
+    if public.is_public(spec):
+        return "_".join(re.findall(r"[\w-]+", spec.removeprefix("hf-hub:")))
     spec, _, arguments = spec.partition("(")
     name = spec.removesuffix(".py").split("/")[-1].replace(".py:", "_").replace(":", "_").replace(".", "_")
     return "_".join([name, *re.findall(r"\w+", arguments)])
@@ -48,28 +56,56 @@ def find_checkpoint(spec: str, dataset: str, given: str | None, folder: Path = P
     )
 
 
-def build_network(table: dict[str, str], spec: str, num_classes: int) -> nn.Module:
-    """A fresh network.
+def build_network(table: dict[str, str], spec: str, num_classes: int, image_size: int | None = None) -> nn.Module:
+    """A network with random weights.
 
     Args:
         table: ``registry.MODELS``.
-        spec: one of its names, ``path/to/file.py:factory`` or ``package.module:factory``, and behind it, where the factory
-            takes them, arguments by name with literal values: ``torchvision.models:get_model(name="resnet18")``.
+        spec: one of its names, ``path/to/file.py:factory`` or ``package.module:factory``, or a public name (``timm:resnet18``;
+            see ``engine.networks.public``). Behind it, where the factory takes them, arguments by name with literal values:
+            ``torchvision.models:get_model(name="resnet18")``.
         num_classes: given to the factory, unless it takes no argument of that name.
+        image_size: px, told to a public network whose weights depend on it; None: its own.
     Raises:
         UserError: no such name, file or factory, or the factory fails or makes something else.
     """
     place, arguments = split_arguments(spec)
-    factory = _find_factory(table, place)
+    if (config := public.own_config(place)) is not None:
+        return build_network(table, exported_spec(table, config, place), num_classes, image_size)
+    is_public = public.is_public(place)
+    factory = None if is_public else _find_factory(table, place)
     try:
+        if is_public:
+            return public.build_public(place, arguments, num_classes, image_size)
         if _takes_num_classes(factory):
             arguments = {"num_classes": num_classes} | arguments
         network = factory(**arguments)
+    except UserError:
+        raise
     except Exception as error:  # whatever a user's file raises
         raise UserError(f"model '{spec}' failed: {first_line(error)}") from error
     if not isinstance(network, nn.Module):
         raise UserError(f"model '{spec}' made a {type(network).__name__}, wanted a torch.nn.Module")
     return network
+
+
+def exported_spec(table: dict[str, str], config: dict[str, Any], place: str) -> str:
+    """The network that the configuration of an exported folder names; never code that it would have us import.
+
+    Raises:
+        UserError: it names code.
+    """
+    name, arguments = config["architecture"], config.get("model_args") or {}
+    if config["library_name"] == "torchvision":
+        name = f"torchvision:{name}"
+    elif name not in table:
+        mean, std = (",".join(f"{value:g}" for value in config[key]) for key in ("mean", "std"))
+        raise UserError(
+            f"{place} holds a network of {name}, which is no network of this project, and no code is run because a folder names "
+            f"it; give that name yourself, and {public.FILES[1]} of the folder as its weights (mean {mean}, std {std})"
+        )
+    written = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
+    return f"{name}({written})" if written else name
 
 
 def split_arguments(spec: str) -> tuple[str, dict[str, Any]]:
@@ -79,7 +115,7 @@ def split_arguments(spec: str) -> tuple[str, dict[str, Any]]:
         UserError: what stands in the brackets is anything else.
     """
     place, bracket, rest = spec.partition("(")
-    if not bracket:
+    if not bracket or public.says_which_weights(spec):
         return spec, {}
     try:
         call = ast.parse(f"f({rest}", mode="eval").body
@@ -133,7 +169,8 @@ def build_classifier(table: dict[str, str], spec: str, info, device: torch.devic
     Raises:
         UserError: the network cannot be built, or does not fit the dataset.
     """
-    return wrap(build_network(table, spec, info.num_classes), spec, info, device, choose_normalization(info))
+    network = build_network(table, spec, info.num_classes, info.image_size)
+    return wrap(network, spec, info, device, choose_normalization(info))
 
 
 def wrap(network: nn.Module, spec: str, info, device: torch.device, normalization: Normalization) -> Classifier:
@@ -169,15 +206,52 @@ def require_batch_norm(teacher: Classifier, config, methods: dict[str, str]) -> 
         )
 
 
+def own_weights(spec: str, dataset: str, given: str | None) -> dict[str, Any] | None:
+    """The configuration of a public model that is taken with its own weights; None where they are in a file.
+
+    A file that ``--teacher_ckpt`` names comes first, then one of that network and dataset in ``PRETRAINED``, unless the name
+    itself says which weights (``hf-hub:``, ``local-dir:``).
+
+    Raises:
+        UserError: there is no such model.
+    """
+    if given or not public.is_public(spec):
+        return None
+    stem = PRETRAINED / f"{dataset}_{short_name(spec)}"
+    files = [shipped(f"{stem}{suffix}") for suffix in (".pth", ".safetensors")]
+    if not public.says_which_weights(spec) and any(file.exists() for file in files):
+        return None
+    return public.configuration(split_arguments(spec)[0])
+
+
+def with_own_weights(table: dict[str, str], spec: str, num_classes: int | None = None) -> nn.Module:
+    """A public model with its own weights.
+
+    Args:
+        num_classes: of a new head where the model's own has another size; None: its own head.
+    Raises:
+        UserError: the weights cannot be had.
+    """
+    place, arguments = split_arguments(spec)
+    return public.load_public(place, arguments, num_classes, lambda *wanted: build_network(table, spec, *wanted))
+
+
 def load_teacher(
     table: dict[str, str], spec: str, info, device: torch.device, checkpoint: str | None, mean=None, std=None
 ) -> Classifier:
     """The frozen teacher with its weights, normalizing as ``mean`` and ``std``, else its checkpoint, else the dataset say.
 
+    Args:
+        info: ``engine.data.datasets.DatasetInfo``; of a public model with its own weights, as ``DatasetInfo.as_known_to`` its
+            configuration.
     Raises:
         UserError: no such checkpoint, or it does not fit.
     """
-    network = build_network(table, spec, info.num_classes)
+    if own := own_weights(spec, info.name, checkpoint):
+        network = with_own_weights(table, spec)
+        normalization = choose_normalization(info, mean, std, own, f"the configuration of {spec}", "--teacher_", "model")
+        return frozen(wrap(network, spec, info, device, normalization))
+    network = build_network(table, spec, info.num_classes, info.image_size)
     file = find_checkpoint(spec, info.name, checkpoint)
     stored = load_named_weights(table, network, file, "teacher checkpoint", num_classes=info.num_classes)
     normalization = choose_normalization(info, mean, std, stored, f"teacher checkpoint {file}", "--teacher_")

@@ -1,4 +1,7 @@
-"""How a network's inputs are normalized, and who says so: a flag, else its checkpoint, else the dataset."""
+"""How a network's inputs are normalized, and who says so: a flag, else its checkpoint, else the dataset.
+
+Of weights that come with their model's own configuration (``timm:resnet18``), this stands in the checkpoint's place.
+"""
 
 import math
 from collections.abc import Sequence
@@ -25,7 +28,8 @@ class Normalization(NamedTuple):
 
 
 def choose_normalization(
-    info, mean: Any = None, std: Any = None, stored: dict[str, Any] | None = None, file: str = "", prefix: str = "--"
+    info, mean: Any = None, std: Any = None, stored: dict[str, Any] | None = None, file: str = "", prefix: str = "--",
+    kind: str = "checkpoint",
 ) -> Normalization:
     """Mean and std, each from the first that has it of flag, checkpoint and dataset.
 
@@ -35,6 +39,7 @@ def choose_normalization(
         stored: the plain values beside the checkpoint's weights; published checkpoints have no normalization among them.
         file: how errors call the checkpoint.
         prefix: of the flags' names.
+        kind: what ``stored`` is of, as ``Normalization`` names it.
     Raises:
         UserError: a flag or the checkpoint has anything but three finite numbers, std above 0.
     """
@@ -47,7 +52,7 @@ def choose_normalization(
             chosen.append(_checked(name, found, f"{file} has the {name}", f"give the right one with {prefix}{name}"))
         else:
             chosen.append(tuple(getattr(info, name)))
-        sources.append("flag" if given is not None else "checkpoint" if found is not None else "dataset")
+        sources.append("flag" if given is not None else kind if found is not None else "dataset")
     return Normalization(*chosen, *sources)
 
 

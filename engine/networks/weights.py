@@ -1,8 +1,6 @@
 """Published weights as they are: fetched, checked and loaded."""
 
-import errno
 from collections.abc import Mapping
-from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -22,37 +20,6 @@ class WrongNetwork(UserError):
     def __init__(self, message: str, shapes: dict[str, torch.Size]):
         super().__init__(message)
         self.shapes = shapes
-
-
-def published_weights(table: dict[str, str], spec: str) -> Path:
-    """torchvision's ImageNet weights of a network, downloaded into torch's cache unless they are there.
-
-    Args:
-        table: ``registry.MODELS``.
-        spec: a name in it that ``models.imagenet`` builds.
-    Raises:
-        UserError: torchvision has none of that network, or they cannot be fetched.
-    """
-    module, _, name = table.get(spec, "").partition(":")
-    if module != "models.imagenet":
-        known = ", ".join(key for key, value in table.items() if value.startswith("models.imagenet:"))
-        raise UserError(f"--pretrained: there are no published ImageNet weights of '{spec}'; there are of {known}")
-    import torchvision
-
-    weights = torchvision.models.get_model_weights(name).DEFAULT
-    file = Path(torch.hub.get_dir(), "checkpoints", weights.url.rpartition("/")[2])
-    if not file.is_file():
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(weights.url, str(file), file.stem.rpartition("-")[2])
-        except (OSError, HTTPException, RuntimeError) as error:
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            raise UserError(
-                f"--pretrained: {weights.url} cannot be fetched ({first_line(error)}); fetch it where there is a network "
-                f"and give --resume {file.name} in place of --pretrained: a head for other classes is dropped"
-            ) from None
-    return file
 
 
 def first_line(error: Exception) -> str:

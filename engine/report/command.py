@@ -4,6 +4,7 @@ python -m engine.report checkpoints/dda checkpoints/csd                 a table 
 python -m engine.report RUNS... --wide                                 with all columns
 python -m engine.report RUNS... --rounds --budget 100 --target 95      and the accuracy on the way there
 python -m engine.report RUNS... --csv table.csv
+python -m engine.report RUNS... --html report.html                     one page to look at: table, curves, pictures, cautions
 python -m engine.report RUNS... --lines results.jsonl                  keep the results, a line a run, without the folders
 python -m engine.report results.jsonl --wide --into docs/results.md --name digits      rewrite that table in a file
 """
@@ -34,6 +35,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--target", type=float, metavar="ACC1", help="add the student steps to this accuracy in %%")
     parser.add_argument("--folders", action="store_true", help="name rows by their folders, not by the flags that differ")
     parser.add_argument("--csv", type=Path, help="write the table here too, with all columns")
+    parser.add_argument("--html", type=Path, metavar="FILE.html", help="write a page with everything in it instead")
     parser.add_argument("--lines", type=Path, metavar="FILE.jsonl", help="put the results into this file, a line a run")
     parser.add_argument("--into", type=Path, help="rewrite a Markdown table in this file instead of printing it")
     parser.add_argument("--name", help="which table of that file")
@@ -60,6 +62,12 @@ def main() -> None:
     if args.lines:
         results = collect(args.runs)
         print(f"{args.lines}: {len(results)} results written, {write_lines(args.lines, results)} in it now")
+        return
+    if args.html:
+        from engine.report.page import write_page  # needs matplotlib, which takes a second
+
+        write_page(args.html, group(collect(args.runs)))
+        print(f"{args.html}: {args.html.stat().st_size / 1e6:.1f} MB")
         return
     if args.csv:
         rows = rows_of(group(collect(args.runs)), args.budget, args.target, args.folders)

@@ -42,7 +42,8 @@ def aligned(rows: list[dict[str, str]], width: int | None = None) -> str:
             texts.append("  ".join(padded).rstrip())
         return texts
 
-    return "\n".join([*lines_of(names), "  ".join("-" * w for w in widths), *(t for line in cells[1:] for t in lines_of(line))])
+    rule = "  ".join("-" * w for w in widths)
+    return "\n".join([*lines_of(names), rule, *(text for line in cells[1:] for text in lines_of(line))])
 
 
 def replace_table(file: Path, name: str, table: str) -> None:

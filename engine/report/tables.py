@@ -140,7 +140,7 @@ def brief_rows(
         rows.append(
             named
             | {"external prior": line["external prior"], "acc1": line["acc1 last"], "agreement": line["agreement last"]}
-            | {"published": line["published best"]}
+            | {"published best": line["published best"]}
             | {name: value for name, value in line.items() if name.startswith(("acc1 at ", "steps to "))}
             | {f"time {'h' if hours else 's'}": "" if time is None else f"{time:.{2 if hours else 0}f}"}
             | {"images": line["images"]}

@@ -44,7 +44,8 @@ def launched_rank() -> int:
 def follow(main: Callable[[], None]) -> None:
     """``main`` of a process that is not the main one, whose launcher ends it when another one fails.
 
-    An error is mostly the main one's too, or comes of the main one's end: only who is still there a little later tells it.
+    Mostly the main process has the same error and reports it, or its end caused this one. So wait: the launcher then ends
+    this process first. If it does not, the error is this process's own, and is raised.
     """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)

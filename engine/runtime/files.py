@@ -142,10 +142,10 @@ def delete_files(folder: Path, patterns: list[str]) -> None:
             parent.rmdir()
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Writes ``value`` as indented JSON, atomically."""
+def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
+    """Writes ``value`` as JSON, atomically."""
     with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, sort_keys=False) + "\n")
+        temporary.write_text(json.dumps(value, indent=indent) + "\n")
 
 
 def read_json(path: Path) -> Any:

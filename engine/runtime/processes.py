@@ -18,7 +18,8 @@ from engine.runtime.errors import UserError, launched_rank
 class Processes:
     """This process's number and how many there are. Process 0, ``main``, keeps the run folder; the others only compute.
 
-    Plain values travel through host memory (gloo), tensors of a GPU from GPU to GPU (nccl). What one calls, all call.
+    Plain values travel through host memory (gloo), tensors of a GPU from GPU to GPU (nccl). All processes must make the same
+    calls in the same order.
     """
 
     rank: int = 0
@@ -118,13 +119,13 @@ def join_processes(gpu: int | None = None) -> Processes:
         )
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and gpu is None else "gloo"
-        # A process that waits may do so while the main one makes images; the launcher ends all of them if one fails.
+        # The others wait as long as the main process makes images. If one process fails, the launcher ends all of them.
         dist.init_process_group(backend, timeout=timedelta(days=7))
     return Processes(dist.get_rank(), count)
 
 
 def leave_processes() -> None:
-    """The end of a command that went well: waits for the main one, as nccl wants all to leave together."""
+    """Ends a command that succeeded: waits for the main process, since nccl wants all processes to leave together."""
     if dist.is_initialized():
         dist.broadcast_object_list([None])
         dist.destroy_process_group()

@@ -2,7 +2,8 @@
 
 args.json      flags, command, versions of the last command    stages.json    what is done
 metrics.jsonl  one line a round or epoch                       log.txt        what was printed
-result.json    the run's figures, once it is finished          events.*       TensorBoard
+times.jsonl    when each of those lines was written            result.json    the run's figures, once it is finished
+events.*       TensorBoard                                     confusion.json teacher and student on the test split
 """
 
 import fcntl
@@ -26,6 +27,7 @@ from engine.runtime.files import atomic_path, delete_temporaries, is_temporary, 
 from engine.runtime.processes import is_main
 
 FOLDERS = ("bank", "variants", "pictures")  # of a run folder
+METRICS, TIMES = "metrics.jsonl", "times.jsonl"
 
 
 def require_run_folder(path: Path) -> None:
@@ -50,6 +52,17 @@ def _json_object(file: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl or times.jsonl; [] where there is no such file. One cut off by a kill is passed over."""
+    lines = []
+    for text in file.read_text().splitlines() if file.exists() else []:
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            continue
+    return lines
+
+
 class Run:
     """One run folder, held by one process at a time.
 
@@ -72,6 +85,7 @@ class Run:
         for folder in (self.path, *(self.path / name for name in FOLDERS)):
             delete_temporaries(folder)
         self._writer = None
+        self._started = time.monotonic() - max((line["seconds"] for line in self._lines(TIMES)), default=0)
         self.provenance = {
             "command": shlex.join([Path(sys.executable).name, *sys.argv]),
             "commit": commit(),
@@ -86,34 +100,33 @@ class Run:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
     def metrics(self, stage: str, round: int, values: dict[str, Any]) -> None:
-        """Appends one line to metrics.jsonl and the numbers to TensorBoard under ``<stage>/<name>``."""
-        with open(self.path / "metrics.jsonl", "a") as file:
-            file.write(json.dumps({"stage": stage, "round": round, **values}) + "\n")
+        """Appends one line to metrics.jsonl and the numbers to TensorBoard under ``<stage>/<name>``.
+
+        What the clock says goes to times.jsonl, for the figures of a resumed run are those of an unbroken one, its times
+        are not: seconds of all commands of this run so far, without those that a kill has cost.
+        """
+        seconds = float(f"{time.monotonic() - self._started:.2f}")
+        for name, line in ((TIMES, {"seconds": seconds}), (METRICS, values)):
+            with open(self.path / name, "a") as file:
+                file.write(json.dumps({"stage": stage, "round": round, **line}) + "\n")
         for name, value in values.items():
             self.board.add_scalar(f"{stage}/{name}", value, round)
 
     def history(self, stage: str) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl of one stage; a line cut off by a kill is passed over."""
-        return [line for line in self._lines() if line["stage"] == stage]
+        return [line for line in self._lines(METRICS) if line["stage"] == stage]
 
     def rewind(self, stage: str, round: int) -> None:
         """Forgets a stage's metrics from ``round`` on: those rounds are about to be repeated."""
-        file = self.path / "metrics.jsonl"
-        kept = [line for line in self._lines() if line["stage"] != stage or line["round"] < round]
-        text = "".join(json.dumps(line) + "\n" for line in kept)
-        if file.exists() and file.read_text() != text:
-            with atomic_path(file) as temporary:
-                temporary.write_text(text)
+        for file in (self.path / METRICS, self.path / TIMES):
+            kept = [line for line in self._lines(file.name) if line["stage"] != stage or line["round"] < round]
+            text = "".join(json.dumps(line) + "\n" for line in kept)
+            if file.exists() and file.read_text() != text:
+                with atomic_path(file) as temporary:
+                    temporary.write_text(text)
 
-    def _lines(self) -> list[dict[str, Any]]:
-        lines = []
-        file = self.path / "metrics.jsonl"
-        for text in file.read_text().splitlines() if file.exists() else []:
-            try:
-                lines.append(json.loads(text))
-            except json.JSONDecodeError:
-                continue
-        return lines
+    def _lines(self, name: str) -> list[dict[str, Any]]:
+        return read_lines(self.path / name)
 
     @property
     def board(self):

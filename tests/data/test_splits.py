@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from engine.data import memory
 from engine.data.splits import StreamedSplit, allow_train_split, forbid_train_split
 from tests.conftest import dataset_info
 from tests.data.trees import fails, load, write_folders

@@ -130,9 +130,8 @@ def test_runs_of_ours_are_taken_up(tmp_path):
     open_and_close(tmp_path / "empty")
 
 
-def test_redo_deletes_what_the_stages_have_made(distill, tmp_path):
-    run = tmp_path / "run"
-    distill("csd", run)
+def test_redo_deletes_what_the_stages_have_made(distill, copied):
+    run = copied("csd")
     for folder in (run, run / "bank", run / "bank" / "mine"):
         scatter(folder)
     mine = [run / "bank" / "synthesize-first.png", run / "bank" / "distill-notes.txt", run / "results.json"]
@@ -153,9 +152,8 @@ def test_redo_leaves_no_empty_folder(tmp_path):
 
 
 @pytest.mark.parametrize("link", ["bank", "bank/synthesize-000000.safetensors"])
-def test_redo_deletes_nothing_through_a_link(link, distill, tmp_path):
-    run = tmp_path / "run"
-    distill("csd", run)
+def test_redo_deletes_nothing_through_a_link(link, distill, copied, tmp_path):
+    run = copied("csd")
     (tmp_path / "disk").mkdir()
     moved = tmp_path / "disk" / "moved"
     (run / link).rename(moved)

@@ -154,7 +154,8 @@ def three_runs(tmp_path):
     for seed in (0, 1):
         write_result(tmp_path / "runs" / "m" / f"seed{seed}", seed=seed, acc1_last=90.0 + 2 * seed)
     write_result(tmp_path / "runs" / "long", method="n", settings={"x": 1}, external_prior="a prior with a rather long name")
-    write_result(tmp_path / "runs" / "real", method="scratch", teacher=None, student="t", student_steps=None, seconds={"train": 7.0})
+    real = {"method": "scratch", "teacher": None, "student": "t", "student_steps": None, "seconds": {"train": 7.0}}
+    write_result(tmp_path / "runs" / "real", **real)
     return tmp_path / "runs"
 
 

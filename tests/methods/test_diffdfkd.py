@@ -79,6 +79,8 @@ def test_map_loss_of_known_maps():
 # Whole runs
 
 KINDS = tiny_pipelines.GENERATIVE
+# Images alone, drawn against a student that learns from the rounds before.
+COMPETING = "--images_per_class 2 --stages generate --adv 1000 --adv_from 1 --adv_steps 10"
 
 
 @pytest.fixture(scope="module")
@@ -103,10 +105,9 @@ def test_every_kind_of_prior_makes_a_student(kind, paths, distill, tmp_path):
     assert "teacher_acc1" in lines[0] and "loss_bn" in lines[0] and (tmp_path / "pictures" / "bank.png").exists()
 
 
-def test_a_run_stopped_at_a_shard_goes_on_to_the_same_bits(paths, distill, tmp_path, monkeypatch):
-    extra = f"--diffusion_model {paths['patch_prior']} --images_per_class 2 --stages generate --adv_from 1 --adv_steps 10"
-    plain, extra = extra, f"{extra} --adv 1000"
-    distill("diffdfkd", tmp_path / "whole", extra)
+def test_a_run_stopped_at_a_shard_goes_on_to_the_same_bits(paths, distill, finished, tmp_path, monkeypatch):
+    extra = f"--diffusion_model {paths['patch_prior']} {COMPETING}"
+    whole = shards(finished("diffdfkd", extra))
     original, calls = fill_module.save_checkpoint, []
 
     def failing(*args):
@@ -118,32 +119,29 @@ def test_a_run_stopped_at_a_shard_goes_on_to_the_same_bits(paths, distill, tmp_p
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(fill_module, "save_checkpoint", failing)
         distill("diffdfkd", tmp_path / "broken", extra)
-    assert 0 < len(shards(tmp_path / "broken")) < len(shards(tmp_path / "whole")) == 4
+    assert 0 < len(shards(tmp_path / "broken")) < len(whole) == 4
     distill("diffdfkd", tmp_path / "broken", extra)
-    assert shards(tmp_path / "broken") == shards(tmp_path / "whole")
+    assert shards(tmp_path / "broken") == whole
     distill("diffdfkd", tmp_path / "broken", extra)  # done: skipped
-    distill("diffdfkd", tmp_path / "plain", plain)
-    assert shards(tmp_path / "plain") != shards(tmp_path / "whole")
+    distill("diffdfkd", tmp_path / "plain", f"{extra} --adv 0")
+    assert shards(tmp_path / "plain") != whole
 
 
-def test_what_the_student_sees_does_not_reach_the_generated_images(paths, distill, tmp_path):
+def test_what_the_student_sees_does_not_reach_the_generated_images(paths, distill, finished, tmp_path):
     """Its mixing is a flag of stage distill: the student that competes while images are drawn must not feel it."""
-    extra = f"--diffusion_model {paths['patch_prior']} --images_per_class 2 --stages generate"
-    extra += " --adv 1000 --adv_from 1 --adv_steps 10"
-    distill("diffdfkd", tmp_path / "plain", extra)
-    distill("diffdfkd", tmp_path / "mixed", f"{extra} --mix cutmix")
-    assert shards(tmp_path / "mixed") == shards(tmp_path / "plain") and len(shards(tmp_path / "plain")) == 4
+    extra = f"--diffusion_model {paths['patch_prior']} {COMPETING}"
+    distill("diffdfkd", tmp_path, f"{extra} --mix cutmix")
+    assert shards(tmp_path) == shards(finished("diffdfkd", extra))
 
 
 @pytest.mark.parametrize("change", ["--adv_lr .2", "--adv_T 3", "--adv_batch_size 5"])
-def test_the_competitor_s_flags_change_the_images_and_bind_the_bank(change, paths, distill, tmp_path):
-    extra = f"--diffusion_model {paths['patch_prior']} --images_per_class 2 --stages generate"
-    extra += " --adv 1000 --adv_from 1 --adv_steps 10"
-    distill("diffdfkd", tmp_path / "plain", extra)
+def test_the_competitor_s_flags_change_the_images_and_bind_the_bank(change, paths, distill, copied, tmp_path):
+    extra = f"--diffusion_model {paths['patch_prior']} {COMPETING}"
+    plain = copied("diffdfkd", extra)
     distill("diffdfkd", tmp_path / "changed", f"{extra} {change}")
-    assert shards(tmp_path / "changed") != shards(tmp_path / "plain")
+    assert shards(tmp_path / "changed") != shards(plain)
     with pytest.raises(UserError, match=change.split()[0][2:]):
-        distill("diffdfkd", tmp_path / "plain", f"{extra} {change}")
+        distill("diffdfkd", plain, f"{extra} {change}")
 
 
 def test_published_settings_and_what_the_student_sees(paths, distill, tmp_path):

@@ -101,7 +101,7 @@ def test_every_loss_and_its_gradient(teacher, student):
     student[1].bias.data[teacher(images)[0].argmax()] = 2.0  # so that they agree on some
     average = [torch.randn(5), torch.rand(5)]
     inversion = Inversion(config, teacher, TASK, adv=2.0)
-    inversion.load_average([tuple(average)])
+    inversion.average = [tuple(average)]
     losses, (expected, _) = inversion.losses(images, labels, student), by_hand(config, teacher, student, images, labels, average)
     assert set(losses) == set(expected) and expected["loss_adv"] < 0
     for name, value in expected.items():

@@ -66,7 +66,7 @@ def test_terms_and_gradients(networks):
             gradients = [torch.autograd.grad(loss, x, retain_graph=True)[0] for loss in (weight * found[name], term)]
             assert gradients[1].norm() > 0 and (gradients[0] - gradients[1]).norm() < 1e-3 * gradients[1].norm(), name
         assert found["loss"].item() == pytest.approx(sum(wanted).item(), rel=1e-4)
-        ours.load_average(average)
+        ours.average = average
 
 
 def test_a_whole_batch_by_hand(networks):

@@ -1,0 +1,234 @@
+"""Static int8 quantization of a teacher, calibrated without data: what an image bank is good for besides a student.
+
+    python -m datafree.int8 --dataset digits --teacher resnet20 --teacher_ckpt TEACHER --bank RUN --lines results.jsonl
+
+The teacher becomes an ONNX graph (normalization inside), and onnxruntime's static quantizer (QDQ, MinMax ranges of the
+activations, weights by channel) is calibrated on as many images of uniform random noise, of the bank, and of the real training
+set. Weights have 8 bits, and once more 4; activations have 8. The accuracy of each on the test split is a result line.
+"""
+
+import argparse
+import json
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from engine.data.bank import ImageBank, find_bank, read_manifest
+from engine.data.datasets import dataset_info
+from engine.data.splits import load_split
+from engine.loops.evaluate import evaluate
+from engine.networks.build import load_teacher, short_name
+from engine.report import markdown, replace_table
+from engine.runtime.errors import UserError, run_command
+from engine.runtime.files import atomic_path, weights_digest
+from engine.runtime.flags import Parser
+from engine.runtime.run import progress
+from engine.runtime.seeding import seed_position
+from registry import DATASETS, MODELS
+
+BATCH = 100
+BITS = {8: "QInt8", 4: "QInt4"}  # of weights, and onnxruntime's name for them
+CLOSE = 1e-3  # between logits of PyTorch and of the graph
+KEY = ("dataset", "teacher_digest", "calibration", "method", "external_prior", "weight_bits", "seed")  # one line each
+
+
+def export_onnx(classifier: torch.nn.Module, file: Path) -> None:
+    """Writes a classifier as an ONNX graph: "images" (B, 3, S, S) float32 in [0, 1] -> "logits" (B, C), any B."""
+    size = classifier.image_size
+    with warnings.catch_warnings():  # on the older exporter, which needs nothing but torch and onnx
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            classifier.cpu().eval().to(memory_format=torch.contiguous_format), (torch.zeros(2, 3, size, size),), str(file),
+            input_names=["images"], output_names=["logits"], dynamic_axes={"images": {0: "batch"}, "logits": {0: "batch"}},
+            opset_version=17, dynamo=False,
+        )  # fmt: skip
+
+
+def quantize(source: Path, target: Path, images: np.ndarray, bits: int) -> None:
+    """Writes the graph ``source`` with weights of ``bits`` and activations of 8 bits, whose ranges ``images`` show.
+
+    Args:
+        images: (N, 3, S, S) float32 in [0, 1].
+        bits: 8 or 4.
+    """
+    from onnxruntime import quantization
+
+    class Reader(quantization.CalibrationDataReader):
+        def __init__(self):
+            self.batches = iter(np.array_split(images, -(-len(images) // BATCH)))
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            batch = next(self.batches, None)
+            return None if batch is None else {"images": batch}
+
+    prepared = target.with_suffix(".prepared.onnx")
+    quantization.shape_inference.quant_pre_process(str(source), str(prepared))
+    quantization.quantize_static(
+        str(prepared), str(target), Reader(), quant_format=quantization.QuantFormat.QDQ, per_channel=True,
+        weight_type=getattr(quantization.QuantType, BITS[bits]), calibrate_method=quantization.CalibrationMethod.MinMax,
+    )  # fmt: skip
+
+
+class Graph:
+    """An ONNX graph as something that ``evaluate`` can measure: images (B, 3, S, S) in [0, 1] -> logits (B, C)."""
+
+    def __init__(self, file: Path):
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.log_severity_level = 3
+        self.session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(self.session.run(["logits"], {"images": images.contiguous().numpy()})[0])
+
+    def modules(self) -> Iterator[torch.nn.Module]:
+        """None: a graph has no training mode."""
+        return iter(())
+
+    def eval(self) -> "Graph":
+        return self
+
+
+def calibration_images(args: argparse.Namespace, info) -> dict[str, tuple[np.ndarray, dict[str, str]]]:
+    """{kind: ((N, 3, S, S) float32 in [0, 1], what the result line says of it)}, of each kind equally many."""
+    path = find_bank(args.bank)
+    bank = ImageBank(path, read_manifest(path), create=False)
+    made, real = bank.read_all()["images"], load_split(info, "train", "cpu")
+    count = min(args.images, len(made), len(real))
+    if count < 1:
+        raise UserError(f"{path} is empty; give a bank with images")
+    seed_position(args.seed, "calibration")
+    noise = torch.rand(count, 3, info.image_size, info.image_size)
+    chosen = torch.randperm(len(made))[:count]
+    pictures, _ = next(real.batches(count, torch.randperm(len(real))[:count]))
+    manifest = bank.manifest
+    about = {"method": manifest.method, "external_prior": manifest.external_prior}
+    return {
+        "random noise": (noise.numpy(), {}),
+        "bank": ((made[chosen].float() / 255).numpy(), about),
+        "real images": (pictures.contiguous().numpy(), {}),
+    }
+
+
+def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """One result line for each kind of calibration images and each number of bits.
+
+    Raises:
+        UserError: the bank is another teacher's, or the graph does not compute what the teacher does.
+    """
+    info = dataset_info(DATASETS, args.dataset, args.data_root, args.image_size)
+    teacher = load_teacher(MODELS, args.teacher, info, torch.device("cpu"), args.teacher_ckpt, args.teacher_mean, args.teacher_std)
+    digest, manifest = weights_digest(teacher.network.state_dict()), read_manifest(find_bank(args.bank))
+    if manifest.teacher_digest not in (None, digest) or manifest.image_size != info.image_size:
+        raise UserError(
+            f"{args.bank} was made with the teacher {manifest.teacher} (weights {manifest.teacher_digest}) at "
+            f"{manifest.image_size} px, this one has weights {digest} and {info.image_size} px; give a bank of its own"
+        )
+    test = load_split(info, "test", "cpu")
+    common = {"dataset": info.name, "teacher": short_name(args.teacher), "teacher_digest": digest, "seed": args.seed}
+    lines = []
+    with tempfile.TemporaryDirectory() as folder:
+        whole = Path(folder, "teacher.onnx")
+        images, _ = next(test.batches(64))
+        with torch.no_grad():
+            wanted = teacher(images)
+        export_onnx(teacher, whole)
+        graph = Graph(whole)
+        difference = float((graph(images) - wanted).abs().max())
+        print(f"{args.teacher} as ONNX: logits of {len(images)} test images differ from PyTorch's by {difference:.1e} at most")
+        if difference > CLOSE:
+            raise UserError(f"the ONNX graph differs from PyTorch by {difference:.1e}, more than {CLOSE:g}; this network cannot be used")
+        common |= {"acc1_fp32": evaluate(graph, test)["acc1"], "test_images": len(test)}
+        kinds = calibration_images(args, info)
+        bar = progress(len(kinds) * len(BITS), "quantize", "graph")
+        for kind, (chosen, about) in kinds.items():
+            for bits in BITS:
+                target = Path(folder, f"{bits}.onnx")
+                quantize(whole, target, chosen, bits)
+                found = {"calibration": kind, **about, "images": len(chosen), "weight_bits": bits}
+                lines.append(common | found | {"acc1": evaluate(Graph(target), test)["acc1"]})
+                bar.update()
+        bar.close()
+    return lines
+
+
+def write_lines(file: Path, lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Puts result lines into a file, each in place of one measured under the same conditions; returns all it then has."""
+
+    def key(line: dict[str, Any]) -> str:
+        return json.dumps([line.get(name) for name in KEY])
+
+    known = {key(line): line for line in read_lines(file)} | {key(line): line for line in lines}
+    with atomic_path(file) as temporary:
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in known.values()))
+    return list(known.values())
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """The result lines in a file; none where there is no such file.
+
+    Raises:
+        UserError: a line is none.
+    """
+    lines = []
+    for number, text in enumerate(file.read_text().splitlines() if file.exists() else [], start=1):
+        try:
+            lines.append(json.loads(text))
+            lines[-1]["acc1_fp32"], lines[-1]["weight_bits"]
+        except (json.JSONDecodeError, KeyError, TypeError):
+            raise UserError(f"line {number} of {file} is no result of python -m datafree.int8; give another file") from None
+    return lines
+
+
+def rows(lines: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """The rows of the table: a teacher and a number of bits each, a column for each kind of calibration images."""
+    found: dict[tuple, dict[str, str]] = {}
+    for line in lines:
+        made = line.get("method", "")
+        key = *(line[name] for name in ("dataset", "teacher", "teacher_digest", "images", "seed")), line["weight_bits"]
+        row = found.setdefault(key, {
+            "dataset": line["dataset"], "teacher": line["teacher"], "float32": f"{line['acc1_fp32']:.2f}",
+            "weights": f"{line['weight_bits']} bit", "random noise": "", "bank": "", "real images": "",
+            "images": str(line["images"]), "seed": str(line["seed"]), "test images": str(line["test_images"]),
+        })  # fmt: skip
+        row[line["calibration"]] = f"{line['acc1']:.2f}" + (f" ({made})" if made else "")
+    return [found[key] for key in sorted(found, key=lambda k: (k[0] != "digits", *map(str, k[:-1]), -k[-1]))]
+
+
+def main() -> None:
+    from datafree.bank import rgb
+
+    parser = Parser(prog="python -m datafree.int8", description="Static int8 quantization, calibrated on an image bank.")
+    parser.add_argument("--dataset", required=True, help="a name of registry.DATASETS; both its splits are opened")
+    parser.add_argument("--data_root", default="data", help="folder of its data [data]")
+    parser.add_argument("--image_size", type=int, default=None, help="px; unset: the dataset's own")
+    parser.add_argument("--teacher", required=True, help="as of datafree_kd.py")
+    parser.add_argument("--teacher_ckpt", default=None, help="its weights; unset: where datafree_kd.py looks")
+    parser.add_argument("--teacher_mean", type=rgb, default=None, help="r,g,b; unset: its checkpoint's, else the dataset's")
+    parser.add_argument("--teacher_std", type=rgb, default=None, help="see --teacher_mean")
+    parser.add_argument("--bank", type=Path, required=True, help="an image bank made with this teacher, or its run folder")
+    parser.add_argument("--images", type=int, default=500, help="to calibrate on, at most; of each kind equally many [500]")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise and of the choice of images [0]")
+    parser.add_argument("--lines", type=Path, required=True, metavar="FILE.jsonl", help="put the results into this file")
+    parser.add_argument("--into", type=Path, default=None, help="rewrite the table 'int8' of this Markdown file with all its lines")
+    args = parser.parse_args()
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"{error.name} is not installed; install requirements.txt") from None
+    table = rows(write_lines(args.lines, measure(args)))
+    print(markdown(table))
+    if args.into:
+        replace_table(args.into, "int8", markdown(table))
+
+
+if __name__ == "__main__":
+    run_command(main)

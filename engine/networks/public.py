@@ -1,0 +1,289 @@
+"""Networks by their public names: timm's, the Hugging Face hub's, torchvision's, and folders in timm's layout.
+
+    timm:resnet50.a1_in1k        a network of timm, with the weights of that tag
+    hf-hub:ORG/NAME              config.json and model.safetensors of a model repository
+    torchvision:resnet18         a network of torchvision; ``torchvision:resnet18.IMAGENET1K_V1`` names the weights
+    local-dir:PATH               config.json and model.safetensors of a folder: timm's, or one that engine.export wrote
+
+timm and torchvision are imported when such a name is used. No code from a model's files is ever run.
+"""
+
+import difflib
+import errno
+import inspect
+from collections.abc import Callable
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from engine.networks.weights import first_line, load_weights
+from engine.runtime.errors import UserError
+from engine.runtime.files import read_json
+from engine.runtime.names import lookup
+
+SOURCES = ("timm:", "hf-hub:", "torchvision:", "local-dir:")
+OWN = "datafree_kd"  # ``library_name`` in the config.json of a network of this project
+FILES = ("config.json", "model.safetensors")
+
+
+def is_public(spec: str) -> bool:
+    """Whether a network's name is one of these."""
+    return spec.startswith(SOURCES)
+
+
+def says_which_weights(spec: str) -> bool:
+    """Whether a public name stands for one set of weights, so that no other file is looked for."""
+    return spec.startswith(("hf-hub:", "local-dir:"))
+
+
+def configuration(spec: str) -> dict[str, Any]:
+    """What the model's own configuration says of its weights, like the plain values of a checkpoint; no weights are read.
+
+    Args:
+        spec: a public name, without arguments.
+    Returns:
+        num_classes, image_size, mean, std, and class_names where it knows them.
+    Raises:
+        UserError: there is no such model, or its images are not square RGB ones.
+    """
+    if (config := own_config(spec)) is not None:
+        found = dict(config)
+    elif spec.startswith("torchvision:"):
+        weights = _torchvision_weights(spec)
+        preset = weights.transforms()
+        names = tuple(weights.meta["categories"])
+        size = (3, *(preset.crop_size * 2)[:2])
+        found = {"num_classes": len(names), "class_names": names, "input_size": size, "mean": preset.mean, "std": preset.std}
+    else:
+        found = dict(_timm_arguments(spec)["pretrained_cfg"])
+        found["class_names"] = _timm_names(found, spec)
+    channels, height, width = found.get("input_size") or (3, 0, 0)
+    if channels != 3 or height != width or not height:
+        raise UserError(f"{spec} takes images of {channels} x {height} x {width}; wanted three channels and square images")
+    names = found.get("class_names")
+    return {
+        "num_classes": found["num_classes"],
+        "image_size": height,
+        "class_names": None if names is None else list(map(str, names)),
+        "mean": list(found["mean"]),
+        "std": list(found["std"]),
+    }
+
+
+def build_public(spec: str, arguments: dict[str, Any], num_classes: int, image_size: int | None) -> nn.Module:
+    """A network with random weights.
+
+    Args:
+        spec: a public name that ``own_config`` has nothing on.
+        arguments: for the network's factory, before all others.
+        image_size: px; told to a network whose weights depend on it (ViT).
+    Raises:
+        UserError: there is no such network, or its configuration cannot be had.
+    """
+    if spec.startswith("torchvision:"):
+        import torchvision
+
+        name = _torchvision_name(spec)
+        factory = torchvision.models.get_model_builder(name)
+        if image_size and "vit" in name:
+            arguments = {"image_size": image_size} | arguments
+        if "init_weights" in inspect.signature(factory).parameters:  # GoogLeNet and Inception warn without it
+            arguments = {"init_weights": True} | arguments
+        return factory(weights=None, **{"num_classes": num_classes} | arguments)
+    import timm
+
+    resolved = _timm_arguments(spec, image_size) | {"num_classes": num_classes} | arguments
+    return timm.create_model(resolved.pop("model_name"), **resolved)
+
+
+def load_public(spec: str, arguments: dict[str, Any], num_classes: int | None, build: Callable[..., nn.Module]) -> nn.Module:
+    """A network with its own weights.
+
+    Args:
+        arguments: for the network's factory.
+        num_classes: of a new head, random where it is not the size of the model's own; None: its own head.
+        build: (num_classes, image_size) -> the network with random weights.
+    Raises:
+        UserError: the weights cannot be had; says where to put which files.
+    """
+    if own_config(spec) is not None:
+        network = build(num_classes or configuration(spec)["num_classes"], None)
+        load_weights(network, _file(spec, FILES[1]), "weights", new_head=num_classes is not None)
+    elif spec.startswith("torchvision:"):
+        weights = _torchvision_weights(spec)
+        network = build(num_classes or len(weights.meta["categories"]), None)
+        advice = "put it into {folder} under that name"
+        load_weights(network, fetch_torchvision(weights, spec, advice), "weights", new_head=num_classes is not None)
+    else:
+        import timm
+
+        head = {} if num_classes is None else {"num_classes": num_classes}
+        try:
+            network = timm.create_model(spec.removeprefix("timm:"), pretrained=True, **head, **arguments)
+        except Exception as error:  # timm, its hub client and torch raise dozens of types
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise UserError(f"the weights of {spec} cannot be loaded ({first_line(error)}); {_how_to_bring(spec)}") from None
+    for name, tensor in network.state_dict().items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise UserError(f"{spec} has NaN or infinite weights ({name}), wanted finite ones; use another model")
+    return network
+
+
+def own_config(spec: str) -> dict[str, Any] | None:
+    """The configuration in a folder or repository that ``engine.export`` wrote of a network that is not timm's; else None.
+
+    Raises:
+        UserError: the folder or its configuration is missing or damaged.
+    """
+    if not says_which_weights(spec):
+        return None
+    file = _file(spec, FILES[0])
+    config = read_json(file)
+    wanted = {"architecture": str, "num_classes": int, "input_size": list, "mean": list, "std": list}
+    if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
+        raise UserError(f"{file} names no 'architecture'; wanted timm's layout, or a folder that engine.export wrote")
+    if config.get("library_name") not in (OWN, "torchvision"):
+        return None
+    for key, kind in wanted.items():
+        if not isinstance(config.get(key), kind):
+            raise UserError(f"{file} has {key} {config.get(key)!r}; wanted a {kind.__name__}, as engine.export writes it")
+    return config
+
+
+def _file(spec: str, name: str) -> Path:
+    """A file of a folder, or of a repository of the hub, fetched into its cache unless it is there."""
+    kind, _, place = spec.partition(":")
+    if kind == "local-dir":
+        if not (file := Path(place, name)).is_file():
+            raise UserError(f"{file} does not exist; wanted a folder with {' and '.join(FILES)}")
+        return file
+    from huggingface_hub import hf_hub_download
+
+    repository, _, revision = place.partition("@")
+    try:
+        return Path(hf_hub_download(repository, name, revision=revision or None))
+    except Exception as error:  # the hub's own types and those of its HTTP client
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(f"{name} of {spec} cannot be fetched ({first_line(error)}); {_how_to_bring(spec)}") from None
+
+
+def _how_to_bring(spec: str) -> str:
+    """What to do where there is no network."""
+    if spec.startswith("local-dir:"):
+        return f"wanted {' and '.join(FILES)} of one model in that folder"
+    repository = spec.removeprefix("hf-hub:").partition("@")[0]
+    if spec.startswith("timm:"):
+        repository = _timm_arguments(spec)["pretrained_cfg"].get("hf_hub_id") or f"timm/{spec.removeprefix('timm:')}"
+    return (
+        f"where there is a network, run 'hf download {repository} {' '.join(FILES)} --local-dir FOLDER', bring that folder "
+        "here and name it in place of the model: local-dir:FOLDER"
+    )
+
+
+# timm
+
+
+def _timm_arguments(spec: str, image_size: int | None = None) -> dict[str, Any]:
+    """What ``timm.create_model`` wants for a name: model_name, pretrained_cfg, and arguments that its configuration names."""
+    import timm
+
+    name = spec.removeprefix("timm:")
+    if spec.startswith("timm:"):
+        architecture, _, tag = name.partition(".")
+        if not timm.is_model(architecture):
+            near = " or ".join(difflib.get_close_matches(architecture, timm.list_models()))
+            hint = f"did you mean {near}?" if near else "timm.list_models() lists those that it has"
+            raise UserError(f"timm has no network '{architecture}'; {hint}")
+        tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{architecture}.*")]
+        if tag and tag not in tags:
+            raise UserError(f"timm has no weights '{tag}' of {architecture}; it has {', '.join(tags) or 'none'}")
+    try:
+        return timm.models.resolve_model_input_args(name, {"img_size": image_size} if image_size else None)
+    except Exception as error:  # whatever a damaged configuration leads to
+        raise UserError(f"{spec}: its configuration is none of timm's ({first_line(error)})") from None
+
+
+def _timm_names(config: dict[str, Any], spec: str) -> list[str] | None:
+    """Class names by label, the words for them where there are; those of ImageNet's sets are timm's own knowledge."""
+    import timm.data
+
+    names, words = config.get("label_names"), config.get("label_descriptions") or {}
+    if names is None and spec.startswith("timm:") and (subset := timm.data.infer_imagenet_subset(config)):
+        info = timm.data.ImageNetInfo(subset)
+        names, words = info.label_names(), info.label_descriptions(as_dict=True)
+    if isinstance(names, dict):
+        names = {int(label): name for label, name in names.items()}
+        names = [names.get(label, str(label)) for label in range(config["num_classes"])]
+    return None if names is None else [str(words.get(name, name)).partition(",")[0] for name in names]
+
+
+# torchvision
+
+
+def _torchvision_name(spec: str) -> str:
+    import torchvision
+
+    name = spec.removeprefix("torchvision:").partition(".")[0]
+    lookup(dict.fromkeys(torchvision.models.list_models(torchvision.models)), name, "network of torchvision")
+    return name
+
+
+def _torchvision_weights(spec: str) -> Any:
+    """The weights that the name stands for: those behind the point, else the best."""
+    import torchvision
+
+    known = torchvision.models.get_model_weights(_torchvision_name(spec))
+    tag = spec.partition(".")[2]
+    if tag and tag not in known.__members__:
+        raise UserError(f"{spec}: there are no such weights; torchvision has {', '.join(known.__members__) or 'none'}")
+    return known[tag] if tag else known.DEFAULT
+
+
+def published_weights(table: dict[str, str], spec: str) -> Path:
+    """The file of torchvision's ImageNet weights of a registered network.
+
+    Args:
+        table: ``registry.MODELS``.
+        spec: a name in it that ``models.imagenet`` builds.
+    Raises:
+        UserError: torchvision has none of that network, or they cannot be fetched.
+    """
+    module, _, name = table.get(spec, "").partition(":")
+    if module != "models.imagenet":
+        known = ", ".join(key for key, value in table.items() if value.startswith("models.imagenet:"))
+        raise UserError(
+            f"--pretrained: there are no published ImageNet weights of '{spec}'; there are of {known}, and of the networks "
+            "of timm:, hf-hub:, torchvision: and local-dir:"
+        )
+    advice = "give --resume {name} in place of --pretrained: a head for other classes is dropped"
+    return fetch_torchvision(_torchvision_weights(f"torchvision:{name}"), "--pretrained", advice)
+
+
+def fetch_torchvision(weights: Any, what: str, advice: str) -> Path:
+    """The file of torchvision's weights, downloaded into torch's cache unless it is there.
+
+    Args:
+        weights: a member of one of torchvision's enumerations.
+        what: begins the error.
+        advice: ends the sentence "fetch it where there is a network and …"; {name} and {folder} stand for the file's.
+    Raises:
+        UserError: it cannot be fetched.
+    """
+    file = Path(torch.hub.get_dir(), "checkpoints", weights.url.rpartition("/")[2])
+    if not file.is_file():
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(weights.url, str(file), file.stem.rpartition("-")[2])
+        except (OSError, HTTPException, RuntimeError) as error:
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise UserError(
+                f"{what}: {weights.url} cannot be fetched ({first_line(error)}); fetch it where there is a network and "
+                + advice.format(name=file.name, folder=file.parent)
+            ) from None
+    return file

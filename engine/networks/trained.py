@@ -1,0 +1,94 @@
+"""A trained model by whatever name its user has for it: a public name, a run folder, an exported folder, a file of weights."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from engine.networks import public
+from engine.networks.build import build_network, find_checkpoint, load_named_weights, split_arguments, with_own_weights
+from engine.runtime.errors import UserError
+from engine.runtime.files import load_checkpoint, read_json
+
+ABOUT = ("dataset", "num_classes", "image_size", "class_names", "mean", "std")
+
+
+class Trained(NamedTuple):
+    """A network with its weights, on the CPU.
+
+    spec: the name by which ``build_network`` makes it. origin: where its weights are from. about: what is known of it of
+    ``ABOUT``. kind: what ``about`` is of, as ``Normalization`` names it.
+    """
+
+    network: nn.Module
+    spec: str
+    origin: str
+    about: dict[str, Any]
+    kind: str
+
+
+def open_trained(table: dict[str, str], place: str, info=None, arch: str | None = None, flag: str = "--arch") -> Trained:
+    """Opens a model.
+
+    Args:
+        table: ``registry.MODELS``.
+        place: a public name, a run folder, a folder that engine.export or timm wrote, a file of weights, or the name of a
+            network whose weights lie in ``checkpoints/pretrained`` for the dataset.
+        info: ``engine.data.datasets.DatasetInfo``, where a dataset is named.
+        arch: the network of a file that does not say it, or says that code outside this project makes it.
+        flag: which gives ``arch``.
+    Raises:
+        UserError: there is no such model, or it is not known of which network it is.
+    """
+    path = Path(place)
+    if path.is_dir() and (path / public.FILES[0]).is_file():
+        place = f"local-dir:{place}"
+    if public.is_public(place):
+        about = public.configuration(split_arguments(place)[0])
+        return Trained(with_own_weights(table, place), place, place, about, "model")
+    if path.is_dir():
+        path = weights_of_run(path)
+    elif not path.is_file():
+        if info is None:
+            raise UserError(
+                f"there is no file or folder {place}; give one, a public name (timm:NAME, hf-hub:ORG/NAME, torchvision:NAME), or "
+                "with --dataset the name of a network that was trained on it"
+            )
+        path, arch = find_checkpoint(place, info.name, None), place
+    stored = load_checkpoint(path)
+    stored = stored if isinstance(stored, dict) else {}
+    spec = arch or _named_arch(table, stored, path, flag)
+    num_classes = stored.get("num_classes") or (info and info.num_classes)
+    if not isinstance(num_classes, int):
+        raise UserError(f"{path} does not say how many classes it has; name the dataset with --dataset")
+    network = build_network(table, spec, num_classes, stored.get("image_size"))
+    about = load_named_weights(table, network, path, "checkpoint", num_classes=num_classes)
+    about = {key: about[key] for key in ABOUT if about.get(key) is not None} | {"num_classes": num_classes}
+    return Trained(network, spec, str(path), about, "checkpoint")
+
+
+def _named_arch(table: dict[str, str], stored: dict[str, Any], path: Path, flag: str) -> str:
+    arch = stored.get("arch")
+    if not isinstance(arch, str):
+        raise UserError(f"{path} does not say of which network it is; give {flag} NAME, a name of registry.MODELS for one")
+    if split_arguments(arch)[0] not in table and not public.is_public(arch):
+        raise UserError(f"{path} is of {arch}, and no code is run because a file names it; give {flag} '{arch}' yourself")
+    return arch
+
+
+def weights_of_run(run: Path) -> Path:
+    """The weights that a run folder's run has made: its student's, or those that train_scratch.py put elsewhere.
+
+    Raises:
+        UserError: it is no run folder, or its run is not finished.
+    """
+    if (run / "result.json").is_file():
+        if (run / "student.pth").is_file():
+            return run / "student.pth"
+        stages = run / "stages.json"
+        output = (read_json(stages) if stages.is_file() else {}).get("train", {}).get("facts", {}).get("output")
+        if output and Path(output).is_file():
+            return Path(output)
+        if output:
+            raise UserError(f"the weights of {run} were written to {output}, which is gone from here; start in the same folder")
+    raise UserError(f"{run} holds no finished run (result.json and student.pth); give a run folder, or finish that run")

@@ -1,0 +1,114 @@
+"""What a run folder has to show: its metrics with their times, its images, the classes of them, teacher against student."""
+
+import base64
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+from engine.runtime.run import METRICS, TIMES, read_lines
+
+SHOWN, SOURCES, VARIANTS = 30, 8, 4  # images of a bank; sources of variants, and of each so many
+PIXELS = 96  # px an image has at most in the page
+SHEET = 720  # the same for a whole sheet of them
+MOST_CLASSES = 20  # of which a table of all pairs can be read
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl, with "minutes" since the run began where times.jsonl has them."""
+    times = {(line["stage"], line["round"]): line["seconds"] / 60 for line in read_lines(folder / TIMES)}
+    lines = read_lines(folder / METRICS)
+    return [line | ({"minutes": times[key]} if (key := (line["stage"], line["round"])) in times else {}) for line in lines]
+
+
+def pictures(folder: Path) -> dict[str, Any]:
+    """ "bank": [(image, class number)], "variants": [(source, [(image, cosine, kept)])], "counts": images by class of the bank.
+
+    Where there is no bank of its own, "sheet": the last images that the student learnt from. Images are data URIs.
+    """
+    from engine.data.bank import ImageBank, find_bank, read_manifest
+
+    args = json.loads((folder / "args.json").read_text())["args"] if (folder / "args.json").exists() else {}
+    places = [folder / "bank", *([find_bank(Path(args["init_bank"]))] if args.get("init_bank") else [])]
+    banks = [place for place in places if (place / "manifest.json").exists()]
+    parts = [ImageBank(place, read_manifest(place), create=False).read_all() for place in reversed(banks)]
+    parts = [part for part in parts if len(part["labels"])]
+    if not parts:
+        sheet = folder / "pictures" / "images.png"
+        return {"sheet": _sheet(sheet)} if sheet.exists() else {}
+    labels = [label for part in parts for label in part["labels"].tolist()]
+    classes = read_manifest(banks[0]).num_classes
+    first = parts[0]  # the initial bank, or the only one
+    order = first["labels"].argsort(stable=True)
+    chosen = order[:: max(1, len(order) // SHOWN)][:SHOWN].tolist()
+    shown = [(_data_uri(first["images"][[k]][0]), int(first["labels"][k])) for k in chosen]
+    counts = [labels.count(k) for k in range(classes)]
+    return {"bank": shown, "counts": counts, "variants": _variants(folder, first)}
+
+
+def _variants(folder: Path, sources: dict[str, Any]) -> list[tuple[str, list[tuple[str, float, bool]]]]:
+    from engine.data.bank import ImageBank, read_manifest
+    from engine.runtime.files import load_tensors
+
+    place, decided = folder / "variants", sorted(folder.glob("filter_*.safetensors"))
+    if not (place / "manifest.json").exists() or not decided:
+        return []
+    columns = ImageBank(place, read_manifest(place), create=False).read("augment")
+    filtered = load_tensors(decided[0])
+    index, total = columns["source_index"], len(sources["labels"])
+    if len(filtered["keep"]) != len(index) or int(index.max()) >= total:
+        return []
+    rows = []
+    for source in range(0, total, max(1, total // SOURCES)):
+        of_it = (index == source).nonzero().flatten().tolist()[:VARIANTS]
+        varied = [
+            (_data_uri(columns["images"][[k]][0]), float(filtered["cosine"][k]), bool(filtered["keep"][k])) for k in of_it
+        ]
+        rows.append((_data_uri(sources["images"][[source]][0]), varied))
+    return rows[:SOURCES]
+
+
+def _data_uri(image) -> str:
+    """(3, H, W) uint8, as PNG; larger ones than ``PIXELS`` shrunk to it, as JPEG."""
+    from PIL import Image
+
+    return _encode(Image.fromarray(image.permute(1, 2, 0).numpy()), PIXELS)
+
+
+def _sheet(file: Path) -> str:
+    from PIL import Image
+
+    return _encode(Image.open(file).convert("RGB"), SHEET)
+
+
+def _encode(picture, limit: int) -> str:
+    data = io.BytesIO()
+    shrunk = max(picture.size) > limit
+    picture.thumbnail((limit, limit))
+    picture.save(data, **({"format": "JPEG", "quality": 80} if shrunk else {"format": "PNG", "optimize": True}))
+    kind = "jpeg" if shrunk else "png"
+    return f"data:image/{kind};base64,{base64.b64encode(data.getvalue()).decode()}"
+
+
+def confusion(folder: Path) -> dict[str, Any] | None:
+    """Teacher against student on the test set, from confusion.json: "agreement" in %, and what they disagree about.
+
+    "tables": [(who stands in the rows, (C, C) counts)] up to ``MOST_CLASSES``; of more classes "pairs" alone, the ten most
+    frequent ones: (the teacher's class, the student's, how often).
+    """
+    file = folder / "confusion.json"
+    if not file.exists():
+        return None
+    found = json.loads(file.read_text())
+    counts = found["teacher_student"]
+    classes = range(len(counts))
+    names = found["class_names"] or [str(k) for k in classes]
+    pairs = sorted(((counts[i][k], i, k) for i in classes for k in classes if i != k and counts[i][k]), reverse=True)[:10]
+    tables = [("teacher", counts), ("label", found["label_student"])] if len(counts) <= MOST_CLASSES else []
+    return {
+        "names": names,
+        "agreement": 100 * sum(counts[k][k] for k in classes) / sum(map(sum, counts)),
+        "images": sum(map(sum, counts)),
+        "tables": tables,
+        "pairs": [(names[i], names[k], count) for count, i, k in pairs],
+    }
