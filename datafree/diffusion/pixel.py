@@ -10,8 +10,10 @@ the teacher's bank holds, so it mixes and redraws what was inverted and adds not
 Sizes were chosen by measuring, at an equal time on one CPU core, with 1500 scikit-learn digits of 16 px: a U-Net on 2 x 2
 pixel patches is as good as one on pixels and draws variants three times as fast; batches of 16 or 32 beat 64 by far, since
 it is steps that are short; one 128-channel level on 4 x 4 patches was the worst. With them: 27 training steps/s and 275
-variants/s (strength .5, 12 steps), 32 px (default network) 3.2 and 29. Two threads that share their cores with anything else
-fall to a tenth of that or less, unless OMP_WAIT_POLICY=PASSIVE is set.
+variants/s (strength .5, 12 steps); 32 px (default network) 9.2 and 70, two to three times as many as the network that
+larger images get. Whole passes, evenly spread times and the average of ``Denoising``, in place of random draws and an average
+of fixed length, took the loss on unseen images from .088 to .082 (600 rendered glyphs, 800 steps, two seeds). Two threads
+that share their cores with anything else fall to a tenth of that or less, unless OMP_WAIT_POLICY=PASSIVE is set.
 """
 
 import math
