@@ -93,7 +93,7 @@ def run(name: str, method_class: type, groups: list) -> Path:
     manifest = Manifest(info.name, info.num_classes, info.image_size, short_name(task_flags.teacher), weights, name)
     folder = record = None
     if processes.main:  # of those that a launcher started, one keeps the folder
-        folder = Run(path, flags)
+        folder = Run(path, flags, info.class_names)
         compiler.log = folder.log
         folder.log(f"teacher {method.teacher.name} normalizes with {method.teacher.normalization}")
         record = StageRecord(path / "stages.json", {s: stage_flags(s, *groups) | inputs | data[s] for s in order})

@@ -1,7 +1,7 @@
 """Accuracy on a labelled split."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from engine.runtime.errors import UserError
 from engine.runtime.run import progress
@@ -26,6 +26,21 @@ def evaluate(classifier: nn.Module, split, batch_size: int = 500) -> dict[str, f
             bar.update(len(images))
     acc1, acc5 = (100 * hits.double() / len(split)).tolist()
     return {"acc1": round(acc1, 3), "acc5": round(acc5, 3)}
+
+
+@torch.no_grad()
+def predict(classifier: nn.Module, split, batch_size: int = 500) -> tuple[Tensor, Tensor]:
+    """The logits (N, C) float32 of a classifier in eval mode, and the labels (N,), both on the CPU, in the split's order.
+
+    Args:
+        classifier, split: as of ``evaluate``.
+    """
+    logits, bar = [], progress(len(split), "predict", "img", delay=3)
+    with eval_mode(classifier), bar:
+        for images, _ in split.batches(batch_size):
+            logits.append(classifier(images).float().cpu())
+            bar.update(len(images))
+    return torch.cat(logits), split.labels.cpu()
 
 
 def check_finite(values: dict[str, float], where: str, advice: str) -> None:
