@@ -97,7 +97,7 @@ def run(name: str, method_class: type, groups: list) -> Path:
     folder, stages = None, [stage for stage in stages if stage.name in order]
     if processes.main:  # of those that a launcher started, one keeps the folder
         session, todo = preflight.check(session, method, stages, depends_on, selected)
-        folder = Run(path, flags)
+        folder = Run(path, flags, info.class_names)
         compiler.log = folder.log
         session = dataclasses.replace(session, run=folder, record=StageRecord(path / "stages.json", depends_on))
     try:

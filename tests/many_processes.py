@@ -3,7 +3,7 @@
     python -m tests.many_processes --runs 200
 
 The processes are copies (fork) of this one, which has imported all they need, and end as ``python datafree_kd.py`` does.
-``tests/test_processes.py`` looks at what such runs compute; this looks at how they end, which fails once in many times.
+``tests/entry/test_processes.py`` looks at what such runs compute; this looks at how they end, which fails once in many times.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import torch
 
 from tests.conftest import ROOT, TINY, TINY_TASK, build_network
 
-IMPORTED = ("engine.loops.pipeline", "datafree.filter", "torch.utils.tensorboard", "sklearn.datasets", "torch.distributed")
+IMPORTED = ("engine.loops.stages", "datafree.filter", "torch.utils.tensorboard", "sklearn.datasets", "torch.distributed")
 
 
 def start(rank: int, port: int, words: list[str], log: Path) -> int:

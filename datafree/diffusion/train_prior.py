@@ -162,7 +162,8 @@ class Report:
         """Samples, a row a class, classes spread over all: (3, H', W') uint8."""
         rows, columns = min(SHOWN[0], self.info.num_classes), SHOWN[1]
         classes = torch.arange(rows) * self.info.num_classes // rows
-        return grid(self.draw(training, classes.repeat_interleave(columns)), columns)
+        labels = classes.repeat_interleave(columns)
+        return grid(self.draw(training, labels), columns, labels=labels, names=self.info.class_names)
 
     @torch.no_grad()
     def _features(self, images_u8: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,7 @@
 """Image grids for people."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
@@ -9,6 +11,7 @@ from torch.nn import functional as F
 from engine.data.bank import to_uint8
 
 SHOWN = 64  # px an image is enlarged to, if it is smaller
+LINE = 13  # px of a line of text
 
 
 def enlarge(images: Tensor) -> Tensor:
@@ -17,13 +20,42 @@ def enlarge(images: Tensor) -> Tensor:
     return F.interpolate(images, scale_factor=factor, mode="nearest") if factor > 1 else images
 
 
-def grid(images: Tensor, columns: int = 16, padding: int = 2) -> Tensor:
-    """Images (N, 3, H, W) uint8, or float in [0, 1], N >= 1 -> one image (3, H', W') uint8 on white."""
-    from torchvision.utils import make_grid
+def grid(
+    images: Tensor,
+    columns: int = 16,
+    padding: int = 2,
+    labels: Tensor | None = None,
+    names: Sequence[str] | None = None,
+) -> Tensor:
+    """Images (N, 3, H, W) uint8, or float in [0, 1], N >= 1 -> one image (3, H', W') uint8 on white.
 
+    Args:
+        labels: (N,) class ids, negative where there is none; names: of the classes. With both, each image has its name below.
+    """
     if images.is_floating_point():
         images = to_uint8(images)
-    return make_grid(enlarge(images.cpu()), nrow=columns, padding=padding, pad_value=255)
+    images = enlarge(images.cpu())
+    named = names is not None and labels is not None
+    height, width = images.shape[2] + padding + (LINE if named else 0), images.shape[3] + padding
+    columns = min(columns, len(images))
+    sheet = Image.new("RGB", (columns * width + padding, -(-len(images) // columns) * height + padding), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, image in enumerate(images):
+        x, y = padding + i % columns * width, padding + i // columns * height
+        sheet.paste(Image.fromarray(image.permute(1, 2, 0).numpy()), (x, y))
+        if named and labels[i] >= 0:
+            text = shortened(draw, names[int(labels[i])], width - padding)
+            draw.text((x, y + images.shape[2]), text, fill="black")
+    return torch.from_numpy(np.asarray(sheet).copy()).permute(2, 0, 1)
+
+
+def shortened(draw: ImageDraw.ImageDraw, text: str, width: int) -> str:
+    """As much of a text as is at most ``width`` px wide; what is cut off ends in a point."""
+    if draw.textlength(text) <= width:
+        return text
+    while text and draw.textlength(text + ".") > width:
+        text = text[:-1]
+    return text + "."
 
 
 def variants_grid(sources: Tensor, variants: Tensor, cosines: Tensor, keep: Tensor) -> Tensor:
@@ -35,7 +67,7 @@ def variants_grid(sources: Tensor, variants: Tensor, cosines: Tensor, keep: Tens
     Returns:
         (3, H', W') uint8.
     """
-    size, gap, text = enlarge(sources[:1]).shape[-1], 6, 13
+    size, gap, text = enlarge(sources[:1]).shape[-1], 6, LINE
     cell = size + gap
     sheet = Image.new("RGB", (cell * len(sources) + gap, cell + len(variants) * (cell + text) + gap), "white")
     draw = ImageDraw.Draw(sheet)

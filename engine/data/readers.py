@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from engine.data.image_files import image_files
+from engine.data.image_files import class_files, image_files
 from engine.runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -177,6 +177,18 @@ def describe_folders(row: dict[str, Any], root: Path, name: str, domain: str | N
 def read_folders(info: DatasetInfo, split: str) -> RawSplit:
     """``ROOT/<split>/<class>/**/*``, labels in the order of the class folders."""
     return _from_folders(info, split_folder(info.folder, split))
+
+
+def read_class_folders(info: DatasetInfo, split: str) -> RawSplit:
+    """``SOURCE/<class>/**/*`` of a test split alone, the folders named by class names or numbers; classes may be missing."""
+    files, labels = class_files(info.folder, info.class_names or ())
+    return RawSplit(files, labels.numpy(), str(info.folder))
+
+
+def read_unlabelled(info: DatasetInfo, split: str) -> RawSplit:
+    """All images below a folder, with labels 0 that stand for none."""
+    files = image_files(info.folder)
+    return RawSplit(files, np.zeros(len(files), np.int64), str(info.folder))
 
 
 def read_tiny_imagenet(info: DatasetInfo, split: str) -> RawSplit:

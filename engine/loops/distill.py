@@ -257,7 +257,7 @@ def distill_epoch(
     figures = {name: float(total) / schedule.rounds_per_epoch for name, total in sums.items()}
     check_finite(figures, f"epoch {epoch + 1} of stage distill", ADVICE)
     if processes.main and makes_images and (epoch % 10 == 0 or epoch + 1 == schedule.epochs):
-        run.picture("images", grid(batch.images[:64]), epoch)
+        run.picture("images", grid(batch.images[:64], labels=batch.labels[:64], names=run.class_names), epoch)
     return figures
 
 

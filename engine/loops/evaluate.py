@@ -82,23 +82,21 @@ class Agreement:
     def _streamed(self, synthesizer, rounds: int) -> Iterable[Tensor]:
         batches = synthesizer.batches(self.batch_size, seed=position_seed(self.seed, self.name, rounds))
         return (images for images, _ in islice(batches, -(-self.MOST // self.batch_size)))
-@torch.no_grad()
-def confusion(teacher: nn.Module, student: nn.Module, split, batch_size: int = 500) -> dict[str, list[list[int]]]:
-    """How often which class is named: {"teacher_student": (C, C) counts, "label_student": (C, C) counts}.
 
-    Row: what the teacher says, or the label; column: what the student says. Both networks in eval mode, which is restored.
+
+@torch.no_grad()
+def predict(classifier: nn.Module, split, batch_size: int = 500) -> tuple[Tensor, Tensor]:
+    """The logits (N, C) float32 of a classifier in eval mode, and the labels (N,), both on the CPU, in the split's order.
 
     Args:
-        split: ``engine.data.splits.Split``.
+        classifier, split: as of ``evaluate``.
     """
-    classes = split.num_classes
-    counts = {name: 0 for name in ("teacher_student", "label_student")}
-    with eval_mode(teacher), eval_mode(student):
-        for images, labels in split.batches(batch_size):
-            column = student(images).argmax(dim=1)
-            for name, row in zip(counts, (teacher(images).argmax(dim=1), labels)):
-                counts[name] = counts[name] + torch.bincount(row * classes + column, minlength=classes**2)
-    return {name: count.view(classes, classes).tolist() for name, count in counts.items()}
+    logits, bar = [], progress(len(split), "predict", "img", delay=3)
+    with eval_mode(classifier), bar:
+        for images, _ in split.batches(batch_size):
+            logits.append(classifier(images).float().cpu())
+            bar.update(len(images))
+    return torch.cat(logits), split.labels.cpu()
 
 
 def check_finite(values: dict[str, float], where: str, advice: str) -> None:

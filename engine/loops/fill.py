@@ -121,7 +121,7 @@ def fill(
     if processes.main:
         columns = bank.read(stage, rounds)
         images, means = len(columns["labels"]), means_of_rounds(run, stage)
-        run.picture("bank" if stage != "augment" else "augment", grid(columns["images"][:64]), rounds)
+        run.picture("bank" if stage != "augment" else "augment", shown(run, columns["images"], columns["labels"]), rounds)
         record.update(stage, done=True, images=images, **means)
         seconds, share = record.seconds()[stage], means.get("teacher_acc1")
         named = f", of which the teacher names {share:.1f} % as wanted" if share is not None else ""
@@ -198,8 +198,13 @@ def _write(run: Run, bank: ImageBank, stage: str, round: int, maker: Maker, part
     if not maker.independent:
         save_checkpoint(bank.path / STATE, {"round": round + 1, "synthesizer": maker.state_dict()})
     if round % PICTURE_EVERY == 0:
-        run.picture("bank", grid(columns["images"][:64]), round)
+        run.picture("bank", shown(run, columns["images"], columns["labels"]), round)
     return figures
+
+
+def shown(run: Run, images: Tensor, labels: Tensor) -> Tensor:
+    """The first images as a picture, with the names of their classes where these are known."""
+    return grid(images[:64], labels=labels[:64], names=run.class_names)
 
 
 def means_of_rounds(run: Run, stage: str) -> dict[str, float]:

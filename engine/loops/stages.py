@@ -11,8 +11,9 @@ from engine.data.bank import ImageBank
 from engine.data.splits import load_split
 from engine.data.transfer_set import TransferSet
 from engine.loops import augment, distill
-from engine.loops.evaluate import Accuracy, Agreement, confusion
+from engine.loops.evaluate import Accuracy, Agreement, predict
 from engine.loops.fill import STATE, Maker, fill
+from engine.loops.measures import confusion
 from engine.loops.session import Finished, Session, Stage
 from engine.runtime.errors import UserError
 from engine.runtime.files import load_checkpoint, load_tensors, save_checkpoint, write_json
@@ -175,8 +176,7 @@ class Distill(Stage):
         )
         if processes.main:
             if isinstance(measure, Accuracy):
-                counts = confusion(method.teacher, method.student, measure.split)
-                write_json(run.path / "confusion.json", {"class_names": session.info.class_names, **counts}, indent=None)
+                write_json(run.path / "confusion.json", self._confusion(session, measure.split), indent=None)
             self._finish(session, images, distillation, figures, measure)
 
     def _measure(self, session: Session) -> Accuracy | Agreement:
@@ -189,6 +189,16 @@ class Distill(Stage):
             "student names the teacher's class"
         )
         return Agreement(self.method.teacher, session.schedule.batch_size, session.seed)
+
+    def _confusion(self, session: Session, test) -> dict[str, Any]:
+        """How often the student says which class (columns) where the teacher says, or the label is, which (rows)."""
+        (teacher, labels), (student, _) = (predict(network, test) for network in (self.method.teacher, self.method.student))
+        said, classes = student.argmax(1), session.info.num_classes
+        return {
+            "class_names": session.info.class_names,
+            "teacher_student": confusion(teacher.argmax(1), said, classes).tolist(),
+            "label_student": confusion(labels, said, classes).tolist(),
+        }
 
     def _sources_and_variants(self, session: Session) -> tuple[dict[str, Any], dict[str, Any]]:
         """Columns of the initial bank and of its variants.

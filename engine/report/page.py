@@ -5,7 +5,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from engine.report import evidence
+import engine.report.evidence as evidence
 from engine.report.cautions import cautions, cautions_of_all, is_loss
 from engine.report.curves import SERIES, bars, curves
 from engine.report.layout import filled_columns

@@ -66,12 +66,14 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
 class Run:
     """One run folder, held by one process at a time.
 
+    Args:
+        class_names: what its pictures call the classes; None: nothing.
     Raises:
         UserError: the folder cannot be written, holds something else than a run, or another process is using it.
     """
 
-    def __init__(self, save_dir: str | Path, args: dict[str, Any]):
-        self.path = Path(save_dir)
+    def __init__(self, save_dir: str | Path, args: dict[str, Any], class_names: tuple[str, ...] | None = None):
+        self.path, self.class_names = Path(save_dir), class_names
         try:
             require_run_folder(self.path)
             self.path.mkdir(parents=True, exist_ok=True)

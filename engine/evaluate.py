@@ -1,0 +1,193 @@
+"""The command ``python -m engine.evaluate``: how good a trained model is, and how much it agrees with its teacher.
+
+python -m engine.evaluate MODEL --dataset digits               the test split of a dataset
+python -m engine.evaluate MODEL --images FOLDER                FOLDER/<class>/*, or a folder of unlabelled images
+python -m engine.evaluate MODEL --dataset digits --against TEACHER --csv predictions.csv --json figures.json
+
+MODEL and TEACHER: a run folder, a folder that engine.export wrote, a file of weights (student.pth), a public name
+(timm:NAME, hf-hub:ORG/NAME, torchvision:NAME, local-dir:FOLDER), or a name of registry.MODELS trained on the dataset.
+"""
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.data.datasets import DatasetInfo, dataset_info
+from engine.data.image_files import image_files
+from engine.data.splits import load_split, read_split
+from engine.loops.evaluate import predict
+from engine.loops.measures import calibration_error, class_accuracy, confusion
+from engine.networks.build import wrap
+from engine.networks.normalization import choose_normalization
+from engine.networks.trained import Trained, open_trained
+from engine.runtime.errors import UserError, run_command
+from engine.runtime.files import atomic_path, write_json
+from engine.runtime.flags import Parser
+from engine.runtime.precision import choose_device
+from models.classifier import Classifier
+from registry import DATASETS, MODELS
+
+MOST_SHOWN = 20  # classes of which a table is printed; more are told by the worst
+
+
+def parse(argv: list[str] | None = None):
+    """The command line.
+
+    Raises:
+        UserError: not exactly one of --dataset and --images is given.
+    """
+    parser = Parser(prog="python -m engine.evaluate", description=__doc__.splitlines()[0])
+    parser.add_argument("model", help="what to evaluate")
+    parser.add_argument("--against", metavar="TEACHER", help="another model: how often both say the same")
+    parser.add_argument("--dataset", help="a name of registry.DATASETS, or NAME where DATA_ROOT/NAME.npz exists")
+    parser.add_argument("--images", metavar="FOLDER", help="class folders of images, or unlabelled images")
+    parser.add_argument("--data_root", default="data", help="folder of the dataset [data]")
+    parser.add_argument("--domain", help="of a dataset that has several")
+    parser.add_argument("--classes", help="of such a dataset: ten or all")
+    parser.add_argument("--image_size", type=int, help="px; unset: the model's own, else the dataset's")
+    parser.add_argument("--arch", metavar="NAME", help="network of a file of weights that does not say it")
+    parser.add_argument("--against_arch", metavar="NAME", help="the same of --against")
+    for name in ("mean", "std"):
+        parser.add_argument(f"--{name}", type=_numbers, help="normalization r,g,b; unset: the model's own, else the dataset's")
+    parser.add_argument("--batch_size", type=int, default=250, help="images at once [250]")
+    parser.add_argument("--workers", type=int, default=4, help="processes that decode images which do not fit in memory [4]")
+    parser.add_argument("--gpu", type=int, help="index of the GPU, -1 for the CPU; unset: GPU 0 if there is one")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the predictions, a line an image")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
+    args = parser.parse_args(argv)
+    if bool(args.dataset) == bool(args.images):
+        raise UserError("give --dataset NAME or --images FOLDER, one of them")
+    if args.batch_size < 1:
+        raise UserError(f"--batch_size {args.batch_size} found, a whole number from 1 on wanted")
+    return args
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    return tuple(float(part) for part in text.split(","))
+
+
+def main() -> None:
+    args = parse()
+    device = choose_device(args.gpu)
+    info, labelled = None, True
+    if args.dataset:
+        info = dataset_info(DATASETS, args.dataset, args.data_root, args.image_size, args.domain, args.classes)
+    model = open_trained(MODELS, args.model, info, args.arch)
+    if args.images:
+        info, labelled = images_info(args.images, model, args.image_size)
+    size = args.image_size
+    info = known_to(info, model, size, args.model)
+    logits, labels = logits_of(model, info, device, args, args.mean, args.std)
+    figures = {"model": args.model, "weights": model.origin, "on": args.images or info.name, "images": len(labels)}
+    figures |= measures(logits, labels, info.num_classes) if labelled else {}
+    predictions = {"predicted": logits.argmax(1), "confidence": logits.softmax(1).amax(1)}
+    if args.against:
+        teacher = open_trained(MODELS, args.against, info, args.against_arch, "--against_arch")
+        theirs, _ = logits_of(teacher, known_to(info, teacher, size, args.against), device, args)
+        predictions["teacher_predicted"] = theirs.argmax(1)
+        figures |= {"against": args.against, "agreement": _percent(logits.argmax(1) == theirs.argmax(1))}
+        figures |= {f"teacher_{k}": v for k, v in measures(theirs, labels, info.num_classes).items() if k == "acc1" and labelled}
+    if args.csv:
+        write_csv(args.csv, info, labels if labelled else None, predictions)
+    if args.json:
+        write_json(args.json, figures)
+    print("\n".join(lines(figures, info)))
+
+
+def images_info(folder: str, model: Trained, image_size: int | None) -> tuple[DatasetInfo, bool]:
+    """A folder of images as a dataset of the model's classes, and whether it is labelled: has class folders with images."""
+    root, about = Path(folder), model.about
+    if not root.is_dir():
+        raise UserError(f"--images {folder} is no folder; wanted {folder}/<class>/*.png, or a folder of images")
+    labelled = any(entry.is_dir() and not entry.name.startswith(".") and image_files(entry) for entry in root.iterdir())
+    size = image_size or about.get("image_size")
+    if size is None:
+        raise UserError(f"{model.origin} does not say its image size; give --image_size")
+    names = about.get("class_names")
+    reader = "engine.data.readers:read_class_folders" if labelled else "engine.data.readers:read_unlabelled"
+    return DatasetInfo(
+        name=root.resolve().name, num_classes=about["num_classes"], image_size=size, mean=about.get("mean") or (0.5,) * 3,
+        std=about.get("std") or (0.5,) * 3, class_names=None if names is None else tuple(names), flip=False, crop_padding=0,
+        data_root=".", reader=reader, source=folder,
+    ), labelled  # fmt: skip
+
+
+def known_to(info: DatasetInfo, model: Trained, size: int | None, name: str) -> DatasetInfo:
+    """The dataset in the image size and with the class names that come with a model's weights."""
+    about = {"image_size": size or info.image_size} | model.about
+    return info.as_known_to(name, about, keep_size=size is not None)
+
+
+def logits_of(model: Trained, info: DatasetInfo, device: torch.device, args, mean=None, std=None) -> tuple[Tensor, Tensor]:
+    """The logits (N, C) and labels (N,) of a dataset's test split, on the CPU."""
+    normalization = choose_normalization(info, mean, std, model.about, model.origin, kind=model.kind)
+    classifier: Classifier = wrap(model.network, model.spec, info, device, normalization)
+    print(f"{model.origin} ({model.spec}): {info.image_size} px, {normalization}")
+    return predict(classifier, load_split(info, "test", device, args.workers), args.batch_size)
+
+
+def measures(logits: Tensor, labels: Tensor, num_classes: int) -> dict[str, Any]:
+    """acc1, acc5 and accuracy by class in %, the calibration error, and the confusion matrix, as plain values."""
+    counts = confusion(labels, logits.argmax(1), num_classes)
+    top = logits.topk(min(5, num_classes), 1).indices
+    by_class = [None if value != value else round(value, 2) for value in class_accuracy(counts).tolist()]
+    return {
+        "acc1": _percent(top[:, 0] == labels),
+        "acc5": _percent((top == labels[:, None]).any(1)),
+        "calibration_error": round(calibration_error(logits.softmax(1), labels), 4),
+        "class_acc1": by_class,
+        "confusion": counts.tolist(),
+    }
+
+
+def _percent(hits: Tensor) -> float:
+    return round(100 * float(hits.double().mean()), 3)
+
+
+def write_csv(file: Path, info: DatasetInfo, labels: Tensor | None, predictions: dict[str, Tensor]) -> None:
+    """A line an image: which, its label if it has one, what is predicted; classes by their names where these are known."""
+    raw, _ = read_split(info, "test")
+    images = raw.images if isinstance(raw.images, list) else range(len(raw.images))
+    names = info.class_names or range(info.num_classes)
+    columns = {"image": list(images)} | ({} if labels is None else {"label": [names[k] for k in labels.tolist()]})
+    for name, values in predictions.items():
+        is_class = not values.is_floating_point()
+        columns[name] = [names[value] if is_class else f"{value:.4f}" for value in values.tolist()]
+    with atomic_path(file) as temporary, open(temporary, "w", newline="") as opened:
+        writer = csv.writer(opened)
+        writer.writerow(columns)
+        writer.writerows(zip(*columns.values()))
+
+
+def lines(figures: dict[str, Any], info: DatasetInfo) -> list[str]:
+    """What is printed: the figures, and of classes and confusions all, or the worst where they are many."""
+    names = info.class_names or tuple(map(str, range(info.num_classes)))
+    found = [f"{figures['images']} images of {figures['on']}"]
+    if "acc1" in figures:
+        found += [
+            f"acc1 {figures['acc1']:.2f} %, acc5 {figures['acc5']:.2f} %, expected calibration error "
+            f"{figures['calibration_error']:.4f}"
+        ]
+    if "agreement" in figures:
+        theirs = f"; its own acc1 {figures['teacher_acc1']:.2f} %" if "teacher_acc1" in figures else ""
+        found.append(f"agrees with {figures['against']} on {figures['agreement']:.2f} %{theirs}")
+    if "acc1" not in figures:
+        return found
+    counts = torch.tensor(figures["confusion"])
+    tested = [(value, label) for label, value in enumerate(figures["class_acc1"]) if value is not None]
+    few = len(names) <= MOST_SHOWN
+    shown = tested if few else sorted(tested)[:MOST_SHOWN]
+    found += ["", "acc1 by class" if few else f"acc1 of the {len(shown)} worst classes of {len(tested)}"]
+    width = max(len(names[label]) for _, label in shown)
+    found += [f"  {names[label]:<{width}}  {value:6.2f} %  of {int(counts[label].sum())}" for value, label in shown]
+    wrong = counts - torch.diag(counts.diagonal())
+    most = wrong.flatten().argsort(descending=True, stable=True)[:10].tolist()
+    pairs = [(int(wrong.flatten()[k]), names[k // len(names)], names[k % len(names)]) for k in most if wrong.flatten()[k] > 0]
+    return found + (["", "most frequent confusions"] if pairs else []) + [f"  {n:4d} x {a} taken for {b}" for n, a, b in pairs]
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,280 @@
+"""Students that are taken away: the folder, its readers, ONNX, the hub; and the evaluation of any model."""
+
+import json
+import re
+import runpy
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from engine.evaluate import main as evaluate_main
+from engine.export import folder as exported
+from engine.export.__main__ import main as export_main
+from engine.export.onnx_file import TOLERANCE
+from engine.loops.measures import calibration_error, class_accuracy, confusion
+from engine.networks.trained import open_trained
+from engine.runtime.errors import UserError
+from engine.runtime.files import load_checkpoint
+from registry import MODELS
+from tests.conftest import ROOT, TINY, TINY_TASK, dataset_info
+
+DOCS = (ROOT / "docs" / "export.md").read_text()
+LINES = next(block for block in re.findall(r"```python\n(.*?)```", DOCS, re.DOTALL) if "load_file" in block)
+
+
+def run_main(main, monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
+    main()
+
+
+@pytest.fixture
+def export(monkeypatch):
+    return lambda *arguments: run_main(export_main, monkeypatch, *arguments)
+
+
+@pytest.fixture
+def measure(monkeypatch):
+    return lambda *arguments: run_main(evaluate_main, monkeypatch, *arguments, "--gpu", -1)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, teacher_file):
+    """A finished run of each kind of student, made once: {student: run folder}."""
+    import datafree_kd
+
+    folders, patch = {}, pytest.MonkeyPatch()
+    patch.chdir(ROOT)
+    for student in ("resnet8", "timm:test_convnext", "torchvision:mobilenet_v3_small"):
+        folders[student] = tmp_path_factory.mktemp("runs") / "run"
+        task = TINY_TASK.replace("--student resnet8", f"--student {student} --image_size 32")
+        flags = f"--method deepinv {task} --teacher_ckpt {teacher_file} {TINY['deepinv']} --save_dir {folders[student]}"
+        patch.setattr(sys, "argv", ["datafree_kd.py", *flags.split()])
+        datafree_kd.main()
+    patch.undo()
+    return folders
+
+
+@pytest.fixture(scope="module")
+def images():
+    return torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def logits_of_run(run, images):
+    """By hand, from the checkpoint."""
+    student = open_trained(MODELS, str(run))
+    mean, std = (torch.tensor(student.about[key]).view(3, 1, 1) for key in ("mean", "std"))
+    with torch.no_grad():
+        return student.network.eval()((images - mean) / std)
+
+
+def test_the_ten_lines_of_the_documentation(runs, export, tmp_path, images, monkeypatch, capsys):
+    """The very lines, in a folder and an interpreter without this project's modules; the logits are the run's."""
+    export(runs["resnet8"], tmp_path / "student")
+    assert len([line for line in LINES.splitlines() if line.strip()]) <= 13
+    monkeypatch.chdir(tmp_path)
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("models", "engine", "network")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry not in ("", str(ROOT))])
+    (tmp_path / "lines.py").write_text(LINES)
+    found = runpy.run_path(str(tmp_path / "lines.py"))
+    assert "models" not in sys.modules and "engine" not in sys.modules
+    with torch.no_grad():
+        logits = found["model"]((images - found["mean"]) / found["std"])
+    monkeypatch.undo()
+    torch.testing.assert_close(logits, logits_of_run(runs["resnet8"], images))
+
+
+def test_what_the_folder_holds(runs, export, tmp_path):
+    export(runs["resnet8"], tmp_path / "student")
+    assert {f.name for f in (tmp_path / "student").iterdir()} == {"README.md", "config.json", "model.safetensors", "network.py"}
+    config = json.loads((tmp_path / "student/config.json").read_text())
+    info = dataset_info("digits")
+    assert config == {
+        "library_name": "datafree_kd", "architecture": "resnet8", "model_args": {}, "num_classes": 10,
+        "class_names": list(info.class_names), "input_size": [3, 32, 32], "mean": list(info.mean), "std": list(info.std),
+    }  # fmt: skip
+    result, card = json.loads((runs["resnet8"] / "result.json").read_text()), (tmp_path / "student/README.md").read_text()
+    for wanted in (
+        "| method | deepinv |", result["teacher_digest"], f"{result['acc1_last']:.2f} %", f"{result['acc1_best']:.2f} %",
+        "| external prior | none |", result["command"], "license: other  # fill in", "Licences", "library_name: datafree_kd",
+    ):  # fmt: skip
+        assert wanted in card
+    assert "{" not in card
+
+
+@pytest.mark.parametrize("student", ["resnet8", "timm:test_convnext", "torchvision:mobilenet_v3_small"])
+def test_the_folder_is_read_back_and_onnx_agrees(student, runs, export, tmp_path, images, capsys):
+    import onnxruntime
+
+    export(runs[student], tmp_path / "student", "--onnx")
+    difference, of = re.search(r"differ from PyTorch's by at most (\S+) on 64 images \((.+)\)", capsys.readouterr().out).groups()
+    assert float(difference) <= TOLERANCE and of == "noise"  # a bank of six images is too small
+    wanted = logits_of_run(runs[student], images)
+    session = onnxruntime.InferenceSession(str(tmp_path / "student/model.onnx"))
+    for count in (1, 4):
+        (found,) = session.run(None, {"images": images[:count].numpy()})
+        torch.testing.assert_close(torch.from_numpy(found), wanted[:count], rtol=0, atol=TOLERANCE)
+    back = open_trained(MODELS, str(tmp_path / "student"))
+    assert back.about["image_size"] == 32 and back.about["class_names"] == list(dataset_info("digits").class_names)
+    state = back.network.state_dict()
+    assert all(torch.equal(tensor, state[key]) for key, tensor in load_checkpoint(runs[student] / "student.pth")["state_dict"].items())
+
+
+def test_timm_loads_a_student_of_timm(runs, export, tmp_path, images):
+    import timm
+
+    export(runs["timm:test_convnext"], tmp_path / "student")
+    network = timm.create_model(f"local-dir:{tmp_path / 'student'}", pretrained=True).eval()
+    assert network.pretrained_cfg["label_names"] == list(dataset_info("digits").class_names)
+    data = timm.data.resolve_model_data_config(network)
+    mean, std = (torch.tensor(data[key]).view(3, 1, 1) for key in ("mean", "std"))
+    with torch.no_grad():
+        torch.testing.assert_close(network((images - mean) / std), logits_of_run(runs["timm:test_convnext"], images))
+    assert data["input_size"] == (3, 32, 32) and not (tmp_path / "student/network.py").exists()
+
+
+def test_an_exported_folder_is_a_teacher(runs, export, command, tmp_path):
+    export(runs["resnet8"], tmp_path / "student")
+    flags = TINY_TASK.replace("--teacher resnet8", f"--teacher local-dir:{tmp_path / 'student'}")
+    command("datafree_kd", f"--method deepinv {flags} {TINY['deepinv']} --save_dir {tmp_path / 'next'}")
+    assert "32 px" in json.loads((tmp_path / "next/result.json").read_text())["dataset_identity"]
+    command("train_scratch", f"--model local-dir:{tmp_path / 'student'} --dataset digits --evaluate_only --gpu -1")
+
+
+@pytest.mark.parametrize("name", [n for n, target in MODELS.items() if not target.startswith("models.imagenet:")])
+def test_the_source_of_every_network_stands_alone(name, tmp_path):
+    text = exported.network_source(MODELS, name)
+    assert not re.search(r"^\s*(from|import) (models|engine|datafree|registry)\b", text, re.MULTILINE)
+    (tmp_path / "network.py").write_text(text)
+    with torch.device("meta"):
+        factory = runpy.run_path(str(tmp_path / "network.py"))[name]
+        made, wanted = factory(num_classes=7).state_dict(), open_network(name).state_dict()
+    assert {k: v.shape for k, v in made.items()} == {k: v.shape for k, v in wanted.items()}
+
+
+def open_network(name):
+    from tests.conftest import build_network
+
+    return build_network(name, 7)
+
+
+def test_a_folder_is_whole_or_absent(runs, export, tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="is there already and is not an empty folder"):
+        export(runs["resnet8"], tmp_path / "mine")
+    monkeypatch.setattr("engine.export.onnx_file.TOLERANCE", -1.0)
+    with pytest.raises(UserError, match=r"differ from PyTorch's by .*at most -1 wanted"):
+        export(runs["resnet8"], tmp_path / "student", "--onnx")
+    assert [file.name for file in tmp_path.iterdir()] == ["mine"] and len(list((tmp_path / "mine").iterdir())) == 1
+
+
+def test_what_is_no_finished_run_is_refused(runs, export, tmp_path):
+    with pytest.raises(UserError, match="holds no finished run"):
+        export(tmp_path, tmp_path / "out")
+    shutil.copytree(runs["resnet8"], tmp_path / "run")
+    state = load_checkpoint(tmp_path / "run/student.pth")
+    torch.save(state | {"arch": "os:getcwd"}, tmp_path / "run/student.pth")
+    with pytest.raises(UserError, match="is of os:getcwd, and no code is run because a file names it; give --arch 'os:getcwd'"):
+        export(tmp_path / "run", tmp_path / "out")
+
+
+def test_a_network_of_a_file_is_exported_with_its_source(export, tmp_path, command):
+    spec = "tests/plain_network.py:plain"
+    flags = f"--model {spec} --dataset digits --epochs 1 --batch_size 256 --gpu -1 --output {tmp_path / 'a.pth'}"
+    command("train_scratch", f"{flags} --save_dir {tmp_path / 'run'}")
+    export(tmp_path / "run", tmp_path / "student", "--arch", spec)
+    assert (tmp_path / "student/network.py").read_text() == (ROOT / "tests/plain_network.py").read_text()
+    assert "Trained on real images" in (tmp_path / "student/README.md").read_text()
+    with pytest.raises(UserError, match="holds a network of tests/plain_network.py:plain, .*no code is run.*mean 0.305"):
+        open_trained(MODELS, str(tmp_path / "student"))
+
+
+def test_the_hub_is_one_line_offline_and_gets_the_folder(runs, export, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="--push_to_hub x: wanted ORG/NAME"):
+        export(runs["resnet8"], tmp_path / "a", "--push_to_hub", "x")
+    with pytest.raises(UserError, match=r"org/net: the hub cannot be written.*hf upload org/net") as caught:
+        export(runs["resnet8"], tmp_path / "a", "--push_to_hub", "org/net")
+    assert "\n" not in str(caught.value) and (tmp_path / "a/model.safetensors").exists()
+    sent = {}
+
+    class Hub:
+        def create_repo(self, repository, exist_ok):
+            return f"https://huggingface.co/{repository}"
+
+        def upload_folder(self, *, folder_path, repo_id, commit_message):
+            sent[repo_id] = sorted(file.name for file in folder_path.iterdir())
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    export(runs["resnet8"], tmp_path / "b", "--push_to_hub", "org/net")
+    assert sent == {"org/net": ["README.md", "config.json", "model.safetensors", "network.py"]}
+
+
+# Evaluation
+
+
+def test_measures_in_closed_form():
+    labels, predicted = torch.tensor([0, 0, 1, 2]), torch.tensor([0, 1, 1, 1])
+    counts = confusion(labels, predicted, 4)
+    assert counts.tolist() == [[1, 1, 0, 0], [0, 1, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0]]
+    assert class_accuracy(counts)[:3].tolist() == [50, 100, 0] and class_accuracy(counts)[3].isnan()
+    sure = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
+    assert calibration_error(sure, torch.tensor([0, 0])) == 0 and calibration_error(sure, torch.tensor([0, 1])) == 0.5
+    mixed = torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.4, 0.6], [0.4, 0.6]])
+    assert calibration_error(mixed, torch.tensor([0, 1, 1, 1])) == pytest.approx(0.5 * 0.4 + 0.5 * 0.4)
+
+
+def test_evaluation_of_a_run_against_its_teacher(runs, measure, teacher_file, tmp_path, capsys):
+    run = runs["resnet8"]
+    measure(run, "--dataset", "digits", "--image_size", 32, "--against", teacher_file, "--csv", tmp_path / "p.csv",
+            "--json", tmp_path / "f.json")  # fmt: skip
+    figures, result = json.loads((tmp_path / "f.json").read_text()), json.loads((run / "result.json").read_text())
+    assert figures["acc1"] == result["acc1_last"] and figures["teacher_acc1"] == result["teacher_acc1"]
+    rows = [line.split(",") for line in (tmp_path / "p.csv").read_text().splitlines()]
+    assert rows[0] == ["image", "label", "predicted", "confidence", "teacher_predicted"]
+    assert len(rows) - 1 == figures["images"] == sum(map(sum, figures["confusion"]))
+    right = [row[1] == row[2] for row in rows[1:]]
+    assert 100 * sum(right) / len(right) == pytest.approx(figures["acc1"], abs=1e-3)
+    same = [row[2] == row[4] for row in rows[1:]]
+    assert 100 * sum(same) / len(same) == pytest.approx(figures["agreement"], abs=1e-3)
+    printed = capsys.readouterr().out
+    assert f"acc1 {figures['acc1']:.2f} %" in printed and "acc1 by class" in printed and "agrees with" in printed
+
+
+def test_evaluation_of_an_exported_folder_on_folders_of_images(runs, export, measure, tmp_path, capsys):
+    export(runs["resnet8"], tmp_path / "student")
+    for label, name in ((3, "3"), (5, "5")):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        for k in range(3):
+            pixels = np.random.default_rng(10 * label + k).integers(0, 255, (40, 40, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / f"pictures/{name}/{k}.png")
+    measure(tmp_path / "student", "--images", tmp_path / "pictures", "--json", tmp_path / "f.json")
+    figures = json.loads((tmp_path / "f.json").read_text())
+    tested = [label for label, value in enumerate(figures["class_acc1"]) if value is not None]
+    assert figures["images"] == 6 and tested == [3, 5]
+    measure(tmp_path / "student", "--images", tmp_path / "pictures" / "3", "--csv", tmp_path / "p.csv")
+    rows = [line.split(",") for line in (tmp_path / "p.csv").read_text().splitlines()]
+    assert rows[0] == ["image", "predicted", "confidence"] and len(rows) == 4 and rows[1][0].endswith("0.png")
+    assert "acc1" not in capsys.readouterr().out.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ("none --dataset digits", "unknown model 'none'|no teacher checkpoint"),
+        ("none --images {tmp}", "there is no file or folder none; give one, a public name"),
+        ("{bare} --dataset digits", "does not say of which network it is; give --arch NAME"),
+        ("{tmp} --dataset digits", "holds no finished run"),
+        ("{bare} --dataset digits --images x", "--dataset NAME or --images FOLDER, one of them"),
+    ],
+)
+def test_wrong_evaluations_are_one_line(arguments, message, measure, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"fc.weight": torch.zeros(10, 4)}, tmp_path / "bare.pth")
+    with pytest.raises(UserError, match=message) as caught:
+        measure(*arguments.format(tmp=tmp_path, bare=tmp_path / "bare.pth").split())
+    assert "\n" not in str(caught.value)
