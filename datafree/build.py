@@ -27,6 +27,7 @@ def build_method(
     """
     flags, run_flags, _, config = groups
     device = choose_device(run_flags.gpu)
+    precision = Precision(run_flags.amp, device)
     if flags.no_test and method_class.reads_train_split:
         raise UserError(f"--no_test opens no real image, and {name} learns from them; leave it out")
     named = flags.dataset, flags.data_root, flags.image_size, flags.domain, flags.classes, flags.name, flags.num_classes
@@ -49,7 +50,7 @@ def build_method(
         info=info,
         device=device,
         random_view=lambda images: crop_flip(images, info.crop_padding, info.flip),
-        precision=Precision(run_flags.amp, device),
+        precision=precision,
         kd_steps=schedule.kd_steps,
         training_split=training_split if method_class.reads_train_split else None,
         average_gradients=processes.average_gradients,

@@ -160,7 +160,7 @@ def test_import_for_a_folder_dataset_and_export_of_a_run(tmp_path, monkeypatch, 
     words = f"bank import {tmp_path / 'data' / 'train'} {tmp_path / 'run' / 'bank'} --dataset folder --data_root {tmp_path / 'data'}"
     monkeypatch.setattr("sys.argv", words.split())
     bank_module.main()
-    columns = ImageBank(tmp_path / "run" / "bank", Manifest("folder", 3, 64), create=False).read_all()
+    columns = ImageBank(tmp_path / "run" / "bank", Manifest("data", 3, 64), create=False).read_all()
     assert columns["labels"].tolist() == [1, 2, 2] and columns["images"][2][0, 0, 0] == 200
     monkeypatch.setattr("sys.argv", ["bank", "export", str(tmp_path / "run"), str(tmp_path / "png")])
     bank_module.main()

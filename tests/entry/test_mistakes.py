@@ -94,9 +94,11 @@ def test_a_network_fits_its_own_weights(name):
 
 def test_defaults_are_looked_for_here_and_beside_the_project(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert shipped(diffdfkd.EMBEDDED) == PROJECT / diffdfkd.EMBEDDED and (PROJECT / diffdfkd.EMBEDDED).exists()
-    diffdfkd.EMBEDDED.parent.mkdir(parents=True), diffdfkd.EMBEDDED.write_text("one's own comes first")
-    assert shipped(diffdfkd.EMBEDDED) == diffdfkd.EMBEDDED
+    name = "checkpoints/priors/glyphs_digits_16.safetensors"
+    assert shipped(name) == PROJECT / name == diffdfkd.EMBEDDED and diffdfkd.EMBEDDED.exists()
+    mine = type(PROJECT)(name)
+    mine.parent.mkdir(parents=True), mine.write_text("one's own comes first")
+    assert shipped(name) == mine
     assert shipped("nowhere/x.pth") == type(PROJECT)("nowhere/x.pth")
     monkeypatch.setattr("engine.runtime.files.PROJECT", tmp_path / "project")
     weights = tmp_path / "project" / "checkpoints" / "pretrained" / "digits_resnet8.pth"
@@ -109,7 +111,7 @@ def test_defaults_are_looked_for_here_and_beside_the_project(tmp_path, monkeypat
 def test_from_another_directory_the_shipped_prior_is_the_default(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     task = make_task(class_names=tuple("0123456789"))
-    assert diffdfkd.default_model(task) == str(PROJECT / diffdfkd.EMBEDDED) and not capsys.readouterr().out
+    assert diffdfkd.default_model(task) == str(diffdfkd.EMBEDDED) and not capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

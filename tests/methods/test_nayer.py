@@ -280,7 +280,7 @@ def test_bad_flags(name, teacher, student):
 
 
 def test_clip_wants_class_names_and_a_place_for_them(teacher, student):
-    nameless = dataclasses.replace(TASK, class_names=None)
+    nameless = make_task(num_classes=4)
     config = small(label_embedding="clip")
     with pytest.raises(UserError, match="--label_embedding clip wants class names"):
         NAYER(config, teacher, student, nameless)
