@@ -29,13 +29,13 @@ class Normalizing(nn.Module):
 
 
 def images_of_run(run: Path, image_size: int) -> tuple[Tensor, str]:
-    """``CHECKED`` images (N, 3, H, W) in [0, 1], and what they are: the first of the run's bank, else noise."""
+    """``CHECKED`` images (N, 3, H, W) in [0, 1], and what they are: the first of the run's bank, else random pixels."""
     path = find_bank(run)
     if path != run and (path / "manifest.json").is_file():
         images = ImageBank(path, read_manifest(path), create=False).read_all()["images"]
         if len(images) >= CHECKED and images.shape[-1] == image_size:
             return images[:CHECKED].float() / 255, "of the run's bank"
-    return torch.rand(CHECKED, 3, image_size, image_size, generator=torch.Generator().manual_seed(0)), "noise"
+    return torch.rand(CHECKED, 3, image_size, image_size, generator=torch.Generator().manual_seed(0)), "random pixels"
 
 
 def write_onnx(file: Path, student: Trained, images: Tensor) -> float:
