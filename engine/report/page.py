@@ -62,7 +62,7 @@ def contents(groups: Groups) -> dict[str, Any]:
     bar.close()
     return {
         "shared": what_all_share(groups), "names": names, "narrow": NARROW, "rows": entries, "cautions": cautions_of_all(groups),
-        "curves": accuracy_curves(groups),
+        "curves": accuracy_curves(groups, (7, 3.2)), "narrow_curves": accuracy_curves(groups, (3.7, 2.6)),
     }  # fmt: skip
 
 
@@ -83,7 +83,7 @@ def sort_key(text: str) -> str:
     return number[0] if number else text.lower()
 
 
-def accuracy_curves(groups: Groups) -> dict[str, str]:
+def accuracy_curves(groups: Groups, size: tuple[float, float]) -> dict[str, str]:
     """The accuracy on the way, {axis: SVG}: by student steps the mean over seeds, by minutes the first seed."""
     lines: dict[str, list] = {axis: [] for axis, _ in AXES}
     for number, runs in enumerate(groups):
@@ -95,7 +95,7 @@ def accuracy_curves(groups: Groups) -> dict[str, str]:
         timed = [line for line in evidence.metrics(Path(runs[0]["path"])) if "acc1" in line and "minutes" in line]
         if timed:
             lines["minutes"].append((number, [line["minutes"] for line in timed], [line["acc1"] for line in timed]))
-    return {axis: curves(lines[axis], x, f"test accuracy in % by {x}", (7, 3.2)) for axis, x in AXES if lines[axis]}
+    return {axis: curves(lines[axis], x, f"test accuracy in % by {x}", size) for axis, x in AXES if lines[axis]}
 
 
 def details(runs: list[dict[str, Any]]) -> dict[str, Any]:

@@ -112,7 +112,7 @@ def test_the_folder_is_read_back_and_onnx_agrees(student, runs, export, tmp_path
 
     export(runs[student], tmp_path / "student", "--onnx")
     difference, of = re.search(r"differ from PyTorch's by at most (\S+) on 64 images \((.+)\)", capsys.readouterr().out).groups()
-    assert float(difference) <= TOLERANCE and of == "noise"  # a bank of six images is too small
+    assert float(difference) <= TOLERANCE and of == "random pixels"  # a bank of six images is too small
     wanted = logits_of_run(runs[student], images)
     session = onnxruntime.InferenceSession(str(tmp_path / "student/model.onnx"))
     for count in (1, 4):

@@ -1,0 +1,76 @@
+"""int8 graphs of a teacher: they compute what they should, and the result lines make the table."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from datafree.int8 import Graph, export_onnx, quantize, read_lines, rows, write_lines
+from engine.data.bank import ImageBank, Manifest
+from engine.runtime.errors import UserError
+from tests.conftest import make_classifier
+
+pytest.importorskip("onnxruntime")
+
+
+def line(**values):
+    base = {
+        "dataset": "digits", "teacher": "t", "teacher_digest": "d", "seed": 0, "acc1_fp32": 99.0, "test_images": 10,
+        "calibration": "random noise", "images": 5, "weight_bits": 8, "acc1": 50.0,
+    }  # fmt: skip
+    return base | values
+
+
+def test_a_graph_computes_what_the_network_does_and_quantized_about_that(tmp_path):
+    torch.manual_seed(0)
+    classifier = make_classifier().eval()
+    images = torch.rand(8, 3, 16, 16)
+    with torch.no_grad():
+        wanted = classifier(images)
+    export_onnx(classifier, tmp_path / "whole.onnx")
+    assert torch.allclose(Graph(tmp_path / "whole.onnx")(images), wanted, atol=1e-5)
+    assert Graph(tmp_path / "whole.onnx")(images[:3]).shape == (3, 10)
+    errors = {}
+    for bits in (8, 4):
+        quantize(tmp_path / "whole.onnx", tmp_path / f"{bits}.onnx", images.numpy(), bits)
+        errors[bits] = float((Graph(tmp_path / f"{bits}.onnx")(images) - wanted).norm() / wanted.norm())
+    assert 0 < errors[8] < 0.1 and errors[8] < errors[4] < 1, errors
+    quantize(tmp_path / "whole.onnx", tmp_path / "dark.onnx", np.zeros((4, 3, 16, 16), np.float32), 8)
+    dark = float((Graph(tmp_path / "dark.onnx")(images) - wanted).norm() / wanted.norm())
+    assert dark > 2 * errors[8], "the calibration images make no difference"
+
+
+def test_lines_replace_those_of_the_same_conditions(tmp_path):
+    file = tmp_path / "int8.jsonl"
+    write_lines(file, [line(), line(calibration="bank", method="m", acc1=90.0)])
+    write_lines(file, [line(acc1=60.0), line(weight_bits=4, acc1=20.0)])
+    eight, four = rows(read_lines(file))
+    assert (eight["random noise"], eight["bank"], eight["float32"]) == ("60.00", "90.00 (m)", "99.00")
+    assert (four["weights"], four["random noise"], four["bank"]) == ("4 bit", "20.00", "")
+    file.write_text("{}\n")
+    with pytest.raises(UserError, match="line 1 of"):
+        read_lines(file)
+
+
+def test_the_command_measures_a_teacher_on_digits(command, tmp_path, teacher_file):
+    bank = ImageBank(tmp_path / "bank", Manifest("digits", 10, 16, method="m"))
+    bank.append("synthesize", 0, torch.rand(20, 3, 16, 16), torch.arange(20) % 10)
+    table = tmp_path / "t.md"
+    table.write_text("<!-- table:int8 -->\n<!-- /table:int8 -->\n")
+    flags = f"--dataset digits --teacher resnet8 --teacher_ckpt {teacher_file} --bank {tmp_path / 'bank'}"
+    command("datafree.int8", f"{flags} --lines {tmp_path / 'r.jsonl'} --into {table}")
+    lines = [json.loads(text) for text in (tmp_path / "r.jsonl").read_text().splitlines()]
+    assert {(found["calibration"], found["weight_bits"]) for found in lines} == {
+        (kind, bits) for kind in ("random noise", "bank", "real images") for bits in (8, 4)
+    }
+    assert {found["images"] for found in lines} == {20} and "| digits | resnet8 |" in table.read_text()
+
+
+def test_a_bank_of_another_teacher_is_refused(command, tmp_path, teacher_file):
+    ImageBank(tmp_path / "bank", Manifest("digits", 10, 16, "x", "other")).append(
+        "synthesize", 0, torch.rand(2, 3, 16, 16), torch.zeros(2, dtype=torch.long)
+    )
+    flags = f"--dataset digits --teacher resnet8 --teacher_ckpt {teacher_file} --bank {tmp_path / 'bank'}"
+    with pytest.raises(UserError, match="a bank of its own"):
+        command("datafree.int8", f"{flags} --lines {tmp_path / 'r.jsonl'}")
