@@ -46,7 +46,7 @@ def test_images_that_are_not_square_are_told_of(tmp_path, capsys):
     assert "not square" not in capsys.readouterr().out
     write_image(tmp_path / "test" / "b" / "wide.jpg", (0, 0, 0), (40, 20))
     load(dataset_info("folder", tmp_path))
-    assert "folder test: images are not square (one has 40 x 20 px)" in capsys.readouterr().out
+    assert f"{dataset_info('folder', tmp_path).name} test: images are not square (one has 40 x 20 px)" in capsys.readouterr().out
 
 
 def test_one_list_of_suffixes(tmp_path):

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from datafree.diffusion import pixel
+from datafree.diffusion import patch_unet as pixel
 from datafree.diffusion.augmenter import seeded_generators
 from datafree.diffusion.sampling import RULES, Trajectory, cosine_trajectory, own_rule, scheduler_trajectory
 
