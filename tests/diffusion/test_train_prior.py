@@ -175,6 +175,15 @@ def test_shipped_priors_load_by_name(train, tmp_path, monkeypatch):
         assert patch_unet.shipped_prior(name) is None
 
 
+def test_the_shipped_prior_of_natural_images():
+    path = patch_unet.shipped_prior("natural_32")
+    assert path and path.stat().st_size <= 12e6
+    about = load_patch_prior(path)[1]
+    assert (about["dataset"], about["training_images"], about["num_classes"]) == ("cifar100", 50000, 100)
+    assert about["image_size"] == 32 and about["images_drawn"] >= 600_000 and about["settings"]["amp"] == "bf16"
+    assert "/" not in str({**about, "class_names": ()})  # no path of the machine that made it
+
+
 MISTAKES = {
     "--dataset nothing_here": "unknown dataset 'nothing_here'",
     "--dataset folder": "train|test",
