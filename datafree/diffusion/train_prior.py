@@ -16,6 +16,11 @@ training, batches of 64 on 2 x 2 pixel patches in bf16: channels 32,64 without a
 64,128,128 98; 64,128 96 (with batches of 32 and 128: 90 and 95; in fp32: 61); 64,128,256 68; on 4 x 4 patches 128,256 121.
 Loss on held-out images with 32,64,128: .164 after 300 CPU-seconds, .153 after 451; with 48,96,192: .166 after 305, .152
 after 487. That is no difference yet; the larger one was taken, for trainings of hours.
+
+The shipped ``natural_32`` drew 601,600 images in 94 CPU-minutes. Held-out loss .137 after 96,000, .122 after
+192,000, .114 after 384,000, .111 at the end. Of 500 samples at guidance 2 a resnet20 of 57.9 % accuracy names 27 % as asked (of
+training images 62 %); their Fréchet distance to the test split in its features is 16.6 (1.7), density 1.21 (.96), coverage
+.80 (.96). Guidance 3 was better than 2 and 1 after 480,000: distance 17.5, 19.6 and 24.9, named 35, 23 and 7 %.
 """
 
 import dataclasses
