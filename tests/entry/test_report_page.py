@@ -39,8 +39,11 @@ found.images = document.images.length;
 found.broken = [...document.images].filter((image) => !image.complete || !image.naturalWidth).length;
 found.width = innerWidth; found.content = document.documentElement.scrollWidth;
 found.faults = faults;
-const note = document.createElement("pre"); note.id = "found"; note.textContent = JSON.stringify(found); document.body.append(note);
+parent.postMessage(JSON.stringify(found), "*");
 });</script>"""
+FRAME = """<!doctype html><title>frame</title><link rel="icon" href="data:,"><pre id="found"></pre>
+<script>addEventListener("message", (event) => document.getElementById("found").textContent = event.data);</script>
+<iframe src="{page}" style="border: 0; width: {width}px; height: 900px"></iframe>"""  # a window has 500 px at least
 
 
 def make_page(monkeypatch, folder, *places):
@@ -55,8 +58,10 @@ def look(page, width):
     copy = page.with_name(f"looked_at_{width}.html")
     text = page.read_text()
     copy.write_text(text.replace("<head>", f"<head>{LISTEN}", 1).replace("</body>", f"{LOOK}</body>", 1))
-    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},900", "--virtual-time-budget=5000"]
-    called = [BROWSER, *options, f"--user-data-dir={page.parent / 'profile'}", "--enable-logging=stderr", "--dump-dom", copy.as_uri()]
+    frame = page.with_name(f"frame_{width}.html")
+    frame.write_text(FRAME.format(page=copy.name, width=width))
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--window-size=1200,1000", "--virtual-time-budget=5000"]
+    called = [BROWSER, *options, f"--user-data-dir={page.parent / 'profile'}", "--enable-logging=stderr", "--dump-dom", frame.as_uri()]
     done = subprocess.run(called, capture_output=True, text=True, timeout=600, check=True)
     assert "CONSOLE" not in done.stderr, done.stderr
     found = re.search(r'<pre id="found">(.*?)</pre>', done.stdout, re.DOTALL)
