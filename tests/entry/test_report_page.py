@@ -12,7 +12,7 @@ from engine.loops.evaluate import confusion
 from engine.report import command as report_command
 from engine.report.cautions import cautions, cautions_of_all
 from engine.report.curves import bars, curves
-from engine.report.page import contents, sort_key
+from engine.report.page import contents, one_flag_a_line, sort_key
 from engine.report.results import collect, group
 from engine.runtime.run import Run
 from tests.conftest import ROOT
@@ -209,3 +209,9 @@ def test_times_go_on_and_are_rewound_with_the_metrics(tmp_path):
     run.close()
     lines = [json.loads(text) for text in file.read_text().splitlines()]
     assert [line["round"] for line in lines] == [0, 1, 2] and lines[-1]["seconds"] >= 100
+
+
+def test_a_command_has_a_line_for_each_flag():
+    command = "python x.py --a 'b --c' --d"
+    assert one_flag_a_line(command) == "python x.py \\\n  --a 'b --c' \\\n  --d"
+    assert subprocess.run(["bash", "-c", one_flag_a_line(command).replace("python x.py", "printf '%s|'")], capture_output=True, text=True).stdout == "--a|b --c|--d|"
