@@ -26,7 +26,7 @@ from engine.networks.build import load_teacher, short_name
 from engine.report import markdown, replace_table
 from engine.runtime.errors import UserError, run_command
 from engine.runtime.files import atomic_path, weights_digest
-from engine.runtime.flags import Parser
+from engine.runtime.flags import Parser, check_least
 from engine.runtime.run import progress
 from engine.runtime.seeding import seed_position
 from registry import DATASETS, MODELS
@@ -34,7 +34,7 @@ from registry import DATASETS, MODELS
 BATCH = 100
 BITS = {8: "QInt8", 4: "QInt4"}  # of weights, and onnxruntime's name for them
 CLOSE = 1e-3  # between logits of PyTorch and of the graph
-KEY = ("dataset", "teacher_digest", "calibration", "method", "external_prior", "weight_bits", "seed")  # one line each
+KEY = ("dataset", "teacher_digest", "calibration", "method", "external_prior", "images", "test_images", "weight_bits", "seed")
 
 
 def export_onnx(classifier: torch.nn.Module, file: Path) -> None:
@@ -96,6 +96,19 @@ class Graph:
         return self
 
 
+class Part:
+    """Some images of a split, for ``evaluate``."""
+
+    def __init__(self, split, order: torch.Tensor):
+        self.split, self.order, self.num_classes = split, order, split.num_classes
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def batches(self, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        return self.split.batches(batch_size, self.order)
+
+
 def calibration_images(args: argparse.Namespace, info) -> dict[str, tuple[np.ndarray, dict[str, str]]]:
     """{kind: ((N, 3, S, S) float32 in [0, 1], what the result line says of it)}, of each kind equally many."""
     path = find_bank(args.bank)
@@ -132,6 +145,8 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
             f"{manifest.image_size} px, this one has weights {digest} and {info.image_size} px; give a bank of its own"
         )
     test = load_split(info, "test", "cpu")
+    seed_position(args.seed, "test")
+    test = Part(test, torch.randperm(len(test))[: args.test_images])
     common = {"dataset": info.name, "teacher": short_name(args.teacher), "teacher_digest": digest, "seed": args.seed}
     lines = []
     with tempfile.TemporaryDirectory() as folder:
@@ -192,7 +207,7 @@ def rows(lines: list[dict[str, Any]]) -> list[dict[str, str]]:
     found: dict[tuple, dict[str, str]] = {}
     for line in lines:
         made = line.get("method", "")
-        key = *(line[name] for name in ("dataset", "teacher", "teacher_digest", "images", "seed")), line["weight_bits"]
+        key = *(line[name] for name in ("dataset", "teacher", "teacher_digest", "images", "test_images", "seed")), line["weight_bits"]
         row = found.setdefault(key, {
             "dataset": line["dataset"], "teacher": line["teacher"], "float32": f"{line['acc1_fp32']:.2f}",
             "weights": f"{line['weight_bits']} bit", "random noise": "", "bank": "", "real images": "",
@@ -215,10 +230,12 @@ def main() -> None:
     parser.add_argument("--teacher_std", type=rgb, default=None, help="see --teacher_mean")
     parser.add_argument("--bank", type=Path, required=True, help="an image bank made with this teacher, or its run folder")
     parser.add_argument("--images", type=int, default=500, help="to calibrate on, at most; of each kind equally many [500]")
+    parser.add_argument("--test_images", type=int, default=None, help="to measure on, chosen at random; unset: all")
     parser.add_argument("--seed", type=int, default=0, help="of the noise and of the choice of images [0]")
     parser.add_argument("--lines", type=Path, required=True, metavar="FILE.jsonl", help="put the results into this file")
     parser.add_argument("--into", type=Path, default=None, help="rewrite the table 'int8' of this Markdown file with all its lines")
     args = parser.parse_args()
+    check_least(args, images=1, test_images=1)
     try:
         import onnx  # noqa: F401
         import onnxruntime  # noqa: F401

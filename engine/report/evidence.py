@@ -36,21 +36,22 @@ def pictures(folder: Path) -> dict[str, Any]:
     if not parts:
         sheet = folder / "pictures" / "images.png"
         return {"sheet": _sheet(sheet)} if sheet.exists() else {}
-    labels = [label for part in parts for label in part["labels"].tolist()]
     classes = read_manifest(banks[0]).num_classes
     first = parts[0]  # the initial bank, or the only one
     order = first["labels"].argsort(stable=True)
     chosen = order[:: max(1, len(order) // SHOWN)][:SHOWN].tolist()
     shown = [(_data_uri(first["images"][[k]][0]), int(first["labels"][k])) for k in chosen]
-    counts = [labels.count(k) for k in range(classes)]
-    return {"bank": shown, "counts": counts, "variants": _variants(folder, first)}
+    counts = sum(part["labels"].bincount(minlength=classes) for part in parts).tolist()
+    place = find_bank(Path(args.get("init_variants") or folder), "variants")
+    return {"bank": shown, "counts": counts, "variants": _variants(folder, place, first)}
 
 
-def _variants(folder: Path, sources: dict[str, Any]) -> list[tuple[str, list[tuple[str, float, bool]]]]:
+def _variants(folder: Path, place: Path, sources: dict[str, Any]) -> list[tuple[str, list[tuple[str, float, bool]]]]:
+    """Some sources with their variants in ``place``; the run in ``folder`` has decided which to keep."""
     from engine.data.bank import ImageBank, read_manifest
     from engine.runtime.files import load_tensors
 
-    place, decided = folder / "variants", sorted(folder.glob("filter_*.safetensors"))
+    decided = sorted(folder.glob("filter_*.safetensors"))
     if not (place / "manifest.json").exists() or not decided:
         return []
     columns = ImageBank(place, read_manifest(place), create=False).read("augment")

@@ -1,6 +1,7 @@
 """The page of a report: one HTML file with everything in it, to be sent, printed and kept."""
 
 import re
+import shlex
 import statistics
 from pathlib import Path
 from typing import Any
@@ -108,28 +109,39 @@ def details(runs: list[dict[str, Any]]) -> dict[str, Any]:
     classes = len(confusion["names"]) if confusion else len(counts) if counts else None
     drawn = _curves(lines or first["history"])
     histogram = bars(counts, f"images of each class in the bank of {first['folder']}") if counts else ""
-    size = len(histogram) + sum(len(svg) for _, _, by in drawn for svg in by.values()) + len(str(seen))
+    size = len(histogram) + len(str(drawn)) + len(str(seen))
     return {
         "first": first, "cautions": cautions(runs, lines or first["history"], classes), "curves": drawn, "pictures": seen,
-        "histogram": histogram, "confusion": confusion, "left_out": False, "size": size,
+        "histogram": histogram, "command": one_flag_a_line(first.get("command", "")), "confusion": confusion, "left_out": False, "size": size,
         "names_of_classes": confusion["names"] if confusion else [str(k) for k in range(classes or 0)],
     }  # fmt: skip
 
 
-def _curves(lines: list[dict[str, Any]]) -> list[tuple[str, str, dict[str, str]]]:
-    """(stage, name, {axis: SVG}) of each loss of each stage that has at least two values."""
+def _curves(lines: list[dict[str, Any]]) -> list[tuple[str, list[tuple[str, dict[str, str]]]]]:
+    """(stage, [(name, {axis: SVG})]) of the figures of each stage that have at least two values, the accuracy aside."""
     found = []
     for stage in dict.fromkeys(line["stage"] for line in lines):
         of_stage = [line for line in lines if line["stage"] == stage]
-        for name in dict.fromkeys(name for line in of_stage for name in line if is_loss(name)):
-            by = {}
-            for axis, x in AXES:
-                if axis == "student_steps" and axis not in of_stage[0]:
-                    points, x = [(line["round"] + 1, line[name]) for line in of_stage if name in line], "rounds"
-                else:
-                    points = [(line[axis], line[name]) for line in of_stage if name in line and axis in line]
-                if len(points) > 1:
-                    by[axis] = curves([(0, *map(list, zip(*points)))], x, f"{name} of stage {stage} by {x}", (3.2, 1.9))
-            if by:
-                found.append((stage, name, by))
+        names = dict.fromkeys(name for line in of_stage for name in line if is_loss(name))
+        drawn = [(name, by) for name in names if (by := _curve(of_stage, name, f"{name} of stage {stage}"))]
+        found += [(stage, drawn)] if drawn else []
     return found
+
+
+def _curve(lines: list[dict[str, Any]], name: str, title: str) -> dict[str, str]:
+    """{axis: SVG} of one figure of one stage."""
+    by = {}
+    for axis, x in AXES:
+        if axis == "student_steps" and axis not in lines[0]:
+            points, x = [(line["round"] + 1, line[name]) for line in lines if name in line], "rounds"
+        else:
+            points = [(line[axis], line[name]) for line in lines if name in line and axis in line]
+        if len(points) > 1:
+            by[axis] = curves([(0, *map(list, zip(*points)))], x, f"{title} by {x}", (3.2, 1.9))
+    return by
+
+
+def one_flag_a_line(command: str) -> str:
+    """A command for the shell with a line for each flag."""
+    words = [shlex.quote(word) for word in shlex.split(command)]
+    return " ".join(f"\\\n  {word}" if word.startswith("--") else word for word in words)

@@ -12,7 +12,7 @@ from engine.loops.evaluate import confusion
 from engine.report import command as report_command
 from engine.report.cautions import cautions, cautions_of_all
 from engine.report.curves import bars, curves
-from engine.report.page import contents, sort_key
+from engine.report.page import contents, one_flag_a_line, sort_key
 from engine.report.results import collect, group
 from engine.runtime.run import Run
 from tests.conftest import ROOT
@@ -39,8 +39,11 @@ found.images = document.images.length;
 found.broken = [...document.images].filter((image) => !image.complete || !image.naturalWidth).length;
 found.width = innerWidth; found.content = document.documentElement.scrollWidth;
 found.faults = faults;
-const note = document.createElement("pre"); note.id = "found"; note.textContent = JSON.stringify(found); document.body.append(note);
+parent.postMessage(JSON.stringify(found), "*");
 });</script>"""
+FRAME = """<!doctype html><title>frame</title><link rel="icon" href="data:,"><pre id="found"></pre>
+<script>addEventListener("message", (event) => document.getElementById("found").textContent = event.data);</script>
+<iframe src="{page}" style="border: 0; width: {width}px; height: 900px"></iframe>"""  # a window has 500 px at least
 
 
 def make_page(monkeypatch, folder, *places):
@@ -55,8 +58,10 @@ def look(page, width):
     copy = page.with_name(f"looked_at_{width}.html")
     text = page.read_text()
     copy.write_text(text.replace("<head>", f"<head>{LISTEN}", 1).replace("</body>", f"{LOOK}</body>", 1))
-    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},900", "--virtual-time-budget=5000"]
-    called = [BROWSER, *options, f"--user-data-dir={page.parent / 'profile'}", "--enable-logging=stderr", "--dump-dom", copy.as_uri()]
+    frame = page.with_name(f"frame_{width}.html")
+    frame.write_text(FRAME.format(page=copy.name, width=width))
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--window-size=1200,1000", "--virtual-time-budget=5000"]
+    called = [BROWSER, *options, f"--user-data-dir={page.parent / 'profile'}", "--enable-logging=stderr", "--dump-dom", frame.as_uri()]
     done = subprocess.run(called, capture_output=True, text=True, timeout=600, check=True)
     assert "CONSOLE" not in done.stderr, done.stderr
     found = re.search(r'<pre id="found">(.*?)</pre>', done.stdout, re.DOTALL)
@@ -204,3 +209,9 @@ def test_times_go_on_and_are_rewound_with_the_metrics(tmp_path):
     run.close()
     lines = [json.loads(text) for text in file.read_text().splitlines()]
     assert [line["round"] for line in lines] == [0, 1, 2] and lines[-1]["seconds"] >= 100
+
+
+def test_a_command_has_a_line_for_each_flag():
+    command = "python x.py --a 'b --c' --d"
+    assert one_flag_a_line(command) == "python x.py \\\n  --a 'b --c' \\\n  --d"
+    assert subprocess.run(["bash", "-c", one_flag_a_line(command).replace("python x.py", "printf '%s|'")], capture_output=True, text=True).stdout == "--a|b --c|--d|"
