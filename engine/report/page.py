@@ -6,9 +6,9 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-import engine.report.evidence as evidence
 from engine.report.cautions import cautions, cautions_of_all, is_loss
 from engine.report.curves import SERIES, bars, curves
+from engine.report.evidence import confusion, metrics, pictures
 from engine.report.layout import filled_columns
 from engine.report.tables import Groups, brief_rows, rows_of, spread, what_all_share
 from engine.runtime.errors import UserError
@@ -93,7 +93,7 @@ def accuracy_curves(groups: Groups, size: tuple[float, float]) -> dict[str, str]
             length = min(map(len, histories))
             mean = [statistics.fmean(history[k]["acc1"] for history in histories) for k in range(length)]
             lines["student_steps"].append((number, [histories[0][k]["student_steps"] for k in range(length)], mean))
-        timed = [line for line in evidence.metrics(Path(runs[0]["path"])) if "acc1" in line and "minutes" in line]
+        timed = [line for line in metrics(Path(runs[0]["path"])) if "acc1" in line and "minutes" in line]
         if timed:
             lines["minutes"].append((number, [line["minutes"] for line in timed], [line["acc1"] for line in timed]))
     return {axis: curves(lines[axis], x, f"test accuracy in % by {x}", size) for axis, x in AXES if lines[axis]}
@@ -102,18 +102,18 @@ def accuracy_curves(groups: Groups, size: tuple[float, float]) -> dict[str, str]
 def details(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """What there is to see of a row's first seed; nothing but its result where only a line of it was kept."""
     first, folder = runs[0], Path(runs[0]["path"])
-    lines = evidence.metrics(folder)
-    seen = NO_PICTURES | (evidence.pictures(folder) if folder.is_dir() else {})
-    confusion = evidence.confusion(folder)
+    lines = metrics(folder)
+    seen = NO_PICTURES | (pictures(folder) if folder.is_dir() else {})
+    apart = confusion(folder)
     counts = seen["counts"]
-    classes = len(confusion["names"]) if confusion else len(counts) if counts else None
+    classes = len(apart["names"]) if apart else len(counts) if counts else None
     drawn = _curves(lines or first["history"])
     histogram = bars(counts, f"images of each class in the bank of {first['folder']}") if counts else ""
     size = len(histogram) + len(str(drawn)) + len(str(seen))
     return {
         "first": first, "cautions": cautions(runs, lines or first["history"], classes), "curves": drawn, "pictures": seen,
-        "histogram": histogram, "command": one_flag_a_line(first.get("command", "")), "confusion": confusion, "left_out": False, "size": size,
-        "names_of_classes": confusion["names"] if confusion else [str(k) for k in range(classes or 0)],
+        "histogram": histogram, "command": one_flag_a_line(first.get("command", "")), "confusion": apart, "left_out": False, "size": size,
+        "names_of_classes": apart["names"] if apart else [str(k) for k in range(classes or 0)],
     }  # fmt: skip
 
 
