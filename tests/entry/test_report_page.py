@@ -8,7 +8,8 @@ import subprocess
 import pytest
 import torch
 
-from engine.loops.evaluate import confusion
+from engine.loops.evaluate import predict
+from engine.loops.measures import confusion
 from engine.report import command as report_command
 from engine.report.cautions import cautions, cautions_of_all
 from engine.report.curves import bars, curves
@@ -182,7 +183,10 @@ def test_confusion_counts_pairs_of_classes():
             return torch.nn.functional.one_hot(self.says[images[:, 0, 0, 0].long()], 3).float()
 
     class Four:
-        num_classes = 3
+        labels = torch.tensor([0, 1, 2, 2])
+
+        def __len__(self):
+            return 4
 
         def batches(self, size):
             images = torch.arange(4.0).view(4, 1, 1, 1)
@@ -190,9 +194,9 @@ def test_confusion_counts_pairs_of_classes():
             yield images[3:], torch.tensor([2])
 
     student = Fixed([0, 1, 1, 2]).train()
-    found = confusion(Fixed([0, 2, 2, 2]), student, Four())
-    assert found["teacher_student"] == [[1, 0, 0], [0, 0, 0], [0, 2, 1]]
-    assert found["label_student"] == [[1, 0, 0], [0, 1, 0], [0, 1, 1]] and student.training
+    (said, labels), (teacher, _) = (predict(network, Four()) for network in (student, Fixed([0, 2, 2, 2])))
+    assert confusion(teacher.argmax(1), said.argmax(1), 3).tolist() == [[1, 0, 0], [0, 0, 0], [0, 2, 1]]
+    assert confusion(labels, said.argmax(1), 3).tolist() == [[1, 0, 0], [0, 1, 0], [0, 1, 1]] and student.training
 
 
 def test_times_go_on_and_are_rewound_with_the_metrics(tmp_path):
