@@ -3,7 +3,7 @@
     python -m datafree.int8 --dataset digits --teacher resnet20 --teacher_ckpt TEACHER --bank RUN --lines results.jsonl
 
 The teacher becomes an ONNX graph (normalization inside), and onnxruntime's static quantizer (QDQ, MinMax ranges of the
-activations, weights by channel) is calibrated on as many images of uniform random noise, of the bank, and of the real training
+activations, weights by channel) is calibrated on equally many images of uniform noise, of the bank, and of the real training
 set. Weights have 8 bits, and once more 4; activations have 8. The accuracy of each on the test split is a result line.
 """
 
@@ -34,7 +34,9 @@ from registry import DATASETS, MODELS
 BATCH = 100
 BITS = {8: "QInt8", 4: "QInt4"}  # of weights, and onnxruntime's name for them
 CLOSE = 1e-3  # between logits of PyTorch and of the graph
-KEY = ("dataset", "teacher_digest", "calibration", "method", "external_prior", "images", "test_images", "weight_bits", "seed")
+KEY = (
+    "dataset", "teacher_digest", "calibration", "method", "external_prior", "images", "test_images", "weight_bits", "seed",
+)  # fmt: skip
 
 
 def export_onnx(classifier: torch.nn.Module, file: Path) -> None:
@@ -137,7 +139,8 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         UserError: the bank is another teacher's, or the graph does not compute what the teacher does.
     """
     info = dataset_info(DATASETS, args.dataset, args.data_root, args.image_size)
-    teacher = load_teacher(MODELS, args.teacher, info, torch.device("cpu"), args.teacher_ckpt, args.teacher_mean, args.teacher_std)
+    device = torch.device("cpu")
+    teacher = load_teacher(MODELS, args.teacher, info, device, args.teacher_ckpt, args.teacher_mean, args.teacher_std)
     digest, manifest = weights_digest(teacher.network.state_dict()), read_manifest(find_bank(args.bank))
     if manifest.teacher_digest not in (None, digest) or manifest.image_size != info.image_size:
         raise UserError(
@@ -157,9 +160,11 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         export_onnx(teacher, whole)
         graph = Graph(whole)
         difference = float((graph(images) - wanted).abs().max())
-        print(f"{args.teacher} as ONNX: logits of {len(images)} test images differ from PyTorch's by {difference:.1e} at most")
+        print(f"{args.teacher} as ONNX: logits of {len(images)} test images, {difference:.1e} from PyTorch's at most")
         if difference > CLOSE:
-            raise UserError(f"the ONNX graph differs from PyTorch by {difference:.1e}, more than {CLOSE:g}; this network cannot be used")
+            raise UserError(
+                f"the ONNX graph differs from PyTorch by {difference:.1e}, at most {CLOSE:g} is wanted; give another network"
+            )
         common |= {"acc1_fp32": evaluate(graph, test)["acc1"], "test_images": len(test)}
         kinds = calibration_images(args, info)
         bar = progress(len(kinds) * len(BITS), "quantize", "graph")
@@ -233,7 +238,7 @@ def main() -> None:
     parser.add_argument("--test_images", type=int, default=None, help="to measure on, chosen at random; unset: all")
     parser.add_argument("--seed", type=int, default=0, help="of the noise and of the choice of images [0]")
     parser.add_argument("--lines", type=Path, required=True, metavar="FILE.jsonl", help="put the results into this file")
-    parser.add_argument("--into", type=Path, default=None, help="rewrite the table 'int8' of this Markdown file with all its lines")
+    parser.add_argument("--into", type=Path, default=None, help="rewrite the table 'int8' of this Markdown file")
     args = parser.parse_args()
     check_least(args, images=1, test_images=1)
     try:

@@ -56,13 +56,15 @@ def contents(groups: Groups) -> dict[str, Any]:
             shown |= {"curves": [], "pictures": NO_PICTURES, "histogram": "", "left_out": True}
         entries.append({
             "number": number, "name": full["method"], "series": number % SERIES,
-            "dash": DASHES[number // SERIES % len(DASHES)], "cells": [(name, short[name], sort_key(short[name])) for name in names],
+            "dash": DASHES[number // SERIES % len(DASHES)],
+            "cells": [(name, short[name], sort_key(short[name])) for name in names],
             "figures": {name: full[name] for name in filled_columns([full]) if name != "method"}, "runs": runs, **shown,
         })  # fmt: skip
         bar.update()
     bar.close()
     return {
-        "shared": what_all_share(groups), "names": names, "narrow": NARROW, "rows": entries, "cautions": cautions_of_all(groups),
+        "shared": what_all_share(groups), "names": names, "narrow": NARROW, "rows": entries,
+        "cautions": cautions_of_all(groups),
         "curves": accuracy_curves(groups, (7, 3.2)), "narrow_curves": accuracy_curves(groups, (3.7, 2.6)),
     }  # fmt: skip
 
@@ -112,7 +114,8 @@ def details(runs: list[dict[str, Any]]) -> dict[str, Any]:
     size = len(histogram) + len(str(drawn)) + len(str(seen))
     return {
         "first": first, "cautions": cautions(runs, lines or first["history"], classes), "curves": drawn, "pictures": seen,
-        "histogram": histogram, "command": one_flag_a_line(first.get("command", "")), "confusion": apart, "left_out": False, "size": size,
+        "histogram": histogram, "command": one_flag_a_line(first.get("command", "")), "confusion": apart,
+        "left_out": False, "size": size,
         "names_of_classes": apart["names"] if apart else [str(k) for k in range(classes or 0)],
     }  # fmt: skip
 
