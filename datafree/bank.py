@@ -220,11 +220,11 @@ def main() -> None:
     out.add_argument("--format", choices=FORMATS, default="png", help="png: class folders; npy; imagefolder [png]")
     out.add_argument(
         "--dtype", choices=("float32", "uint8"), default="float32",
-        help="of npy: float32, normalized as --teacher_mean and --teacher_std, else the teacher or the dataset say [float32]",
+        help="of npy: float32, normalized as --teacher_mean and _std, else teacher or dataset say [float32]",
     )  # fmt: skip
     out.add_argument("--shard_mb", type=int, default=256, help="of npy: MB a shard at most [256]")
     out.add_argument("--data_root", default="data", help="folder of the dataset, of which no image is opened [data]")
-    out.add_argument("--teacher", default=None, help="of npy: normalize as it does; of imagefolder: add its top five classes")
+    out.add_argument("--teacher", default=None, help="of npy: normalize as it does; of imagefolder: its top five classes")
     out.add_argument("--teacher_ckpt", default=None, help="its weights; unset: where datafree_kd.py looks")
     out.add_argument("--teacher_mean", type=rgb, default=None, help="r,g,b; unset: its checkpoint's, else the dataset's")
     out.add_argument("--teacher_std", type=rgb, default=None, help="see --teacher_mean")

@@ -212,7 +212,8 @@ def rows(lines: list[dict[str, Any]]) -> list[dict[str, str]]:
     found: dict[tuple, dict[str, str]] = {}
     for line in lines:
         made = line.get("method", "")
-        key = *(line[name] for name in ("dataset", "teacher", "teacher_digest", "images", "test_images", "seed")), line["weight_bits"]
+        same = ("dataset", "teacher", "teacher_digest", "images", "test_images", "seed")
+        key = *(line[name] for name in same), line["weight_bits"]
         row = found.setdefault(key, {
             "dataset": line["dataset"], "teacher": line["teacher"], "float32": f"{line['acc1_fp32']:.2f}",
             "weights": f"{line['weight_bits']} bit", "random noise": "", "bank": "", "real images": "",

@@ -22,7 +22,7 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def pictures(folder: Path) -> dict[str, Any]:
-    """ "bank": [(image, class number)], "variants": [(source, [(image, cosine, kept)])], "counts": of each class in the bank.
+    """ "bank": [(image, class number)], "variants": [(source, [(image, cosine, kept)])], "counts": of each class.
 
     Where there is no bank of its own, "sheet": the last images that the student learnt from. Images are data URIs.
     """
