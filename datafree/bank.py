@@ -1,7 +1,7 @@
 """Image banks to and from files for people and other tools.
 
     python -m datafree.bank export RUN FOLDER                      class folders of PNG
-    python -m datafree.bank export RUN FOLDER --format npy         arrays, for calibration: normalized as the teacher's inputs
+    python -m datafree.bank export RUN FOLDER --format npy         arrays to calibrate on, normalized as the teacher's inputs
     python -m datafree.bank export RUN FOLDER --format imagefolder PNG with metadata.jsonl, as Hugging Face datasets reads it
     python -m datafree.bank import FOLDER BANK --dataset cifar10
 """
@@ -96,9 +96,8 @@ def export_imagefolder(bank: ImageBank, folder: Path, names: tuple[str, ...] | N
             save_png(columns["images"][position], unfinished / file_name)
             line = {"file_name": file_name, "label": label, "class_name": name(label)} | about
             if tops is not None:
-                line["teacher_top5"] = [
-                    {"label": k, "class_name": name(k), "probability": round(probability, 5)} for k, probability in next(tops)
-                ]
+                top = next(tops)
+                line["teacher_top5"] = [{"label": k, "class_name": name(k), "probability": round(p, 5)} for k, p in top]
             file.write(json.dumps(line) + "\n")
     return len(columns["labels"])
 
@@ -221,11 +220,11 @@ def main() -> None:
     out.add_argument("--format", choices=FORMATS, default="png", help="png: class folders; npy; imagefolder [png]")
     out.add_argument(
         "--dtype", choices=("float32", "uint8"), default="float32",
-        help="of npy: float32, normalized as --teacher_mean and --teacher_std, else the teacher or the dataset say [float32]",
+        help="of npy: float32, normalized as --teacher_mean and _std, else teacher or dataset say [float32]",
     )  # fmt: skip
     out.add_argument("--shard_mb", type=int, default=256, help="of npy: MB a shard at most [256]")
     out.add_argument("--data_root", default="data", help="folder of the dataset, of which no image is opened [data]")
-    out.add_argument("--teacher", default=None, help="of npy: normalize as it does; of imagefolder: write its top five classes")
+    out.add_argument("--teacher", default=None, help="of npy: normalize as it does; of imagefolder: its top five classes")
     out.add_argument("--teacher_ckpt", default=None, help="its weights; unset: where datafree_kd.py looks")
     out.add_argument("--teacher_mean", type=rgb, default=None, help="r,g,b; unset: its checkpoint's, else the dataset's")
     out.add_argument("--teacher_std", type=rgb, default=None, help="see --teacher_mean")

@@ -3,7 +3,8 @@
 #   bash scripts/int8_demo.sh                                                     a digits teacher, trained first
 #   CIFAR_TEACHER=resnet20.pth DATA_ROOT=data bash scripts/int8_demo.sh           and a CIFAR-10 resnet20, with CIFAR-10 in DATA_ROOT
 #   CIFAR_FLAGS="--teacher_std .2470,.2435,.2616"                                 where that teacher's normalization is not the usual one
-#   ROUNDS=6 IMAGES=50 STEPS=25                                                   smaller banks; run the same command again to resume
+#   ROUNDS=6 IMAGES=50 STEPS=25 TEST_IMAGES=1000                                  smaller banks, and fewer images to measure on
+# Run the same command again to resume.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh
@@ -13,7 +14,7 @@ lines="${LINES_FILE:-checkpoints/results/int8.jsonl}"
 demo() { # dataset, then the flags of its teacher
   python datafree_kd.py --method csd --dataset "$@" --student resnet8 --stages synthesize --init_rounds "${ROUNDS:-10}" \
     --init_batch_size "${IMAGES:-100}" --init_g_steps "${STEPS:-100}" --lr_g "${LR_G:-2e-3}" --oh 5 --amp "${AMP:-bf16}" --save_dir "$out/$1"
-  python -m datafree.int8 --dataset "$@" --bank "$out/$1" --lines "$lines" --into "${INTO:-docs/int8.md}"
+  python -m datafree.int8 --dataset "$@" --bank "$out/$1" --lines "$lines" --into "${INTO:-docs/int8.md}" ${TEST_IMAGES:+--test_images "$TEST_IMAGES"}
 }
 
 python train_scratch.py --model resnet20 --dataset digits --epochs 30 --save_dir "$out/teacher" --output "$out/teacher.pth"

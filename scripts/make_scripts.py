@@ -117,7 +117,8 @@ def published(method: str, dataset: str, pair: tuple[str, str]) -> str:
 
 def results() -> list[dict[str, Any]]:
     """All results of this repository."""
-    return [result for file in sorted(ROOT.parent.glob("checkpoints/results/*.jsonl")) for result in read_lines(file)]
+    files = sorted(ROOT.parent.glob("checkpoints/results/*.jsonl"))
+    return [result for file in files if file.name != "int8.jsonl" for result in read_lines(file)]  # that one is of no runs
 
 
 def measured(results: list[dict[str, Any]], command: str, bank_command: str) -> str:

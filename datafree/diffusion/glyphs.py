@@ -270,6 +270,8 @@ class GlyphFlags:
 def write_dataset(flags: GlyphFlags, fonts: list[Font]) -> None:
     """Renders both splits and writes them as one npz file, atomically; the test glyphs have the numbers after the others."""
     check_least(flags, image_size=1, images=len(CLASS_NAMES), test_images=1)
+    if Path(flags.output).exists():
+        raise UserError(f"--output {flags.output} is there already; give another name, or move that file away")
     images, labels = render(flags.images + flags.test_images, flags.image_size, fonts, flags.seed, bar=True)
     images, labels = images.permute(0, 2, 3, 1).numpy(), labels.numpy()
     arrays = {"classes": np.array(CLASS_NAMES)}

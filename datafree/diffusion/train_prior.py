@@ -200,6 +200,9 @@ def train_prior(flags: PriorFlags) -> Path:
         settings = stage_flags("train", flags) | {"image_size": info.image_size}
         settings["start"] = flags.start and Path(flags.start).name
         state = _unfinished(run, flags, settings)
+        renewed = flags.start and Path(flags.start).resolve() == output.resolve()
+        if output.exists() and not (state or flags.redo or renewed):
+            raise UserError(f"--output {output} is there and not of this run; give another --output, or move that file away")
         network, about = _network(flags, info, device, state)
         training = Denoising(
             network,

@@ -121,7 +121,7 @@ def fill(
     if processes.main:
         columns = bank.read(stage, rounds)
         images, means = len(columns["labels"]), means_of_rounds(run, stage)
-        run.picture("bank" if stage != "augment" else "augment", shown(run, columns["images"], columns["labels"]), rounds)
+        run.picture(bank.path.name, shown(run, columns["images"], columns["labels"]), rounds)
         record.update(stage, done=True, images=images, **means)
         seconds, share = record.seconds()[stage], means.get("teacher_acc1")
         named = f", of which the teacher names {share:.1f} % as wanted" if share is not None else ""
@@ -198,7 +198,7 @@ def _write(run: Run, bank: ImageBank, stage: str, round: int, maker: Maker, part
     if not maker.independent:
         save_checkpoint(bank.path / STATE, {"round": round + 1, "synthesizer": maker.state_dict()})
     if round % PICTURE_EVERY == 0:
-        run.picture("bank", shown(run, columns["images"], columns["labels"]), round)
+        run.picture(bank.path.name, shown(run, columns["images"], columns["labels"]), round)
     return figures
 
 

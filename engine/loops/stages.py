@@ -262,7 +262,8 @@ class Distill(Stage):
             steps = figures["student_steps"] * session.schedule.batch_size
             counts["images"] = distillation.synthesizer.images_total or steps
         priors = {finished.bank.manifest.external_prior for finished in before} | {self.external_prior}
-        measured = {f"bank_{n}": f.facts[n] for f in before for n in ("teacher_acc1", "loss_bn") if "teacher_acc1" in f.facts}
+        names = ("teacher_acc1", "loss_bn")
+        measured = {f"bank_{n}": f.facts[n] for f in before for n in names if {n, "teacher_acc1"} <= f.facts.keys()}
         settings: dict[str, Any] = {}
         for depends_on in [*(finished.depends_on for finished in before), *record.dependencies.values()]:
             settings |= depends_on

@@ -1,4 +1,4 @@
-"""Results -> tables. Every table of results is made here; none is typed."""
+"""Results -> tables, and a page to look at. Every table of results is made here; none is typed."""
 
 from engine.report.command import main, parse, table
 from engine.report.layout import markdown, replace_table

@@ -29,7 +29,7 @@ def curves(lines: list[Line], x: str, title: str, size: tuple[float, float] = (4
             linestyle=DASHES[series // SERIES % len(DASHES)], marker="o" if len(kept) < 3 else None, markersize=3,
         )  # fmt: skip
     axes.set_xlabel(x)
-    axes.xaxis.get_major_locator().set_params(nbins=5)
+    axes.xaxis.get_major_locator().set_params(nbins=5, integer=x != "minutes")
     axes.yaxis.get_major_locator().set_params(nbins=5)
     return _svg(figure, title)
 

@@ -22,35 +22,37 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def pictures(folder: Path) -> dict[str, Any]:
-    """ "bank": [(image, class number)], "variants": [(source, [(image, cosine, kept)])], "counts": images by class of the bank.
+    """ "bank": [(image, class number)], "variants": [(source, [(image, cosine, kept)])], "counts": of each class.
 
     Where there is no bank of its own, "sheet": the last images that the student learnt from. Images are data URIs.
     """
     from engine.data.bank import ImageBank, find_bank, read_manifest
+    from engine.loops.session import INITIAL
 
     args = json.loads((folder / "args.json").read_text())["args"] if (folder / "args.json").exists() else {}
     places = [folder / "bank", *([find_bank(Path(args["init_bank"]))] if args.get("init_bank") else [])]
-    banks = [place for place in places if (place / "manifest.json").exists()]
-    parts = [ImageBank(place, read_manifest(place), create=False).read_all() for place in reversed(banks)]
-    parts = [part for part in parts if len(part["labels"])]
+    banks = [ImageBank(p, read_manifest(p), create=False) for p in reversed(places) if (p / "manifest.json").exists()]
+    stages = [(bank, stage) for stage in (*INITIAL, "distill") for bank in banks if bank.rounds(stage)]
+    parts = [bank.read(stage) for bank, stage in stages]
     if not parts:
         sheet = folder / "pictures" / "images.png"
         return {"sheet": _sheet(sheet)} if sheet.exists() else {}
-    labels = [label for part in parts for label in part["labels"].tolist()]
-    classes = read_manifest(banks[0]).num_classes
-    first = parts[0]  # the initial bank, or the only one
+    classes = banks[0].manifest.num_classes
+    first = parts[0]  # the initial images, of which the variants are; the rounds' where there are none
     order = first["labels"].argsort(stable=True)
     chosen = order[:: max(1, len(order) // SHOWN)][:SHOWN].tolist()
     shown = [(_data_uri(first["images"][[k]][0]), int(first["labels"][k])) for k in chosen]
-    counts = [labels.count(k) for k in range(classes)]
-    return {"bank": shown, "counts": counts, "variants": _variants(folder, first)}
+    counts = sum(part["labels"].bincount(minlength=classes) for part in parts).tolist()
+    place = find_bank(Path(args.get("init_variants") or folder), "variants")
+    return {"bank": shown, "counts": counts, "variants": _variants(folder, place, first)}
 
 
-def _variants(folder: Path, sources: dict[str, Any]) -> list[tuple[str, list[tuple[str, float, bool]]]]:
+def _variants(folder: Path, place: Path, sources: dict[str, Any]) -> list[tuple[str, list[tuple[str, float, bool]]]]:
+    """Some sources with their variants in ``place``; the run in ``folder`` has decided which to keep."""
     from engine.data.bank import ImageBank, read_manifest
     from engine.runtime.files import load_tensors
 
-    place, decided = folder / "variants", sorted(folder.glob("filter_*.safetensors"))
+    decided = sorted(folder.glob("filter_*.safetensors"))
     if not (place / "manifest.json").exists() or not decided:
         return []
     columns = ImageBank(place, read_manifest(place), create=False).read("augment")

@@ -1,13 +1,14 @@
 """The page of a report: one HTML file with everything in it, to be sent, printed and kept."""
 
 import re
+import shlex
 import statistics
 from pathlib import Path
 from typing import Any
 
-import engine.report.evidence as evidence
 from engine.report.cautions import cautions, cautions_of_all, is_loss
 from engine.report.curves import SERIES, bars, curves
+from engine.report.evidence import confusion, metrics, pictures
 from engine.report.layout import filled_columns
 from engine.report.tables import Groups, brief_rows, rows_of, spread, what_all_share
 from engine.runtime.errors import UserError
@@ -55,13 +56,15 @@ def contents(groups: Groups) -> dict[str, Any]:
             shown |= {"curves": [], "pictures": NO_PICTURES, "histogram": "", "left_out": True}
         entries.append({
             "number": number, "name": full["method"], "series": number % SERIES,
-            "dash": DASHES[number // SERIES % len(DASHES)], "cells": [(name, short[name], sort_key(short[name])) for name in names],
+            "dash": DASHES[number // SERIES % len(DASHES)],
+            "cells": [(name, short[name], sort_key(short[name])) for name in names],
             "figures": {name: full[name] for name in filled_columns([full]) if name != "method"}, "runs": runs, **shown,
         })  # fmt: skip
         bar.update()
     bar.close()
     return {
-        "shared": what_all_share(groups), "names": names, "narrow": NARROW, "rows": entries, "cautions": cautions_of_all(groups),
+        "shared": what_all_share(groups), "names": names, "narrow": NARROW, "rows": entries,
+        "cautions": cautions_of_all(groups),
         "curves": accuracy_curves(groups, (7, 3.2)), "narrow_curves": accuracy_curves(groups, (3.7, 2.6)),
     }  # fmt: skip
 
@@ -92,7 +95,7 @@ def accuracy_curves(groups: Groups, size: tuple[float, float]) -> dict[str, str]
             length = min(map(len, histories))
             mean = [statistics.fmean(history[k]["acc1"] for history in histories) for k in range(length)]
             lines["student_steps"].append((number, [histories[0][k]["student_steps"] for k in range(length)], mean))
-        timed = [line for line in evidence.metrics(Path(runs[0]["path"])) if "acc1" in line and "minutes" in line]
+        timed = [line for line in metrics(Path(runs[0]["path"])) if "acc1" in line and "minutes" in line]
         if timed:
             lines["minutes"].append((number, [line["minutes"] for line in timed], [line["acc1"] for line in timed]))
     return {axis: curves(lines[axis], x, f"test accuracy in % by {x}", size) for axis, x in AXES if lines[axis]}
@@ -101,35 +104,47 @@ def accuracy_curves(groups: Groups, size: tuple[float, float]) -> dict[str, str]
 def details(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """What there is to see of a row's first seed; nothing but its result where only a line of it was kept."""
     first, folder = runs[0], Path(runs[0]["path"])
-    lines = evidence.metrics(folder)
-    seen = NO_PICTURES | (evidence.pictures(folder) if folder.is_dir() else {})
-    confusion = evidence.confusion(folder)
+    lines = metrics(folder)
+    seen = NO_PICTURES | (pictures(folder) if folder.is_dir() else {})
+    apart = confusion(folder)
     counts = seen["counts"]
-    classes = len(confusion["names"]) if confusion else len(counts) if counts else None
+    classes = len(apart["names"]) if apart else len(counts) if counts else None
     drawn = _curves(lines or first["history"])
     histogram = bars(counts, f"images of each class in the bank of {first['folder']}") if counts else ""
-    size = len(histogram) + sum(len(svg) for _, _, by in drawn for svg in by.values()) + len(str(seen))
+    size = len(histogram) + len(str(drawn)) + len(str(seen))
     return {
         "first": first, "cautions": cautions(runs, lines or first["history"], classes), "curves": drawn, "pictures": seen,
-        "histogram": histogram, "confusion": confusion, "left_out": False, "size": size,
-        "names_of_classes": confusion["names"] if confusion else [str(k) for k in range(classes or 0)],
+        "histogram": histogram, "command": one_flag_a_line(first.get("command", "")), "confusion": apart,
+        "left_out": False, "size": size,
+        "names_of_classes": apart["names"] if apart else [str(k) for k in range(classes or 0)],
     }  # fmt: skip
 
 
-def _curves(lines: list[dict[str, Any]]) -> list[tuple[str, str, dict[str, str]]]:
-    """(stage, name, {axis: SVG}) of each loss of each stage that has at least two values."""
+def _curves(lines: list[dict[str, Any]]) -> list[tuple[str, list[tuple[str, dict[str, str]]]]]:
+    """(stage, [(name, {axis: SVG})]) of the figures of each stage that have at least two values, the accuracy aside."""
     found = []
     for stage in dict.fromkeys(line["stage"] for line in lines):
         of_stage = [line for line in lines if line["stage"] == stage]
-        for name in dict.fromkeys(name for line in of_stage for name in line if is_loss(name)):
-            by = {}
-            for axis, x in AXES:
-                if axis == "student_steps" and axis not in of_stage[0]:
-                    points, x = [(line["round"] + 1, line[name]) for line in of_stage if name in line], "rounds"
-                else:
-                    points = [(line[axis], line[name]) for line in of_stage if name in line and axis in line]
-                if len(points) > 1:
-                    by[axis] = curves([(0, *map(list, zip(*points)))], x, f"{name} of stage {stage} by {x}", (3.2, 1.9))
-            if by:
-                found.append((stage, name, by))
+        names = dict.fromkeys(name for line in of_stage for name in line if is_loss(name))
+        drawn = [(name, by) for name in names if (by := _curve(of_stage, name, f"{name} of stage {stage}"))]
+        found += [(stage, drawn)] if drawn else []
     return found
+
+
+def _curve(lines: list[dict[str, Any]], name: str, title: str) -> dict[str, str]:
+    """{axis: SVG} of one figure of one stage."""
+    by = {}
+    for axis, x in AXES:
+        if axis == "student_steps" and axis not in lines[0]:
+            points, x = [(line["round"] + 1, line[name]) for line in lines if name in line], "rounds"
+        else:
+            points = [(line[axis], line[name]) for line in lines if name in line and axis in line]
+        if len(points) > 1:
+            by[axis] = curves([(0, *map(list, zip(*points)))], x, f"{title} by {x}", (3.2, 1.9))
+    return by
+
+
+def one_flag_a_line(command: str) -> str:
+    """A command for the shell with a line for each flag."""
+    words = [shlex.quote(word) for word in shlex.split(command)]
+    return " ".join(f"\\\n  {word}" if word.startswith("--") else word for word in words)

@@ -49,7 +49,8 @@ def test_arrays_are_normalized_or_the_bytes(bank, command, tmp_path):
 
 def test_arrays_take_the_normalization_of_the_teacher(bank, command, tmp_path, teacher_file):
     torch.save(torch.load(teacher_file, weights_only=True) | {"mean": [0.4] * 3, "std": [0.2] * 3}, tmp_path / "t.pth")
-    command("datafree.bank", f"export {tmp_path / 'run'} {tmp_path / 'f'} --format npy --teacher resnet8 --teacher_ckpt {tmp_path / 't.pth'}")
+    flags = f"--format npy --teacher resnet8 --teacher_ckpt {tmp_path / 't.pth'}"
+    command("datafree.bank", f"export {tmp_path / 'run'} {tmp_path / 'f'} {flags}")
     assert arrays(tmp_path / "f")[0]["mean"] == pytest.approx([0.4] * 3)
 
 
@@ -63,7 +64,8 @@ def test_arrays_come_in_shards_by_size(tmp_path, command):
 
 def test_an_image_folder_says_what_is_known_of_each(bank, command, tmp_path, teacher_file):
     out = tmp_path / "folder"
-    command("datafree.bank", f"export {tmp_path / 'run'} {out} --format imagefolder --teacher resnet8 --teacher_ckpt {teacher_file}")
+    flags = f"--format imagefolder --teacher resnet8 --teacher_ckpt {teacher_file}"
+    command("datafree.bank", f"export {tmp_path / 'run'} {out} {flags}")
     lines = [json.loads(text) for text in (out / "metadata.jsonl").read_text().splitlines()]
     columns = bank.read_all()
     assert [line["label"] for line in lines] == columns["labels"].tolist() and lines[3]["class_name"] == "3"

@@ -59,12 +59,12 @@ def test_the_command_measures_a_teacher_on_digits(command, tmp_path, teacher_fil
     table = tmp_path / "t.md"
     table.write_text("<!-- table:int8 -->\n<!-- /table:int8 -->\n")
     flags = f"--dataset digits --teacher resnet8 --teacher_ckpt {teacher_file} --bank {tmp_path / 'bank'}"
-    command("datafree.int8", f"{flags} --lines {tmp_path / 'r.jsonl'} --into {table}")
+    command("datafree.int8", f"{flags} --lines {tmp_path / 'r.jsonl'} --into {table} --test_images 70")
     lines = [json.loads(text) for text in (tmp_path / "r.jsonl").read_text().splitlines()]
     assert {(found["calibration"], found["weight_bits"]) for found in lines} == {
         (kind, bits) for kind in ("random noise", "bank", "real images") for bits in (8, 4)
     }
-    assert {found["images"] for found in lines} == {20} and "| digits | resnet8 |" in table.read_text()
+    assert {(found["images"], found["test_images"]) for found in lines} == {(20, 70)} and "| digits | resnet8 |" in table.read_text()
 
 
 def test_a_bank_of_another_teacher_is_refused(command, tmp_path, teacher_file):

@@ -20,8 +20,6 @@ from engine.runtime.files import (
     delete_files,
     delete_temporaries,
     is_temporary,
-    save_checkpoint,
-    save_tensors,
 )
 from engine.runtime.run import Run
 from tests.conftest import TINY, TINY_TASK
@@ -232,14 +230,11 @@ def test_export_png_overwrites_no_photograph(command, teacher_file, tmp_path):
     assert tree(tmp_path / "png") == before
 
 
-def test_a_glyph_prior_replaces_its_own_file_only(tmp_path, monkeypatch):
-    output, neighbour = tmp_path / "x.safetensors", tmp_path / "x.pth"
-    save_tensors(output, {"weight": torch.zeros(2)})
-    save_checkpoint(neighbour, {"state_dict": {}})
+def test_rendered_glyphs_replace_no_file(tmp_path, monkeypatch):
+    (tmp_path / "x.npz").write_text("somebody's")
     before = tree(tmp_path)
     monkeypatch.setattr(glyphs, "find_fonts", lambda paths: [])
-    for redo in ((), ("--redo",)):
-        monkeypatch.setattr("sys.argv", ["glyphs", "--output", str(output), *redo])
-        with pytest.raises(UserError, match="no pixel prior"):
-            glyphs.main()
+    monkeypatch.setattr("sys.argv", ["glyphs", "--output", str(tmp_path / "x.npz")])
+    with pytest.raises(UserError, match="is there already"):
+        glyphs.main()
     assert tree(tmp_path) == before

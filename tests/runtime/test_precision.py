@@ -81,6 +81,7 @@ def test_a_run_in_fp16_goes_on_to_the_same_bits(method, count, distill, tmp_path
     found = outcome(tmp_path / "run")
     assert found == whole
     assert len(found[2]) == count and all(scale["scale"] != 2.0**126 for scale in found[2].values())
-    monkeypatch.setattr(Precision, "load_state_dict", lambda self, state: None)
-    distill(method, tmp_path / "forgetful")
-    assert outcome(tmp_path / "forgetful") != whole
+    if count:  # what is saved is of need
+        monkeypatch.setattr(Precision, "load_state_dict", lambda self, state: None)
+        distill(method, tmp_path / "forgetful")
+        assert outcome(tmp_path / "forgetful") != whole
