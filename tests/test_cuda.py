@@ -31,7 +31,7 @@ def test_method(distill, tmp_path, method, amp):
     look_at(tmp_path / "run")
 
 
-@pytest.mark.parametrize("method", ["fast", "csd", "dda"])
+@pytest.mark.parametrize("method", ["kd", "fast", "csd", "dda"])
 def test_cuda_graphs(distill, tmp_path, capsys, method):
     distill(method, tmp_path / "run", "--gpu 0 --amp bf16 --compile graphs")
     look_at(tmp_path / "run")
@@ -56,7 +56,8 @@ def test_statistics_agree_with_the_cpu():
     images, found = torch.rand(16, 3, 16, 16), {}
     classifier = make_classifier().eval().requires_grad_(False)
     for device in (CPU, torch.device("cuda")):
-        statistics, inputs = BNStatistics(classifier.to(device).network), images.to(device).requires_grad_()
+        statistics = BNStatistics(classifier.to(device).network)
+        inputs = images.to(device).detach().requires_grad_()
         with statistics.collect() as batch:
             classifier(inputs)
         loss = bn_loss(batch, statistics.running)

@@ -75,7 +75,7 @@ class RunFlags:
     amp: str = flag("no", "mixed precision of the networks", choices=AMP, affects=ALL)
     compile: str = flag(
         "auto",
-        "torch.compile of inner steps; auto: of those that run often enough to win; graphs: as CUDA graphs",
+        "torch.compile of inner steps; auto: of those that run often enough to win; graphs: networks and student step as CUDA graphs",
         choices=COMPILE,
     )
 
