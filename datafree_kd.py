@@ -13,9 +13,10 @@ from functools import partial
 from pathlib import Path
 
 from engine import report
+from engine.loops.lengths import scaled
 from engine.loops.settings import DistillFlags, RunFlags, TaskFlags, for_seed
 from engine.runtime.errors import run_command
-from engine.runtime.flags import Parser, add_flags, add_list, from_args, stage_flags
+from engine.runtime.flags import Parser, add_flags, add_list, from_args, given_flags, stage_flags
 from engine.runtime.names import lookup, resolve
 from engine.runtime.processes import is_main, leave_processes
 from registry import DATASETS, METHODS, MODELS, PAIRS, PUBLISHED
@@ -38,7 +39,7 @@ def parse(argv: list[str]):
     for group in groups:
         add_flags(parser, group, group.__doc__.rstrip("."), method.defaults if method else {})
     args = parser.parse_args(argv)
-    return name, method, [from_args(group, args) for group in groups]
+    return name, method, scaled([from_args(group, args) for group in groups], args.scale, given_flags(parser, argv))
 
 
 def main() -> None:
