@@ -1,17 +1,25 @@
 """From flags to a method with its networks."""
 
 from dataclasses import replace
+from pathlib import Path
 
 from datafree.base import Method, Task
 from engine.data.crops import crop_flip
 from engine.data.datasets import dataset_info
 from engine.data.splits import allow_train_split, load_split
 from engine.loops.distill import Schedule
-from engine.networks.build import build_classifier, load_teacher, own_weights
+from engine.networks.build import build_classifier, load_teacher, own_weights, short_name
 from engine.runtime.errors import UserError
 from engine.runtime.precision import Precision, choose_device
 from engine.runtime.processes import Processes
 from engine.runtime.seeding import seed_position
+
+
+def run_folder(name: str, groups: list, dataset: str) -> Path:
+    """Where a run of a method on a dataset of that name is kept."""
+    task_flags, run_flags = groups[:2]
+    pair = f"{dataset}_{short_name(task_flags.teacher)}_{short_name(task_flags.student)}"
+    return Path(run_flags.save_dir or Path("checkpoints", name, f"{pair}_seed{run_flags.seed}"))
 
 
 def build_method(
