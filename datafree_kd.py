@@ -58,7 +58,7 @@ def main() -> None:
 def run(name: str, method_class: type, groups: list) -> Path:
     """One run with one seed; returns its folder."""
     # Imported after parsing, so that --help and a misspelt flag answer at once.
-    from datafree.build import build_method
+    from datafree.build import build_method, run_folder
     from engine.data.bank import Manifest
     from engine.data.splits import forbid_train_split
     from engine.loops import preflight
@@ -83,8 +83,8 @@ def run(name: str, method_class: type, groups: list) -> Path:
         processes.check_divides(distill_flags.batch_size)
 
     weights = weights_digest(method.teacher.network.state_dict())
-    pair = f"{info.name}_{short_name(task_flags.teacher)}_{short_name(task_flags.student)}"
-    path = Path(run_flags.save_dir or Path("checkpoints", name, f"{pair}_seed{run_flags.seed}"))
+    path = run_folder(name, info, task_flags, run_flags)
+    groups[1] = dataclasses.replace(run_flags, amp=method.task.precision.amp)
     flags = {"method": name} | {k: v for group in groups for k, v in dataclasses.asdict(group).items()}
     inputs = {"method": name, "teacher_ckpt": f"(weights {weights})"} | method.teacher.normalization.as_flags("teacher_")
     learns = "distill" in selected
