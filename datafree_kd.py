@@ -110,6 +110,7 @@ def run(name: str, method_class: type, groups: list) -> Path:
 
     weights = weights_digest(method.teacher.network.state_dict())
     path = run_folder(name, groups, info.name)
+    groups[1] = dataclasses.replace(run_flags, amp=method.task.precision.amp)
     flags = {"method": name} | {k: v for group in groups for k, v in dataclasses.asdict(group).items()}
     inputs = {"method": name, "teacher_ckpt": f"(weights {weights})"} | method.teacher.normalization.as_flags("teacher_")
     learns = "distill" in selected

@@ -10,8 +10,9 @@ from engine.data.splits import allow_train_split, load_split
 from engine.loops.distill import Schedule
 from engine.networks.build import build_classifier, load_teacher, own_weights, short_name
 from engine.runtime.errors import UserError
-from engine.runtime.precision import Precision, choose_device
+from engine.runtime.precision import Precision, choose_amp, choose_device
 from engine.runtime.processes import Processes
+from engine.runtime.run import earlier_value
 from engine.runtime.seeding import seed_position
 
 
@@ -35,11 +36,12 @@ def build_method(
     """
     flags, run_flags, _, config = groups
     device = choose_device(run_flags.gpu)
-    precision = Precision(run_flags.amp, device)
     if flags.no_test and method_class.reads_train_split:
         raise UserError(f"--no_test opens no real image, and {name} learns from them; leave it out")
     named = flags.dataset, flags.data_root, flags.image_size, flags.domain, flags.classes, flags.name, flags.num_classes
     info = dataset_info(datasets, *named, unseen=flags.no_test)
+    earlier = earlier_value(run_folder(name, groups, info.name), "amp")
+    precision = Precision(processes.broadcast(choose_amp(run_flags.amp, device, earlier)), device)
     if own := own_weights(flags.teacher, info.name, flags.teacher_ckpt):
         info = info.as_known_to(flags.teacher, own, keep_size=flags.image_size is not None)
     teacher = load_teacher(models, flags.teacher, info, device, flags.teacher_ckpt, flags.teacher_mean, flags.teacher_std)

@@ -81,7 +81,12 @@ class RunFlags:
         None, "choose --scale, at most 1, by this machine's rates, so that the run takes about so many; a resume keeps it"
     )
     gpu: int | None = flag(None, "index of the GPU, -1 for the CPU; unset: GPU 0 if there is one")
-    amp: str = flag("no", "mixed precision of the networks", choices=AMP, affects=ALL)
+    amp: str = flag(
+        "auto",
+        "mixed precision of the networks; auto: bf16 where the processor computes in it, and what the run was begun with",
+        choices=AMP,
+        affects=ALL,
+    )
     compile: str = flag(
         "auto",
         "torch.compile of inner steps; auto: of those that run often enough to win; graphs: networks and student step as CUDA graphs",
