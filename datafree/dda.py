@@ -7,8 +7,16 @@ learns from the bank and the kept variants, which carry their sources' labels. I
 Which diffusion model, ``--prior``:
     pixel            a small class-conditional model trained here on the bank itself; nothing is downloaded and the run
                      stays strictly data-free (``datafree.diffusion.pixel``). Default.
+    natural          a pixel model from a file: natural_32, which this project ships, trained on CIFAR-100's training images,
+                     or one of ``datafree.diffusion.train_prior``. Without class, unless it knows as many as the dataset has.
     image_variation  the paper's: Stable Diffusion taking a CLIP image embedding (``datafree.diffusion.variation``).
     image_to_image   any Stable Diffusion, SDXL or Turbo checkpoint, from the noised image and a class-name prompt.
+
+With pixel and natural the teacher may guide the variation, as DiffDFKD's does (``datafree.diffusion.guidance``): at every
+denoising step z <- z - B * d/dz [guidance_oh * CE(T(x0), y) + guidance_bn * L_bn(x0)], with y the source's label and x0 the
+image that the step would end in. 0 and 0, the default, is the paper's variation. With ``--agree`` the filter also asks that
+the teacher names a variant by its source's label; log and result tell the teacher's accuracy and L_bn of what was kept and
+dropped.
 
 Published settings: CSD's, but for 200 rounds of 400 images; of the diffusion stage none.
 
@@ -20,14 +28,18 @@ measured on the bank (``datafree.filter``).
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from datafree.base import Task
+from datafree.bn_statistics import layers_with_statistics
 from datafree.csd import CSD, CSDConfig
 from datafree.diffusion.augmenter import Augmenter, denoising_steps
 from datafree.diffusion.hub import DTYPES, diffusion_dtype, pipeline_config, prior_name
+from datafree.diffusion.judgement import Judgement
+from datafree.diffusion.patch_unet import load_patch_prior, shipped_prior
 from datafree.filter import DEFAULT_MODELS, EMBEDDINGS, CosineFilter, build_embedding, check_embedding
 from engine.loops.session import Stage
 from engine.loops.stages import Augment, Distill
@@ -50,6 +62,7 @@ class PriorDefaults:
 
 PRIORS = {
     "pixel": PriorDefaults(guidance_scale=1.0, num_inference_steps=12),
+    "natural": PriorDefaults("natural_32", guidance_scale=1.0, num_inference_steps=20),
     "image_variation": PriorDefaults("lambdalabs/sd-image-variations-diffusers", "v2.0"),
     "image_to_image": PriorDefaults("stable-diffusion-v1-5/stable-diffusion-v1-5"),
 }
@@ -68,7 +81,8 @@ class DDAConfig(CSDConfig):
     )
     diffusion_model: str | None = flag(
         None,
-        "hub id or local directory of a pretrained one; unset: lambdalabs/sd-image-variations-diffusers, stable-diffusion-v1-5/stable-diffusion-v1-5",
+        "hub id or local directory of a pretrained one, for natural a .safetensors file or the name of a shipped one; unset: "
+        "natural_32, lambdalabs/sd-image-variations-diffusers, stable-diffusion-v1-5/stable-diffusion-v1-5",
         affects=AUGMENT,
     )
     diffusion_revision: str | None = flag(
@@ -80,14 +94,25 @@ class DDAConfig(CSDConfig):
         "share of the way back to pure noise from which a variant is drawn, (0, 1]; image_variation always draws from pure noise",
         affects=AUGMENT,
     )
-    num_inference_steps: int | None = flag(None, "denoising steps from pure noise; unset: 25, pixel 12", affects=AUGMENT)
-    guidance_scale: float | None = flag(None, "classifier-free guidance; unset: 3, pixel 1, which is none", affects=AUGMENT)
+    num_inference_steps: int | None = flag(
+        None, "denoising steps from pure noise; unset: 25, pixel 12, natural 20", affects=AUGMENT
+    )
+    guidance_scale: float | None = flag(
+        None, "classifier-free guidance; unset: 3, pixel and natural 1, which is none", affects=AUGMENT
+    )
+    guidance_oh: float = flag(0.0, "pixel, natural: weight of CE(T(x), y) in the teacher's guidance", affects=AUGMENT)
+    guidance_bn: float = flag(
+        0.0, "pixel, natural: weight of the BN-statistics loss in the teacher's guidance", affects=AUGMENT
+    )
     prompt: str = flag("a photo of a {label}", "prompt of image_to_image", affects=AUGMENT)
     resolution: int | None = flag(None, "px at which a pretrained model draws; unset: its own", affects=AUGMENT)
     diffusion_dtype: str | None = flag(
         None, "of a pretrained model; unset: fp16 on a GPU, else fp32", choices=tuple(DTYPES), affects=AUGMENT
     )
-    diffusion_batch_size: int = flag(64, "variants drawn at a time; changes no image but by rounding")
+    diffusion_batch_size: int = flag(
+        64, "variants drawn together; but by rounding they depend on it with --guidance_bn only, whose statistics are theirs",
+        affects=AUGMENT,
+    )  # fmt: skip
     pixel_channels: tuple[int, ...] | None = flag(
         None, "pixel: channels of each level of its U-Net; unset: 32,64 up to 32 px, else 64,128,128", affects=AUGMENT
     )
@@ -100,6 +125,10 @@ class DDAConfig(CSDConfig):
         None,
         "least cosine of a kept variant, -1 keeps all; unset: above 99 % of the cosines between bank images of two classes",
         affects=FILTER,
+    )
+    agree: bool = flag(False, "keep only variants that the teacher names by their source's label", affects=FILTER)
+    variant_labels: str = flag(
+        "source", "of the student's CE on variants: the source's, or the teacher's", choices=("source", "teacher"), affects=FILTER
     )
 
 
@@ -118,7 +147,13 @@ class DDA(CSD):
         self.model = config.diffusion_model or default.model
         self.revision = config.diffusion_revision or (None if config.diffusion_model else default.revision)
         if config.prior == "pixel" and config.diffusion_model:
-            raise UserError(f"--diffusion_model {config.diffusion_model} needs --prior image_variation or image_to_image")
+            raise UserError(
+                f"--diffusion_model {config.diffusion_model} needs --prior natural, image_variation or image_to_image"
+            )
+        if self.guided and config.prior not in ("pixel", "natural"):
+            raise UserError(f"--guidance_oh and --guidance_bn need --prior pixel or natural, {config.prior} was given")
+        if config.guidance_bn and not layers_with_statistics(teacher):
+            raise UserError("the teacher has no BatchNorm layer, so it keeps no statistics to match; give --guidance_bn 0")
         if config.prior != "image_variation":
             denoising_steps(config.strength, self.steps)
         self.embedding_model = config.embedding_model or DEFAULT_MODELS.get(config.embedding)
@@ -127,7 +162,11 @@ class DDA(CSD):
 
     def check_inputs(self, stages: Collection[str]) -> None:
         super().check_inputs(stages)
-        if self.model and "augment" in stages:
+        if not self.model or "augment" not in stages:
+            return
+        if self.config.prior == "natural":
+            load_patch_prior(self.prior_file())
+        else:
             from datafree.diffusion.variation import PIPELINES
 
             pipeline_config(self.model, self.revision, PIPELINES[self.config.prior])
@@ -136,11 +175,21 @@ class DDA(CSD):
         config = self.config
         first, _ = self.from_initial_bank(config.init_rounds)
         check = partial(check_embedding, config.embedding, self.embedding_model)
-        filter = CosineFilter(self.embedding_name, config.omega, self.embedding, check)
+        judge = Judgement(self.teacher, self.task.device)
+        filter = CosineFilter(self.embedding_name, config.omega, self.embedding, judge, config.agree, check)
         prior = prior_name(self.model, self.revision) if self.model else "none"
         augment = Augment(first.name, self.augmenter, config.variants, config.diffusion_batch_size, filter, prior)
         seen_by = prior_name(self.embedding_model) if self.embedding_model else "none"
-        return first, augment, Distill(self, first.name, filter, seen_by)
+        return first, augment, Distill(self, first.name, filter, seen_by, variant_labels=config.variant_labels)
+
+    @property
+    def guided(self) -> bool:
+        """Whether the teacher guides the variation."""
+        return bool(self.config.guidance_oh or self.config.guidance_bn)
+
+    def prior_file(self) -> Path:
+        """That of ``--prior natural``."""
+        return shipped_prior(self.model) or Path(self.model)
 
     def dtype(self) -> torch.dtype:
         """Of pretrained models."""
@@ -148,14 +197,26 @@ class DDA(CSD):
 
     def augmenter(self) -> Augmenter:
         config, task = self.config, self.task
-        if config.prior == "pixel":
-            from datafree.diffusion.pixel import PixelAugmenter
+        if config.prior in ("pixel", "natural"):
+            from datafree.diffusion.guidance import Guidance
+            from datafree.diffusion.pixel import PixelAugmenter, PriorAugmenter
 
+            guidance = Guidance(self.teacher, task.info.image_size, config.guidance_bn, config.guidance_oh)
+        if config.prior == "pixel":
             return PixelAugmenter(
                 task.info.num_classes, task.info.image_size, channels=config.pixel_channels, fit_passes=config.fit_passes,
                 fit_batch_size=config.fit_batch_size, fit_lr=config.fit_lr, strength=config.strength,
-                num_inference_steps=self.steps, guidance_scale=self.guidance_scale, flip=task.info.flip, device=task.device,
+                num_inference_steps=self.steps, guidance_scale=self.guidance_scale, guidance=guidance, flip=task.info.flip,
+                device=task.device,
             )  # fmt: skip
+        if config.prior == "natural":
+            from datafree.diffusion.priors import PatchPrior
+
+            prior = PatchPrior.load(
+                self.prior_file(), task.device, self.dtype(), num_classes=task.info.num_classes, otherwise="none",
+                guidance_scale=self.guidance_scale,
+            )  # fmt: skip
+            return PriorAugmenter(prior, task.info.num_classes, config.strength, self.steps, guidance)
         from datafree.diffusion.variation import ImageToImage, ImageVariation
 
         common = {

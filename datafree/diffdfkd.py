@@ -59,6 +59,7 @@ from datafree.diffusion.guidance import BACKPROP, Guidance, lca_steps
 from datafree.diffusion.guided_sampler import Competitor, GuidedSampler
 from datafree.diffusion.hub import DTYPES, diffusion_dtype, prior_name
 from datafree.diffusion.patch_unet import SHIPPED
+from datafree.diffusion.priors import CLASSES
 from datafree.diffusion.sampling import RULES
 from datafree.losses import kd_loss
 from engine.data.crops import resized_crop_flip
@@ -95,6 +96,13 @@ class DiffDFKDConfig:
     )
     class_map: tuple[int, ...] | None = flag(
         None, "of a class-conditional prior: its class id of each class of the dataset; unset: the same ids", affects=GENERATE
+    )
+    prior_classes: str | None = flag(
+        None,
+        "of a class-conditional prior, for an image of a class; same: that of --class_map; own: all of its classes in turn; "
+        "none: no class; unset: same, but own for a prior of this project with another number of classes",
+        choices=CLASSES,
+        affects=GENERATE,
     )
     null_class: int | None = flag(
         None,
@@ -300,7 +308,7 @@ class DiffDFKD(Method):
         config, task = self.config, self.task
         prior = load_prior(
             self.model, config.diffusion_revision, num_classes=task.info.num_classes, class_names=task.info.class_names,
-            prompts=self.prompts, class_map=config.class_map, null_class=config.null_class,
+            prompts=self.prompts, class_map=config.class_map, classes=config.prior_classes, null_class=config.null_class,
             guidance_scale=config.guidance_scale, resolution=config.resolution, device=task.device,
             dtype=diffusion_dtype(config.diffusion_dtype, task.device),
         )  # fmt: skip

@@ -7,6 +7,8 @@ the embedding nor omega is known from the paper, whose figure keeps .83 and .76 
     clip     image embedding of CLIP (Radford et al. 2021, arXiv 2103.00020)
     dinov2   class token of DINOv2 (Oquab et al. 2023, arXiv 2304.07193)
 
+Besides, ``agree`` asks that the teacher still names the source's label: this project's addition.
+
 Cosines of one embedding mean nothing in another: between bank images of different classes, 99 % lie below .50 for a resnet20
 of CIFAR-10 and below .84 for one of digits. So the default omega is measured, not fixed: ``calibrated_omega``.
 """
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from datafree.diffusion.hub import hub_errors, quiet_libraries
+from datafree.diffusion.judgement import Judgement
 from engine.runtime.errors import UserError
 
 Embedding = Callable[[Tensor], Tensor]
@@ -133,12 +136,16 @@ class CosineFilter:
         name: of the embedding, for the file of the cosines.
         omega: the least cosine that stays; None: ``calibrated_omega``.
         build: makes the embedding, when it is first needed.
+        judge: what the teacher says of images, ``datafree.diffusion.judgement.Judgement``.
+        agree: whether only variants stay to which the teacher gives their source's label.
         check: raises a UserError where it could not be built.
     """
 
     name: str
     omega: float | None
     build: Callable[[], Embedding]
+    judge: Judgement
+    agree: bool = False
     check: Callable[[], None] = lambda: None
 
     def score(
@@ -155,9 +162,21 @@ class CosineFilter:
         cosine = cosines(embedding, sources["images"], variants["images"], variants["source_index"], progress=show)
         return cosine, calibrated_omega(embedding, sources["images"], sources["labels"])
 
-    def keep(self, cosine: Tensor, omega: float) -> Tensor:
-        """``keep_mask``."""
-        return keep_mask(cosine, omega)
+    def keep(self, cosine: Tensor, omega: float, agrees: Tensor) -> Tensor:
+        """``keep_mask`` and, with ``agree``, those to which the teacher gives their source's label, (M,) bool.
+
+        Raises:
+            UserError: none would stay.
+        """
+        near = keep_mask(cosine, omega)
+        if not self.agree:
+            return near
+        if not (near & agrees).any():
+            raise UserError(
+                f"--agree keeps none of the {int(near.sum())} variants that are near enough to their sources: the teacher names "
+                "none of them as its source; lower --strength, or give --guidance_oh 1"
+            )
+        return near & agrees
 
 
 def cosines(

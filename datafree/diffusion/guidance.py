@@ -74,6 +74,20 @@ class Guidance:
         """Whether any term would move a latent."""
         return bool(self.lr and (self.bn or self.oh or (self.adv and self.student is not None)))
 
+    def steer(
+        self, prior: DiffusionPrior, trajectory: Trajectory, latents: Tensor, k: int, condition: Any, targets: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Latents (B, C, h, w) at step k, moved, and the prior's output where they were, of one shape; targets (B, C)."""
+        if self.active:
+            output, gradient = self.gradient(prior, trajectory, latents, k, condition, targets)
+            return latents - self.lr * gradient, output
+        return latents, self.predict(prior, trajectory, latents, k, condition)
+
+    def predict(self, prior: DiffusionPrior, trajectory: Trajectory, latents: Tensor, k: int, condition: Any) -> Tensor:
+        """The prior's output for latents (B, C, h, w) at step k, a micro-batch at a time."""
+        parts = batches(len(latents), self.micro_batch)
+        return torch.cat([prior.predict(latents[part], trajectory.times[k], condition[part]) for part in parts])
+
     def loss(self, images: Tensor, targets: Tensor) -> Tensor:
         """B * L of images (B, 3, S, S) for class probabilities (B, C), scalar."""
         with self.statistics.collect() if self.statistics else nullcontext() as batch_stats:

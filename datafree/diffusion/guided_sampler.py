@@ -6,7 +6,6 @@ drawn with, which is a function of its position.
 """
 
 import copy
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,18 +14,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from datafree.base import ImageBatch, Task
-from datafree.bn_statistics import BNStatistics, bn_loss
 from datafree.diffusion.augmenter import seeded_generators
 from datafree.diffusion.guidance import Guidance, batches, check_finite, memory_errors
+from datafree.diffusion.judgement import Judgement
 from datafree.diffusion.latent_cutmix import draw_cutmix, seams
 from datafree.diffusion.priors import DiffusionPrior
 from datafree.diffusion.sampling import RULES
 from datafree.diffusion.variation import resize
 from datafree.losses import kd_loss
-from engine.runtime.errors import UserError
 from models.classifier import eval_mode
-
-MEASURED_AT_ONCE = 512  # images
 
 
 @dataclass
@@ -84,15 +80,11 @@ class GuidedSampler:
         if guidance.adv and competitor:
             self.student = copy.deepcopy(student)
             self.optimizer = torch.optim.SGD(self.student.parameters(), lr=competitor.lr, momentum=0.9, weight_decay=5e-4)
-        self.statistics = guidance.statistics
-        if self.statistics is None:
-            try:
-                self.statistics = BNStatistics(guidance.teacher)  # measured even if it does not guide
-            except UserError:
-                pass
+        self.judgement = Judgement(guidance.teacher, task.device, guidance.statistics)
+        self.asks = bool(guidance.oh) or prior.classes == "same"
 
     def draw(self, labels: Tensor, seeds: list[int], repeats: list[int]) -> Drawn:
-        """One image of each label (B,).
+        """One image of each label (B,); where neither prior nor guidance was told the class, with the teacher's label.
 
         Args:
             seeds: B; see the module.
@@ -106,9 +98,12 @@ class GuidedSampler:
             parts = batches(len(latents), self.guidance.micro_batch)
             full = torch.cat([self.prior.decode(latents[part]).clamp(0, 1) for part in parts])
             check_finite([True] * (len(self.trajectory) - 1) + [bool(full.isfinite().all())])
-        full = full.float()
-        size = (self.task.info.image_size, self.task.info.image_size)
-        return Drawn(full if full.shape[2:] == size else resize(full, size), labels, full=full)
+            full = full.float()
+            size = (self.task.info.image_size, self.task.info.image_size)
+            images = full if full.shape[2:] == size else resize(full, size)
+            if not self.asks:
+                labels = self.guidance.teacher(images).argmax(1)
+        return Drawn(images, labels, full=full)
 
     def _latents(self, labels: Tensor, seeds: list[int], repeats: list[int]) -> Tensor:
         """The last latents (B, C, h, w), clean."""
@@ -123,11 +118,7 @@ class GuidedSampler:
                 latents, targets = mix(latents), mix.targets(targets)
                 previous = None if previous is None else mix(previous)
                 latents = self._repaired(latents, k, condition, seams(mix.masks), generators)
-            if self.guidance.active:
-                output, gradient = self.guidance.gradient(prior, trajectory, latents, k, condition, targets)
-                latents = latents - self.guidance.lr * gradient
-            else:
-                output = self._predict(latents, k, condition)
+            latents, output = self.guidance.steer(prior, trajectory, latents, k, condition, targets)
             latents, previous = self._step(latents, k, output, previous, generators)
             whole.append(latents.isfinite().all())
         check_finite(torch.stack(whole).tolist())
@@ -143,13 +134,10 @@ class GuidedSampler:
         """Latents at step k whose seams were redrawn ``lca_repair`` times: a step, the way back with fresh noise, and only
         within the seam is that taken over (RePaint, Lugmayr et al. 2022, arXiv 2201.09865)."""
         for _ in range(self.lca_repair if k + 1 < len(self.trajectory) else 0):
-            after, _ = self._step(latents, k, self._predict(latents, k, condition), None, generators)
+            output = self.guidance.predict(self.prior, self.trajectory, latents, k, condition)
+            after, _ = self._step(latents, k, output, None, generators)
             latents = torch.where(seam, self.trajectory.renoise(after, k + 1, self._noise(generators)), latents)
         return latents
-
-    def _predict(self, latents: Tensor, k: int, condition: Any) -> Tensor:
-        time, parts = self.trajectory.times[k], batches(len(latents), self.guidance.micro_batch)
-        return torch.cat([self.prior.predict(latents[part], time, condition[part]) for part in parts])
 
     def _noise(self, generators: list[torch.Generator]) -> Tensor:
         noise = torch.stack([torch.randn(self.prior.shape, generator=generator) for generator in generators])
@@ -203,19 +191,10 @@ class GuidedSampler:
         self.optimizer.load_state_dict(state["optimizer"])
         self.compete()
 
-    @torch.no_grad()
     def measure(self, images_u8: Tensor, labels: Tensor) -> dict[str, float]:
-        """What the teacher says of finished images (N, 3, S, S) uint8: teacher_acc1 in %, loss_oh, and the mean L_bn over
-        batches of up to 512."""
-        hits, cross_entropy, distance = 0, 0.0, 0.0
-        for part in batches(len(images_u8), MEASURED_AT_ONCE):
-            images, wanted = images_u8[part].to(self.task.device).float().div_(255), labels[part].to(self.task.device)
-            with self.statistics.collect() if self.statistics else nullcontext() as batch_stats:
-                logits = self.guidance.teacher(images)
-            hits += int((logits.argmax(1) == wanted).sum())
-            cross_entropy += float(F.cross_entropy(logits, wanted, reduction="sum"))
-            if self.statistics:
-                distance += float(bn_loss(batch_stats, self.statistics.running)) * len(images)
-        count = len(images_u8)
-        figures = {"teacher_acc1": 100 * hits / count, "loss_oh": cross_entropy / count}
-        return figures | ({"loss_bn": distance / count} if self.statistics else {})
+        """What the teacher says of finished images (N, 3, S, S) uint8: see ``Judgement.figures``.
+
+        Labels that are its own say nothing of the images, and there is no teacher_acc1 then.
+        """
+        figures = self.judgement.figures(images_u8, labels)
+        return figures if self.asks else {name: value for name, value in figures.items() if name != "teacher_acc1"}

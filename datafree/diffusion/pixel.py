@@ -1,11 +1,13 @@
-"""PixelAugmenter: a diffusion model in pixel space, trained on the image bank itself, so that nothing is downloaded.
+"""Variants from diffusion models in pixel space: of a file that this project ships, or trained on the image bank itself.
 
-A variant is a bank image, noised to time ``strength`` and denoised again with its label (SDEdit, Meng et al. 2021, arXiv
-2108.01073) by deterministic DDIM, with classifier-free guidance where ``guidance_scale`` is not 1. Network and formulas are
-those of ``datafree.diffusion.patch_unet``; how it learns stands in ``datafree.diffusion.denoising``.
+A variant is a bank image, noised to time ``strength`` and denoised again (SDEdit, Meng et al. 2021, arXiv 2108.01073) by
+deterministic DDIM, with classifier-free guidance where ``guidance_scale`` is more than 1. At every step the teacher may pull
+it towards its source's label and towards the teacher's BN statistics (``datafree.diffusion.guidance``). Network and formulas
+are those of ``datafree.diffusion.patch_unet``; how it learns stands in ``datafree.diffusion.denoising``.
 
-Deviations from DDA (Li et al. 2024), which varies images with a pretrained Stable Diffusion: this prior knows only what
-the teacher's bank holds, so it mixes and redraws what was inverted and adds nothing from outside.
+Deviations from DDA (Li et al. 2024), which varies images with a pretrained Stable Diffusion and has no teacher in it. The
+prior of ``PixelAugmenter`` knows only what the teacher's bank holds, so it mixes and redraws what was inverted and adds
+nothing from outside; that of a file adds what it was trained on.
 
 Sizes were chosen by measuring, at an equal time on one CPU core, with 1500 scikit-learn digits of 16 px: a U-Net on 2 x 2
 pixel patches is as good as one on pixels and draws variants three times as fast; batches of 16 or 32 beat 64 by far, since
@@ -20,14 +22,19 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from datafree.diffusion.augmenter import Augmenter, denoising_steps, seeded_noise
 from datafree.diffusion.denoising import Denoising, Diverged
-from datafree.diffusion.patch_unet import PatchUNet, add_noise, denoise
+from datafree.diffusion.guidance import Guidance
+from datafree.diffusion.patch_unet import PatchUNet
+from datafree.diffusion.priors import PatchPrior
+from datafree.diffusion.variation import resize
 from engine.runtime.errors import UserError
 
 WARMUP_STEPS = 100
+UNGUIDED = Guidance(nn.Identity(), 0, oh=0.0)
 
 
 def default_network(image_size: int) -> dict[str, Any]:
@@ -37,7 +44,44 @@ def default_network(image_size: int) -> dict[str, Any]:
     return {"patch": 2 * max(1, image_size // 64), "channels": (64, 128, 128), "attention": True}
 
 
-class PixelAugmenter(Augmenter):
+class PriorAugmenter(Augmenter):
+    """Noises an image and denoises it again, under the teacher's guidance.
+
+    Args:
+        prior: the model, of any image size.
+        num_classes: C of the dataset.
+        strength: in (0, 1], the time to which a source is noised.
+        num_inference_steps: steps from pure noise; ``int(strength * num_inference_steps)`` of them are taken.
+        guidance: of the teacher; with its ``bn`` a variant depends on those it is drawn with.
+    """
+
+    def __init__(
+        self, prior: PatchPrior, num_classes: int, strength: float, num_inference_steps: int, guidance: Guidance = UNGUIDED
+    ):
+        self.prior, self.num_classes, self.guidance = prior, num_classes, guidance
+        self.steps = denoising_steps(strength, num_inference_steps)
+        self.trajectory = prior.trajectory(self.steps, strength)
+        self.network, self.external_prior = prior.network, prior.external_prior
+
+    @torch.no_grad()
+    def augment(self, images: Tensor, labels: Tensor, seeds: list[int]) -> Tensor:
+        """See ``Augmenter.augment``. One network call a step, two with classifier-free guidance."""
+        prior, trajectory, size = self.prior, self.trajectory, tuple(images.shape[2:])
+        images, labels = images.to(prior.device), labels.to(prior.device)
+        if size != prior.shape[1:]:
+            images = resize(images, prior.shape[1:])
+        noise = seeded_noise(seeds, prior.shape).to(prior.device)
+        latents = trajectory.alphas[0] * (images * 2 - 1) + trajectory.sigmas[0] * noise
+        condition, targets = prior.condition(labels, [0] * len(labels)), F.one_hot(labels, self.num_classes).float()
+        for k in range(len(trajectory)):
+            latents, output = self.guidance.steer(prior, trajectory, latents, k, condition, targets)
+            clean = trajectory.clamp(trajectory.clean(latents, k, output))
+            latents = trajectory.step(prior.own_rule, latents, k, clean)
+        variants = prior.decode(latents).clamp(0, 1)
+        return variants if size == prior.shape[1:] else resize(variants, size)
+
+
+class PixelAugmenter(PriorAugmenter):
     """The embedded augmenter: learns the bank, then redraws its images.
 
     Args:
@@ -47,9 +91,8 @@ class PixelAugmenter(Augmenter):
         fit_passes: over the bank, each a call of ``fit``.
         fit_batch_size: images a step.
         fit_lr: highest AdamW learning rate, warmed up over 100 steps and falling to 0 over all passes as a cosine.
-        strength: in (0, 1], the time to which a source is noised.
-        num_inference_steps: steps from pure noise; ``int(strength * num_inference_steps)`` of them are taken.
-        guidance_scale: 1 is none and costs half.
+        strength, num_inference_steps, guidance: see ``PriorAugmenter``.
+        guidance_scale: at most 1 is none and costs half.
         flip: whether the mirror image of a training image is as good as itself.
         seed: of the initial weights, which must not depend on what ran before.
     """
@@ -68,22 +111,25 @@ class PixelAugmenter(Augmenter):
         strength: float = 0.5,
         num_inference_steps: int = 12,
         guidance_scale: float = 1.0,
+        guidance: Guidance = UNGUIDED,
         flip: bool = False,
         seed: int = 0,
         device: torch.device | str = "cpu",
     ):
-        self.steps = denoising_steps(strength, num_inference_steps)
-        self.strength, self.guidance_scale, self.flip = strength, guidance_scale, flip
+        denoising_steps(strength, num_inference_steps)
         self.fit_rounds, self.fit_batch_size, self.fit_lr = fit_passes, fit_batch_size, fit_lr
-        self.null_label, self.device = num_classes, torch.device(device)
         given = {"patch": patch, "channels": channels, "attention": attention}
         network = default_network(image_size) | {name: value for name, value in given.items() if value is not None}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             unet = PatchUNet(num_classes, image_size, **network)
-        unet = unet.to(self.device, memory_format=torch.channels_last)
+        unet = unet.to(device, memory_format=torch.channels_last)
         self.total_steps = 0  # of all passes; known once the bank is seen
         self.training = Denoising(unet, num_classes, self._learning_rate, flip=flip)
+        classes = {"num_classes": num_classes, "guidance_scale": guidance_scale}
+        prior = PatchPrior(self.training.ema, "none", image_size, num_classes, **classes)
+        super().__init__(prior, num_classes, strength, num_inference_steps, guidance)
+        self.network = None  # small, and its weights change
 
     def fit(self, images_u8: Tensor, labels: Tensor) -> dict[str, float | Tensor]:
         """One pass over the bank; see ``Augmenter.fit``.
@@ -103,17 +149,6 @@ class PixelAugmenter(Augmenter):
         total = max(1, self.total_steps)
         warmup = (step + 1) / max(1, min(WARMUP_STEPS, total // 10))
         return self.fit_lr * min(warmup, 0.5 + 0.5 * math.cos(math.pi * min(1, step / total)))
-
-    @torch.no_grad()
-    def augment(self, images: Tensor, labels: Tensor, seeds: list[int]) -> Tensor:
-        """See ``Augmenter.augment``. One network call a step, two with guidance."""
-        clean = images.to(self.device) * 2 - 1
-        labels = labels.to(self.device)
-        noise = seeded_noise(seeds, tuple(clean.shape[1:])).to(self.device)
-        times = torch.linspace(self.strength, 0, self.steps + 1, device=self.device)
-        x_t = add_noise(clean, noise, times[:1])
-        images = denoise(self.training.ema, x_t, times, labels, self.null_label, self.guidance_scale)
-        return images / 2 + 0.5
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that training goes on from, by reference: save or copy it before the next round."""

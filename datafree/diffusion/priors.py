@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from datafree.diffusion.hub import load_pipeline, pipeline_config, prior_name
-from datafree.diffusion.patch_unet import load_patch_prior, shipped_prior
+from datafree.diffusion.patch_unet import PatchUNet, load_patch_prior, shipped_prior
 from datafree.diffusion.sampling import Trajectory, cosine_trajectory, own_rule, scheduler_trajectory
 from engine.runtime.errors import UserError
 
 FLAG = "--diffusion_model"
+CLASSES = ("same", "own", "none")  # of a class-conditional prior, for an image of a class of the dataset: see _Classes
 TEXT = {
     "StableDiffusionPipeline": "StableDiffusionPipeline",
     "StableDiffusionImg2ImgPipeline": "StableDiffusionPipeline",
@@ -41,6 +42,7 @@ class DiffusionPrior:
         own_rule: the sampling rule that it was published with, of ``sampling.RULES``.
         guidance_scale: of classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598); at most 1 is none and costs half.
         device, dtype: of the model; latents outside it are float32.
+        classes: of ``CLASSES``; only with "same" does the condition say which class of the dataset an image is of.
     """
 
     external_prior: str
@@ -49,6 +51,7 @@ class DiffusionPrior:
     guidance_scale: float
     device: torch.device
     dtype: torch.dtype
+    classes: str = "same"
 
     def trajectory(self, steps: int) -> Trajectory:
         """Noise levels of ``steps`` steps."""
@@ -186,15 +189,29 @@ class _Classes:
     Args of ``_take_classes``:
         known: number of classes of the prior; null: its id for "no class", or None if it was not trained for guidance.
         class_map: the prior's class id of each label; None: the label itself.
+        classes: "same": the id that ``class_map`` has for the label. "own": all classes of the prior take turns within every
+            label. "none": the null class, so that nothing is left for ``guidance_scale`` to scale.
     Raises:
         UserError: a label has no class, or guidance is asked for without a null class.
     """
 
-    def _take_classes(self, known: int, null: int | None, num_classes: int, class_map: tuple[int, ...] | None) -> None:
+    def _take_classes(
+        self, known: int, null: int | None, num_classes: int, class_map: tuple[int, ...] | None, classes: str = "same"
+    ) -> None:
+        assert classes in CLASSES, classes
         if class_map is not None and len(class_map) != num_classes:
             raise UserError(f"--class_map has {len(class_map)} ids for the {num_classes} classes of the dataset")
-        ids = class_map or tuple(range(num_classes))
-        if wrong := [c for c in ids if not 0 <= c < known]:
+        if class_map is not None and classes != "same":
+            raise UserError(f"--class_map says which class of the prior each label is, --prior_classes {classes} otherwise")
+        if classes == "none" and null is None:
+            raise UserError(f"{FLAG} {self.external_prior} has no null class; give --prior_classes own, or --null_class")
+        self.classes, self.num_classes = classes, num_classes
+        if classes == "same":
+            ids = class_map or tuple(range(num_classes))
+        else:
+            ids = tuple(c for c in range(known) if c != null) if classes == "own" else (null,)
+            self.guidance_scale = self.guidance_scale if classes == "own" else min(1.0, self.guidance_scale)
+        if classes == "same" and (wrong := [c for c in ids if not 0 <= c < known]):
             raise UserError(
                 f"{FLAG} {self.external_prior} knows {known} classes, id {wrong[0]} is none of them and the dataset has "
                 f"{num_classes}; give a prior that knows them, or its ids with --class_map"
@@ -208,7 +225,11 @@ class _Classes:
 
     def condition(self, labels: Tensor, repeats: list[int]) -> Tensor:
         """The prior's class ids (B,)."""
-        return self.ids[labels.to(self.device)]
+        labels = labels.to(self.device)
+        if self.classes == "same":
+            return self.ids[labels]
+        turns = torch.tensor(repeats, device=self.device) + labels * len(self.ids) // self.num_classes
+        return self.ids[turns % len(self.ids)]
 
     def _with_null(self, condition: Tensor) -> Tensor:
         return torch.cat([torch.full_like(condition, self.null), condition])
@@ -217,14 +238,17 @@ class _Classes:
 class DiT(_Classes, _Pipeline):
     """A class-conditional diffusion transformer; its null class comes after the last one."""
 
-    def __init__(self, pipeline, name: str, *, num_classes: int, class_map, guidance_scale: float, resolution: int | None):
+    def __init__(
+        self, pipeline, name: str, *, num_classes: int, class_map, classes: str | None, guidance_scale: float,
+        resolution: int | None,
+    ):  # fmt: skip
         super().__init__(pipeline, pipeline.transformer, name, guidance_scale, resolution)
         own = self.network.config.sample_size
         if self.shape[1] != own:
             only = own * resolution // self.shape[1]
             raise UserError(f"--resolution {resolution}: {name} draws {only} px only; leave it out")
         known = self.network.config.num_embeds_ada_norm
-        self._take_classes(known, known, num_classes, class_map)
+        self._take_classes(known, known, num_classes, class_map, classes or "same")
 
     def _network(self, latents: Tensor, time: Tensor, condition: Tensor) -> Tensor:
         output = self.network(latents, timestep=time.expand(len(latents)), class_labels=condition).sample
@@ -236,8 +260,8 @@ class PixelUNet(_Classes, _Pipeline):
     that is left over where it has one more than the dataset has classes."""
 
     def __init__(
-        self, pipeline, name: str, *, num_classes: int, class_map, null_class: int | None, guidance_scale: float,
-        resolution: int | None,
+        self, pipeline, name: str, *, num_classes: int, class_map, classes: str | None, null_class: int | None,
+        guidance_scale: float, resolution: int | None,
     ):  # fmt: skip
         super().__init__(pipeline, pipeline.unet, name, guidance_scale, resolution)
         known = self.network.config.get("num_class_embeds")
@@ -247,27 +271,43 @@ class PixelUNet(_Classes, _Pipeline):
             null_class = num_classes
         if null_class is not None and not 0 <= null_class < known:
             raise UserError(f"--null_class {null_class}: {FLAG} {name} has the class ids 0 to {known - 1}")
-        self._take_classes(known, null_class, num_classes, class_map)
+        self._take_classes(known, null_class, num_classes, class_map, classes or "same")
 
     def _network(self, latents: Tensor, time: Tensor, condition: Tensor) -> Tensor:
         return self.network(latents, time, class_labels=condition).sample[:, : latents.shape[1]]
 
 
 class PatchPrior(_Classes, DiffusionPrior):
-    """A model file of this project: pixels in [-1, 1], cosine schedule, v-prediction (``datafree.diffusion.patch_unet``)."""
+    """A network of this project: pixels in [-1, 1], cosine schedule, v-prediction (``datafree.diffusion.patch_unet``).
+
+    Args:
+        network: frozen, on its device; its null class comes after its ``known`` classes.
+        classes: None: "same" where it knows as many classes as the dataset has, or ``class_map`` is given; else ``otherwise``.
+    """
 
     own_rule = "ddim"
 
-    def __init__(self, path: Path, *, num_classes: int, class_map, guidance_scale: float, dtype, device):
-        network, about = load_patch_prior(path)
-        self.network = network.to(device, dtype, memory_format=torch.channels_last).eval().requires_grad_(False)
-        self.external_prior, self.guidance_scale = prior_name(str(path)), guidance_scale
-        self.device, self.dtype = torch.device(device), dtype
-        self.shape = (3, about["image_size"], about["image_size"])
-        self._take_classes(about["num_classes"], about["num_classes"], num_classes, class_map)
+    def __init__(
+        self, network: PatchUNet, name: str, image_size: int, known: int, *, num_classes: int, class_map=None,
+        classes: str | None = None, otherwise: str = "own", guidance_scale: float = 1.0,
+    ):  # fmt: skip
+        weight = next(network.parameters())
+        self.network, self.device, self.dtype = network, weight.device, weight.dtype
+        self.external_prior, self.guidance_scale = name, guidance_scale
+        self.shape = (3, image_size, image_size)
+        fits = class_map is not None or known == num_classes
+        self._take_classes(known, known, num_classes, class_map, classes or ("same" if fits else otherwise))
 
-    def trajectory(self, steps: int) -> Trajectory:
-        return cosine_trajectory(steps, self.device)
+    @classmethod
+    def load(cls, path: Path, device: torch.device | str, dtype: torch.dtype, **settings) -> "PatchPrior":
+        """That of a file; ``settings`` as above."""
+        network, about = load_patch_prior(path)
+        network = network.to(device, dtype, memory_format=torch.channels_last)
+        return cls(network, prior_name(str(path)), about["image_size"], about["num_classes"], **settings)
+
+    def trajectory(self, steps: int, start: float = 1.0) -> Trajectory:
+        """From time ``start`` on."""
+        return cosine_trajectory(steps, self.device, start)
 
     def decode(self, latents: Tensor) -> Tensor:
         return latents / 2 + 0.5
@@ -317,6 +357,7 @@ def load_prior(
     class_names: tuple[str, ...] | None = None,
     prompts: tuple[str, ...] = ("a photo of a {label}",),
     class_map: tuple[int, ...] | None = None,
+    classes: str | None = None,
     null_class: int | None = None,
     guidance_scale: float = 3.0,
     resolution: int | None = None,
@@ -329,23 +370,24 @@ def load_prior(
         model_id: hub id, directory written by ``save_pretrained``, a ``.safetensors`` file of this project, or the name of
             one that it ships (``natural_32``).
         num_classes: of the dataset; class_names: by label, or None.
-        prompts: of a text-to-image model; class_map, null_class: of a class-conditional one.
+        prompts: of a text-to-image model; class_map, classes (of ``CLASSES``), null_class: of a class-conditional one.
         resolution: px at which it draws; None: its own.
     Raises:
         UserError: the model cannot be had, is of another kind, knows too few classes, or cannot draw at ``resolution``.
     """
-    common: dict[str, Any] = {"num_classes": num_classes, "class_map": class_map, "guidance_scale": guidance_scale}
+    about_classes = {"num_classes": num_classes, "class_map": class_map, "classes": classes}
+    common: dict[str, Any] = {**about_classes, "guidance_scale": guidance_scale}
     model_id = str(shipped_prior(model_id) or model_id)
     if model_id.endswith(".safetensors"):
         if resolution:
             raise UserError(f"--resolution {resolution}: {model_id} draws at its own size only; leave it out")
-        return PatchPrior(Path(model_id), **common, dtype=dtype, device=device)
+        return PatchPrior.load(Path(model_id), device, dtype, **common)
     pipeline = load_pipeline(model_id, revision, PIPELINES, dtype, device, FLAG)
     name, kind = prior_name(model_id, revision), type(pipeline).__name__
     common["resolution"] = resolution
     if kind == "DiTPipeline":
         return DiT(pipeline, name, **common)
     if kind in TEXT:
-        del common["num_classes"], common["class_map"]
-        return TextToImage(pipeline, name, prompts=prompts, class_names=class_names, **common)
+        drawing = {"guidance_scale": guidance_scale, "resolution": resolution}
+        return TextToImage(pipeline, name, prompts=prompts, class_names=class_names, **drawing)
     return PixelUNet(pipeline, name, null_class=null_class, **common)

@@ -89,11 +89,11 @@ class Trajectory:
         return (after - here) / (here - before)
 
 
-def cosine_trajectory(steps: int, device: torch.device | str) -> Trajectory:
-    """That of ``datafree.diffusion.pixel``: time from 1 to 0, angle t * pi / 2, v-prediction, images in [-1, 1]."""
-    angles = [math.pi / 2 * (1 - k / steps) for k in range(steps)]
-    times = torch.linspace(1, 0, steps + 1, device=device)[:-1]
-    alphas = (0.0, *(math.cos(angle) for angle in angles[1:]), 1.0)
+def cosine_trajectory(steps: int, device: torch.device | str, start: float = 1.0) -> Trajectory:
+    """That of ``datafree.diffusion.patch_unet``: time from ``start`` to 0, angle t * pi / 2, v-prediction, images in [-1, 1]."""
+    angles = [math.pi / 2 * start * (1 - k / steps) for k in range(steps)]
+    times = torch.linspace(start, 0, steps + 1, device=device)[:-1]
+    alphas = (math.cos(angles[0]) if start < 1 else 0.0, *(math.cos(angle) for angle in angles[1:]), 1.0)
     return Trajectory(times, alphas, (*(math.sin(angle) for angle in angles), 0.0), "v_prediction", clip=1.0)
 
 

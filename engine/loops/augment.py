@@ -105,33 +105,41 @@ def fit_augmenter(run: Run, augmenter, images: Tensor, labels: Tensor, seed: int
 def filter_variants(run: Run, folder: Path, sources: dict[str, Any], variants: dict[str, Any], filter) -> None:
     """Decides which variants stay; logged, drawn, and stored with the cosines in ``filter_<name>.safetensors``.
 
-    Cosines are computed once an embedding, in this run or in the one that made the variants, so that omega can change
-    without generating or embedding again.
+    Cosines and the teacher's labels are computed once an embedding, in this run or in the one that made the variants, so that
+    the rule can change without generating or embedding again. The file also has what the teacher says of the variants kept
+    and dropped: ``kept_teacher_acc1`` and so on, of one number each.
 
     Args:
         folder: of the variants.
         sources: images (N, 3, H, W), labels; variants: images (N * V, 3, H, W), labels, source_index.
         filter: ``datafree.filter.CosineFilter``.
     """
-    file, stored = filter_file(run.path, filter), stored_cosines(run.path, folder, filter)
+    file, stored = filter_file(run.path, filter), stored_scores(run.path, folder, filter)
     if stored is None or len(stored["cosine"]) != len(variants["labels"]):
+        teacher_labels = filter.judge.labels(variants["images"])
         with progress(len(sources["labels"]) + len(variants["labels"]), "embed", "img", delay=3) as bar:
             cosine, calibrated = filter.score(sources, variants, bar.update)
     else:
         cosine, calibrated = stored["cosine"], stored["calibrated_omega"].item()
+        teacher_labels = stored["teacher_labels"]
     omega = calibrated if filter.omega is None else filter.omega
-    if file.exists() and stored is not None and stored["omega"].item() == omega:
+    rule = {"omega": torch.tensor([omega], dtype=torch.float64), "agree": torch.tensor([filter.agree])}
+    if file.exists() and stored is not None and all(torch.equal(stored[name], value) for name, value in rule.items()):
         return  # decided before
-    keep = filter.keep(cosine, omega)
-    save_tensors(
-        file,
-        {"cosine": cosine, "keep": keep, "calibrated_omega": torch.tensor([calibrated]), "omega": torch.tensor([omega], dtype=torch.float64)},
-    )
+    keep = filter.keep(cosine, omega, teacher_labels == variants["labels"])
+    parts = {name: part for name, part in (("kept", keep), ("dropped", ~keep)) if part.any()}
+    found = {name: filter.judge.figures(variants["images"][part], variants["labels"][part]) for name, part in parts.items()}
+    figures = {f"{name}_{figure}": torch.tensor([value]) for name, some in found.items() for figure, value in some.items()}
+    scores = {"cosine": cosine, "teacher_labels": teacher_labels, "calibrated_omega": torch.tensor([calibrated])}
+    save_tensors(file, scores | rule | figures | {"keep": keep})
     low, middle, high = torch.quantile(cosine[:1_000_000].float(), torch.tensor([0.1, 0.5, 0.9])).tolist()
     run.log(
         f"filter: {int(keep.sum())} of {len(keep)} variants kept at omega {omega:.3f} ({filter.name} embedding; "
         f"cosine 10/50/90 %: {low:.3f} {middle:.3f} {high:.3f})"
     )
+    for name, some in found.items():
+        distance = f", BN distance {some['loss_bn']:.3f}" if "loss_bn" in some else ""
+        run.log(f"filter: {name}: the teacher names {some['teacher_acc1']:.1f} % by their source's label{distance}")
     run.board.add_histogram("filter/cosine", cosine)
     run.board.add_scalar("filter/keep_rate", keep.float().mean())
     total = len(sources["labels"])
@@ -141,10 +149,16 @@ def filter_variants(run: Run, folder: Path, sources: dict[str, Any], variants: d
     run.picture("variants", picture)
 
 
-def stored_cosines(run: Path, folder: Path, filter) -> dict[str, Tensor] | None:
+def stored_scores(run: Path, folder: Path, filter) -> dict[str, Tensor] | None:
     """What a run's filter file holds or, without one, that of the run that made the variants in ``folder``."""
     files = filter_file(run, filter), filter_file(folder.parent, filter)
-    return next((load_tensors(file) for file in files if file.exists()), None)
+    found = (load_tensors(file) for file in files if file.exists())
+    return next((scores for scores in found if "teacher_labels" in scores), None)  # an earlier version's has none
+
+
+def stored_figures(scores: dict[str, Tensor]) -> dict[str, float]:
+    """Of a filter file: what the teacher says of the variants "kept" and "dropped", {"kept_teacher_acc1": ...}."""
+    return {name: round(value.item(), 4) for name, value in scores.items() if name.startswith(("kept_", "dropped_"))}
 
 
 def filter_file(folder: Path, filter) -> Path:

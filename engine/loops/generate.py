@@ -122,7 +122,7 @@ class GuidedMaker(Maker):
             batch = self.sampler.draw(labels, seeds, self.order.repeats(positions))
             if self.order.export:
                 export(self.order.export, batch.full, batch.labels, positions)
-            parts[index] = Part({"images": to_uint8(batch.images).cpu(), "labels": labels})
+            parts[index] = Part({"images": to_uint8(batch.images).cpu(), "labels": batch.labels.cpu()})
             show(len(positions))
         return parts
 

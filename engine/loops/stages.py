@@ -117,6 +117,7 @@ class Distill(Stage):
         filter: of the variants of stage augment; None: there is no such stage.
         external_prior: a pretrained model besides the teacher that this stage itself uses.
         images_per_class: of the initial bank that the student sees at most, the first ones; None: all.
+        variant_labels: of the kept variants in the student's loss: "source", or "teacher" for what that says of them.
     """
 
     method: Any
@@ -124,6 +125,7 @@ class Distill(Stage):
     filter: Any = None
     external_prior: str = "none"
     images_per_class: int | None = None
+    variant_labels: str = "source"
     name = "distill"
     outputs = ("bank/distill-*.safetensors", "distill.pth", "student.pth", "confusion.json", "result.json")
 
@@ -136,11 +138,11 @@ class Distill(Stage):
         variants = session.finished("augment", "init_variants", "variants")
         if self.initial not in before:
             self._sources_and_variants(session)
-        stored = augment.stored_cosines(session.path, variants.bank.path, self.filter)
+        stored = augment.stored_scores(session.path, variants.bank.path, self.filter)
         if stored is None:
             self.filter.check()
         elif self.filter.omega is not None:
-            self.filter.keep(stored["cosine"], self.filter.omega)
+            self.filter.keep(stored["cosine"], self.filter.omega, stored["teacher_labels"] == variants.columns["labels"])
 
     def prepare(self, session: Session) -> None:
         if not self.method.streams:
@@ -232,9 +234,11 @@ class Distill(Stage):
         if variants:
             filtered, columns = load_tensors(augment.filter_file(session.path, self.filter)), variants.columns
             keep = filtered["keep"]
-            parts.append((columns["images"][keep], columns["labels"][keep]))
+            labels = filtered["teacher_labels"] if self.variant_labels == "teacher" else columns["labels"]
+            parts.append((columns["images"][keep], labels[keep]))
             omega = round(filtered["omega"].item(), 4)
             counts |= {"variants": len(keep), "variants_kept": int(keep.sum()), "omega": omega}
+            counts |= {f"variants_{name}": value for name, value in augment.stored_figures(filtered).items()}
         return TransferImages(initial, variants, tuple(parts), counts)
 
     def _synthesizer(self, session: Session, initial: Finished | None) -> Any:

@@ -103,7 +103,7 @@ def test_fit_reduces_the_loss(trained):
 @pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
 def test_pixel_variants_do_not_depend_on_the_batch(trained, guidance_scale, monkeypatch):
     prior, _, _, images, labels = trained
-    monkeypatch.setattr(prior, "guidance_scale", guidance_scale)
+    monkeypatch.setattr(prior.prior, "guidance_scale", guidance_scale)
     seeds = list(range(7))
     whole = prior.augment(images, labels, seeds)
     assert whole.shape == images.shape and whole.dtype == torch.float32 and 0 <= whole.min() and whole.max() <= 1
@@ -123,7 +123,7 @@ def test_pixel_variants_follow_seed_source_and_guidance(trained, monkeypatch):
     assert (first - prior.augment(images, labels, [4] * 7)).abs().mean() > 1e-3
     assert (first - images).abs().mean() > 1e-3
     assert (first[0] - first[1]).abs().mean() > 1e-3
-    monkeypatch.setattr(prior, "guidance_scale", 3.0)
+    monkeypatch.setattr(prior.prior, "guidance_scale", 3.0)
     assert (first - prior.augment(images, labels, same)).abs().mean() > 1e-4
 
 
@@ -206,7 +206,7 @@ def test_null_label_is_drawn(monkeypatch):
     torch.manual_seed(0)
     prior.training.loss(images[:1].expand(400, -1, -1, -1), labels[:1].expand(400))
     times, drawn = seen[0]
-    assert 0.05 < (drawn == prior.null_label).float().mean() < 0.16
+    assert 0.05 < (drawn == prior.training.null_label).float().mean() < 0.16
     assert torch.allclose(times.sort().values.diff(), torch.full((399,), 1 / 400), atol=1e-5)
 
 
