@@ -129,7 +129,7 @@ class Noise(Method):
     def __init__(self, config: NoiseConfig, teacher: nn.Module, student: nn.Module, task: Task):
         super().__init__(config, teacher, student, task)
         if config.images:
-            self.external_prior = f"images of {Path(config.images).resolve().name.removesuffix(".npz")}"
+            self.external_prior = f"images of {Path(config.images).resolve().name.removesuffix('.npz')}"
 
     def check_inputs(self, stages: Collection[str]) -> None:
         self.answering_teacher()  # raises where there is nothing to normalize
