@@ -186,6 +186,10 @@ class Method:
         """For stage synthesize: makes the image bank that distillation starts from; its student knows nothing yet."""
         return self.synthesizer()
 
+    def answering_teacher(self) -> nn.Module:
+        """Whose outputs the student learns in stage distill: the teacher, unless a method has it answer otherwise."""
+        return self.teacher
+
     def synthesizer(self) -> Synthesizer:
         """For the rounds of stage distill."""
         raise NotImplementedError

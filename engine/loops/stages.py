@@ -169,7 +169,7 @@ class Distill(Stage):
             if transfer is not None:
                 run.log(transfer.description)
         distillation = distill.Distillation(
-            method.teacher, method.student, method.objective().to(device), self._synthesizer(session, images.initial),
+            method.answering_teacher(), method.student, method.objective().to(device), self._synthesizer(session, images.initial),
             session.schedule, Precision(session.flags["amp"], device), method.images_per_round if bank is not None else 0,
             processes, session.compiler,
         )  # fmt: skip
