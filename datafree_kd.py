@@ -9,13 +9,15 @@ To resume, run the same command again. Of the real data only the test split is o
 
 import dataclasses
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 from engine import report
+from engine.loops.lengths import scaled
 from engine.loops.settings import DistillFlags, RunFlags, TaskFlags, for_seed
 from engine.runtime.errors import run_command
-from engine.runtime.flags import Parser, add_flags, add_list, from_args, stage_flags
+from engine.runtime.flags import Parser, add_flags, add_list, from_args, given_flags, stage_flags
 from engine.runtime.names import lookup, resolve
 from engine.runtime.processes import is_main, leave_processes
 from registry import DATASETS, METHODS, MODELS, PAIRS, PUBLISHED
@@ -38,13 +40,17 @@ def parse(argv: list[str]):
     for group in groups:
         add_flags(parser, group, group.__doc__.rstrip("."), method.defaults if method else {})
     args = parser.parse_args(argv)
-    return name, method, [from_args(group, args) for group in groups]
+    return name, method, scaled([from_args(group, args) for group in groups], args.scale, given_flags(parser, argv))
 
 
 def main() -> None:
     name, method_class, groups = parse(sys.argv[1:])
     run_flags = groups[1]
     seeds = run_flags.seeds or (run_flags.seed,)
+    if run_flags.minutes is not None:
+        seeded = for_seed(seeds[0], bool(run_flags.seeds), groups)
+        scale = scale_for_minutes(name, method_class, seeded, lambda scale: parse([*sys.argv[1:], "--scale", repr(scale)])[2])
+        groups = parse([*sys.argv[1:], "--scale", repr(scale)])[2]
     folders = []
     for seed in seeds:
         if len(seeds) > 1 and is_main():
@@ -55,10 +61,30 @@ def main() -> None:
         print(report.table(report.parse(finished)))
 
 
+def scale_for_minutes(name: str, method_class: type, groups: list, at: Callable[[float], list]) -> float:
+    """The scale that ``--minutes`` asks for: that of the run that is resumed, else by this machine's rates.
+
+    Args:
+        at: scale -> the flags of such a run.
+    """
+    from datafree.build import build_method, run_folder
+    from datafree.minutes import choose_scale, trial_groups
+    from engine.data.splits import forbid_train_split
+    from engine.loops.session import choose_stages
+    from engine.runtime.processes import join_processes
+
+    run_flags, processes, trial = groups[1], join_processes(groups[1].gpu), trial_groups(groups)
+    forbid_train_split()
+    method = build_method(name, method_class, trial, trial[2].schedule(), processes, DATASETS, MODELS)
+    stages = choose_stages(name, [stage.name for stage in method.stages()], run_flags)[0]
+    folder = run_folder(name, groups, method.task.info.name)
+    return processes.broadcast(choose_scale(folder, method, trial, stages, at) if processes.main else None)
+
+
 def run(name: str, method_class: type, groups: list) -> Path:
     """One run with one seed; returns its folder."""
     # Imported after parsing, so that --help and a misspelt flag answer at once.
-    from datafree.build import build_method
+    from datafree.build import build_method, run_folder
     from engine.data.bank import Manifest
     from engine.data.splits import forbid_train_split
     from engine.loops import preflight
@@ -83,8 +109,8 @@ def run(name: str, method_class: type, groups: list) -> Path:
         processes.check_divides(distill_flags.batch_size)
 
     weights = weights_digest(method.teacher.network.state_dict())
-    pair = f"{info.name}_{short_name(task_flags.teacher)}_{short_name(task_flags.student)}"
-    path = Path(run_flags.save_dir or Path("checkpoints", name, f"{pair}_seed{run_flags.seed}"))
+    path = run_folder(name, groups, info.name)
+    groups[1] = dataclasses.replace(run_flags, amp=method.task.precision.amp)
     flags = {"method": name} | {k: v for group in groups for k, v in dataclasses.asdict(group).items()}
     inputs = {"method": name, "teacher_ckpt": f"(weights {weights})"} | method.teacher.normalization.as_flags("teacher_")
     learns = "distill" in selected

@@ -59,7 +59,12 @@ class ScratchFlags:
     std: tuple[float, ...] | None = flag(None, "see --mean", affects=TRAIN)
     seed: int = flag(0, "random numbers are a function of seed and epoch", affects=TRAIN)
     gpu: int | None = flag(None, "index of the GPU, -1 for the CPU; unset: GPU 0 if there is one")
-    amp: str = flag("no", "mixed precision", choices=("no", "bf16", "fp16"), affects=TRAIN)
+    amp: str = flag(
+        "auto",
+        "mixed precision; auto: bf16 where the processor computes in it, and what the run was begun with",
+        choices=("auto", "no", "bf16", "fp16"),
+        affects=TRAIN,
+    )
     fp16: bool = flag(False, "the same as --amp fp16")
     compile: str = flag(
         "auto", "torch.compile; auto: in a run long enough to win by it", choices=("auto", "yes", "graphs", "no")
@@ -98,18 +103,22 @@ def main() -> None:
     )
     from engine.networks.normalization import choose_normalization
     from engine.networks.public import configuration, is_public, published_weights
-    from engine.runtime.precision import Precision, choose_device
+    from engine.runtime.precision import Precision, choose_amp, choose_device
+    from engine.runtime.run import earlier_value
     from engine.runtime.seeding import seed_position
 
     if flags.pretrained and (flags.resume or flags.evaluate_only):
         raise UserError(f"--pretrained and {'--resume' if flags.resume else '--evaluate_only'} exclude each other; give one")
     device = choose_device(flags.gpu)
-    precision = Precision("fp16" if flags.fp16 else flags.amp, device)
     info = dataset_info(
         DATASETS, flags.dataset, flags.data_root, flags.image_size, flags.domain, flags.classes, flags.name
     )
     stem = f"{info.name}_{short_name(flags.model)}"
     output = Path(flags.output) if flags.output else PRETRAINED / f"{stem}.pth"
+    save_dir = Path(flags.save_dir) if flags.save_dir else Path("checkpoints", "scratch", stem)
+    earlier = None if flags.redo else earlier_value(save_dir, "amp")
+    flags = dataclasses.replace(flags, amp="fp16" if flags.fp16 else choose_amp(flags.amp, device, earlier))
+    precision = Precision(flags.amp, device)
     own = start = None
     if flags.evaluate_only:
         given = flags.resume or (str(output) if output.exists() else None)
@@ -137,7 +146,6 @@ def main() -> None:
         accuracy = evaluate(classifier, load_split(info, "test", device, flags.workers))
         print(f"{start}: acc1 {accuracy['acc1']:.2f} %, acc5 {accuracy['acc5']:.2f} % on the test split of {info.name}")
         return
-    save_dir = Path(flags.save_dir) if flags.save_dir else Path("checkpoints", "scratch", stem)
     train_run(flags, lengths, classifier, info, precision, save_dir, output, start, stored.get("dropped_head"))
 
 

@@ -55,9 +55,9 @@ BOTH = ("synthesize", "distill")
 class CMIConfig:
     """Flags of CMI."""
 
-    init_rounds: int = flag(400, "rounds of the initial bank", affects=("synthesize",))
-    init_g_steps: int = flag(500, "inversion steps a round of the initial bank", affects=("synthesize",))
-    g_steps: int = flag(500, "inversion steps a round while distilling", affects=("distill",))
+    init_rounds: int = flag(400, "rounds of the initial bank", affects=("synthesize",), scales=True)
+    init_g_steps: int = flag(500, "inversion steps a round of the initial bank", affects=("synthesize",), scales=True)
+    g_steps: int = flag(500, "inversion steps a round while distilling", affects=("distill",), scales=True)
     synthesis_batch_size: int = flag(200, "images a round", affects=BOTH)
     lr_g: float = flag(1e-3, "Adam learning rate of generator, noise and contrastive head", affects=BOTH)
     nz: int = flag(256, "length of the generator's noise vector", affects=BOTH)

@@ -48,10 +48,10 @@ BOTH = ("synthesize", "distill")
 class CSDConfig:
     """Flags of CSD."""
 
-    init_rounds: int = flag(400, "rounds of the initial bank", affects=("synthesize",))
-    init_g_steps: int = flag(500, "inversion steps a round of the initial bank", affects=("synthesize",))
+    init_rounds: int = flag(400, "rounds of the initial bank", affects=("synthesize",), scales=True)
+    init_g_steps: int = flag(500, "inversion steps a round of the initial bank", affects=("synthesize",), scales=True)
     init_batch_size: int = flag(200, "images a round of the initial bank", affects=("synthesize",))
-    g_steps: int = flag(200, "inversion steps a round while distilling", affects=("distill",))
+    g_steps: int = flag(200, "inversion steps a round while distilling", affects=("distill",), scales=True)
     synthesis_batch_size: int = flag(200, "images a round while distilling", affects=("distill",))
     lr_g: float = flag(1e-3, "Adam learning rate of generator and noise", affects=BOTH)
     nz: int = flag(256, "length of the generator's noise vector", affects=BOTH)

@@ -119,7 +119,7 @@ class DDAConfig(CSDConfig):
     pixel_channels: tuple[int, ...] | None = flag(
         None, "pixel: channels of each level of its U-Net; unset: 32,64 up to 32 px, else 64,128,128", affects=AUGMENT
     )
-    fit_passes: int = flag(40, "pixel: passes over the bank in training, a checkpoint after each", affects=AUGMENT)
+    fit_passes: int = flag(40, "pixel: passes over the bank in training, a checkpoint after each", affects=AUGMENT, scales=True)
     fit_batch_size: int = flag(16, "pixel: images a training step", affects=AUGMENT)
     fit_lr: float = flag(2e-3, "pixel: AdamW learning rate", affects=AUGMENT)
     embedding: str = flag("teacher", "where variant and source are compared", choices=EMBEDDINGS, affects=FILTER)

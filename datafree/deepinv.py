@@ -42,7 +42,7 @@ DISTILL = ("distill",)
 class DeepInversionConfig:
     """Flags of DeepInversion."""
 
-    g_steps: int = flag(1000, "inversion steps a round", affects=DISTILL)
+    g_steps: int = flag(1000, "inversion steps a round", affects=DISTILL, scales=True)
     synthesis_batch_size: int = flag(256, "images a round", affects=DISTILL)
     lr_g: float = flag(0.1, "Adam learning rate of the pixels, in units of the dataset's standard deviation", affects=DISTILL)
     bn: float = flag(10.0, "weight of the BN-statistics loss", affects=DISTILL)

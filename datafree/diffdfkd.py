@@ -109,7 +109,7 @@ class DiffDFKDConfig:
         "of a class-conditional pixel pipeline: its id for no class; unset: the id after the dataset's last",
         affects=GENERATE,
     )
-    images_per_class: int = flag(5000, "images to draw of each class", affects=GENERATE)
+    images_per_class: int = flag(5000, "images to draw of each class", affects=GENERATE, scales=True)
     synthesis_batch_size: int = flag(200, "images a round: a shard of the bank, and what a kill costs", affects=GENERATE)
     diffusion_batch_size: int = flag(
         16, "images drawn together; BN statistics and latent CutMix range over them", affects=GENERATE
@@ -130,7 +130,7 @@ class DiffDFKDConfig:
     oh: float = flag(1.0, "weight of CE(T(x), y) in the guidance", affects=GENERATE)
     adv: float = flag(0.0, "weight of -KL(S||T) where both name the same class, in the guidance", affects=GENERATE)
     adv_from: int = flag(20, "images a class from which on the adversarial term counts", affects=GENERATE)
-    adv_steps: int = flag(200, "steps that its student learns before each round of images", affects=GENERATE)
+    adv_steps: int = flag(200, "steps that its student learns before each round of images", affects=GENERATE, scales=True)
     adv_batch_size: int = flag(128, "images a step of its student", affects=GENERATE)
     adv_lr: float = flag(0.05, "SGD learning rate of its student", affects=GENERATE)
     adv_T: float = flag(30.0, "temperature at which its student learns", affects=GENERATE)

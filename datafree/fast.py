@@ -62,7 +62,7 @@ BETAS = (0.5, 0.999)
 class FastConfig:
     """Flags of Fast; the defaults are Fast-10."""
 
-    init_rounds: int = flag(20, "rounds of warm-up, without competition", affects=("synthesize",))
+    init_rounds: int = flag(20, "rounds of warm-up, without competition", affects=("synthesize",), scales=True)
     g_steps: int = flag(10, "steps that adapt the generator to a round's images", affects=BOTH)
     synthesis_batch_size: int = flag(256, "images a round", affects=BOTH)
     lr_g: float = flag(
@@ -72,7 +72,7 @@ class FastConfig:
     nz: int = flag(256, "length of the generator's noise vector", affects=BOTH)
     is_maml: int = flag(1, "meta gradient: 1 FOMAML, 0 Reptile", affects=BOTH)
     reset_l0: int = flag(1, "1: draw the meta generator's first layer anew once, 0: never", affects=("distill",))
-    reset_l0_round: int = flag(120, "rounds after warm-up before which that is done", affects=("distill",))
+    reset_l0_round: int = flag(120, "rounds after warm-up before which that is done", affects=("distill",), scales=True)
     bn: float = flag(10.0, "weight of the BN-statistics loss", affects=BOTH)
     bn_mmt: float = flag(0.9, "share of earlier rounds' batch statistics in the BN-statistics loss, [0, 1)", affects=BOTH)
     oh: float = flag(0.4, "weight of the one-hot loss", affects=BOTH)

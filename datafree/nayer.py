@@ -57,7 +57,7 @@ TEXT_MODEL_TYPES = ("clip", "clip_text_model")
 class NAYERConfig:
     """Flags of NAYER."""
 
-    init_rounds: int = flag(20, "rounds of warm-up, without competition", affects=("synthesize",))
+    init_rounds: int = flag(20, "rounds of warm-up, without competition", affects=("synthesize",), scales=True)
     init_g_loops: int = flag(10, "batches a round of warm-up", affects=("synthesize",))
     g_loops: int = flag(2, "batches a round while distilling", affects=("distill",))
     g_steps: int = flag(30, "steps of generator and noisy layers a batch", affects=BOTH)

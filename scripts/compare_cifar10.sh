@@ -26,6 +26,6 @@ declare -A flags=(
 for name in ${METHODS:-kd noise pictures dafl zskt dfad dfq deepinv adi cmi fast nayer csd dda}; do
   python datafree_kd.py --method "${name/pictures/noise}" --dataset cifar10 --data_root "${DATA:-data}" \
     --teacher resnet20 --teacher_ckpt "${TEACHER:-cifar10_resnet20.pth}" --teacher_mean .4914,.4822,.4465 --teacher_std .2470,.2435,.2616 \
-    --student wrn16_1 --batch_size 128 --epochs 3 ${flags[$name]} --save_dir "$out/$name"
+    --student wrn16_1 --amp no --batch_size 128 --epochs 3 ${flags[$name]} --save_dir "$out/$name"
 done
 python -m engine.report "$out" --folders

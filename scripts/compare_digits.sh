@@ -27,10 +27,10 @@ declare -A flags=(
 )
 for seed in ${SEEDS:-0 1 2}; do
   teacher=(--dataset digits --seed "$seed")
-  python train_scratch.py --model resnet20 "${teacher[@]}" --epochs 30 --save_dir "$out/teacher/seed$seed" --output "$out/teacher/seed$seed/teacher.pth"
+  python train_scratch.py --model resnet20 "${teacher[@]}" --epochs 30 --amp no --save_dir "$out/teacher/seed$seed" --output "$out/teacher/seed$seed/teacher.pth"
   for method in ${METHODS:-kd noise dafl zskt dfad dfq deepinv adi cmi fast nayer csd dda diffdfkd}; do
     python datafree_kd.py --method "$method" --dataset digits --teacher resnet20 --teacher_ckpt "$out/teacher/seed$seed/teacher.pth" \
-      --student resnet8 --batch_size 128 --epochs 12 --ep_steps 25 --kd_steps 25 ${flags[$method]} \
+      --student resnet8 --amp no --batch_size 128 --epochs 12 --ep_steps 25 --kd_steps 25 ${flags[$method]} \
       --save_dir "$out/$method/seed{seed}" --seeds "$seed" "$@"
   done
 done

@@ -88,8 +88,8 @@ TABLE_ROW = {
     "dm_kd": "diffdfkd --oh 0.0 --bn 0.0 --adv 0.0 --lca_every 0",
 }
 
-# Settings that say which files a run reads, and not what it does with them.
-INPUTS = ("seed", "data_root", "teacher_ckpt", "teacher_mean", "teacher_std", "init_bank", "init_variants")
+# Settings that say which files a run reads, and not what it does with them; and --amp auto, which the machine decides.
+INPUTS = ("seed", "data_root", "teacher_ckpt", "teacher_mean", "teacher_std", "init_bank", "init_variants", "amp")
 
 HEAD = """#!/usr/bin/env bash
 # {paper}:

@@ -68,7 +68,7 @@ TINY = {
     "--lca_every 1",
 }
 TINY_TASK = (
-    "--dataset digits --teacher resnet8 --student resnet8 --epochs 2 --kd_steps 3 --ep_steps 3 --batch_size 8 --gpu -1"
+    "--dataset digits --teacher resnet8 --student resnet8 --epochs 2 --kd_steps 3 --ep_steps 3 --batch_size 8 --gpu -1 --amp no"
 )
 
 

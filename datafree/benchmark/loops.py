@@ -42,7 +42,7 @@ from engine.report import markdown, replace_table
 from engine.runtime.compilation import CHOICES, Compiler
 from engine.runtime.errors import UserError
 from engine.runtime.names import lookup
-from engine.runtime.precision import AMP, Precision, choose_device
+from engine.runtime.precision import AMP, Precision, choose_amp, choose_device
 from engine.runtime.run import machine, progress
 from models.classifier import frozen
 from registry import DATASETS, MODELS
@@ -259,7 +259,7 @@ class Benchmark:
 
     def __init__(self, args: argparse.Namespace, bank: ImageBank, png: Path, device: torch.device, info: DatasetInfo, bar):
         self.args, self.bank, self.png, self.device, self.info, self.bar = args, bank, png, device, info, bar
-        self.precision = Precision(args.amp, device)
+        self.precision = Precision(choose_amp(args.amp, device), device)
         self.ceilings = Ceilings(0, "", 0)
 
     def look(self) -> None:
@@ -298,7 +298,7 @@ class Benchmark:
             found[name] = self.in_turns({"ours": getattr(ours, name), "plain": getattr(plain, name)})
         self.look()
         rows = [line(name, m["ours"], m["plain"], work[name], self.ceilings) for name, m in found.items()]
-        setting = f"{teacher} -> {student}, {info.image_size} px, batch {args.batch_size}, amp {args.amp}"
+        setting = f"{teacher} -> {student}, {info.image_size} px, batch {args.batch_size}, amp {self.precision.amp}"
         compiled = "not compiled" if not notes else f"compiled in {compiling:.0f} s"
         failed = [note for note in notes if "uncompiled" in note]
         return "  \n".join([f"{setting}, {compiled}", *failed, f"{self.ceilings}\n\n{markdown(rows)}"])

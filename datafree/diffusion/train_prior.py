@@ -45,7 +45,7 @@ from engine.networks.build import load_teacher
 from engine.runtime.errors import UserError, run_command
 from engine.runtime.files import load_checkpoint, save_checkpoint
 from engine.runtime.flags import Parser, add_flags, check_least, flag, from_args, stage_flags
-from engine.runtime.precision import Precision, choose_device
+from engine.runtime.precision import Precision, choose_amp, choose_device
 from engine.runtime.run import Run, progress
 from engine.runtime.seeding import position_seed, seed_position
 from models.classifier import Classifier
@@ -94,16 +94,6 @@ class PriorFlags:
     guidance_scale: float = flag(2.0, "classifier-free guidance of samples and pictures; 1 is none")
     seed: int = flag(0, "random numbers are a function of seed and round", affects=TRAIN)
     gpu: int | None = flag(None, "index of the GPU, -1 for the CPU; unset: GPU 0 if there is one")
-
-
-def choose_amp(amp: str, device: torch.device) -> str:
-    """ "no" or "bf16" of "auto": whether the device multiplies bf16 in hardware."""
-    if amp != "auto":
-        return amp
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
-    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return "bf16" if fast else "no"
 
 
 def _spread(*tensors: Tensor, count: int) -> list[Tensor]:

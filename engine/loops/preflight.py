@@ -21,11 +21,6 @@ from engine.runtime.run import require_run_folder
 from engine.runtime.stage_record import StageRecord
 
 MANY_STEPS = 20_000  # of the student or of synthesis: hours to days on a CPU
-LENGTHS = {  # flags that say how long a stage takes
-    "synthesize": ("init_rounds", "init_g_loops", "init_g_steps"),
-    "generate": ("images_per_class", "num_inference_steps"),
-    "distill": ("epochs", "ep_steps", "kd_steps", "g_loops", "g_steps"),
-}
 
 
 def data_identities(info: DatasetInfo, stages: Iterable[str], test: bool, train: bool) -> dict[str, str]:
@@ -96,6 +91,12 @@ def tell(session: Session, teacher, todo: list[str]) -> Session:
                 "another normalization in its training (--teacher_mean, --teacher_std), or another order of the classes"
             )
         session = replace(session, teacher_acc1=acc1, test=test if todo[0] == "distill" else None)
+    if session.flags["scale"] != 1:
+        chosen = f", chosen for --minutes {session.flags['minutes']:g}" if session.flags["minutes"] else ""
+        log(
+            f"published lengths are scaled by {session.flags['scale']:g} (--scale{chosen}): "
+            f"{session.schedule.rounds * session.schedule.kd_steps} student steps in {session.schedule.epochs} epochs"
+        )
     if session.device.type == "cpu" and (text := long_for_a_cpu(session.flags, session.schedule, session.info, todo)):
         log(text)
     return session
@@ -107,18 +108,14 @@ def suspicious(num_classes: int) -> float:
 
 
 def long_for_a_cpu(flags: dict[str, Any], schedule: Schedule, info: DatasetInfo, todo: list[str]) -> str:
-    """A line that says how many steps there are and what makes them fewer; "" where there are not many."""
+    """A line that says how many steps there are and what makes them fewer; "" where there are not many, or --minutes chose."""
     student = schedule.rounds * schedule.kd_steps if "distill" in todo else 0
     synthesis = sum(synthesis_steps(flags, schedule, info, stage) for stage in todo)
-    if max(student, synthesis) <= MANY_STEPS:
+    if flags["minutes"] or max(student, synthesis) <= MANY_STEPS:
         return ""
-    names = dict.fromkeys(name for stage in todo for name in LENGTHS.get(stage, ()) if flags.get(name))
-    if "ep_steps" in names:
-        names.pop("kd_steps")  # it then says how the steps are shared out
-    shorter = ", ".join(f"--{name} ({flags[name]})" for name in names)
     return (
-        f"no GPU: {student} student steps and {synthesis} of synthesis, lengths as published, take hours to days on a CPU; "
-        f"to shorten the run give less of {shorter}"
+        f"no GPU: {student} student steps and {synthesis} of synthesis take hours to days on a CPU; --minutes N shortens the run "
+        f"to about N minutes, --scale F (now {flags['scale']:g}) all its lengths by one rule"
     )
 
 

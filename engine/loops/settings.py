@@ -71,11 +71,25 @@ class RunFlags:
     seeds: tuple[int, ...] | None = flag(
         None, "several runs, one a seed, comma-separated; {seed} in a path flag stands for it, and a table ends them"
     )
+    scale: float = flag(
+        1.0,
+        "F, shorter (< 1) or longer than published: F times the student and the inversion steps, a bank sqrt(F) times as large. "
+        "Rounds and steps a round are multiplied by sqrt(F) each; weights, rates and batch sizes stay; a length given beside "
+        "it is taken as it is",
+    )
+    minutes: float | None = flag(
+        None, "choose --scale, at most 1, by this machine's rates, so that the run takes about so many; a resume keeps it"
+    )
     gpu: int | None = flag(None, "index of the GPU, -1 for the CPU; unset: GPU 0 if there is one")
-    amp: str = flag("no", "mixed precision of the networks", choices=AMP, affects=ALL)
+    amp: str = flag(
+        "auto",
+        "mixed precision of the networks; auto: bf16 where the processor computes in it, and what the run was begun with",
+        choices=AMP,
+        affects=ALL,
+    )
     compile: str = flag(
         "auto",
-        "torch.compile of inner steps; auto: of those that run often enough to win; graphs: as CUDA graphs",
+        "torch.compile of inner steps; auto: of those that run often enough to win; graphs: networks and student step as CUDA graphs",
         choices=COMPILE,
     )
 
@@ -84,15 +98,15 @@ class RunFlags:
 class DistillFlags:
     """Lengths and optimizer of stage distill."""
 
-    epochs: int = flag(200, "epochs of ep_steps student steps; accuracy is measured after each", affects=DISTILL)
-    kd_steps: int = flag(400, "student steps a round (a round begins with one synthesis)", affects=DISTILL)
-    ep_steps: int = flag(0, "student steps an epoch; 0: kd_steps, so that an epoch is a round", affects=DISTILL)
+    epochs: int = flag(200, "epochs of ep_steps student steps; accuracy is measured after each", affects=DISTILL, scales=True)
+    kd_steps: int = flag(400, "student steps a round (a round begins with one synthesis)", affects=DISTILL, scales=True)
+    ep_steps: int = flag(0, "student steps an epoch; 0: kd_steps, so that an epoch is a round", affects=DISTILL, scales=True)
     batch_size: int = flag(256, "images a student step", affects=DISTILL, short="-b")
     lr: float = flag(0.1, "SGD learning rate at the cosine's beginning", affects=DISTILL)
     lr_min: float = flag(0.0, "and at its end", affects=DISTILL)
     momentum: float = flag(0.9, "SGD momentum", affects=DISTILL)
     weight_decay: float = flag(1e-4, "SGD weight decay", affects=DISTILL)
-    warmup_epochs: int = flag(0, "epochs of linear warm-up of lr", affects=DISTILL)
+    warmup_epochs: int = flag(0, "epochs of linear warm-up of lr", affects=DISTILL, scales=True)
 
     def schedule(self) -> Schedule:
         """The same in the form that stage distill takes."""

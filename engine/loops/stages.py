@@ -276,7 +276,7 @@ class Distill(Stage):
         record.update("distill")
         seconds = {finished.stage: finished.seconds for finished in before} | record.seconds()
         run.result(
-            {name: flags[name] for name in ("method", "teacher", "student", "seed")}
+            {name: flags[name] for name in ("method", "teacher", "student", "seed", "scale")}
             | {"dataset": info.name, "dataset_identity": settings["data_root"]}
             | {"teacher_digest": session.manifest.teacher_digest, "published": session.published(settings)}
             | {"external_prior": " + ".join(sorted(priors - {"none"})) or "none"}

@@ -37,14 +37,16 @@ class Compiler:
     Whether "auto" compiles follows from the run's lengths alone, so a resumed run does what the unbroken one did.
 
     Args:
-        choice: "auto", "yes", "graphs" (yes, and replayed as CUDA graphs on a GPU) or "no".
+        choice: "auto", "yes", "graphs" (yes, and networks and student step replayed as CUDA graphs on a GPU) or "no".
         log: takes one line of text.
     """
 
     def __init__(self, choice: str, device: torch.device, log: Callable[[str], None] = print):
         self.choice, self.device, self.log = choice, device, log
 
-    def __call__(self, function: Callable, calls: int, name: str, *, constant_weights: bool = False) -> Callable:
+    def __call__(
+        self, function: Callable, calls: int, name: str, *, constant_weights: bool = False, keeps_tensors: bool = False
+    ) -> Callable:
         """A callable like ``function``, compiled at its first call.
 
         Args:
@@ -53,19 +55,21 @@ class Compiler:
             name: for the log.
             constant_weights: the module's weights never change and nobody wants gradients; they become constants, and batch
                 norms part of the convolutions before them.
+            keeps_tensors: it leaves tensors elsewhere than in what it returns, which the next replay of a CUDA graph would
+                write over; so it is compiled without.
         """
         if self.choice == "no" or self.choice == "auto" and calls < LEAST_CALLS[self.device.type]:
             return function
         if self.device.type == "cpu" and not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")):
             self._report(name, "there is no C++ compiler")
             return function
-        graphs = self.choice == "graphs" and self.device.type == "cuda"
+        graphs = self.choice == "graphs" and self.device.type == "cuda" and not keeps_tensors
         return _Compiled(function, name, {"freezing": constant_weights, "triton.cudagraphs": graphs}, self)
 
     def compile_hot(self, functions: Iterable[Hot], rounds: int) -> None:
         """Puts compiled functions in the place of hot ones, where that pays in so many rounds."""
         for owner, name, calls, what in functions:
-            setattr(owner, name, self(getattr(owner, name), rounds * calls, what))
+            setattr(owner, name, self(getattr(owner, name), rounds * calls, what, keeps_tensors=True))
 
     def _report(self, name: str, reason: str) -> None:
         self.log(f"compile: the {name} runs uncompiled: {reason}")

@@ -12,14 +12,21 @@ from engine.runtime.errors import UserError
 
 
 def flag(
-    default: Any, help: str, *, affects: Sequence[str] = (), choices: Sequence[str] | None = None, short: str | None = None
+    default: Any,
+    help: str,
+    *,
+    affects: Sequence[str] = (),
+    choices: Sequence[str] | None = None,
+    short: str | None = None,
+    scales: bool = False,
 ) -> Any:
     """A dataclass field that is a flag.
 
     Args:
         affects: the stages whose results depend on it. Changing it after one of them has begun is an error.
+        scales: it is a length of a run, which ``--scale`` changes (``engine.loops.lengths``).
     """
-    metadata = {"help": help, "affects": tuple(affects), "choices": choices, "short": short}
+    metadata = {"help": help, "affects": tuple(affects), "choices": choices, "short": short, "scales": scales}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -131,6 +138,14 @@ def _reader(kind: type, repeated: bool, choices: Sequence[str] | None):
 def from_args(config: type, args: argparse.Namespace) -> Any:
     """The dataclass filled from parsed arguments."""
     return config(**{f.name: getattr(args, f.name) for f in dataclasses.fields(config)})
+
+
+def given_flags(parser: argparse.ArgumentParser, argv: list[str]) -> set[str]:
+    """The names of the flags that a command line gives, whatever their values."""
+    unset = object()
+    names = [action.dest for action in parser._actions]
+    parsed = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, unset)))
+    return {name for name, value in vars(parsed).items() if value is not unset}
 
 
 def stage_flags(stage: str, *configs: Any) -> dict[str, Any]:

@@ -9,7 +9,27 @@ from torch import Tensor
 from engine.runtime.errors import UserError
 from engine.runtime.processes import local_rank
 
-AMP = ("no", "bf16", "fp16")
+AMP = ("auto", "no", "bf16", "fp16")
+
+
+def choose_amp(amp: str, device: torch.device, earlier: str | None = None) -> str:
+    """``--amp`` without "auto": what the run began with, else bf16 where the device multiplies it in hardware, else float32.
+
+    Args:
+        earlier: of a run that goes on, perhaps on another machine; see ``engine.runtime.run.earlier_value``.
+    Returns:
+        "no", "bf16" or "fp16".
+    """
+    if amp != "auto":
+        return amp
+    if earlier in AMP[1:]:
+        return earlier
+    if device.type == "cuda":
+        able = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        found = torch.cpu.get_capabilities()
+        able = found.get("avx512_bf16") or found.get("amx_bf16")
+    return "bf16" if able else "no"
 
 
 class Precision:

@@ -63,6 +63,13 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def earlier_value(folder: Path, name: str) -> Any:
+    """The value of a flag with which the run in a folder was begun; None where there is none."""
+    stages, args = (_json_object(folder / file) for file in ("stages.json", "args.json"))
+    settings = [entry.get("depends_on", {}) for entry in stages.values()] + [args.get("args", {})]
+    return next((values[name] for values in settings if name in values), None)
+
+
 class Run:
     """One run folder, held by one process at a time.
 

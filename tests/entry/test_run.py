@@ -197,7 +197,7 @@ BAD = {
     "--method csd --dataset digits --teacher resnet8 --teacher_ckpt README.md": "README.md cannot be read",
     "--method csd --gpu 3": "--gpu 3: this machine has no GPU",
     "--method csd --amp fp16": "--amp fp16 needs a GPU",
-    "--method csd --amp fp8": "none of no, bf16, fp16",
+    "--method csd --amp fp8": "none of auto, no, bf16, fp16",
     "--method dda --embedding nonsense": "none of teacher, clip, dinov2",
     "": "--method",
 }

@@ -1,5 +1,6 @@
 """Loss scales: one an optimizer, part of the state of whatever outlives a round. Simulated on the CPU, which has no fp16."""
 
+import json
 import shutil
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 from engine.runtime.errors import UserError
 from engine.runtime.files import load_checkpoint, weights_digest
-from engine.runtime.precision import Precision
+from engine.runtime.precision import Precision, choose_amp
 
 CPU = torch.device("cpu")
 
@@ -85,3 +86,51 @@ def test_a_run_in_fp16_goes_on_to_the_same_bits(method, count, distill, tmp_path
         monkeypatch.setattr(Precision, "load_state_dict", lambda self, state: None)
         distill(method, tmp_path / "forgetful")
         assert outcome(tmp_path / "forgetful") != whole
+
+
+HARDWARE = {"avx512_bf16": "bf16", "amx_bf16": "bf16", "avx512_f": "no"}
+
+
+@pytest.mark.parametrize("flag", HARDWARE)
+def test_auto_is_what_the_processor_computes_in(flag, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {flag: True})
+    assert choose_amp("auto", CPU) == HARDWARE[flag]
+    assert choose_amp("auto", CPU, "no") == "no" and choose_amp("auto", CPU, "bf16") == "bf16"  # of a run that goes on
+    assert choose_amp("no", CPU, "bf16") == "no"
+    for found in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: found)
+        assert choose_amp("auto", torch.device("cuda")) == ("bf16" if found else "no")
+
+
+def recorded(folder):
+    """The precision in args.json and in the record of every stage."""
+    stages = json.loads((folder / "stages.json").read_text())
+    return {json.loads((folder / "args.json").read_text())["args"]["amp"], *(e["depends_on"]["amp"] for e in stages.values())}
+
+
+def test_a_run_keeps_on_another_machine_what_it_began_with(distill, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    distill("csd", tmp_path / "run", "--stages synthesize --amp auto")
+    assert recorded(tmp_path / "run") == {"bf16"}
+    with pytest.raises(UserError, match="--amp bf16, now no"):
+        distill("csd", tmp_path / "run", "--amp no")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    distill("csd", tmp_path / "run", "--amp auto")
+    assert recorded(tmp_path / "run") == {"bf16"}
+    distill("csd", tmp_path / "other", "--stages synthesize --amp auto")
+    assert recorded(tmp_path / "other") == {"no"}
+
+
+def test_so_does_a_training_on_real_data(command, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    flags = f"--model resnet8 --dataset digits --batch_size 64 --gpu -1 --save_dir {folder} --output {tmp_path}/weights.pth"
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
+    command("train_scratch", f"{flags} --epochs 1")
+    assert recorded(folder) == {"bf16"}
+    with pytest.raises(UserError, match="--amp bf16, now no"):
+        command("train_scratch", f"{flags} --epochs 1 --amp no")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    command("train_scratch", f"{flags} --epochs 1")
+    assert recorded(folder) == {"bf16"}
+    command("train_scratch", f"{flags} --epochs 1 --redo")
+    assert recorded(folder) == {"no"}

@@ -1,0 +1,66 @@
+"""--minutes chooses the scale of a run by this machine's rates, once."""
+
+import json
+import time
+
+import pytest
+
+from datafree import minutes
+from engine.runtime.errors import UserError
+from tests.conftest import dataset_info
+
+TASK = "--dataset digits --teacher resnet8 --student resnet8 --batch_size 8 --gpu -1"
+
+
+def test_the_largest_scale_that_fits():
+    assert minutes.fitting_scale(lambda scale: 1000 * scale, 50) == pytest.approx(0.05, rel=0.01)
+    assert minutes.fitting_scale(lambda scale: 1000 * scale, 2000) == 1  # never longer than published
+    with pytest.raises(UserError, match="--minutes 1 is less than the shortest run takes"):
+        minutes.fitting_scale(lambda scale: 100 + scale, 60)
+
+
+def test_seconds_are_rates_times_steps():
+    from datafree_kd import parse
+
+    groups = parse(["--method", "csd"])[2]
+    flags = {name: value for group in groups for name, value in vars(group).items()}
+    rates = minutes.Rates(2.0, {"synthesize": 3.0, "distill": 5.0}, 7.0)
+    assert rates.seconds(flags, groups[2].schedule(), dataset_info("digits")) == 200_000 * (2 + 3) + 20_000 * 5 + 103 * 7
+
+
+@pytest.mark.parametrize("method, extra", [("csd", "--nz 8 --init_batch_size 6 --synthesis_batch_size 6"), ("dfq", "--nz 8"), ("kd", "")])
+def test_every_kind_of_method_is_measured_and_runs_for_about_so_long(method, extra, command, teacher_file, tmp_path, capsys):
+    line = f"--method {method} {TASK} --teacher_ckpt {teacher_file} {extra} --save_dir {tmp_path / 'run'} --minutes .1"
+    began = time.monotonic()
+    command("datafree_kd", line)
+    assert time.monotonic() - began < 60  # 6 s asked for, and the machine may be busy
+    args = json.loads((tmp_path / "run/args.json").read_text())["args"]
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    assert 0 < args["scale"] < 1 and args["minutes"] == 0.1 and result["scale"] == args["scale"]
+    assert f"--scale, chosen for --minutes 0.1" in (tmp_path / "run/log.txt").read_text()
+    assert f"--minutes 0.1: --scale {args['scale']:g}" in capsys.readouterr().out
+
+
+def test_a_resume_keeps_the_scale(command, teacher_file, tmp_path, monkeypatch):
+    line = f"--method noise {TASK} --teacher_ckpt {teacher_file} --save_dir {tmp_path / 'run'} --minutes "
+    command("datafree_kd", line + ".05")
+    before = (tmp_path / "run/result.json").read_text()
+    monkeypatch.setattr(minutes, "measure", lambda *_: pytest.fail("measured again"))
+    command("datafree_kd", line + ".05")
+    assert (tmp_path / "run/result.json").read_text() == before
+    with pytest.raises(UserError, match="was begun with --minutes 0.05 and --scale .*, now --minutes 9 is asked for"):
+        command("datafree_kd", line + "9")
+
+
+@pytest.mark.parametrize(
+    "method, extra, message",
+    [
+        ("noise", "--minutes 1 --scale .5", "give one of them"),
+        ("noise", "--minutes 0", "greater than 0"),
+        ("diffdfkd", "--minutes 1", "this run has generate; give --scale"),
+    ],
+)
+def test_what_minutes_cannot_do(method, extra, message, command, teacher_file, tmp_path):
+    with pytest.raises(UserError, match=message):
+        command("datafree_kd", f"--method {method} {TASK} --teacher_ckpt {teacher_file} --save_dir {tmp_path / 'run'} {extra}")
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,67 @@
+"""What a GPU must do as the CPU does: every method, every precision, a stop and a start. Skipped where there is none."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from datafree.bn_statistics import BNStatistics, bn_loss
+from engine.runtime.files import load_checkpoint
+from tests.conftest import CPU, TINY, make_classifier
+from tests.tiny_pipelines import stable_diffusion
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that torch can use")
+
+
+def look_at(folder) -> dict:
+    """The result of a finished run, whose student and figures must be finite."""
+    result = json.loads((folder / "result.json").read_text())
+    assert 0 <= result["acc1_last"] <= 100
+    assert all(tensor.isfinite().all() for tensor in load_checkpoint(folder / "student.pth")["state_dict"].values())
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        assert all(math.isfinite(v) for v in json.loads(line).values() if isinstance(v, float)), line
+    return result
+
+
+@pytest.mark.parametrize("amp", ["no", "bf16", "fp16"])
+@pytest.mark.parametrize("method", TINY)
+def test_method(distill, tmp_path, method, amp):
+    distill(method, tmp_path / "run", f"--gpu 0 --amp {amp}")
+    look_at(tmp_path / "run")
+
+
+@pytest.mark.parametrize("method", ["kd", "fast", "csd", "dda"])
+def test_cuda_graphs(distill, tmp_path, capsys, method):
+    distill(method, tmp_path / "run", "--gpu 0 --amp bf16 --compile graphs")
+    look_at(tmp_path / "run")
+    assert "uncompiled" not in capsys.readouterr().out
+
+
+def test_latent_diffusion(distill, tmp_path):
+    model = stable_diffusion(tmp_path / "model")
+    distill("diffdfkd", tmp_path / "run", f"--gpu 0 --amp bf16 --diffusion_model {model}")
+    look_at(tmp_path / "run")
+
+
+def test_stopped_run_goes_on(distill, tmp_path):
+    distill("csd", tmp_path / "run", "--gpu 0 --stages synthesize")
+    distill("csd", tmp_path / "run", "--gpu 0")
+    look_at(tmp_path / "run")
+
+
+def test_statistics_agree_with_the_cpu():
+    """The BN loss and its gradient with respect to images, in float32 with TF32 products."""
+    torch.manual_seed(0)
+    images, found = torch.rand(16, 3, 16, 16), {}
+    classifier = make_classifier().eval().requires_grad_(False)
+    for device in (CPU, torch.device("cuda")):
+        statistics = BNStatistics(classifier.to(device).network)
+        inputs = images.to(device).detach().requires_grad_()
+        with statistics.collect() as batch:
+            classifier(inputs)
+        loss = bn_loss(batch, statistics.running)
+        loss.backward()
+        found[device.type] = loss.detach().cpu(), inputs.grad.cpu()
+    for cpu, cuda in zip(found["cpu"], found["cuda"]):
+        assert (cpu - cuda).norm() < 0.01 * cpu.norm()
