@@ -109,6 +109,9 @@ class DDAConfig(CSDConfig):
     diffusion_dtype: str | None = flag(
         None, "of a pretrained model; unset: fp16 on a GPU, else fp32", choices=tuple(DTYPES), affects=AUGMENT
     )
+    guidance_max_step: float = flag(
+        0.0, "greatest length of a variant's guidance step in pixels of [-1, 1], longer ones are shortened; 0: any", affects=AUGMENT
+    )
     diffusion_batch_size: int = flag(
         64, "variants drawn together; but by rounding they depend on it with --guidance_bn only, whose statistics are theirs",
         affects=AUGMENT,
@@ -201,7 +204,8 @@ class DDA(CSD):
             from datafree.diffusion.guidance import Guidance
             from datafree.diffusion.pixel import PixelAugmenter, PriorAugmenter
 
-            guidance = Guidance(self.teacher, task.info.image_size, config.guidance_bn, config.guidance_oh)
+            weights = {"bn": config.guidance_bn, "oh": config.guidance_oh, "max_step": config.guidance_max_step}
+            guidance = Guidance(self.teacher, task.info.image_size, **weights)
         if config.prior == "pixel":
             return PixelAugmenter(
                 task.info.num_classes, task.info.image_size, channels=config.pixel_channels, fit_passes=config.fit_passes,
@@ -213,7 +217,7 @@ class DDA(CSD):
             from datafree.diffusion.priors import PatchPrior
 
             prior = PatchPrior.load(
-                self.prior_file(), task.device, self.dtype(), num_classes=task.info.num_classes, otherwise="none",
+                self.prior_file(), task.device, self.dtype(), num_classes=task.info.num_classes,
                 guidance_scale=self.guidance_scale,
             )  # fmt: skip
             return PriorAugmenter(prior, task.info.num_classes, config.strength, self.steps, guidance)

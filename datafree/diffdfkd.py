@@ -100,7 +100,7 @@ class DiffDFKDConfig:
     prior_classes: str | None = flag(
         None,
         "of a class-conditional prior, for an image of a class; same: that of --class_map; own: all of its classes in turn; "
-        "none: no class; unset: same, but own for a prior of this project with another number of classes",
+        "none: no class; unset: same, but none for a prior of this project with another number of classes",
         choices=CLASSES,
         affects=GENERATE,
     )
@@ -135,6 +135,9 @@ class DiffDFKDConfig:
     adv_lr: float = flag(0.05, "SGD learning rate of its student", affects=GENERATE)
     adv_T: float = flag(30.0, "temperature at which its student learns", affects=GENERATE)
     guidance_lr: float = flag(1.0, "lr of the guidance, z <- z - lr * gradient at every denoising step", affects=GENERATE)
+    guidance_max_step: float = flag(
+        0.0, "greatest length of an image's guidance step in the latent space, longer ones are shortened; 0: any", affects=GENERATE
+    )
     guidance_backprop: str = flag(
         "unet", "the gradient's way: decoder and denoising network, or the decoder alone", choices=BACKPROP, affects=GENERATE
     )
@@ -316,7 +319,7 @@ class DiffDFKD(Method):
             prior.checkpoint_gradients()
         guidance = Guidance(
             self.teacher, task.info.image_size, config.bn, config.oh, config.adv, config.guidance_lr, config.guidance_backprop,
-            config.guidance_micro_batch,
+            config.guidance_micro_batch, config.guidance_max_step,
         )  # fmt: skip
         return GuidedSampler(
             prior, guidance, task, self.student, steps=config.num_inference_steps, rule=config.scheduler,

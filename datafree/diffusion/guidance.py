@@ -9,6 +9,9 @@ From latents z_k, with the prior's output o(z_k) under classifier-free guidance:
 B times the loss, a batch mean, makes an image's step as large as if it were alone: CE and L_adv then do not depend on the
 batch at all. L_bn compares statistics *of the batch*, so with ``bn`` an image depends on those that it is drawn with.
 
+A step may be shortened to ``max_step``. In pixel space the way back through the network now and then has a gradient ten
+times as long as usual, which leads to where the prior was never trained, and the image ends as coloured grain.
+
 Clamped to [0, 1] as the images that are kept, so that the teacher judges what the student will see. The gradient of a pixel
 outside is zero: to move it a little changes nothing. In L_adv the teacher's answer is a constant, so that guidance looks for
 images that the student gets wrong and not for others of which the teacher thinks otherwise.
@@ -51,6 +54,7 @@ class Guidance:
         lr: of the step along the gradient.
         backprop: "unet" or "decoder".
         micro_batch: latents that go through prior and decoder at a time; 0: all.
+        max_step: greatest length of an image's step, |lr * B * dL/dz|_2; longer ones are shortened to it; 0: any.
         student: the competitor of ``adv``, in eval mode; None: the term is 0.
     """
 
@@ -62,6 +66,7 @@ class Guidance:
     lr: float = 1.0
     backprop: str = "unet"
     micro_batch: int = 0
+    max_step: float = 0.0
     student: nn.Module | None = None
     statistics: BNStatistics | None = field(init=False, default=None)
 
@@ -80,7 +85,11 @@ class Guidance:
         """Latents (B, C, h, w) at step k, moved, and the prior's output where they were, of one shape; targets (B, C)."""
         if self.active:
             output, gradient = self.gradient(prior, trajectory, latents, k, condition, targets)
-            return latents - self.lr * gradient, output
+            step = self.lr * gradient
+            if self.max_step:
+                size = torch.linalg.vector_norm(step, dim=(1, 2, 3), keepdim=True)
+                step = step * (self.max_step / size.clamp_min(torch.finfo(step.dtype).tiny)).clamp(max=1)
+            return latents - step, output
         return latents, self.predict(prior, trajectory, latents, k, condition)
 
     def predict(self, prior: DiffusionPrior, trajectory: Trajectory, latents: Tensor, k: int, condition: Any) -> Tensor:

@@ -282,21 +282,21 @@ class PatchPrior(_Classes, DiffusionPrior):
 
     Args:
         network: frozen, on its device; its null class comes after its ``known`` classes.
-        classes: None: "same" where it knows as many classes as the dataset has, or ``class_map`` is given; else ``otherwise``.
+        classes: None: "same" where it knows as many classes as the dataset has, or ``class_map`` is given; else "none".
     """
 
     own_rule = "ddim"
 
     def __init__(
         self, network: PatchUNet, name: str, image_size: int, known: int, *, num_classes: int, class_map=None,
-        classes: str | None = None, otherwise: str = "own", guidance_scale: float = 1.0,
+        classes: str | None = None, guidance_scale: float = 1.0,
     ):  # fmt: skip
         weight = next(network.parameters())
         self.network, self.device, self.dtype = network, weight.device, weight.dtype
         self.external_prior, self.guidance_scale = name, guidance_scale
         self.shape = (3, image_size, image_size)
         fits = class_map is not None or known == num_classes
-        self._take_classes(known, known, num_classes, class_map, classes or ("same" if fits else otherwise))
+        self._take_classes(known, known, num_classes, class_map, classes or ("same" if fits else "none"))
 
     @classmethod
     def load(cls, path: Path, device: torch.device | str, dtype: torch.dtype, **settings) -> "PatchPrior":

@@ -2,6 +2,7 @@
 
 import io
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,10 +11,16 @@ from datafree.diffusion import patch_unet
 from datafree.diffusion.augmenter import denoising_steps, seeded_noise
 from datafree.diffusion.denoising import EMA_POWER, EMA_WIDTH, Denoising
 from datafree.diffusion.hub import hub_errors, prior_name
-from datafree.diffusion.pixel import PixelAugmenter
+from datafree.diffusion.guidance import Guidance
+from datafree.diffusion.judgement import Judgement
+from datafree.diffusion.pixel import PixelAugmenter, PriorAugmenter
+from datafree.diffusion.priors import PatchPrior
 from datafree.diffusion.variation import ImageToImage, ImageVariation, resize
+from engine.data.bank import to_uint8
 from engine.runtime.errors import UserError
+from models.classifier import frozen
 from tests import tiny_pipelines
+from tests.conftest import make_classifier
 
 NAMES = ("ant", "bee", "cat", "dog")
 KINDS = ("image_variation", "stable_diffusion", "sdxl", "turbo")
@@ -125,6 +132,42 @@ def test_pixel_variants_follow_seed_source_and_guidance(trained, monkeypatch):
     assert (first[0] - first[1]).abs().mean() > 1e-3
     monkeypatch.setattr(prior.prior, "guidance_scale", 3.0)
     assert (first - prior.augment(images, labels, same)).abs().mean() > 1e-4
+
+
+def test_pixel_variants_are_sdedit_by_ddim(trained):
+    prior, _, _, images, labels = trained
+    times, noise = torch.linspace(0.5, 0, prior.steps + 1), seeded_noise(list(range(7)), (3, 16, 16))
+    start = patch_unet.add_noise(images * 2 - 1, noise, times[:1])
+    expected = patch_unet.denoise(prior.training.ema, start, times, labels, 4) / 2 + 0.5
+    assert (prior.augment(images, labels, list(range(7))) - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("weights", [{"oh": 3.0}, {"oh": 0.0, "bn": 1.0}], ids=str)
+def test_the_teacher_guides_a_variant(trained, weights):
+    """Towards its source's label, and towards the teacher's BN statistics; of the batch with L_bn alone."""
+    prior, _, _, images, labels = trained
+    torch.manual_seed(0)
+    teacher = frozen(make_classifier(num_classes=4))
+    judge, seeds = Judgement(teacher, torch.device("cpu")), list(range(7))
+    guided = PriorAugmenter(prior.prior, 4, 0.9, 10, Guidance(teacher, 16, **weights))
+    plain = PriorAugmenter(prior.prior, 4, 0.9, 10)
+    before, after = (judge.figures(to_uint8(a.augment(images, labels, seeds)), labels) for a in (plain, guided))
+    name = "loss_oh" if weights["oh"] else "loss_bn"
+    assert after[name] < before[name]
+    difference = (one_by_one(guided, images, labels, seeds, 3) - guided.augment(images, labels, seeds)).abs().max()
+    assert difference < 1e-4 if weights["oh"] else difference > 1e-3
+
+
+def test_a_prior_of_a_file_varies_images_of_any_size_and_number_of_classes(tmp_path):
+    file = Path(tiny_pipelines.patch_prior(tmp_path / "tiny.safetensors"))
+    images, labels = torch.rand(3, 3, 24, 24), torch.tensor([0, 2, 1])
+    for classes, expected in ((10, "same"), (3, "none")):
+        prior = PatchPrior.load(file, "cpu", torch.float32, num_classes=classes)
+        augmenter = PriorAugmenter(prior, classes, 0.5, 4)
+        whole = augmenter.augment(images, labels, [1, 2, 1])
+        assert prior.classes == expected and augmenter.external_prior == "tiny" and augmenter.fit_rounds == 0
+        assert whole.shape == images.shape and 0 <= whole.min() and whole.max() <= 1
+        assert (one_by_one(augmenter, images, labels, [1, 2, 1], 1) - whole).abs().max() < 1e-5
 
 
 def test_more_strength_goes_further_from_the_source(trained):

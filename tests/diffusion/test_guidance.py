@@ -224,6 +224,21 @@ def test_guided_denoising_by_hand(priors, teacher, competitor, task):
     assert (found - plain.draw(labels, seeds, [0] * 3).images).abs().max() > 0.1
 
 
+def test_a_long_step_is_shortened_and_a_short_one_is_not(priors, teacher):
+    prior = priors["patch_prior"]
+    trajectory, z, condition = prior.trajectory(4), seeded_noise([1, 2], prior.shape), torch.tensor([1, 2])
+    targets = F.one_hot(condition, 10).float()
+    free, output = Guidance(teacher, 16, lr=5.0).steer(prior, trajectory, z, 2, condition, targets)
+    lengths = (free - z).flatten(1).norm(dim=1)
+    bound = float(lengths.mean())
+    found, same = Guidance(teacher, 16, lr=5.0, max_step=bound).steer(prior, trajectory, z, 2, condition, targets)
+    scale = (bound / lengths).clamp(max=1).view(2, 1, 1, 1)
+    assert torch.equal(output, same) and scale.min() < 1 == scale.max()
+    assert torch.allclose(found, z + scale * (free - z), atol=1e-5)
+    still, _ = Guidance(teacher, 16, oh=0.0).steer(prior, trajectory, z, 2, condition, targets)
+    assert torch.equal(still, z)
+
+
 @pytest.mark.parametrize("backprop", BACKPROP)
 @pytest.mark.parametrize("terms", [{"oh": 1.0}, {"oh": 0.0, "bn": 1.0}, {"oh": 0.0, "adv": 1.0}], ids=str)
 def test_every_term_changes_the_image(priors, teacher, task, backprop, terms):
@@ -341,6 +356,18 @@ def test_measured_figures(priors, teacher, task):
     assert figures["teacher_acc1"] == 100 and figures["loss_bn"] > 0
     assert figures["loss_oh"] == pytest.approx(float(F.cross_entropy(logits, logits.argmax(1))), rel=1e-4)
     assert generator.measure(images, (logits.argmax(1) + 1) % 10)["teacher_acc1"] == 0
+
+
+@pytest.mark.parametrize("classes", ["own", "none"])
+def test_images_that_nothing_was_told_the_class_of_carry_the_teacher_s_label(paths, teacher, task, classes):
+    prior = load_prior(paths["patch_prior"], num_classes=10, classes=classes)
+    images_u8 = torch.randint(0, 256, (6, 3, 16, 16), dtype=torch.uint8)
+    unguided = GuidedSampler(prior, Guidance(teacher, 16, oh=0.0), task, steps=2)
+    batch = unguided.draw(LABELS, SEEDS, [0] * 5)
+    assert torch.equal(batch.labels, teacher(batch.images).argmax(1))
+    assert set(unguided.measure(images_u8, torch.zeros(6, dtype=torch.long))) == {"loss_oh", "loss_bn"}
+    guided = GuidedSampler(prior, Guidance(teacher, 16), task, steps=2)
+    assert torch.equal(guided.draw(LABELS, SEEDS, [0] * 5).labels, LABELS)
 
 
 # Bad input

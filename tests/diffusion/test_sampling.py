@@ -86,6 +86,12 @@ def test_an_ancestral_step_keeps_the_variance():
             assert abs(float(back.std()) - trajectory.sigmas[k]) < 0.01
 
 
+def test_a_trajectory_may_begin_on_the_way():
+    trajectory, whole = cosine_trajectory(3, "cpu", start=0.6), cosine_trajectory(5, "cpu")
+    assert torch.allclose(trajectory.times, whole.times[2:])
+    assert trajectory.alphas == pytest.approx(whole.alphas[2:]) and trajectory.sigmas == pytest.approx(whole.sigmas[2:])
+
+
 def test_cosine_steps_are_those_of_the_pixel_prior():
     trajectory = cosine_trajectory(4, "cpu")
     x, v = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
