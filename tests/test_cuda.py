@@ -27,7 +27,7 @@ def look_at(folder) -> dict:
 @pytest.mark.parametrize("amp", ["no", "bf16", "fp16"])
 @pytest.mark.parametrize("method", TINY)
 def test_method(distill, tmp_path, method, amp):
-    distill(method, tmp_path / "run", f"--gpu 0 --amp {amp} --lr 0.01")  # at 0.1 zskt on eight images leaves the range of fp16
+    distill(method, tmp_path / "run", f"--gpu 0 --amp {amp}")
     look_at(tmp_path / "run")
 
 
