@@ -76,12 +76,12 @@ CPU_TWINS = {
     "dda": (
         "4,000 student steps, variants by natural_32 under the teacher's guidance",
         f"--prior natural --strength 0.6 --guidance_oh 1 --guidance_bn 0.1 --guidance_max_step 2 --agree \\\n  {STEPS_4000} "
-        "--init_rounds 20 --init_g_steps 100 --lr_g 4e-3 --g_steps 40 --save_dir checkpoints/dda/cifar10_resnet20_wrn16_1_cpu",
+        "--init_rounds 20 --init_g_steps 100 \\\n  --lr_g 4e-3 --g_steps 40",
     ),
     "diffdfkd": (
         "4,000 student steps on 2,000 images that the teacher draws with natural_32",
-        f"--diffusion_model natural_32 --scheduler ancestral --guidance_max_step 2 --lca_every 0 --images_per_class 200 \\\n"
-        f"  --diffusion_batch_size 50 {STEPS_4000} --warmup_epochs 1 --save_dir checkpoints/diffdfkd/cifar10_resnet20_wrn16_1_cpu",
+        f"--diffusion_model natural_32 --scheduler ancestral --bn 0.3 --guidance_max_step 2 --lca_every 0 \\\n"
+        f"  --images_per_class 200 --diffusion_batch_size 50 {STEPS_4000} --warmup_epochs 1",
     ),
 }
 # Settings that were published for other datasets than the script's, or not at all.
@@ -217,7 +217,7 @@ def cpu_twin(method: str, results: list[dict[str, Any]]) -> tuple[str, str]:
     """(path below scripts/, text) of the script that needs no GPU and downloads no model."""
     teacher, student = CPU_PAIR
     kind, flags = CPU_TWINS[method]
-    flags = f"--student {student} {flags}"
+    flags = f"--student {student} {flags} \\\n  --save_dir checkpoints/{method}/cifar10_{teacher}_{student}_cpu"
     command = f"--method {method} --dataset cifar10 --teacher {teacher} {flags}"
     text = HEAD.format(
         paper=METHODS[method].split(", Stable")[0],
@@ -226,7 +226,7 @@ def cpu_twin(method: str, results: list[dict[str, Any]]) -> tuple[str, str]:
         kind=kind,
         published="",
         measured=measured(results, command, command),
-        note=f"One CPU core; time and accuracy not measured yet. Wants checkpoints/pretrained/cifar10_{teacher}.pth, or another file with --teacher_ckpt.",
+        note=f"One CPU core; not measured yet. Wants checkpoints/pretrained/cifar10_{teacher}.pth.",
         method=method,
         teacher=teacher,
         flags=flags,
