@@ -37,6 +37,7 @@ from datafree.base import Task
 from datafree.bn_statistics import layers_with_statistics
 from datafree.csd import CSD, CSDConfig
 from datafree.diffusion.augmenter import Augmenter, denoising_steps
+from datafree.diffusion.guidance import Guidance
 from datafree.diffusion.hub import DTYPES, diffusion_dtype, pipeline_config, prior_name
 from datafree.diffusion.judgement import Judgement
 from datafree.diffusion.patch_unet import load_patch_prior, shipped_prior
@@ -200,27 +201,24 @@ class DDA(CSD):
 
     def augmenter(self) -> Augmenter:
         config, task = self.config, self.task
-        if config.prior in ("pixel", "natural"):
-            from datafree.diffusion.guidance import Guidance
-            from datafree.diffusion.pixel import PixelAugmenter, PriorAugmenter
-
-            weights = {"bn": config.guidance_bn, "oh": config.guidance_oh, "max_step": config.guidance_max_step}
-            guidance = Guidance(self.teacher, task.info.image_size, **weights)
         if config.prior == "pixel":
+            from datafree.diffusion.pixel import PixelAugmenter
+
             return PixelAugmenter(
                 task.info.num_classes, task.info.image_size, channels=config.pixel_channels, fit_passes=config.fit_passes,
                 fit_batch_size=config.fit_batch_size, fit_lr=config.fit_lr, strength=config.strength,
-                num_inference_steps=self.steps, guidance_scale=self.guidance_scale, guidance=guidance, flip=task.info.flip,
-                device=task.device,
+                num_inference_steps=self.steps, guidance_scale=self.guidance_scale, guidance=self.guidance(),
+                flip=task.info.flip, device=task.device,
             )  # fmt: skip
         if config.prior == "natural":
+            from datafree.diffusion.pixel import PriorAugmenter
             from datafree.diffusion.priors import PatchPrior
 
             prior = PatchPrior.load(
                 self.prior_file(), task.device, self.dtype(), num_classes=task.info.num_classes,
                 guidance_scale=self.guidance_scale,
             )  # fmt: skip
-            return PriorAugmenter(prior, task.info.num_classes, config.strength, self.steps, guidance)
+            return PriorAugmenter(prior, task.info.num_classes, config.strength, self.steps, self.guidance())
         from datafree.diffusion.variation import ImageToImage, ImageVariation
 
         common = {
@@ -231,6 +229,12 @@ class DDA(CSD):
             return ImageVariation(self.model, self.revision, **common)
         words = {"prompt": config.prompt, "class_names": task.info.class_names, "strength": config.strength}
         return ImageToImage(self.model, self.revision, **words, **common)
+
+    def guidance(self) -> Guidance:
+        """The teacher's part in the variation."""
+        config = self.config
+        weights = {"bn": config.guidance_bn, "oh": config.guidance_oh, "max_step": config.guidance_max_step}
+        return Guidance(self.teacher, self.task.info.image_size, **weights)
 
     def embedding(self) -> Callable[[Tensor], Tensor]:
         """For the filter: images (B, 3, H, W) in [0, 1] to embeddings (B, D)."""
