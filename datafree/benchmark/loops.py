@@ -20,8 +20,10 @@ import gc
 import io
 import statistics
 import tempfile
-from functools import partial
+from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -29,14 +31,17 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from datafree.bank import export_folders
+from datafree.base import Synthesizer
 from datafree.benchmark.measuring import Ceilings, Measured, Step, ceilings, clock, flops, in_turns
 from datafree.bn_statistics import BNStatistics, bn_loss
 from datafree.generators import Generator, UpsampleConv2d, reset
-from datafree.losses import kd_loss, one_hot_loss
+from datafree.losses import KLDistillation, kd_loss, one_hot_loss
 from engine.data.bank import ImageBank, Manifest
-from engine.data.crops import crop_flip
 from engine.data.datasets import DatasetInfo, dataset_info
 from engine.data.transfer_set import TransferSet
+from engine.data.views import KeyedViews, Views
+from engine.loops.distill import Distillation, Schedule
+from engine.loops.memo import STEPS, Memo
 from engine.networks.build import build_classifier
 from engine.report import markdown, replace_table
 from engine.runtime.compilation import CHOICES, Compiler
@@ -52,9 +57,11 @@ LOOPS = {
     "sample": "bank sampling",
     "teacher_forward": "teacher forward",
     "distillation": "distillation step",
+    "memo": "distillation step",
     "inversion": "inversion step",
     "growth": "sampling from banks of growing size",
 }
+KNOWN = (0.5, 0.9, 1.0)  # shares of the questions that the teacher has answered before
 GROWING = (4096, 16384, 65536)  # images
 ALWAYS = 10**9  # calls, as of a run that is long enough to compile for
 
@@ -138,19 +145,8 @@ class Plain:
         loss.item()
 
 
-class StudentStep(nn.Module):
-    """The student's part of a distillation step: images (B, 3, S, S), teacher_logits (B, C) -> loss, scalar."""
-
-    def __init__(self, student: nn.Module):
-        super().__init__()
-        self.student = student
-
-    def forward(self, images: Tensor, teacher_logits: Tensor) -> Tensor:
-        return kd_loss(self.student(images), teacher_logits, 20.0)
-
-
 class Ours:
-    """This project's loop, from the same pieces as ``datafree_kd.py``.
+    """This project's loop: that of ``datafree_kd.py`` for student steps, and its pieces for inversion.
 
     Args:
         compiler: of teacher, student step, generator and synthesis losses.
@@ -160,23 +156,30 @@ class Ours:
         self, info, teacher, student, columns: dict[str, Tensor], batch_size: int, precision: Precision,
         compiler: Compiler,
     ):  # fmt: skip
-        self.precision, self.info = precision, info
+        self.precision, self.batch_size = precision, batch_size
         device = precision.device
-        transfer = TransferSet(len(columns["labels"]), info.image_size, device)
-        transfer.add(columns["images"], columns["labels"])
-        self.batches = transfer.batches(batch_size, self.view, seed=0)
+        self.transfer = TransferSet(len(columns["labels"]), info.image_size, device)
+        self.transfer.add(columns["images"], columns["labels"])
+        self.view = Views(info.crop_padding, info.flip)
+        self.views = KeyedViews(self.view, len(self.transfer), device=device)
+        schedule = Schedule(ALWAYS, 1, 1, batch_size, 1e-3, 0.9, 0.0, 0)
+        parts = teacher, student, KLDistillation(20.0), Synthesizer(), schedule, precision
+        self.loop, self.bar = Distillation(*parts, compile=compiler), SimpleNamespace(update=lambda: None)
+        self.batches = self._endless()
         self.images = next(self.batches)[0]
         generator = reset(Generator(256, info.image_size)).to(device, memory_format=torch.channels_last)
         self.network, self.statistics = teacher, BNStatistics(teacher)
-        self.optimizer = torch.optim.SGD(student.parameters(), lr=1e-3, momentum=0.9, fused=True)
         self.z = torch.randn(batch_size, 256, device=device, requires_grad=True)
         self.labels = torch.randint(info.num_classes, (batch_size,), device=device)
         self.inversion_precision = precision.fresh()
         self.inversion_optimizer = torch.optim.Adam([*generator.parameters(), self.z], lr=1e-3)
-        self.teacher = compiler(teacher, ALWAYS, "teacher", constant_weights=True)
-        self.student_step = compiler(StudentStep(student.train()), ALWAYS, "student step")
         self.generator = compiler(generator, ALWAYS, "generator")
         self.synthesis_losses = compiler(self._synthesis_losses, ALWAYS, "synthesis losses")
+
+    def _endless(self) -> Iterator[tuple[Tensor, ...]]:
+        """Rounds of a hundred steps."""
+        for round in count():
+            yield from self.transfer.viewed(self.batch_size, self.views, seed=round, steps=100)
 
     def _synthesis_losses(self, images: Tensor, labels: Tensor) -> Tensor:
         """bn + oh of images (B, 3, S, S) that are to be of classes labels (B,), scalar."""
@@ -184,23 +187,47 @@ class Ours:
             logits = self.network(images)
         return bn_loss(stats, self.statistics.running) + one_hot_loss(logits, labels)
 
-    def view(self, images: Tensor) -> Tensor:
-        return crop_flip(images, self.info.crop_padding, self.info.flip)
-
     def sample(self) -> None:
         next(self.batches)
 
     def teacher_forward(self) -> None:
-        with torch.no_grad(), self.precision.autocast():
-            self.teacher(self.images)
+        self.loop.ask(self.images)
 
     def distillation(self) -> None:
-        images, _ = next(self.batches)
-        with self.precision.autocast():
-            with torch.no_grad():
-                teacher_logits = self.teacher(images)
-            loss = self.student_step(images, teacher_logits)
-        self.precision.minimize(loss, self.optimizer)
+        self.loop.student_steps(self.batches, 0, self.bar)
+
+    def remembering(self, known: float) -> Step:
+        """A student step whose teacher has answered that share of the questions before.
+
+        The other ones go to the teacher before every ``STEPS``-th step, as in a run.
+        """
+        device, block = self.precision.device, self.batch_size
+        group, keys = STEPS * block, torch.randperm(len(self.views), device=self.precision.device)
+        old, fresh = keys.split(-(-len(keys) // 2))
+        answer = lambda keys: self.loop.ask(self.transfer.look(self.views, keys)).logits
+        memo = Memo(answer, len(keys), 4 * group, block, device)
+        old = old[:group]
+        memo.prepare(old)
+        used, unknown = memo.used, round((1 - known) * group)
+
+        def batches() -> Iterator[tuple[Tensor, ...]]:
+            for start in count(step=unknown):
+                new = fresh[torch.arange(start, start + unknown, device=device) % len(fresh)]
+                memo.row_of[new], memo.used = 0, used  # in the place of those before
+                asked = torch.cat([new, old[torch.randint(len(old), (group - unknown,), device=device)]])
+                asked = asked[torch.randperm(group, device=device)].view(STEPS, block)
+                memo.prepare(asked)
+                for row in asked:
+                    yield self.transfer.look(self.views, row), self.labels, row
+
+        drawn = batches()
+
+        def step() -> None:
+            self.loop.memo = memo
+            self.loop.student_steps(drawn, 0, self.bar)
+            self.loop.memo = None
+
+        return step
 
     def inversion(self) -> None:
         with self.precision.autocast():
@@ -228,24 +255,25 @@ def sampling_bytes(image_size: int) -> int:
     return 9 * 3 * image_size**2
 
 
-def line(name: str, ours: Measured, plain: Measured, work: int, best: Ceilings) -> dict[str, str]:
+def line(name: str, ours: Measured, plain: Measured, work: int, best: Ceilings, what: str = "") -> dict[str, str]:
     """One row of the table.
 
     Args:
+        what: to say of the loop besides its name.
         work: operations an image, or, of bank sampling, bytes.
     """
     ratios = [a / b for a, b in zip(ours.rates, plain.rates, strict=True)]
     spread = f" ({min(ratios):.2f} to {max(ratios):.2f})" if len(ratios) > 1 else ""
-    limit, what = (best.memory, "copy") if name == "sample" else (best.arithmetic, "arithmetic")
+    limit, kind = (best.memory, "copy") if name == "sample" else (best.arithmetic, "arithmetic")
     return {
-        "loop": LOOPS[name],
+        "loop": LOOPS[name] + what,
         "ours, images/s": f"{ours.rate:.0f}",
         "plain, images/s": f"{plain.rate:.0f}",
         "ratio": f"{statistics.median(ratios):.2f}{spread}",
         "ours, peak MiB": f"{ours.peak or ''}",
         "plain, peak MiB": f"{plain.peak or ''}",
         "GFLOP an image": "" if name == "sample" else f"{work / 1e9:.3g}",
-        "ours, of the ceiling": f"{100 * ours.rate * work / limit:.0f} % ({what})",
+        "ours, of the ceiling": f"{100 * ours.rate * work / limit:.0f} % ({kind})",
     }
 
 
@@ -267,8 +295,10 @@ class Benchmark:
         measured = ceilings(self.device, self.precision.dtype or torch.float32, min(0.7, self.args.seconds))
         self.ceilings = self.ceilings.or_higher(measured)
 
-    def in_turns(self, steps: dict[str, Step]) -> dict[str, Measured]:
-        return in_turns(steps, self.args.batch_size, self.args.seconds, self.args.repeats, self.device, self.bar)
+    def in_turns(self, steps: dict[str, Step], whole: int = 1) -> dict[str, Measured]:
+        """``whole``: steps that are measured together; see ``measuring.in_turns``."""
+        args = self.args
+        return in_turns(steps, args.batch_size, args.seconds, args.repeats, self.device, self.bar, whole)
 
     def pair(self, teacher: str, student: str, loops: list[str]) -> str:
         """The table of a pair of networks."""
@@ -283,31 +313,44 @@ class Benchmark:
         eager, ours = Ours(*parts, Compiler("no", self.device)), Ours(*parts, compiler)
         plain = Plain(info, frozen(theirs), other, self.png, args.batch_size, args.workers)
         # Compiled functions show no operations to count.
-        work = {name: flops(getattr(eager, name)) // args.batch_size for name in loops if name != "sample"}
+        timed = [name for name in loops if name != "memo"]
+        counted = {"distillation", "teacher_forward", *timed} - {"sample"}
+        work = {name: flops(getattr(eager, name)) // args.batch_size for name in counted}
         del eager
         work["sample"] = sampling_bytes(info.image_size)
         begun = clock(self.device)
-        for name in loops:
+        for name in timed:
             getattr(ours, name)()  # compiled at their first step
         compiling = clock(self.device) - begun
         self.look()
         found = {}
-        for name in loops:
+        for name in timed:
             self.bar.set_postfix_str(f"{teacher} -> {student}, {LOOPS[name]}")
             getattr(plain, name)()  # as ours was, when its operations were counted
             found[name] = self.in_turns({"ours": getattr(ours, name), "plain": getattr(plain, name)})
+        kept = self.memo(ours, plain) if "memo" in loops else {}
         self.look()
         rows = [line(name, m["ours"], m["plain"], work[name], self.ceilings) for name, m in found.items()]
+        for known in KNOWN[: len(kept)]:
+            left = round(work["distillation"] - known * work["teacher_forward"])
+            rows.append(line("memo", kept[known], kept["plain"], left, self.ceilings, f", {100 * known:.0f} % answered before"))
         setting = f"{teacher} -> {student}, {info.image_size} px, batch {args.batch_size}, amp {self.precision.amp}"
         compiled = "not compiled" if not notes else f"compiled in {compiling:.0f} s"
         failed = [note for note in notes if "uncompiled" in note]
         return "  \n".join([f"{setting}, {compiled}", *failed, f"{self.ceilings}\n\n{markdown(rows)}"])
 
+    def memo(self, ours: Ours, plain: Plain) -> dict[float | str, Measured]:
+        """Of the plain loop, and of ours by the share of the questions that were answered before."""
+        self.bar.set_postfix_str("memo")
+        steps: dict[float | str, Step] = {known: ours.remembering(known) for known in KNOWN} | {"plain": plain.distillation}
+        steps["plain"]()
+        return self.in_turns(steps, STEPS)
+
     def growth(self) -> str:
         """The table of sampling from banks of growing size: what a batch costs should not grow with them."""
         self.bar.set_postfix_str(LOOPS["growth"])
         size, steps = self.info.image_size, {}
-        view = partial(crop_flip, padding=self.info.crop_padding, flip=self.info.flip)
+        view = Views(self.info.crop_padding, self.info.flip)
         for count in GROWING:
             transfer = TransferSet(count, size, self.device)
             images = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8)

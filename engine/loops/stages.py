@@ -191,6 +191,8 @@ class Distill(Stage):
         """Lets the student see numbered views of the images in ``source``, and the teacher's answers to them be kept."""
         view, few, processes = self.method.student_view, session.flags["views"], session.processes
         if source is None or not isinstance(view, Views):
+            if few:
+                raise UserError(f"--views {few}: what the student sees here is no finite set of crops and flips; leave it out")
             return
         views = KeyedViews(view, source.capacity, few, session.seed, session.device)
         memo, text = None, "memo: none, for the student's loss looks at more of the teacher than its logits"

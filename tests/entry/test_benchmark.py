@@ -68,7 +68,7 @@ def test_the_compiler_is_given_four_functions_and_what_it_gives_runs(tmp_path):
     info, calls = dataset_info("digits"), []
 
     def compiler(function, calls_to_come, name, **_):
-        return lambda *inputs: (calls.append(name), function(*inputs))[1]
+        return lambda *inputs, **named: (calls.append(name), function(*inputs, **named))[1]
 
     teacher, student = (build_classifier("resnet8", info, CPU) for _ in range(2))
     before = copy.deepcopy(student.state_dict())
@@ -83,6 +83,14 @@ def test_the_compiler_is_given_four_functions_and_what_it_gives_runs(tmp_path):
     assert calls[2:] == ["generator", "synthesis losses"]
     ours.teacher_forward()
     assert calls[4:] == ["teacher"]
+    calls.clear()
+    for known, blocks in ((1.0, 0), (0.5, 8)):  # of 72 views the teacher knows 36 after nine blocks of four
+        step = ours.remembering(known)
+        assert calls == ["teacher"] * 9
+        for _ in range(16):
+            step()
+        assert calls == ["teacher"] * (9 + blocks) + ["student step"] * 16 and ours.loop.memo is None
+        calls.clear()
     assert any(not torch.equal(before[name], value) for name, value in student.state_dict().items())
 
 
