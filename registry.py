@@ -4,8 +4,9 @@ Values are ``"module:attribute"``, imported when chosen, so that ``--help`` load
 """
 
 METHODS = {
-    "kd": "datafree.kd:KD",  # controls: on the real training images, and on noise or unrelated ones
+    "kd": "datafree.kd:KD",  # controls: on the real training images, on noise or unrelated ones, on crops of one picture
     "noise": "datafree.noise:Noise",
+    "one_image": "datafree.one_image:OneImage",
     "dafl": "datafree.dafl:DAFL",
     "zskt": "datafree.zskt:ZSKT",
     "dfad": "datafree.dfad:DFAD",

@@ -5,6 +5,7 @@ mean and variance that training left there. Statistics are taken in one pass by 
 their gradient is one fused multiply-add: on a CPU about seven times as fast as ``torch.var_mean`` under autograd.
 """
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
@@ -84,6 +85,21 @@ def collected(statistics: "BNStatistics | None", **options):
 def layers_with_statistics(network: nn.Module) -> list[nn.Module]:
     """The BN layers of a network that keep running statistics."""
     return [m for m in network.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+
+
+def normalizing_by_batch(network: nn.Module) -> nn.Module:
+    """A copy of a network whose BN layers normalize by each batch's own statistics, also in eval mode.
+
+    Raises:
+        UserError: the network has no BN layer with running statistics.
+    """
+    copied = copy.deepcopy(network)
+    layers = layers_with_statistics(copied)
+    if not layers:
+        raise UserError("the teacher has no BatchNorm layer that could normalize by the batch; give --bn_mode running")
+    for layer in layers:
+        layer.track_running_stats, layer.running_mean, layer.running_var = False, None, None
+    return copied
 
 
 class BNStatistics:

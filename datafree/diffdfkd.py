@@ -57,8 +57,9 @@ lost code, so there is no run of it to follow; this is the paper's algorithm.
 
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -187,7 +188,7 @@ class MapDistillation(nn.Module):
 
     def __init__(self, temperature: float, msarc: float, teacher: nn.Module, student: nn.Module):
         super().__init__()
-        self.temperature, self.msarc = temperature, msarc
+        self.temperature, self.msarc, self.logits_only = temperature, msarc, not msarc
         self.heads = (head_of(teacher), head_of(student))
 
     def forward(self, teacher_out, student_out, labels: Tensor) -> dict[str, Tensor]:
@@ -296,13 +297,13 @@ class DiffDFKD(Method):
         prior = prior_name(self.model, config.diffusion_revision)
         return FillBank("generate", order(0).rounds, maker, prior), Distill(self, "generate", images_per_class=config.student_images_per_class)
 
-    def student_view(self, images: Tensor) -> Tensor:
+    @property
+    def student_view(self) -> Callable[[Tensor], Tensor]:
         """A random crop and flip of (B, 3, H, W) uint8, mixed with another where ``--mix`` says so."""
+        view = self.task.random_view
         if self.config.student_crop == "resized":
-            views = resized_crop_flip(images, self.task.info.flip)
-        else:
-            views = self.task.random_view(images)
-        return views if self.config.mix == "no" else mixed(views, self.config.mix)
+            view = partial(resized_crop_flip, flip=self.task.info.flip)
+        return view if self.config.mix == "no" else lambda images: mixed(view(images), self.config.mix)
 
     @property
     def images_per_round(self) -> int:

@@ -120,7 +120,7 @@ def measure(method: Method, groups: list, stages: list[str]) -> Rates:
             synthesis["distill"] = seconds_of(lambda: synthesizer.synthesize(student), device)
         synthesis["distill"] /= max(1, synthesis_steps(one_round, schedule, info, "distill"))
     distillation = Distillation(
-        method.teacher, student, method.objective().to(device), synthesizer, schedule, Precision(run_flags.amp, device)
+        method.answering_teacher(), student, method.objective().to(device), synthesizer, schedule, Precision(run_flags.amp, device)
     )
     if method.streams:
         batches = synthesizer.batches(schedule.batch_size, seed=run_flags.seed)

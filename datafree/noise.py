@@ -1,9 +1,12 @@
 """Noise: distillation on images that have nothing to do with the task. The control at the lower end of the tables.
 
-``--images FOLDER`` takes any tree of unrelated pictures; without it every batch is fresh noise, each value of each pixel
+``--images`` takes any tree of unrelated pictures, or another dataset's NAME.npz, of which it reads ``x_train``; without it every batch is fresh noise, each value of each pixel
 uniform in [0, 1] or normal (mean 1/2, standard deviation 1/4, clamped). The teacher's answers are all that is learnt from.
 
     student     KL_T
+
+To noise a teacher gives one and the same answer, since its BatchNorm layers expect images. With ``--bn_mode batch`` they
+normalize by the batch they see, so that the answers spread over the classes; the student is evaluated as ever.
 
 A method that does not beat this has not found anything out about the training data. Unrelated pictures are no weak control:
 what they lack is the classes, not the look of images (see Beyer et al. 2022, arXiv 2106.05237, on out-of-domain transfer).
@@ -17,9 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from datafree.base import ImageBatch, Method, Synthesizer, Task
+from datafree.bn_statistics import normalizing_by_batch
 from datafree.losses import KLDistillation
 from datafree.stream import unlabelled
 from engine.data.image_files import SUFFIXES, decode_image, image_files, read_images, tell_of_cropping
+from engine.data.readers import read_npz_images
+from engine.data.splits import resized
 from engine.data.transfer_set import TransferSet
 from engine.runtime.errors import UserError
 from engine.runtime.flags import flag
@@ -31,9 +37,17 @@ DISTILL = ("distill",)
 class NoiseConfig:
     """Flags of the noise control."""
 
-    images: str | None = flag(None, "folder of unrelated pictures, to any depth; unset: noise", affects=DISTILL)
+    images: str | None = flag(
+        None, "folder of unrelated pictures, to any depth, or NAME.npz of another dataset; unset: noise", affects=DISTILL
+    )
     noise: str = flag(
         "uniform", "distribution of the pixels where no folder is given", choices=("uniform", "normal"), affects=DISTILL
+    )
+    bn_mode: str = flag(
+        "running",
+        "by which statistics the teacher normalizes what the student learns from: its running ones, or the batch's own",
+        choices=("running", "batch"),
+        affects=DISTILL,
     )
     T: float = flag(20.0, "temperature of the distillation loss", affects=DISTILL)
 
@@ -71,14 +85,32 @@ def pictures_in(folder: str) -> list[str]:
     return files
 
 
-class FolderImages(NoiseImages):
-    """Shuffled passes over a folder, cropped and flipped."""
+def read_pictures(source: str, size: int) -> Tensor:
+    """(N, 3, size, size) uint8 of the folder or archive of --images.
 
-    def __init__(self, task: Task, folder: str):
+    Raises:
+        UserError: there are none, or one cannot be read.
+    """
+    if is_archive(source):
+        arrays = read_npz_images(Path(source))
+        tell_of_cropping(f"--images {source}", size, arrays)
+        return resized(arrays, size).permute(0, 3, 1, 2).contiguous()
+    files = pictures_in(source)
+    tell_of_cropping(f"--images {source}", size, files)
+    return read_images(files, size)
+
+
+def is_archive(source: str) -> bool:
+    """Whether --images names a file of arrays."""
+    return source.endswith(".npz")
+
+
+class UnrelatedImages(NoiseImages):
+    """Shuffled passes over unrelated pictures, cropped and flipped."""
+
+    def __init__(self, task: Task, source: str):
         self.task = task
-        files = pictures_in(folder)
-        tell_of_cropping(f"--images {folder}", task.info.image_size, files)
-        images = read_images(files, task.info.image_size)
+        images = read_pictures(source, task.info.image_size)
         self.pictures = TransferSet(len(images), task.info.image_size, task.device)
         self.pictures.add(images, torch.full((len(images),), -1))
         self.images_total = len(images)
@@ -97,15 +129,23 @@ class Noise(Method):
     def __init__(self, config: NoiseConfig, teacher: nn.Module, student: nn.Module, task: Task):
         super().__init__(config, teacher, student, task)
         if config.images:
-            self.external_prior = f"images of {Path(config.images).resolve().name}"
+            self.external_prior = f"images of {Path(config.images).resolve().name.removesuffix('.npz')}"
 
     def check_inputs(self, stages: Collection[str]) -> None:
-        if self.config.images and "distill" in stages:
-            decode_image(pictures_in(self.config.images)[0], self.task.info.image_size)
+        self.answering_teacher()  # raises where there is nothing to normalize
+        source = self.config.images
+        if source and "distill" in stages:
+            if is_archive(source):
+                read_npz_images(Path(source))
+            else:
+                decode_image(pictures_in(source)[0], self.task.info.image_size)
+
+    def answering_teacher(self) -> nn.Module:
+        return normalizing_by_batch(self.teacher) if self.config.bn_mode == "batch" else self.teacher
 
     def synthesizer(self) -> NoiseImages:
         config = self.config
-        return FolderImages(self.task, config.images) if config.images else NoiseImages(self.task, config.noise)
+        return UnrelatedImages(self.task, config.images) if config.images else NoiseImages(self.task, config.noise)
 
     def objective(self) -> KLDistillation:
         return KLDistillation(self.config.T)

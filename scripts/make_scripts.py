@@ -26,6 +26,7 @@ CIFAR = ("cifar10", "cifar100")
 METHODS = {
     "kd": "ordinary distillation on the real training images, the upper bound (arXiv 1503.02531)",
     "noise": "distillation on noise, the lower bound; --images FOLDER for unrelated pictures",
+    "one_image": "distillation on crops of one picture (arXiv 2112.00725): give --image FILE",
     "dafl": "DAFL, ICCV 2019 (arXiv 1904.01186)",
     "zskt": "ZSKT, NeurIPS 2019 (arXiv 1905.09768)",
     "dfad": "DFAD, 2019 (arXiv 1912.11006)",
@@ -42,7 +43,7 @@ METHODS = {
 }
 # Scripts of a method under another name; flags make the difference.
 BASELINES = {"dm_kd": "diffdfkd"}
-CONTROLS = ("kd", "noise")
+CONTROLS = ("kd", "noise", "one_image")
 # Methods whose initial bank is the same for every student of a teacher, made by a script of its own; bank size.
 INITIAL_BANK = {"cmi": 51_200, "csd": 80_000, "dda": 80_000, "diffdfkd": 50_000, "dm_kd": 50_000}
 GENERATED = ("diffdfkd", "dm_kd")  # of them, those whose bank stage generate fills

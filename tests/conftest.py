@@ -51,6 +51,7 @@ def make_classifier(network="resnet8", num_classes=10, image_size=16, mean=0.3, 
 TINY = {
     "kd": "",
     "noise": "",
+    "one_image": f"--image {ROOT / 'docs/pictures/natural_32.png'}",
     "dafl": "--kd_steps 1 --synthesis_batch_size 6 --nz 8",
     "zskt": "--kd_steps 1 --synthesis_batch_size 6 --nz 8",
     "dfad": "--kd_steps 1 --synthesis_batch_size 6 --nz 8",

@@ -63,25 +63,27 @@ class Denoising:
         Raises:
             Diverged: the loss became NaN or infinite.
         """
-        losses = torch.empty(len(batches), device=self.device)
-        weights, averages = list(self.network.parameters()), list(self.ema.parameters())
-        for k, index in enumerate(batches):
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.learning_rate(self.step)
-            loss = self.loss(images_u8[index].to(self.device), labels[index].to(self.device))
-            self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(weights, 1.0)
-            self.optimizer.step()
-            self.step += 1
-            decay = (1 - 1 / (self.start + self.step)) ** (EMA_POWER + 1)
-            torch._foreach_lerp_(averages, [weight.detach() for weight in weights], 1 - decay)
-            losses[k] = loss.detach()
+        losses = torch.stack([self.learn(images_u8[index].to(self.device), labels[index].to(self.device)) for index in batches])
         diverged = (~losses.isfinite()).nonzero()
         if len(diverged):
             step = self.step - len(batches) + int(diverged[0])
             raise Diverged(f"diffusion training diverged (loss NaN at step {step})")
         return float(losses.mean())
+
+    def learn(self, images_u8: Tensor, labels: Tensor) -> Tensor:
+        """One step on images (B, 3, H, W) uint8 and labels (B,) on the device; returns its loss, a scalar without a graph."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate(self.step)
+        loss = self.loss(images_u8, labels)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        weights = list(self.network.parameters())
+        nn.utils.clip_grad_norm_(weights, 1.0)
+        self.optimizer.step()
+        self.step += 1
+        decay = (1 - 1 / (self.start + self.step)) ** (EMA_POWER + 1)
+        torch._foreach_lerp_(list(self.ema.parameters()), [weight.detach() for weight in weights], 1 - decay)
+        return loss.detach()
 
     def loss(self, images_u8: Tensor, labels: Tensor) -> Tensor:
         """Mean squared error of v at random times, scalar. The times of a batch are spread evenly (Kingma et al. 2021,

@@ -92,24 +92,29 @@ class GuidedSampler:
         Raises:
             UserError: a latent became NaN, or the memory does not suffice.
         """
-        labels = labels.to(self.prior.device)
-        with memory_errors(), torch.no_grad(), eval_mode(self.student or nn.Identity()):
-            latents = self._latents(labels, seeds, repeats)
-            parts = batches(len(latents), self.guidance.micro_batch)
-            full = torch.cat([self.prior.decode(latents[part]).clamp(0, 1) for part in parts])
-            check_finite([True] * (len(self.trajectory) - 1) + [bool(full.isfinite().all())])
-            full = full.float()
-            size = (self.task.info.image_size, self.task.info.image_size)
-            images = full if full.shape[2:] == size else resize(full, size)
-            if not self.asks:
-                labels = self.guidance.teacher(images).argmax(1)
-        return Drawn(images, labels, full=full)
+        with memory_errors():
+            drawn, finite = self.draw_unread(labels, seeds, repeats)
+            check_finite(finite.tolist())
+        return drawn
 
-    def _latents(self, labels: Tensor, seeds: list[int], repeats: list[int]) -> Tensor:
-        """The last latents (B, C, h, w), clean."""
+    @torch.no_grad()
+    def draw_unread(self, labels: Tensor, seeds: list[int], repeats: list[int]) -> tuple[Drawn, Tensor]:
+        """``draw`` that waits for nothing, and whether all was finite after each denoising step, (K,) bool."""
+        with eval_mode(self.student or nn.Identity()):
+            latents, finite = self._latents(labels, seeds, repeats)
+        parts = batches(len(latents), self.guidance.micro_batch)
+        full = torch.cat([self.prior.decode(latents[part]).clamp(0, 1) for part in parts]).float()
+        finite[-1] = finite[-1] & full.isfinite().all()
+        size = (self.task.info.image_size, self.task.info.image_size)
+        images = full if full.shape[2:] == size else resize(full, size)
+        labels = labels.to(self.prior.device) if self.asks else self.guidance.teacher(images).argmax(1)
+        return Drawn(images, labels, full=full), torch.stack(finite)
+
+    def _latents(self, labels: Tensor, seeds: list[int], repeats: list[int]) -> tuple[Tensor, list[Tensor]]:
+        """The last latents (B, C, h, w), clean, and whether they were finite after each step, () bool."""
         prior, trajectory, device = self.prior, self.trajectory, self.prior.device
         generators = seeded_generators(seeds)
-        condition = prior.condition(labels, repeats)
+        condition, labels = prior.condition(labels, repeats), labels.to(device)
         targets = F.one_hot(labels, self.task.info.num_classes).float()
         latents, previous, whole = self._noise(generators), None, []
         for k in range(len(trajectory)):
@@ -121,8 +126,7 @@ class GuidedSampler:
             latents, output = self.guidance.steer(prior, trajectory, latents, k, condition, targets)
             latents, previous = self._step(latents, k, output, previous, generators)
             whole.append(latents.isfinite().all())
-        check_finite(torch.stack(whole).tolist())
-        return latents
+        return latents, whole
 
     def _step(self, latents, k, output, previous, generators) -> tuple[Tensor, Tensor]:
         """x_{k+1}, and the clean latents at k."""

@@ -32,12 +32,17 @@ def image_files(folder: Path | str) -> list[str]:
     return found
 
 
-def decode_image(path: str | Path, size: int, crop_fraction: float = 1.0) -> Tensor:
-    """(size, size, 3) uint8 RGB: shorter side to size / crop_fraction, bilinear antialiased, centre crop.
+def read_picture(path: str | Path) -> Tensor:
+    """An image file as it is, (3, H, W) uint8 RGB; of a very long one the middle.
 
     Raises:
         UserError: the file is missing, damaged or too large.
     """
+    return torch.from_numpy(np.array(_open_rgb(path))).permute(2, 0, 1).contiguous()
+
+
+def _open_rgb(path: str | Path) -> Image.Image:
+    """Decoded, RGB, cut to at most ``LONGEST`` times its shorter side."""
     try:
         with Image.open(path) as image:
             width, height = image.size
@@ -47,11 +52,20 @@ def decode_image(path: str | Path, size: int, crop_fraction: float = 1.0) -> Ten
             if max(width, height) > most:
                 left, top = max(0, width - most) // 2, max(0, height - most) // 2
                 image = image.crop((left, top, left + min(width, most), top + min(height, most)))
-            image = image.convert("RGB")
+            return image.convert("RGB")
     except FileNotFoundError:
         raise UserError(f"image {path} does not exist") from None
     except (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as error:
         raise UserError(f"image {path} cannot be decoded: {error}") from None
+
+
+def decode_image(path: str | Path, size: int, crop_fraction: float = 1.0) -> Tensor:
+    """(size, size, 3) uint8 RGB: shorter side to size / crop_fraction, bilinear antialiased, centre crop.
+
+    Raises:
+        UserError: the file is missing, damaged or too large.
+    """
+    image = _open_rgb(path)
     width, height = image.size
     scale = max(size, round(size / crop_fraction)) / min(width, height)
     width, height = max(size, round(width * scale)), max(size, round(height * scale))

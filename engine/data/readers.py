@@ -71,14 +71,24 @@ def read_npz(info: DatasetInfo, split: str) -> RawSplit:
     """``x_train, y_train, x_test, y_test`` of ``DATA_ROOT/NAME.npz``; only the members of ``split`` are read."""
     path = Path(info.data_root, info.archive)
     with open_npz(path) as archive:
-        images, labels = _member(archive, path, f"x_{split}"), _labels(archive, path, split)
+        return RawSplit(_images(archive, path, split), _labels(archive, path, split), str(path))
+
+
+def read_npz_images(path: Path) -> np.ndarray:
+    """``x_train`` of any archive, uint8 (N, H, W) or (N, H, W, 3)."""
+    with open_npz(path) as archive:
+        return _images(archive, path, "train")
+
+
+def _images(archive, path: Path, split: str) -> np.ndarray:
+    images = _member(archive, path, f"x_{split}")
     if images.ndim == 4 and images.shape[3] == 1:
         images = images[..., 0]
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] != 3):
         raise UserError(
             f"{path}: x_{split} is {images.dtype} of shape {images.shape}; wanted uint8 (N, H, W), (N, H, W, 1) or (N, H, W, 3)"
         )
-    return RawSplit(images, labels, str(path))
+    return images
 
 
 @contextmanager

@@ -119,7 +119,7 @@ def load_split(info: DatasetInfo, split: str, device: torch.device | str, worker
     tell_of_cropping(f"{info.name} {split}", info.image_size, raw.images)
     home = home_of(len(labels) * 3 * info.image_size**2, device)
     if isinstance(raw.images, np.ndarray):
-        return Split(_resized(raw.images, info.image_size).to(home or "cpu"), labels, info.num_classes)
+        return Split(resized(raw.images, info.image_size).to(home or "cpu"), labels, info.num_classes)
 
     files = ImageFiles(raw.images, info.image_size, info.crop_fraction)
     if home is None:
@@ -162,7 +162,7 @@ def _checked_labels(raw: RawSplit, info: DatasetInfo, split: str) -> Tensor:
     return torch.from_numpy(raw.labels.astype(np.int64))
 
 
-def _resized(images: np.ndarray, size: int) -> Tensor:
+def resized(images: np.ndarray, size: int) -> Tensor:
     """(N, H, W) or (N, H, W, 3) uint8 -> (N, size, size, 3): shorter side to size, bilinear antialiased, centre crop."""
     pixels = torch.from_numpy(np.ascontiguousarray(images))
     if pixels.dim() == 3:

@@ -108,9 +108,18 @@ class DistillFlags:
     weight_decay: float = flag(1e-4, "SGD weight decay", affects=DISTILL)
     warmup_epochs: int = flag(0, "epochs of linear warm-up of lr", affects=DISTILL, scales=True)
 
+    memo: str = flag(
+        "auto",
+        "MiB of the teacher's answers to keep, so that it is not asked twice about a view of an image; auto: a quarter of the free "
+        "memory, where enough questions come again; no: none",
+    )
+    views: int | None = flag(
+        None, "so many fixed random views of each image in place of all, so that the teacher knows most of them", affects=DISTILL
+    )
+
     def schedule(self) -> Schedule:
         """The same in the form that stage distill takes."""
-        check_least(self, epochs=1, kd_steps=1, ep_steps=0, batch_size=1, warmup_epochs=0)
+        check_least(self, epochs=1, kd_steps=1, ep_steps=0, batch_size=1, warmup_epochs=0, views=1)
         steps = self.ep_steps or self.kd_steps
         return Schedule(
             self.epochs, steps, self.kd_steps, self.batch_size, self.lr, self.momentum, self.weight_decay,

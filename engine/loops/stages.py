@@ -10,10 +10,12 @@ from torch import Tensor
 from engine.data.bank import ImageBank
 from engine.data.splits import load_split
 from engine.data.transfer_set import TransferSet
+from engine.data.views import KeyedViews, Views
 from engine.loops import augment, distill
 from engine.loops.evaluate import Accuracy, Agreement, predict
 from engine.loops.fill import STATE, Maker, fill
 from engine.loops.measures import confusion
+from engine.loops.memo import Memo, check_memo, memo_rows
 from engine.loops.session import Finished, Session, Stage
 from engine.runtime.errors import UserError
 from engine.runtime.files import load_checkpoint, load_tensors, save_checkpoint, write_json
@@ -131,6 +133,7 @@ class Distill(Stage):
 
     def check(self, session: Session, before: list[str]) -> None:
         self.method.objective()  # raises where it does not fit the networks
+        check_memo(session.flags["memo"])
         if self.initial and self.initial not in before:
             session.finished(self.initial, "init_bank", "bank").columns
         if self.filter is None or "augment" in before:
@@ -169,17 +172,40 @@ class Distill(Stage):
             if transfer is not None:
                 run.log(transfer.description)
         distillation = distill.Distillation(
-            method.teacher, method.student, method.objective().to(device), self._synthesizer(session, images.initial),
+            method.answering_teacher(), method.student, method.objective().to(device), self._synthesizer(session, images.initial),
             session.schedule, Precision(session.flags["amp"], device), method.images_per_round if bank is not None else 0,
             processes, session.compiler,
         )  # fmt: skip
+        self._keep_answers(session, distillation, transfer if transfer is not None else distillation.synthesizer.pictures)
         figures = distill.distill(
             run, record, distillation, bank, transfer, method.student_view, measure, seed=session.seed
         )
         if processes.main:
             if isinstance(measure, Accuracy):
                 write_json(run.path / "confusion.json", self._confusion(session, measure.split), indent=None)
+            if distillation.memo:
+                run.log(distillation.memo.description)
             self._finish(session, images, distillation, figures, measure)
+
+    def _keep_answers(self, session: Session, distillation: distill.Distillation, source: TransferSet | None) -> None:
+        """Lets the student see numbered views of the images in ``source``, and the teacher's answers to them be kept."""
+        view, few, processes = self.method.student_view, session.flags["views"], session.processes
+        if source is None or not isinstance(view, Views):
+            return
+        views = KeyedViews(view, source.capacity, few, session.seed, session.device)
+        memo, text = None, "memo: none, for the student's loss looks at more of the teacher than its logits"
+        schedule = session.schedule
+        if getattr(distillation.objective, "logits_only", False):
+            questions = schedule.rounds * schedule.kd_steps * schedule.batch_size
+            width = session.info.num_classes * (distillation.precision.dtype or torch.float32).itemsize
+            rows, text = memo_rows(session.flags["memo"], views, questions, width, session.device)
+            if rows := processes.broadcast(rows):
+                block = schedule.batch_size // processes.count
+                answer = lambda keys: distillation.ask(source.look(views, keys)).logits
+                memo = Memo(answer, len(views), rows, block, session.device, processes)
+        distillation.keep_answers(memo, views)
+        if processes.main and text and session.flags["memo"] != "no":
+            session.run.log(text)
 
     def _measure(self, session: Session) -> Accuracy | Agreement:
         """What tells of the student after each epoch."""

@@ -24,7 +24,7 @@ def test_every_method_makes_a_student(method, finished, teacher_file):
     folder = finished(method)
     result = json.loads((folder / "result.json").read_text())
     assert RESULT_FIELDS <= set(result) and result["method"] == method
-    external = {"kd": "real training images", "diffdfkd": "glyphs_digits_16"}
+    external = {"kd": "real training images", "one_image": "the image natural_32.png", "diffdfkd": "glyphs_digits_16"}
     assert result["external_prior"] == external.get(method, "none")
     assert result["student_steps"] == 6 and result["images"] > 0
     assert 0 <= result["synthesis_seconds"] < result["seconds"]["distill"]

@@ -37,7 +37,7 @@ def test_every_kind_of_method_is_measured_and_runs_for_about_so_long(method, ext
     args = json.loads((tmp_path / "run/args.json").read_text())["args"]
     result = json.loads((tmp_path / "run/result.json").read_text())
     assert 0 < args["scale"] < 1 and args["minutes"] == 0.1 and result["scale"] == args["scale"]
-    assert f"--scale, chosen for --minutes 0.1" in (tmp_path / "run/log.txt").read_text()
+    assert "--scale, chosen for --minutes 0.1" in (tmp_path / "run/log.txt").read_text()
     assert f"--minutes 0.1: --scale {args['scale']:g}" in capsys.readouterr().out
 
 

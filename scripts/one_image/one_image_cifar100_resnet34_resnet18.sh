@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# distillation on crops of one picture (arXiv 2112.00725): give --image FILE:
+# cifar100, resnet34 -> resnet18; steps and rates as the methods'.
+# One GPU. Wants checkpoints/pretrained/cifar100_resnet34.pth.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+source scripts/environment.sh
+python datafree_kd.py --method one_image --dataset cifar100 --teacher resnet34 \
+  --student resnet18 "$@"
