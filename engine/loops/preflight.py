@@ -97,6 +97,8 @@ def tell(session: Session, teacher, todo: list[str]) -> Session:
             f"published lengths are scaled by {session.flags['scale']:g} (--scale{chosen}): "
             f"{session.schedule.rounds * session.schedule.kd_steps} student steps in {session.schedule.epochs} epochs"
         )
+    if (warmup := session.flags["warmup_epochs"]) > (epochs := session.schedule.epochs) and "distill" in todo:
+        log(f"warning: --warmup_epochs {warmup} are more than --epochs {epochs}: the learning rate never gets to --lr")
     if session.device.type == "cpu" and (text := long_for_a_cpu(session.flags, session.schedule, session.info, todo)):
         log(text)
     return session
