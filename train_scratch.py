@@ -169,6 +169,7 @@ def train_run(
     from engine.data.identity import data_identity
     from engine.data.splits import load_split
     from engine.loops.train import train
+    from engine.runtime import sums
     from engine.runtime.compilation import Compiler
     from engine.runtime.files import delete_files, save_checkpoint
     from engine.runtime.run import Run
@@ -184,7 +185,8 @@ def train_run(
             delete_files(run.path, ["last.pth"])
             stages.discard("train")
         stages.check(["train"])
-        if stages.status("train") == "done" and output.exists():
+        if stages.status("train") == "done" and output.exists() and not sums.missing(run.path, ["result.json"]):
+            sums.require(output, stages.fact("train", "sha256"))
             run.log(f"trained before: {output}, acc1 {stages.fact('train', 'acc1'):.2f} %; --redo trains again")
             return
         if output.exists() and written != str(output):
@@ -205,7 +207,8 @@ def train_run(
         about |= {"acc1": accuracies[-1], "acc1_best": max(accuracies)}
         state = {"state_dict": classifier.network.state_dict()}
         save_checkpoint(output, state | info.for_checkpoint() | normalization | about)
-        stages.update("train", done=True, acc1=accuracies[-1], acc1_best=max(accuracies))
+        digest = sums.digest_of(output)
+        stages.update("train", done=True, acc1=accuracies[-1], acc1_best=max(accuracies), sha256=digest)
         run.result(
             about
             | {"method": "scratch", "student": flags.model, "acc1_last": accuracies[-1], "seconds": stages.seconds()}

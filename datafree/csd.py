@@ -36,6 +36,7 @@ from datafree.bn_statistics import BNStatistics, bn_loss, collected
 from datafree.generators import Generator, reset
 from datafree.losses import feature_loss, kd_loss, one_hot_loss, rotation_labels, rotations, weighted_sum
 from engine.loops.session import Stage
+from engine.loops.state import begin_momentum
 from engine.runtime.compilation import Hot
 from engine.runtime.errors import UserError
 from engine.runtime.flags import flag
@@ -102,6 +103,7 @@ class CSDSynthesizer(Synthesizer):
             self.head_optimizer = torch.optim.SGD(
                 self.head.parameters(), lr=config.lr_head, momentum=0.9, weight_decay=1e-4, fused=True
             )
+            begin_momentum(self.head_optimizer)
             self.measure_head = self.head_loss
         self.generate, self.measure = self.generator, self.losses
 

@@ -9,15 +9,20 @@ from torch.nn import functional as F
 
 from engine.data.crops import crop_flip
 from engine.loops.evaluate import check_finite, evaluate
+from engine.loops.state import DOES_NOT_FIT, OPTIMIZER, begin_momentum, load_optimizer
+from engine.networks.weights import first_line
 from engine.runtime.compilation import Compiler
+from engine.runtime.errors import UserError
 from engine.runtime.files import load_checkpoint, save_checkpoint
-from engine.runtime.flags import flag
+from engine.runtime.flags import Range, flag
 from engine.runtime.precision import Precision
 from engine.runtime.run import Run, progress
+from engine.runtime.schema import require
 from engine.runtime.seeding import seed_position
 from engine.runtime.stage_record import StageRecord
 
 TRAIN = ("train",)
+CHECKPOINT = {"network": {str: torch.Tensor}, "optimizer": OPTIMIZER, "precision": dict, "accuracies": [float]}
 
 
 @dataclass(frozen=True)
@@ -64,13 +69,20 @@ def train(
         classifier.parameters(), lr=flags.lr, momentum=flags.momentum, weight_decay=flags.weight_decay, nesterov=flags.momentum > 0,
         fused=True,
     )  # fmt: skip
+    begin_momentum(optimizer)
     file, start, accuracies = run.path / "last.pth", 0, []
     if file.exists():
         state = load_checkpoint(file, "run checkpoint")
+        require(state, CHECKPOINT | {"epoch": (int, Range(least=0, most=flags.epochs))}, str(file), "use --redo")
         start, accuracies = state["epoch"], state["accuracies"]
-        classifier.network.load_state_dict(state["network"])
-        optimizer.load_state_dict(state["optimizer"])
-        precision.load_state_dict(state["precision"])
+        try:
+            classifier.network.load_state_dict(state["network"])
+            load_optimizer(optimizer, state["optimizer"])
+            precision.load_state_dict(state["precision"])
+        except DOES_NOT_FIT as error:
+            raise UserError(f"{file} does not fit this run: {first_line(error)}; use --redo") from None
+        if start != len(accuracies):
+            raise UserError(f"{file} has {len(accuracies)} accuracies after {start} epochs; use --redo")
         run.log(f"going on after epoch {start} of {flags.epochs}")
     run.rewind("train", start)
     steps = max(1, len(train_split) // flags.batch_size)

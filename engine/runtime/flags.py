@@ -88,7 +88,8 @@ def check_number(what: str, value: Any, legal: Range) -> None:
     for number in value if isinstance(value, tuple) else (value,):
         if isinstance(number, int | float) and not isinstance(number, bool) and not legal.has(number):
             kind = "a whole number" if isinstance(number, int) else "a number" if str(legal) else "a finite number"
-            raise UserError(f"{what} {str(number)[:SHOWN]} found, {kind} {legal}".rstrip() + " wanted")
+            bound = "" if str(legal) and abs(number) <= LARGEST else f" of at most {LARGEST:.0e}"
+            raise UserError(f"{what} {str(number)[:SHOWN]} found, {kind}{bound} {legal}".rstrip() + " wanted")
 
 
 class Parser(argparse.ArgumentParser):
