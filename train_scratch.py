@@ -38,9 +38,15 @@ class ScratchFlags:
     classes: str | None = flag(
         None, "of such a dataset: ten (its usual subset) or all; unset: ten", choices=("ten", "all"), affects=TRAIN
     )
-    image_size: int | None = flag(None, "px; unset: that of public weights to start from, else the dataset's own", affects=TRAIN)
-    output: str | None = flag(None, "the weights; unset, in the current directory: checkpoints/pretrained/<dataset>_<model>.pth")
-    save_dir: str | None = flag(None, "run folder (logs, resume); unset, in the current directory: checkpoints/scratch/<dataset>_<model>")
+    image_size: int | None = flag(
+        None, "px; unset: that of public weights to start from, else the dataset's own", affects=TRAIN, least=1, most=4096
+    )
+    output: str | None = flag(
+        None, "the weights; unset, in the current directory: checkpoints/pretrained/<dataset>_<model>.pth"
+    )
+    save_dir: str | None = flag(
+        None, "run folder (logs, resume); unset, in the current directory: checkpoints/scratch/<dataset>_<model>"
+    )
     evaluate_only: bool = flag(False, "measure the accuracy of --resume, or of the output, and stop")
     resume: str | None = flag(
         None,
@@ -56,9 +62,9 @@ class ScratchFlags:
     mean: tuple[float, ...] | None = flag(
         None, "normalization r,g,b; unset: that of weights to start from or evaluate, else the dataset's", affects=TRAIN
     )
-    std: tuple[float, ...] | None = flag(None, "see --mean", affects=TRAIN)
-    seed: int = flag(0, "random numbers are a function of seed and epoch", affects=TRAIN)
-    gpu: int | None = flag(None, "index of the GPU, -1 for the CPU; unset: GPU 0 if there is one")
+    std: tuple[float, ...] | None = flag(None, "see --mean", affects=TRAIN, above=0)
+    seed: int = flag(0, "random numbers are a function of seed and epoch", affects=TRAIN, least=0)
+    gpu: int | None = flag(None, "index of the GPU, -1 for the CPU; unset: GPU 0 if there is one", least=-1)
     amp: str = flag(
         "auto",
         "mixed precision; auto: bf16 where the processor computes in it, and what the run was begun with",
@@ -69,7 +75,7 @@ class ScratchFlags:
     compile: str = flag(
         "auto", "torch.compile; auto: in a run long enough to win by it", choices=("auto", "yes", "graphs", "no")
     )
-    workers: int = flag(4, "processes that decode images which do not fit in memory", short="-j")
+    workers: int = flag(4, "processes that decode images which do not fit in memory", short="-j", least=0, most=1024)
 
 
 def main() -> None:
@@ -163,6 +169,7 @@ def train_run(
     from engine.data.identity import data_identity
     from engine.data.splits import load_split
     from engine.loops.train import train
+    from engine.runtime import sums
     from engine.runtime.compilation import Compiler
     from engine.runtime.files import delete_files, save_checkpoint
     from engine.runtime.run import Run
@@ -178,7 +185,8 @@ def train_run(
             delete_files(run.path, ["last.pth"])
             stages.discard("train")
         stages.check(["train"])
-        if stages.status("train") == "done" and output.exists():
+        if stages.status("train") == "done" and output.exists() and not sums.missing(run.path, ["result.json"]):
+            sums.require(output, stages.fact("train", "sha256"))
             run.log(f"trained before: {output}, acc1 {stages.fact('train', 'acc1'):.2f} %; --redo trains again")
             return
         if output.exists() and written != str(output):
@@ -199,7 +207,8 @@ def train_run(
         about |= {"acc1": accuracies[-1], "acc1_best": max(accuracies)}
         state = {"state_dict": classifier.network.state_dict()}
         save_checkpoint(output, state | info.for_checkpoint() | normalization | about)
-        stages.update("train", done=True, acc1=accuracies[-1], acc1_best=max(accuracies))
+        digest = sums.digest_of(output)
+        stages.update("train", done=True, acc1=accuracies[-1], acc1_best=max(accuracies), sha256=digest)
         run.result(
             about
             | {"method": "scratch", "student": flags.model, "acc1_last": accuracies[-1], "seconds": stages.seconds()}

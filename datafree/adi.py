@@ -38,10 +38,10 @@ TAU = 3.0
 class ADIConfig(DeepInversionConfig):
     """Flags of ADI: DeepInversion's, and those of the competition."""
 
-    tv: float = flag(0.0, "weight of the total variation, mean |x_p - x_q| over four neighbours", affects=DISTILL)
-    adv: float = flag(1.0, "weight of the competition, 1 - JS(student, teacher) at temperature 3", affects=DISTILL)
+    tv: float = flag(0.0, "weight of the total variation, mean |x_p - x_q| over four neighbours", affects=DISTILL, least=0)
+    adv: float = flag(1.0, "weight of the competition, 1 - JS(student, teacher) at temperature 3", affects=DISTILL, least=0)
     student_bn: float = flag(
-        1e-3, "share of bn with which the distance from the student's own BN statistics is to grow", affects=DISTILL
+        1e-3, "share of bn with which the distance from the student's own BN statistics is to grow", affects=DISTILL, least=0
     )
 
 

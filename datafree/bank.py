@@ -129,8 +129,6 @@ def export(args: argparse.Namespace) -> None:
     bank = ImageBank(path, read_manifest(path), create=False)
     only_for(args, "npy", dtype="float32", shard_mb=256)
     only_for(args, "npy or imagefolder", teacher=None, teacher_ckpt=None, teacher_mean=None, teacher_std=None)
-    if args.shard_mb < 1:
-        raise UserError(f"--shard_mb {args.shard_mb} found, a whole number from 1 on wanted")
     if args.teacher_ckpt and not args.teacher:
         raise UserError("--teacher_ckpt is given without --teacher; name the network too")
     require_new(args.folder)
@@ -222,13 +220,13 @@ def main() -> None:
         "--dtype", choices=("float32", "uint8"), default="float32",
         help="of npy: float32, normalized as --teacher_mean and _std, else teacher or dataset say [float32]",
     )  # fmt: skip
-    out.add_argument("--shard_mb", type=int, default=256, help="of npy: MB a shard at most [256]")
+    out.add_argument("--shard_mb", type=int, least=1, default=256, help="of npy: MB a shard at most [256]")
     out.add_argument("--data_root", default="data", help="folder of the dataset, of which no image is opened [data]")
     out.add_argument("--teacher", default=None, help="of npy: normalize as it does; of imagefolder: its top five classes")
     out.add_argument("--teacher_ckpt", default=None, help="its weights; unset: where datafree_kd.py looks")
     out.add_argument("--teacher_mean", type=rgb, default=None, help="r,g,b; unset: its checkpoint's, else the dataset's")
     out.add_argument("--teacher_std", type=rgb, default=None, help="see --teacher_mean")
-    out.add_argument("--gpu", type=int, default=None, help="of the teacher; -1 for the CPU; unset: GPU 0 if there is one")
+    out.add_argument("--gpu", type=int, least=-1, default=None, help="of the teacher; -1 for the CPU; unset: GPU 0 if there is one")
     into = commands.add_parser("import", help="make a bank of class folders of images, named by class number or name")
     into.add_argument("folder", type=Path)
     into.add_argument("bank", type=Path, help="new or empty")
@@ -236,14 +234,12 @@ def main() -> None:
     into.add_argument("--data_root", default="data", help="folder of its data, of which no image is opened [data]")
     into.add_argument("--domain", default=None, help="of a dataset that has several")
     into.add_argument("--classes", default=None, help="of such a dataset: ten or all; unset: ten")
-    into.add_argument("--image_size", type=int, default=None, help="px; unset: the dataset's")
-    into.add_argument("--shard_size", type=int, default=4096, help="images a shard [4096]")
+    into.add_argument("--image_size", type=int, least=1, most=4096, default=None, help="px; unset: the dataset's")
+    into.add_argument("--shard_size", type=int, least=1, default=4096, help="images a shard [4096]")
     args = parser.parse_args()
     if args.command == "export":
         export(args)
         return
-    if args.shard_size < 1:
-        raise UserError(f"--shard_size {args.shard_size} found, a whole number from 1 on wanted")
     info = dataset_info(DATASETS, args.dataset, args.data_root, args.image_size, args.domain, args.classes)
     require_new(args.bank)
     files, labels = class_files(args.folder, info.class_names or ())

@@ -25,6 +25,7 @@ from engine.loops.session import Session, Stage
 from engine.loops.stages import Distill, FillBank
 from engine.loops.synthesize import SynthesisMaker
 from engine.runtime.compilation import Hot
+from engine.runtime.flags import check_flags
 from engine.runtime.precision import Precision
 
 
@@ -154,6 +155,7 @@ class Method:
     external_prior: str = "none"
 
     def __init__(self, config: Any, teacher: nn.Module, student: nn.Module, task: Task):
+        check_flags(config)
         self.config, self.teacher, self.student, self.task = config, teacher, student, task
 
     def check_inputs(self, stages: Collection[str]) -> None:

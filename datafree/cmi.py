@@ -46,7 +46,7 @@ from datafree.losses import KLDistillation, adversarial_loss, one_hot_loss, weig
 from engine.loops.session import Stage
 from engine.runtime.compilation import Hot
 from engine.runtime.errors import UserError
-from engine.runtime.flags import check_least, flag
+from engine.runtime.flags import flag
 
 BOTH = ("synthesize", "distill")
 
@@ -55,25 +55,27 @@ BOTH = ("synthesize", "distill")
 class CMIConfig:
     """Flags of CMI."""
 
-    init_rounds: int = flag(400, "rounds of the initial bank", affects=("synthesize",), scales=True)
-    init_g_steps: int = flag(500, "inversion steps a round of the initial bank", affects=("synthesize",), scales=True)
-    g_steps: int = flag(500, "inversion steps a round while distilling", affects=("distill",), scales=True)
-    synthesis_batch_size: int = flag(200, "images a round", affects=BOTH)
-    lr_g: float = flag(1e-3, "Adam learning rate of generator, noise and contrastive head", affects=BOTH)
-    nz: int = flag(256, "length of the generator's noise vector", affects=BOTH)
-    bn: float = flag(1.0, "weight of the BN-statistics loss", affects=BOTH)
-    oh: float = flag(1.0, "weight of the one-hot loss, CE(T(x), y)", affects=BOTH)
+    init_rounds: int = flag(400, "rounds of the initial bank", affects=("synthesize",), scales=True, least=1, most=1_000_000)
+    init_g_steps: int = flag(
+        500, "inversion steps a round of the initial bank", affects=("synthesize",), scales=True, least=1
+    )
+    g_steps: int = flag(500, "inversion steps a round while distilling", affects=("distill",), scales=True, least=1)
+    synthesis_batch_size: int = flag(200, "images a round", affects=BOTH, least=1)
+    lr_g: float = flag(1e-3, "Adam learning rate of generator, noise and contrastive head", affects=BOTH, above=0)
+    nz: int = flag(256, "length of the generator's noise vector", affects=BOTH, least=1)
+    bn: float = flag(1.0, "weight of the BN-statistics loss", affects=BOTH, least=0)
+    oh: float = flag(1.0, "weight of the one-hot loss, CE(T(x), y)", affects=BOTH, least=0)
     adv: float = flag(
         0.5,
         "weight of the adversarial loss while distilling, -KL where student and teacher agree (the initial bank has 0)",
-        affects=("distill",),
+        affects=("distill",), least=0,
     )
-    cr: float = flag(0.8, "weight of the contrastive loss, InfoNCE of local against global views", affects=BOTH)
-    cr_T: float = flag(0.2, "temperature of the contrastive loss", affects=BOTH)
-    memory_size: int = flag(40960, "images that are remembered for the contrastive loss", affects=BOTH)
-    negatives: int = flag(4096, "remembered images in the contrastive loss of a step", affects=BOTH)
-    head_dim: int = flag(256, "length of the contrastive embedding", affects=BOTH)
-    T: float = flag(20.0, "temperature of the distillation loss", affects=("distill",))
+    cr: float = flag(0.8, "weight of the contrastive loss, InfoNCE of local against global views", affects=BOTH, least=0)
+    cr_T: float = flag(0.2, "temperature of the contrastive loss", affects=BOTH, above=0)
+    memory_size: int = flag(40960, "images that are remembered for the contrastive loss", affects=BOTH, least=1)
+    negatives: int = flag(4096, "remembered images in the contrastive loss of a step", affects=BOTH, least=1)
+    head_dim: int = flag(256, "length of the contrastive embedding", affects=BOTH, least=1)
+    T: float = flag(20.0, "temperature of the distillation loss", affects=("distill",), above=0)
 
 
 def info_nce(anchors: Tensor, positives: Tensor, negatives: Tensor, temperature: float) -> Tensor:
@@ -239,10 +241,6 @@ class CMI(Method):
 
     Config = CMIConfig
     defaults = {"epochs": 100, "kd_steps": 2000, "batch_size": 128, "lr": 0.1}
-
-    def __init__(self, config: CMIConfig, teacher: nn.Module, student: nn.Module, task: Task):
-        super().__init__(config, teacher, student, task)
-        check_least(config, init_g_steps=1, g_steps=1, synthesis_batch_size=1)
 
     def stages(self) -> tuple[Stage, ...]:
         return self.from_initial_bank(self.config.init_rounds)

@@ -36,9 +36,10 @@ from datafree.bn_statistics import BNStatistics, bn_loss, collected
 from datafree.generators import Generator, reset
 from datafree.losses import feature_loss, kd_loss, one_hot_loss, rotation_labels, rotations, weighted_sum
 from engine.loops.session import Stage
+from engine.loops.state import begin_momentum
 from engine.runtime.compilation import Hot
 from engine.runtime.errors import UserError
-from engine.runtime.flags import check_least, flag
+from engine.runtime.flags import flag
 from models.classifier import eval_mode
 
 BOTH = ("synthesize", "distill")
@@ -48,25 +49,28 @@ BOTH = ("synthesize", "distill")
 class CSDConfig:
     """Flags of CSD."""
 
-    init_rounds: int = flag(400, "rounds of the initial bank", affects=("synthesize",), scales=True)
-    init_g_steps: int = flag(500, "inversion steps a round of the initial bank", affects=("synthesize",), scales=True)
-    init_batch_size: int = flag(200, "images a round of the initial bank", affects=("synthesize",))
-    g_steps: int = flag(200, "inversion steps a round while distilling", affects=("distill",), scales=True)
-    synthesis_batch_size: int = flag(200, "images a round while distilling", affects=("distill",))
-    lr_g: float = flag(1e-3, "Adam learning rate of generator and noise", affects=BOTH)
-    nz: int = flag(256, "length of the generator's noise vector", affects=BOTH)
-    bn: float = flag(1.0, "weight of the BN-statistics loss", affects=BOTH)
-    oh: float = flag(1.0, "weight of the one-hot loss", affects=BOTH)
+    init_rounds: int = flag(400, "rounds of the initial bank", affects=("synthesize",), scales=True, least=1, most=1_000_000)
+    init_g_steps: int = flag(
+        500, "inversion steps a round of the initial bank", affects=("synthesize",), scales=True, least=1
+    )
+    init_batch_size: int = flag(200, "images a round of the initial bank", affects=("synthesize",), least=1)
+    g_steps: int = flag(200, "inversion steps a round while distilling", affects=("distill",), scales=True, least=1)
+    synthesis_batch_size: int = flag(200, "images a round while distilling", affects=("distill",), least=1)
+    lr_g: float = flag(1e-3, "Adam learning rate of generator and noise", affects=BOTH, above=0)
+    nz: int = flag(256, "length of the generator's noise vector", affects=BOTH, least=1)
+    bn: float = flag(1.0, "weight of the BN-statistics loss", affects=BOTH, least=0)
+    oh: float = flag(1.0, "weight of the one-hot loss", affects=BOTH, least=0)
     csd: float = flag(
-        10.0, "weight of the rotation-uncertainty loss while distilling (the initial bank has 0)", affects=("distill",)
+        10.0, "weight of the rotation-uncertainty loss while distilling (the initial bank has 0)",
+        affects=("distill",), least=0
     )
-    lr_head: float = flag(0.1, "SGD learning rate of the rotation head", affects=("distill",))
-    head_interval: int = flag(1, "train the rotation head at every n-th student step", affects=("distill",))
-    T: float = flag(20.0, "temperature of the distillation loss", affects=("distill",))
+    lr_head: float = flag(0.1, "SGD learning rate of the rotation head", affects=("distill",), above=0)
+    head_interval: int = flag(1, "train the rotation head at every n-th student step", affects=("distill",), least=1)
+    T: float = flag(20.0, "temperature of the distillation loss", affects=("distill",), above=0)
     ce: float = flag(
-        1.0, "weight of the student's cross-entropy to the labels the images were made for", affects=("distill",)
+        1.0, "weight of the student's cross-entropy to the labels the images were made for", affects=("distill",), least=0
     )
-    feat: float = flag(30.0, "weight of the feature-map loss", affects=("distill",))
+    feat: float = flag(30.0, "weight of the feature-map loss", affects=("distill",), least=0)
 
 
 class RotationHead(nn.Module):
@@ -99,6 +103,7 @@ class CSDSynthesizer(Synthesizer):
             self.head_optimizer = torch.optim.SGD(
                 self.head.parameters(), lr=config.lr_head, momentum=0.9, weight_decay=1e-4, fused=True
             )
+            begin_momentum(self.head_optimizer)
             self.measure_head = self.head_loss
         self.generate, self.measure = self.generator, self.losses
 
@@ -210,11 +215,6 @@ class CSD(Method):
 
     Config = CSDConfig
     defaults = {"epochs": 100, "kd_steps": 2000, "batch_size": 128, "lr": 0.1}
-
-    def __init__(self, config: CSDConfig, teacher: nn.Module, student: nn.Module, task: Task):
-        super().__init__(config, teacher, student, task)
-        counts = ("init_g_steps", "init_batch_size", "g_steps", "synthesis_batch_size", "head_interval")
-        check_least(config, **dict.fromkeys(counts, 1))
 
     def stages(self) -> tuple[Stage, ...]:
         return self.from_initial_bank(self.config.init_rounds)

@@ -26,10 +26,10 @@ from engine.runtime.flags import flag
 class DAFLConfig(StreamConfig):
     """Flags of DAFL."""
 
-    nz: int = flag(512, "length of the generator's noise vector", affects=DISTILL)
-    oh: float = flag(1.0, "weight of the one-hot loss, to the teacher's own argmax", affects=DISTILL)
-    act: float = flag(0.001, "weight of the activation loss, - mean |f_T|", affects=DISTILL)
-    balance: float = flag(20.0, "weight of the class-balance loss, sum p log p", affects=DISTILL)
+    nz: int = flag(512, "length of the generator's noise vector", affects=DISTILL, least=1)
+    oh: float = flag(1.0, "weight of the one-hot loss, to the teacher's own argmax", affects=DISTILL, least=0)
+    act: float = flag(0.001, "weight of the activation loss, - mean |f_T|", affects=DISTILL, least=0)
+    balance: float = flag(20.0, "weight of the class-balance loss, sum p log p", affects=DISTILL, least=0)
 
 
 class DAFLSynthesizer(GeneratorStream):

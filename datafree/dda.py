@@ -45,7 +45,7 @@ from datafree.filter import DEFAULT_MODELS, EMBEDDINGS, CosineFilter, build_embe
 from engine.loops.session import Stage
 from engine.loops.stages import Augment, Distill
 from engine.runtime.errors import UserError
-from engine.runtime.flags import check_least, flag
+from engine.runtime.flags import flag
 
 AUGMENT = ("augment",)
 FILTER = ("distill",)
@@ -73,7 +73,7 @@ PRIORS = {
 class DDAConfig(CSDConfig):
     """Flags of DDA: CSD's, and those of the diffusion stage."""
 
-    synthesis_batch_size: int = flag(400, "images a round while distilling", affects=("distill",))
+    synthesis_batch_size: int = flag(400, "images a round while distilling", affects=("distill",), least=1)
     prior: str = flag(
         "pixel",
         "the diffusion model: pixel is trained on the bank, the others are pretrained",
@@ -89,46 +89,54 @@ class DDAConfig(CSDConfig):
     diffusion_revision: str | None = flag(
         None, "revision of the hub id; unset: v2.0 of the default image_variation model", affects=AUGMENT
     )
-    variants: int = flag(1, "V, variants of each bank image", affects=AUGMENT)
+    variants: int = flag(1, "V, variants of each bank image", affects=AUGMENT, least=1)
     strength: float = flag(
         0.3,
-        "share of the way back to pure noise from which a variant is drawn, (0, 1]; image_variation always draws from pure noise",
-        affects=AUGMENT,
+        "share of the way back to pure noise from which a variant is drawn; image_variation always draws from pure noise",
+        affects=AUGMENT, above=0, most=1,
     )
     num_inference_steps: int | None = flag(
-        None, "denoising steps from pure noise; unset: 25, pixel 12, natural 20", affects=AUGMENT
+        None, "denoising steps from pure noise; unset: 25, pixel 12, natural 20", affects=AUGMENT, least=1, most=1000
     )
     guidance_scale: float | None = flag(
-        None, "classifier-free guidance; unset: 3, pixel and natural 1, which is none", affects=AUGMENT
+        None, "classifier-free guidance; unset: 3, pixel and natural 1, which is none", affects=AUGMENT, least=0
     )
-    guidance_oh: float = flag(0.0, "pixel, natural: weight of CE(T(x), y) in the teacher's guidance", affects=AUGMENT)
+    guidance_oh: float = flag(
+        0.0, "pixel, natural: weight of CE(T(x), y) in the teacher's guidance", affects=AUGMENT, least=0
+    )
     guidance_bn: float = flag(
-        0.0, "pixel, natural: weight of the BN-statistics loss in the teacher's guidance", affects=AUGMENT
+        0.0, "pixel, natural: weight of the BN-statistics loss in the teacher's guidance", affects=AUGMENT, least=0
     )
     prompt: str = flag("a photo of a {label}", "prompt of image_to_image", affects=AUGMENT)
-    resolution: int | None = flag(None, "px at which a pretrained model draws; unset: its own", affects=AUGMENT)
+    resolution: int | None = flag(
+        None, "px at which a pretrained model draws; unset: its own", affects=AUGMENT, least=1, most=4096
+    )
     diffusion_dtype: str | None = flag(
         None, "of a pretrained model; unset: fp16 on a GPU, else fp32", choices=tuple(DTYPES), affects=AUGMENT
     )
     guidance_max_step: float = flag(
-        0.0, "greatest length of a variant's guidance step in pixels of [-1, 1], longer ones are shortened; 0: any", affects=AUGMENT
+        0.0, "greatest length of a variant's guidance step in pixels of [-1, 1], longer ones are shortened; 0: any",
+        affects=AUGMENT, least=0
     )
     diffusion_batch_size: int = flag(
         64, "variants drawn together; but by rounding they depend on it with --guidance_bn only, whose statistics are theirs",
-        affects=AUGMENT,
+        affects=AUGMENT, least=1,
     )  # fmt: skip
     pixel_channels: tuple[int, ...] | None = flag(
-        None, "pixel: channels of each level of its U-Net; unset: 32,64 up to 32 px, else 64,128,128", affects=AUGMENT
+        None, "pixel: channels of each level of its U-Net; unset: 32,64 up to 32 px, else 64,128,128",
+        affects=AUGMENT, least=1
     )
-    fit_passes: int = flag(40, "pixel: passes over the bank in training, a checkpoint after each", affects=AUGMENT, scales=True)
-    fit_batch_size: int = flag(16, "pixel: images a training step", affects=AUGMENT)
-    fit_lr: float = flag(2e-3, "pixel: AdamW learning rate", affects=AUGMENT)
+    fit_passes: int = flag(
+        40, "pixel: passes over the bank in training, a checkpoint after each", affects=AUGMENT, scales=True, least=1
+    )
+    fit_batch_size: int = flag(16, "pixel: images a training step", affects=AUGMENT, least=1)
+    fit_lr: float = flag(2e-3, "pixel: AdamW learning rate", affects=AUGMENT, above=0)
     embedding: str = flag("teacher", "where variant and source are compared", choices=EMBEDDINGS, affects=FILTER)
     embedding_model: str | None = flag(None, "hub id or local directory of clip or dinov2", affects=FILTER)
     omega: float | None = flag(
         None,
         "least cosine of a kept variant, -1 keeps all; unset: above 99 % of the cosines between bank images of two classes",
-        affects=FILTER,
+        affects=FILTER, least=-1, most=1,
     )
     agree: bool = flag(False, "keep only variants that the teacher names by their source's label", affects=FILTER)
     variant_labels: str = flag(
@@ -144,7 +152,6 @@ class DDA(CSD):
 
     def __init__(self, config: DDAConfig, teacher: nn.Module, student: nn.Module, task: Task):
         super().__init__(config, teacher, student, task)
-        check_least(config, variants=1, diffusion_batch_size=1, fit_passes=1, fit_batch_size=1)
         default = PRIORS[config.prior]
         self.steps = config.num_inference_steps or default.num_inference_steps
         self.guidance_scale = default.guidance_scale if config.guidance_scale is None else config.guidance_scale

@@ -33,7 +33,7 @@ from datafree.base import ImageBatch, LowestLoss, Method, Synthesizer, Task, bal
 from datafree.bn_statistics import BNStatistics, bn_loss, collected
 from datafree.losses import KLDistillation, Terms, one_hot_loss, weighted_sum
 from engine.runtime.compilation import Hot
-from engine.runtime.flags import check_least, flag
+from engine.runtime.flags import flag
 
 DISTILL = ("distill",)
 
@@ -42,14 +42,16 @@ DISTILL = ("distill",)
 class DeepInversionConfig:
     """Flags of DeepInversion."""
 
-    g_steps: int = flag(1000, "inversion steps a round", affects=DISTILL, scales=True)
-    synthesis_batch_size: int = flag(256, "images a round", affects=DISTILL)
-    lr_g: float = flag(0.1, "Adam learning rate of the pixels, in units of the dataset's standard deviation", affects=DISTILL)
-    bn: float = flag(10.0, "weight of the BN-statistics loss", affects=DISTILL)
-    oh: float = flag(1.0, "weight of the one-hot loss, CE(T(x), y)", affects=DISTILL)
-    tv: float = flag(1e-3, "weight of the total variation, mean |x_p - x_q| over four neighbours", affects=DISTILL)
-    l2: float = flag(0.0, "weight of the mean ||x||_2 of an image", affects=DISTILL)
-    T: float = flag(20.0, "temperature of the distillation loss", affects=DISTILL)
+    g_steps: int = flag(1000, "inversion steps a round", affects=DISTILL, scales=True, least=1)
+    synthesis_batch_size: int = flag(256, "images a round", affects=DISTILL, least=1)
+    lr_g: float = flag(
+        0.1, "Adam learning rate of the pixels, in units of the dataset's standard deviation", affects=DISTILL, above=0
+    )
+    bn: float = flag(10.0, "weight of the BN-statistics loss", affects=DISTILL, least=0)
+    oh: float = flag(1.0, "weight of the one-hot loss, CE(T(x), y)", affects=DISTILL, least=0)
+    tv: float = flag(1e-3, "weight of the total variation, mean |x_p - x_q| over four neighbours", affects=DISTILL, least=0)
+    l2: float = flag(0.0, "weight of the mean ||x||_2 of an image", affects=DISTILL, least=0)
+    T: float = flag(20.0, "temperature of the distillation loss", affects=DISTILL, above=0)
 
 
 def total_variation(images: Tensor) -> Tensor:
@@ -131,10 +133,6 @@ class DeepInversion(Method):
 
     Config = DeepInversionConfig
     defaults = {"epochs": 200, "kd_steps": 400, "batch_size": 256, "lr": 0.1}
-
-    def __init__(self, config: DeepInversionConfig, teacher: nn.Module, student: nn.Module, task: Task):
-        super().__init__(config, teacher, student, task)
-        check_least(config, g_steps=1, synthesis_batch_size=1)
 
     def synthesizer(self) -> DeepInversionSynthesizer:
         return DeepInversionSynthesizer(self.config, self.teacher, self.task)

@@ -25,8 +25,8 @@ from engine.runtime.flags import flag
 class DFADConfig(StreamConfig):
     """Flags of DFAD."""
 
-    T: float = flag(1.0, "logits of both are divided by T before they are compared", affects=DISTILL)
-    adv: float = flag(1.0, "weight of the adversarial loss, - mean |S - T|", affects=DISTILL)
+    T: float = flag(1.0, "logits of both are divided by T before they are compared", affects=DISTILL, above=0)
+    adv: float = flag(1.0, "weight of the adversarial loss, - mean |S - T|", affects=DISTILL, least=0)
 
 
 def logit_distance(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:

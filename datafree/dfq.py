@@ -28,10 +28,10 @@ from engine.runtime.flags import flag
 class DFQConfig(StreamConfig):
     """Flags of DFQ."""
 
-    adv: float = flag(1.0, "weight of the adversarial loss, -KL at temperature 1", affects=DISTILL)
-    bn: float = flag(1.0, "weight of the BN-statistics loss", affects=DISTILL)
-    oh: float = flag(1.0, "weight of the one-hot loss, to the teacher's own argmax", affects=DISTILL)
-    balance: float = flag(20.0, "weight of the class-balance loss, sum p log p", affects=DISTILL)
+    adv: float = flag(1.0, "weight of the adversarial loss, -KL at temperature 1", affects=DISTILL, least=0)
+    bn: float = flag(1.0, "weight of the BN-statistics loss", affects=DISTILL, least=0)
+    oh: float = flag(1.0, "weight of the one-hot loss, to the teacher's own argmax", affects=DISTILL, least=0)
+    balance: float = flag(20.0, "weight of the class-balance loss, sum p log p", affects=DISTILL, least=0)
 
 
 class DFQSynthesizer(GeneratorStream):

@@ -82,7 +82,7 @@ from engine.loops.session import Session, Stage
 from engine.loops.stages import Distill, FillBank
 from engine.runtime.errors import UserError
 from engine.runtime.files import claim_folder, digest, is_claimed, require_new, shipped
-from engine.runtime.flags import check_least, flag
+from engine.runtime.flags import flag
 from engine.runtime.processes import is_main
 
 EMBEDDED = SHIPPED / "glyphs_digits_16.safetensors"
@@ -109,7 +109,8 @@ class DiffDFKDConfig:
         affects=GENERATE,
     )
     class_map: tuple[int, ...] | None = flag(
-        None, "of a class-conditional prior: its class id of each class of the dataset; unset: the same ids", affects=GENERATE
+        None, "of a class-conditional prior: its class id of each class of the dataset; unset: the same ids",
+        affects=GENERATE, least=0
     )
     prior_classes: str | None = flag(
         None,
@@ -121,49 +122,62 @@ class DiffDFKDConfig:
     null_class: int | None = flag(
         None,
         "of a class-conditional pixel pipeline: its id for no class; unset: the id after the dataset's last",
-        affects=GENERATE,
+        affects=GENERATE, least=0,
     )
-    images_per_class: int = flag(5000, "images to draw of each class", affects=GENERATE, scales=True)
-    synthesis_batch_size: int = flag(200, "images a round: a shard of the bank, and what a kill costs", affects=GENERATE)
+    images_per_class: int = flag(5000, "images to draw of each class", affects=GENERATE, scales=True, least=1)
+    synthesis_batch_size: int = flag(
+        200, "images a round: a shard of the bank, and what a kill costs", affects=GENERATE, least=1
+    )
     diffusion_batch_size: int = flag(
-        16, "images drawn together; BN statistics and latent CutMix range over them", affects=GENERATE
+        16, "images drawn together; BN statistics and latent CutMix range over them", affects=GENERATE, least=1
     )
     batch_classes: str = flag(
         "all", "classes of images drawn together; one: the same for all of them", choices=("all", "one"), affects=GENERATE
     )
-    num_inference_steps: int = flag(20, "denoising steps", affects=GENERATE)
+    num_inference_steps: int = flag(20, "denoising steps", affects=GENERATE, least=1, most=1000)
     scheduler: str = flag(
         "own", "how a step is made; own: as the prior's scheduler does", choices=("own", *RULES), affects=GENERATE
     )
-    guidance_scale: float = flag(3.0, "classifier-free guidance by prompt or class; at most 1 is none", affects=GENERATE)
-    resolution: int | None = flag(None, "px at which a text-to-image prior draws; unset: its own", affects=GENERATE)
+    guidance_scale: float = flag(
+        3.0, "classifier-free guidance by prompt or class; at most 1 is none", affects=GENERATE, least=0
+    )
+    resolution: int | None = flag(
+        None, "px at which a text-to-image prior draws; unset: its own", affects=GENERATE, least=1, most=4096
+    )
     diffusion_dtype: str | None = flag(
         None, "of the prior (the guidance is fp32); unset: fp16 on a GPU, else fp32", choices=tuple(DTYPES), affects=GENERATE
     )
-    bn: float = flag(0.1, "weight of the BN-statistics loss in the guidance", affects=GENERATE)
-    oh: float = flag(1.0, "weight of CE(T(x), y) in the guidance", affects=GENERATE)
-    adv: float = flag(0.0, "weight of -KL(S||T) where both name the same class, in the guidance", affects=GENERATE)
-    adv_from: int = flag(20, "images a class from which on the adversarial term counts", affects=GENERATE)
-    adv_steps: int = flag(200, "steps that its student learns before each round of images", affects=GENERATE, scales=True)
-    adv_batch_size: int = flag(128, "images a step of its student", affects=GENERATE)
-    adv_lr: float = flag(0.05, "SGD learning rate of its student", affects=GENERATE)
-    adv_T: float = flag(30.0, "temperature at which its student learns", affects=GENERATE)
-    guidance_lr: float = flag(1.0, "lr of the guidance, z <- z - lr * gradient at every denoising step", affects=GENERATE)
+    bn: float = flag(0.1, "weight of the BN-statistics loss in the guidance", affects=GENERATE, least=0)
+    oh: float = flag(1.0, "weight of CE(T(x), y) in the guidance", affects=GENERATE, least=0)
+    adv: float = flag(0.0, "weight of -KL(S||T) where both name the same class, in the guidance", affects=GENERATE, least=0)
+    adv_from: int = flag(20, "images a class from which on the adversarial term counts", affects=GENERATE, least=0)
+    adv_steps: int = flag(
+        200, "steps that its student learns before each round of images", affects=GENERATE, scales=True, least=1
+    )
+    adv_batch_size: int = flag(128, "images a step of its student", affects=GENERATE, least=1)
+    adv_lr: float = flag(0.05, "SGD learning rate of its student", affects=GENERATE, above=0)
+    adv_T: float = flag(30.0, "temperature at which its student learns", affects=GENERATE, above=0)
+    guidance_lr: float = flag(
+        1.0, "lr of the guidance, z <- z - lr * gradient at every denoising step", affects=GENERATE, least=0
+    )
     guidance_max_step: float = flag(
-        0.0, "greatest length of an image's guidance step in the latent space, longer ones are shortened; 0: any", affects=GENERATE
+        0.0, "greatest length of an image's guidance step in the latent space, longer ones are shortened; 0: any",
+        affects=GENERATE, least=0
     )
     guidance_backprop: str = flag(
         "unet", "the gradient's way: decoder and denoising network, or the decoder alone", choices=BACKPROP, affects=GENERATE
     )
-    guidance_micro_batch: int = flag(0, "images that go through prior and decoder at a time, to save memory; 0: all")
+    guidance_micro_batch: int = flag(
+        0, "images that go through prior and decoder at a time, to save memory; 0: all", least=0
+    )
     gradient_checkpointing: bool = flag(False, "save memory by computing the prior's activations twice")
     lca_every: int | None = flag(
-        None, "denoising steps from one latent CutMix to the next; unset: a fifth of all; 0: none", affects=GENERATE
+        None, "denoising steps from one latent CutMix to the next; unset: a fifth of all; 0: none", affects=GENERATE, least=0
     )
-    lca_repair: int = flag(0, "rounds of inpainting of the seams after each latent CutMix", affects=GENERATE)
+    lca_repair: int = flag(0, "rounds of inpainting of the seams after each latent CutMix", affects=GENERATE, least=0)
     export_png: str | None = flag(None, "folder to which images are written in full size, too: <class id>/<position>.png")
-    T: float = flag(30.0, "temperature of the distillation loss", affects=DISTILL)
-    msarc: float = flag(0.0, "weight of the consistency of activation maps at every scale", affects=DISTILL)
+    T: float = flag(30.0, "temperature of the distillation loss", affects=DISTILL, above=0)
+    msarc: float = flag(0.0, "weight of the consistency of activation maps at every scale", affects=DISTILL, least=0)
     mix: str = flag("no", "mixing of the student's batches", choices=("no", "mixup", "cutmix"), affects=DISTILL)
     student_crop: str = flag(
         "padded",
@@ -172,7 +186,7 @@ class DiffDFKDConfig:
         affects=DISTILL,
     )
     student_images_per_class: int | None = flag(
-        None, "images of each class that the student learns from, the first ones; unset: all", affects=DISTILL
+        None, "images of each class that the student learns from, the first ones; unset: all", affects=DISTILL, least=1
     )
 
 
@@ -255,9 +269,6 @@ class DiffDFKD(Method):
 
     def __init__(self, config: DiffDFKDConfig, teacher: nn.Module, student: nn.Module, task: Task):
         super().__init__(config, teacher, student, task)
-        positive = ("images_per_class", "synthesis_batch_size", "diffusion_batch_size", "num_inference_steps")
-        positive += ("adv_steps", "adv_batch_size", "student_images_per_class")
-        check_least(config, **dict.fromkeys(positive, 1), lca_every=0, lca_repair=0, guidance_micro_batch=0)
         if config.msarc and not (teacher.feature_map_shapes and student.feature_map_shapes):
             raise UserError("a network without feature maps has no activation maps; give --msarc 0")
         self.model = config.diffusion_model or default_model(task)

@@ -52,7 +52,7 @@ from datafree.losses import KLDistillation, adversarial_loss, one_hot_loss, weig
 from engine.loops.session import Stage
 from engine.runtime.compilation import Hot
 from engine.runtime.errors import UserError
-from engine.runtime.flags import check_least, flag
+from engine.runtime.flags import flag
 
 BOTH = ("synthesize", "distill")
 BETAS = (0.5, 0.999)
@@ -62,22 +62,30 @@ BETAS = (0.5, 0.999)
 class FastConfig:
     """Flags of Fast; the defaults are Fast-10."""
 
-    init_rounds: int = flag(20, "rounds of warm-up, without competition", affects=("synthesize",), scales=True)
-    g_steps: int = flag(10, "steps that adapt the generator to a round's images", affects=BOTH)
-    synthesis_batch_size: int = flag(256, "images a round", affects=BOTH)
-    lr_g: float = flag(
-        2e-3, "Adam learning rate of the adapted generator; the meta generator's is g_steps times it", affects=BOTH
+    init_rounds: int = flag(
+        20, "rounds of warm-up, without competition", affects=("synthesize",), scales=True, least=1, most=1_000_000
     )
-    lr_z: float = flag(0.01, "Adam learning rate of the noise", affects=BOTH)
-    nz: int = flag(256, "length of the generator's noise vector", affects=BOTH)
-    is_maml: int = flag(1, "meta gradient: 1 FOMAML, 0 Reptile", affects=BOTH)
-    reset_l0: int = flag(1, "1: draw the meta generator's first layer anew once, 0: never", affects=("distill",))
-    reset_l0_round: int = flag(120, "rounds after warm-up before which that is done", affects=("distill",), scales=True)
-    bn: float = flag(10.0, "weight of the BN-statistics loss", affects=BOTH)
-    bn_mmt: float = flag(0.9, "share of earlier rounds' batch statistics in the BN-statistics loss, [0, 1)", affects=BOTH)
-    oh: float = flag(0.4, "weight of the one-hot loss", affects=BOTH)
-    adv: float = flag(1.1, "weight of the competition with the student (warm-up has 0)", affects=("distill",))
-    T: float = flag(20.0, "temperature of the distillation loss", affects=("distill",))
+    g_steps: int = flag(10, "steps that adapt the generator to a round's images", affects=BOTH, least=1)
+    synthesis_batch_size: int = flag(256, "images a round", affects=BOTH, least=1)
+    lr_g: float = flag(
+        2e-3, "Adam learning rate of the adapted generator; the meta generator's is g_steps times it", affects=BOTH, above=0
+    )
+    lr_z: float = flag(0.01, "Adam learning rate of the noise", affects=BOTH, above=0)
+    nz: int = flag(256, "length of the generator's noise vector", affects=BOTH, least=1)
+    is_maml: int = flag(1, "meta gradient: 1 FOMAML, 0 Reptile", affects=BOTH, least=0, most=1)
+    reset_l0: int = flag(
+        1, "1: draw the meta generator's first layer anew once, 0: never", affects=("distill",), least=0, most=1
+    )
+    reset_l0_round: int = flag(
+        120, "rounds after warm-up before which that is done", affects=("distill",), scales=True, least=0
+    )
+    bn: float = flag(10.0, "weight of the BN-statistics loss", affects=BOTH, least=0)
+    bn_mmt: float = flag(
+        0.9, "share of earlier rounds' batch statistics in the BN-statistics loss", affects=BOTH, least=0, below=1
+    )
+    oh: float = flag(0.4, "weight of the one-hot loss", affects=BOTH, least=0)
+    adv: float = flag(1.1, "weight of the competition with the student (warm-up has 0)", affects=("distill",), least=0)
+    T: float = flag(20.0, "temperature of the distillation loss", affects=("distill",), above=0)
 
 
 class Inversion:
@@ -265,29 +273,11 @@ def own_state() -> Iterator[None]:
         ) from error
 
 
-def check_momentum(momentum: float) -> None:
-    """Of ``--bn_mmt``.
-
-    Raises:
-        UserError: it is no share below 1.
-    """
-    if not 0 <= momentum < 1:
-        raise UserError(f"--bn_mmt {momentum:g} is outside [0, 1): the share of earlier batches; 0 is this batch alone")
-
-
 class Fast(Method):
     """Stages synthesize (warm-up, without competition) and distill (rounds with it)."""
 
     Config = FastConfig
     defaults = {"epochs": 200, "kd_steps": 400, "batch_size": 256, "lr": 0.2}
-
-    def __init__(self, config: FastConfig, teacher: nn.Module, student: nn.Module, task: Task):
-        super().__init__(config, teacher, student, task)
-        check_least(config, g_steps=1, synthesis_batch_size=1, reset_l0_round=0)
-        check_momentum(config.bn_mmt)
-        for name, meaning in (("is_maml", "0 (Reptile) or 1 (FOMAML)"), ("reset_l0", "0 (never) or 1 (once)")):
-            if getattr(config, name) not in (0, 1):
-                raise UserError(f"--{name} {getattr(config, name)} found, {meaning} wanted")
 
     def stages(self) -> tuple[Stage, ...]:
         return self.from_initial_bank(self.config.init_rounds)

@@ -26,7 +26,7 @@ from engine.networks.build import load_teacher, short_name
 from engine.report import markdown, replace_table
 from engine.runtime.errors import UserError, run_command
 from engine.runtime.files import atomic_path, weights_digest
-from engine.runtime.flags import Parser, check_least
+from engine.runtime.flags import Parser
 from engine.runtime.run import progress
 from engine.runtime.seeding import seed_position
 from registry import DATASETS, MODELS
@@ -229,19 +229,18 @@ def main() -> None:
     parser = Parser(prog="python -m datafree.int8", description="Static int8 quantization, calibrated on an image bank.")
     parser.add_argument("--dataset", required=True, help="a name of registry.DATASETS; both its splits are opened")
     parser.add_argument("--data_root", default="data", help="folder of its data [data]")
-    parser.add_argument("--image_size", type=int, default=None, help="px; unset: the dataset's own")
+    parser.add_argument("--image_size", type=int, least=1, most=4096, default=None, help="px; unset: the dataset's own")
     parser.add_argument("--teacher", required=True, help="as of datafree_kd.py")
     parser.add_argument("--teacher_ckpt", default=None, help="its weights; unset: where datafree_kd.py looks")
     parser.add_argument("--teacher_mean", type=rgb, default=None, help="r,g,b; unset: its checkpoint's, else the dataset's")
     parser.add_argument("--teacher_std", type=rgb, default=None, help="see --teacher_mean")
     parser.add_argument("--bank", type=Path, required=True, help="an image bank made with this teacher, or its run folder")
-    parser.add_argument("--images", type=int, default=500, help="to calibrate on, at most; of each kind equally many [500]")
-    parser.add_argument("--test_images", type=int, default=None, help="to measure on, chosen at random; unset: all")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise and of the choice of images [0]")
+    parser.add_argument("--images", type=int, least=1, default=500, help="to calibrate on, at most; of each kind equally many [500]")
+    parser.add_argument("--test_images", type=int, least=1, default=None, help="to measure on, chosen at random; unset: all")
+    parser.add_argument("--seed", type=int, least=0, default=0, help="of the noise and of the choice of images [0]")
     parser.add_argument("--lines", type=Path, required=True, metavar="FILE.jsonl", help="put the results into this file")
     parser.add_argument("--into", type=Path, default=None, help="rewrite the table 'int8' of this Markdown file")
     args = parser.parse_args()
-    check_least(args, images=1, test_images=1)
     try:
         import onnx  # noqa: F401
         import onnxruntime  # noqa: F401

@@ -29,8 +29,8 @@ DISTILL = ("distill",)
 class KDConfig:
     """Flags of KD."""
 
-    T: float = flag(20.0, "temperature of the distillation loss", affects=DISTILL)
-    ce: float = flag(0.0, "weight of the cross-entropy to the real labels", affects=DISTILL)
+    T: float = flag(20.0, "temperature of the distillation loss", affects=DISTILL, above=0)
+    ce: float = flag(0.0, "weight of the cross-entropy to the real labels", affects=DISTILL, least=0)
 
 
 class RealImages(Synthesizer):

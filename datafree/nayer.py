@@ -40,13 +40,13 @@ from torch import Tensor, nn
 
 from datafree.base import ImageBatch, Method, Synthesizer, Task
 from datafree.diffusion.hub import hub_errors, prior_name, quiet_libraries
-from datafree.fast import BETAS, Inversion, check_momentum, own_state
+from datafree.fast import BETAS, Inversion, own_state
 from datafree.generators import Generator, reset
 from datafree.losses import KLDistillation
 from engine.loops.session import Stage
 from engine.runtime.compilation import Hot
 from engine.runtime.errors import UserError
-from engine.runtime.flags import check_least, flag
+from engine.runtime.flags import flag
 
 BOTH = ("synthesize", "distill")
 CODE_SEED = 2310
@@ -57,30 +57,34 @@ TEXT_MODEL_TYPES = ("clip", "clip_text_model")
 class NAYERConfig:
     """Flags of NAYER."""
 
-    init_rounds: int = flag(20, "rounds of warm-up, without competition", affects=("synthesize",), scales=True)
-    init_g_loops: int = flag(10, "batches a round of warm-up", affects=("synthesize",))
-    g_loops: int = flag(2, "batches a round while distilling", affects=("distill",))
-    g_steps: int = flag(30, "steps of generator and noisy layers a batch", affects=BOTH)
-    g_life: int = flag(10, "rounds after which the generator starts afresh", affects=BOTH)
-    synthesis_batch_size: int = flag(400, "images a batch", affects=BOTH)
-    lr_g: float = flag(4e-3, "Adam learning rate of generator and noisy layers", affects=BOTH)
-    nz: int = flag(1000, "outputs of a noisy layer, inputs of the generator", affects=BOTH)
+    init_rounds: int = flag(
+        20, "rounds of warm-up, without competition", affects=("synthesize",), scales=True, least=1, most=1_000_000
+    )
+    init_g_loops: int = flag(10, "batches a round of warm-up", affects=("synthesize",), least=1)
+    g_loops: int = flag(2, "batches a round while distilling", affects=("distill",), least=0)
+    g_steps: int = flag(30, "steps of generator and noisy layers a batch", affects=BOTH, least=1)
+    g_life: int = flag(10, "rounds after which the generator starts afresh", affects=BOTH, least=1)
+    synthesis_batch_size: int = flag(400, "images a batch", affects=BOTH, least=2)
+    lr_g: float = flag(4e-3, "Adam learning rate of generator and noisy layers", affects=BOTH, above=0)
+    nz: int = flag(1000, "outputs of a noisy layer, inputs of the generator", affects=BOTH, least=1)
     label_embedding: str = flag(
         "orthogonal",
         "what stands for a label: fixed random codes (no prior), or text embeddings of its name",
         choices=("orthogonal", "clip"),
         affects=BOTH,
     )
-    label_dim: int = flag(512, "length of the orthogonal codes; clip has its own", affects=BOTH)
+    label_dim: int = flag(512, "length of the orthogonal codes; clip has its own", affects=BOTH, least=1)
     text_model: str = flag(
         "openai/clip-vit-base-patch32", "clip: hub id or local directory of a CLIP text encoder", affects=BOTH
     )
     prompt: str = flag("a image of {label}", "clip: the text that is embedded", affects=BOTH)
-    bn: float = flag(10.0, "weight of the BN-statistics loss", affects=BOTH)
-    bn_mmt: float = flag(0.9, "share of earlier batches' statistics in the BN-statistics loss, [0, 1)", affects=BOTH)
-    oh: float = flag(0.5, "weight of the one-hot loss", affects=BOTH)
-    adv: float = flag(1.33, "weight of the competition with the student (warm-up has 0)", affects=("distill",))
-    T: float = flag(20.0, "temperature of the distillation loss", affects=("distill",))
+    bn: float = flag(10.0, "weight of the BN-statistics loss", affects=BOTH, least=0)
+    bn_mmt: float = flag(
+        0.9, "share of earlier batches' statistics in the BN-statistics loss", affects=BOTH, least=0, below=1
+    )
+    oh: float = flag(0.5, "weight of the one-hot loss", affects=BOTH, least=0)
+    adv: float = flag(1.33, "weight of the competition with the student (warm-up has 0)", affects=("distill",), least=0)
+    T: float = flag(20.0, "temperature of the distillation loss", affects=("distill",), above=0)
 
 
 def orthogonal_codes(num_classes: int, dim: int) -> Tensor:
@@ -251,8 +255,6 @@ class NAYER(Method):
 
     def __init__(self, config: NAYERConfig, teacher: nn.Module, student: nn.Module, task: Task):
         super().__init__(config, teacher, student, task)
-        check_least(config, g_steps=1, g_life=1, init_g_loops=1, g_loops=0, synthesis_batch_size=2, label_dim=1)
-        check_momentum(config.bn_mmt)
         if config.label_embedding == "clip":
             if not task.info.class_names:
                 raise UserError(

@@ -49,7 +49,7 @@ class NoiseConfig:
         choices=("running", "batch"),
         affects=DISTILL,
     )
-    T: float = flag(20.0, "temperature of the distillation loss", affects=DISTILL)
+    T: float = flag(20.0, "temperature of the distillation loss", affects=DISTILL, above=0)
 
 
 class NoiseImages(Synthesizer):

@@ -48,7 +48,7 @@ class OneImageConfig:
     """Flags of the one-image control."""
 
     image: str | None = flag(None, "file of the picture, large and full of different things", affects=DISTILL)
-    T: float = flag(8.0, "temperature of the distillation loss", affects=DISTILL)
+    T: float = flag(8.0, "temperature of the distillation loss", affects=DISTILL, above=0)
 
 
 class Pyramid:

@@ -21,7 +21,7 @@ from datafree.base import ImageBatch, Method, Synthesizer, Task
 from datafree.generators import LARGE, Generator, reset
 from datafree.losses import KLDistillation
 from engine.runtime.compilation import Hot
-from engine.runtime.flags import check_least, flag
+from engine.runtime.flags import flag
 
 DISTILL = ("distill",)
 
@@ -30,11 +30,11 @@ DISTILL = ("distill",)
 class StreamConfig:
     """Flags of every method with a streaming generator."""
 
-    g_steps: int = flag(1, "generator steps a round", affects=DISTILL)
-    synthesis_batch_size: int = flag(256, "images a generator step", affects=DISTILL)
-    lr_g: float = flag(1e-3, "Adam learning rate of the generator", affects=DISTILL)
-    nz: int = flag(256, "length of the generator's noise vector", affects=DISTILL)
-    T: float = flag(1.0, "temperature of the distillation loss", affects=DISTILL)
+    g_steps: int = flag(1, "generator steps a round", affects=DISTILL, least=1)
+    synthesis_batch_size: int = flag(256, "images a generator step", affects=DISTILL, least=1)
+    lr_g: float = flag(1e-3, "Adam learning rate of the generator", affects=DISTILL, above=0)
+    nz: int = flag(256, "length of the generator's noise vector", affects=DISTILL, least=1)
+    T: float = flag(1.0, "temperature of the distillation loss", affects=DISTILL, above=0)
 
 
 class GeneratorStream(Synthesizer):
@@ -102,10 +102,6 @@ class StreamingMethod(Method):
 
     streams = True
     defaults = {"epochs": 200, "kd_steps": 5, "ep_steps": 400, "batch_size": 256, "lr": 0.1}
-
-    def __init__(self, config: StreamConfig, teacher: nn.Module, student: nn.Module, task: Task):
-        super().__init__(config, teacher, student, task)
-        check_least(config, g_steps=1, synthesis_batch_size=1)
 
     def objective(self) -> nn.Module:
         return KLDistillation(self.config.T)

@@ -29,8 +29,8 @@ from engine.runtime.flags import flag
 class ZSKTConfig(StreamConfig):
     """Flags of ZSKT."""
 
-    adv: float = flag(1.0, "weight of the adversarial loss, -KL at temperature T", affects=DISTILL)
-    attention: float = flag(250.0, "weight of the student's attention matching", affects=DISTILL)
+    adv: float = flag(1.0, "weight of the adversarial loss, -KL at temperature T", affects=DISTILL, least=0)
+    attention: float = flag(250.0, "weight of the student's attention matching", affects=DISTILL, least=0)
 
 
 class ZSKTSynthesizer(GeneratorStream):

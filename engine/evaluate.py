@@ -47,21 +47,19 @@ def parse(argv: list[str] | None = None):
     parser.add_argument("--data_root", default="data", help="folder of the dataset [data]")
     parser.add_argument("--domain", help="of a dataset that has several")
     parser.add_argument("--classes", help="of such a dataset: ten or all")
-    parser.add_argument("--image_size", type=int, help="px; unset: the model's own, else the dataset's")
+    parser.add_argument("--image_size", type=int, least=1, most=4096, help="px; unset: the model's own, else the dataset's")
     parser.add_argument("--arch", metavar="NAME", help="network of a file of weights that does not say it")
     parser.add_argument("--against_arch", metavar="NAME", help="the same of --against")
     for name in ("mean", "std"):
         parser.add_argument(f"--{name}", type=_numbers, help="normalization r,g,b; unset: the model's own, else the dataset's")
-    parser.add_argument("--batch_size", type=int, default=250, help="images at once [250]")
-    parser.add_argument("--workers", type=int, default=4, help="processes that decode images which do not fit in memory [4]")
-    parser.add_argument("--gpu", type=int, help="index of the GPU, -1 for the CPU; unset: GPU 0 if there is one")
+    parser.add_argument("--batch_size", type=int, least=1, default=250, help="images at once [250]")
+    parser.add_argument("--workers", type=int, least=0, most=1024, default=4, help="processes that decode images which do not fit in memory [4]")
+    parser.add_argument("--gpu", type=int, least=-1, help="index of the GPU, -1 for the CPU; unset: GPU 0 if there is one")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write the predictions, a line an image")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
     args = parser.parse_args(argv)
     if bool(args.dataset) == bool(args.images):
         raise UserError("give --dataset NAME or --images FOLDER, one of them")
-    if args.batch_size < 1:
-        raise UserError(f"--batch_size {args.batch_size} found, a whole number from 1 on wanted")
     return args
 
 

@@ -46,6 +46,7 @@ from engine.networks.build import build_classifier
 from engine.report import markdown, replace_table
 from engine.runtime.compilation import CHOICES, Compiler
 from engine.runtime.errors import UserError
+from engine.runtime.flags import Parser
 from engine.runtime.names import lookup
 from engine.runtime.precision import AMP, Precision, choose_amp, choose_device
 from engine.runtime.run import machine, progress
@@ -376,20 +377,20 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     Raises:
         UserError: a pair is none, or a loop is not known.
     """
-    parser = argparse.ArgumentParser(prog="python -m datafree.benchmark.loops", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m datafree.benchmark.loops", description=__doc__.splitlines()[0])
     parser.add_argument("--pairs", default=PAIRS, help=f"teacher:student,..., names of registry.MODELS [{PAIRS}]")
     parser.add_argument("--loops", default=",".join(LOOPS), help=f"what to measure [{','.join(LOOPS)}]")
     parser.add_argument("--dataset", default="cifar10", help="for image size and classes; its data are not opened [cifar10]")
-    parser.add_argument("--batch_size", type=int, default=256, help="images a step [256]")
-    parser.add_argument("--bank", type=int, default=4096, help="random images in the bank [4096]")
-    parser.add_argument("--workers", type=int, default=2, help="DataLoader processes of the plain loop [2]")
-    parser.add_argument("--seconds", type=float, default=2.5, help="of each measurement, at least two steps [2.5]")
-    parser.add_argument("--repeats", type=int, default=3, help="measurements in turn, fewer if slow; medians count [3]")
+    parser.add_argument("--batch_size", type=int, least=1, default=256, help="images a step [256]")
+    parser.add_argument("--bank", type=int, least=1, default=4096, help="random images in the bank [4096]")
+    parser.add_argument("--workers", type=int, least=0, most=1024, default=2, help="DataLoader processes of the plain loop [2]")
+    parser.add_argument("--seconds", type=float, least=0, default=2.5, help="of each measurement, at least two steps [2.5]")
+    parser.add_argument("--repeats", type=int, least=1, default=3, help="measurements in turn, fewer if slow; medians count [3]")
     parser.add_argument("--amp", default="no", choices=AMP, help="of our loop; the plain one is fp32 [no]")
     parser.add_argument(
         "--compile", default="auto", choices=CHOICES, help="of our loop, auto as in a long run; the plain one is not [auto]"
     )
-    parser.add_argument("--gpu", type=int, default=None, help="index, -1 for the CPU; default: GPU 0 if there is one")
+    parser.add_argument("--gpu", type=int, least=-1, default=None, help="index, -1 for the CPU; default: GPU 0 if there is one")
     parser.add_argument("--into", type=Path, help="rewrite a table in this file as well")
     parser.add_argument("--name", default="benchmark", help="of that table [benchmark]")
     args = parser.parse_args(argv)
@@ -399,8 +400,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args.loops = args.loops.split(",")
     for name in args.loops:
         lookup(LOOPS, name, "loop")
-    if args.bank < args.batch_size or args.repeats < 1:
-        raise UserError(f"--bank {args.bank} must hold a batch ({args.batch_size}), and --repeats be at least 1")
+    if args.bank < args.batch_size:
+        raise UserError(f"--bank {args.bank} must hold a batch ({args.batch_size}); give more")
     return args
 
 

@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 from engine.runtime.errors import UserError, run_command
 from engine.runtime.files import atomic_path
-from engine.runtime.flags import Parser, add_flags, check_least, flag, from_args
+from engine.runtime.flags import Parser, add_flags, flag, from_args
 
 CLASS_NAMES = tuple("0123456789")
 SYSTEM_FONTS = (
@@ -261,15 +261,14 @@ class GlyphFlags:
     fonts: tuple[str, ...] | None = flag(
         None, "folders of TrueType fonts, comma-separated; unset: the system's; Pillow's own is always among them"
     )
-    image_size: int = flag(16, "px")
-    images: int = flag(20000, "glyphs to train on")
-    test_images: int = flag(1000, "others to measure on")
-    seed: int = flag(0, "every glyph is a function of seed, number and fonts")
+    image_size: int = flag(16, "px", least=1, most=4096)
+    images: int = flag(20000, "glyphs to train on", least=10)
+    test_images: int = flag(1000, "others to measure on", least=1)
+    seed: int = flag(0, "every glyph is a function of seed, number and fonts", least=0)
 
 
 def write_dataset(flags: GlyphFlags, fonts: list[Font]) -> None:
     """Renders both splits and writes them as one npz file, atomically; the test glyphs have the numbers after the others."""
-    check_least(flags, image_size=1, images=len(CLASS_NAMES), test_images=1)
     if Path(flags.output).exists():
         raise UserError(f"--output {flags.output} is there already; give another name, or move that file away")
     images, labels = render(flags.images + flags.test_images, flags.image_size, fonts, flags.seed, bar=True)

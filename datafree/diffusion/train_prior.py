@@ -45,7 +45,7 @@ from engine.data.splits import Split, load_split
 from engine.networks.build import load_teacher
 from engine.runtime.errors import UserError, run_command
 from engine.runtime.files import load_checkpoint, save_checkpoint
-from engine.runtime.flags import Parser, add_flags, check_least, flag, from_args, stage_flags
+from engine.runtime.flags import Parser, add_flags, flag, from_args, stage_flags
 from engine.runtime.precision import Precision, choose_amp, choose_device
 from engine.runtime.run import Run, progress
 from engine.runtime.seeding import position_seed, seed_position
@@ -67,18 +67,18 @@ class PriorFlags:
 
     dataset: str = flag("cifar100", "a name of registry.DATASETS, NAME of DATA_ROOT/NAME.npz, or folder", affects=TRAIN)
     data_root: str = flag("data", "folder of the data; of folder: with train/<class>/* and test/<class>/* in it")
-    image_size: int | None = flag(None, "px; unset: the dataset's own", affects=TRAIN)
+    image_size: int | None = flag(None, "px; unset: the dataset's own", affects=TRAIN, least=1, most=4096)
     output: str | None = flag(None, "the weights; unset: checkpoints/priors/<dataset>_<image_size>.safetensors")
     save_dir: str | None = flag(None, "run folder (logs, pictures, resume); unset: checkpoints/train_prior/<output's name>")
     start: str | None = flag(None, "file of a prior of the same shape whose weights to begin with", affects=TRAIN)
     redo: bool = flag(False, "forget the run folder and train again")
-    images: int = flag(3_000_000, "training images to draw, with those of --start")
-    minutes: float | None = flag(None, "stop after that long; the same command goes on")
-    patch: int = flag(2, "px a side of the blocks that the network sees as one", affects=TRAIN)
-    channels: tuple[int, ...] = flag((48, 96, 192), "width of each level of the network", affects=TRAIN)
+    images: int = flag(3_000_000, "training images to draw, with those of --start", least=1)
+    minutes: float | None = flag(None, "stop after that long; the same command goes on", above=0)
+    patch: int = flag(2, "px a side of the blocks that the network sees as one", affects=TRAIN, least=1)
+    channels: tuple[int, ...] = flag((48, 96, 192), "width of each level of the network", affects=TRAIN, least=1)
     no_attention: bool = flag(False, "no self-attention at the coarsest level", affects=TRAIN)
-    batch_size: int = flag(64, "images a step", affects=TRAIN)
-    lr: float = flag(1e-3, f"AdamW learning rate, reached after {WARMUP_STEPS} steps", affects=TRAIN)
+    batch_size: int = flag(64, "images a step", affects=TRAIN, least=1)
+    lr: float = flag(1e-3, f"AdamW learning rate, reached after {WARMUP_STEPS} steps", affects=TRAIN, above=0)
     no_flip: bool = flag(False, "mirror no images, though the dataset allows it", affects=TRAIN)
     amp: str = flag(
         "auto",
@@ -86,15 +86,17 @@ class PriorFlags:
         choices=("auto", "no", "bf16"),
         affects=TRAIN,
     )
-    round_steps: int = flag(50, "steps a round: what a stop can cost", affects=TRAIN)
-    report_every: int = flag(30, "rounds between reports (held-out loss, samples), after which the output is renewed")
+    round_steps: int = flag(50, "steps a round: what a stop can cost", affects=TRAIN, least=1)
+    report_every: int = flag(
+        30, "rounds between reports (held-out loss, samples), after which the output is renewed", least=1
+    )
     judge: str | None = flag(
         None, "classifier of the dataset (train_scratch.py) whose features compare samples with the test split; unset: none"
     )
-    samples: int = flag(500, "images to draw for that")
-    guidance_scale: float = flag(2.0, "classifier-free guidance of samples and pictures; 1 is none")
-    seed: int = flag(0, "random numbers are a function of seed and round", affects=TRAIN)
-    gpu: int | None = flag(None, "index of the GPU, -1 for the CPU; unset: GPU 0 if there is one")
+    samples: int = flag(500, "images to draw for that", least=1)
+    guidance_scale: float = flag(2.0, "classifier-free guidance of samples and pictures; 1 is none", least=0)
+    seed: int = flag(0, "random numbers are a function of seed and round", affects=TRAIN, least=0)
+    gpu: int | None = flag(None, "index of the GPU, -1 for the CPU; unset: GPU 0 if there is one", least=-1)
 
 
 def _spread(*tensors: Tensor, count: int) -> list[Tensor]:
@@ -181,7 +183,6 @@ def train_prior(flags: PriorFlags) -> Path:
     Raises:
         UserError: the run was begun with other flags, the data or the start cannot be read, or training diverged.
     """
-    check_least(flags, images=1, batch_size=1, round_steps=1, report_every=1, samples=1)
     device = choose_device(flags.gpu)
     flags = dataclasses.replace(flags, amp=choose_amp(flags.amp, device))
     info = dataset_info(DATASETS, flags.dataset, flags.data_root, flags.image_size)

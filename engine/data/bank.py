@@ -16,10 +16,18 @@ import torch
 from torch import Tensor
 
 from engine.data.mapped import MappedImages
+from engine.runtime import sums
 from engine.runtime.errors import UserError
+from engine.runtime.flags import Range
+from engine.runtime.schema import Array, require
 from engine.runtime.files import load_tensors, read_json, save_tensors, write_json
 
 FORMAT = 1
+ONE_ON = Range(least=1, most=1_000_000)
+MANIFEST = {
+    "dataset": str, "num_classes": (int, ONE_ON), "image_size": (int, ONE_ON), "teacher?": str, "teacher_digest?": str,
+    "method": str, "external_prior": str, "format": int,
+}  # fmt: skip
 SHARD_NAME = re.compile(r"^(?P<stage>[a-z]+)-(?P<round>\d{6})\.safetensors$")
 
 
@@ -55,6 +63,7 @@ class ImageBank:
         if not file.exists():
             if not create:
                 raise UserError(f"no image bank at {self.path} (it has no manifest.json); make one with --stages synthesize")
+            sums.keep(self.path)
             write_json(file, vars(manifest))
         self.manifest = read_manifest(self.path)
         self._check(manifest)
@@ -100,6 +109,8 @@ class ImageBank:
             UserError: a shard is missing or damaged.
         """
         present = self.rounds(stage)
+        if stop is None and (gone := sums.missing(self.path, [f"{stage}-*.safetensors"])):
+            raise UserError(f"{gone[0]} is missing; make the stage again with --redo {stage}")
         wanted = range(len(present) if stop is None else stop)
         if missing := sorted(set(wanted) - set(present)):
             raise UserError(f"{self.shard(stage, missing[0])} is missing; make the stage again with --redo {stage}")
@@ -119,10 +130,11 @@ class ImageBank:
         size, classes = self.manifest.image_size, self.manifest.num_classes
         nothing = {"images": torch.empty(0, 3, size, size, dtype=torch.uint8), "labels": torch.empty(0, dtype=torch.long)}
         shards = [load_tensors(file) for file in files] or [nothing]
+        columns = {"images": Array(torch.uint8, (None, 3, size, size)), "labels": Array(torch.int64, (None,))}
         for file, shard in zip(files, shards):
-            images, labels = shard["images"], shard["labels"]
-            if images.shape != (len(labels), 3, size, size) or images.dtype != torch.uint8:
-                raise UserError(f"{file} does not hold a label and a uint8 image of {size} px each; make it again")
+            require(shard, columns | {"source_index?": Array(torch.int64, (None,))}, str(file))
+            if len({len(column) for column in shard.values() if column.dim()} | {len(shard["images"])}) > 1:
+                raise UserError(f"{file} does not hold as many labels as images; restore it from a copy, or make it again")
         names = [name for name in shards[0] if name != "images" and all(name in shard for shard in shards)]
         columns = {name: torch.cat([shard[name] for shard in shards]) for name in names}
         labels = columns["labels"]
@@ -130,6 +142,8 @@ class ImageBank:
             raise UserError(
                 f"{self.path} has a label {int(wrong[0])} of {classes} classes; make it again, or give another bank"
             )
+        if "source_index" in columns and len(index := columns["source_index"]) and int(index.min()) < 0:
+            raise UserError(f"{self.path} has a source_index below 0; make it again")
         return {"images": MappedImages.of([shard["images"] for shard in shards]), **columns}
 
 
@@ -149,4 +163,5 @@ def read_manifest(path: Path) -> Manifest:
     value = read_json(file)
     if not isinstance(value, dict) or value.get("format") != FORMAT or not set(value) <= set(Manifest.__dataclass_fields__):
         raise UserError(f"{file} is not the manifest of an image bank of format {FORMAT}; give a bank made by this version")
+    require(value, MANIFEST, str(file))
     return Manifest(**value)

@@ -131,11 +131,6 @@ def dataset_info(
         row = _row(table, name, root, has_archive)
     if (domain or classes) and "domains" not in row:
         raise UserError(f"dataset '{name}' has no domains; leave out {'--domain' if domain else '--classes'}")
-    if image_size is not None and image_size < 1:
-        raise UserError(f"--image_size {image_size}: wanted at least 1 px")
-    if num_classes is not None and num_classes < 1:
-        raise UserError(f"--num_classes {num_classes}: wanted at least 1")
-
     if alias is not None and not re.fullmatch(r"\w[\w.-]*", alias):
         raise UserError(f"--name {alias}: wanted letters, digits, '_', '-' and '.', for it stands in file names")
     if alias in table and alias != name:

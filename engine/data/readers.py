@@ -6,6 +6,7 @@ disk knows (number of classes, their names, image size); it opens no images.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import zipfile
@@ -16,13 +17,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import torch
 
 from engine.data.image_files import class_files, image_files
+from engine.data.memory import memory_limit
 from engine.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from engine.data.datasets import DatasetInfo
 
+MOST_PACKED = 1100  # times that deflate can shrink anything
 # The names that a split goes by on disk, best first.
 SPLIT_FOLDERS = {"train": ("train",), "test": ("test", "val")}
 
@@ -47,7 +51,7 @@ def describe_npz(row: dict[str, Any], root: Path, name: str, domain: str | None,
     """Class count and image size of an unregistered ``NAME.npz``, from its class list or test labels and a header."""
     path = root / f"{name}.npz"
     with open_npz(path) as archive:
-        names = next((archive[key] for key in ("classes", "class_names") if key in archive), None)
+        names = next((_member(archive, path, key) for key in ("classes", "class_names") if key in archive), None)
         labels = _labels(archive, path, "test")
         shape = _shape(archive, path, "x_test")
     if names is None and labels.size and labels.min() != 0:
@@ -113,7 +117,18 @@ def _require(archive, path: Path, key: str) -> None:
 
 
 def _member(archive, path: Path, key: str) -> np.ndarray:
-    _require(archive, path, key)
+    """An array whose shape is what the archive holds of it.
+
+    Raises:
+        UserError: it is no array, or of another size than it says.
+    """
+    shape, dtype = _header(archive, path, key)
+    stored = archive.zip.getinfo(f"{key}.npy")
+    size = math.prod(shape) * dtype.itemsize
+    if size > stored.file_size or stored.file_size > MOST_PACKED * stored.compress_size + 2**20:
+        raise UserError(f"{path}: {key} says that it is {dtype} of shape {shape}, which is more than there is of it; make it again")
+    if size > (most := memory_limit(torch.device("cpu"))):
+        raise UserError(f"{path}: {key} takes {size / 1e9:.1f} GB of memory, {most / 1e9:.1f} can be had; give fewer images")
     return archive[key]
 
 
@@ -127,11 +142,21 @@ def _labels(archive, path: Path, split: str) -> np.ndarray:
 
 def _shape(archive, path: Path, key: str) -> tuple[int, ...]:
     """Shape of a member, from its header alone."""
+    return _header(archive, path, key)[0]
+
+
+def _header(archive, path: Path, key: str) -> tuple[tuple[int, ...], np.dtype]:
+    """Shape and dtype of a member."""
     _require(archive, path, key)
+    if f"{key}.npy" not in archive.zip.namelist():
+        raise UserError(f"{path}: {key} is no array; wanted what numpy.savez writes")
     with archive.zip.open(f"{key}.npy") as member:
         version = np.lib.format.read_magic(member)
         read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        return read_header(member)[0]
+        shape, _, dtype = read_header(member)
+    if dtype.hasobject:
+        raise ValueError("pickled objects")
+    return shape, dtype
 
 
 # Datasets that a package brings or downloads

@@ -13,9 +13,15 @@ from engine.loops.fill import Maker, Part, Share
 from engine.runtime.compilation import Hot
 from engine.runtime.errors import UserError
 from engine.runtime.files import load_checkpoint, load_tensors, save_checkpoint, save_tensors
+from engine.runtime.flags import Range
 from engine.runtime.run import Run, progress
+from engine.runtime.schema import Array, require
 from engine.runtime.seeding import position_seed, seed_position
 
+SCORES = {
+    "cosine": Array(torch.float32, (None,)), "teacher_labels": Array(torch.int64, (None,)), "keep": Array(torch.bool, (None,)),
+    "calibrated_omega": Array(torch.float32, (1,)), "omega": Array(torch.float64, (1,)), "agree": Array(torch.bool, (1,)),
+}  # fmt: skip
 SHARD = 512  # variants a round: what a kill can cost
 
 
@@ -87,6 +93,7 @@ def fit_augmenter(run: Run, augmenter, images: Tensor, labels: Tensor, seed: int
     start = 0
     if file.exists():
         saved = load_checkpoint(file, "diffusion checkpoint")
+        require(saved, {"round": (int, Range(least=0, most=augmenter.fit_rounds)), "augmenter": dict}, str(file))
         start = saved["round"]
         augmenter.load_state_dict(saved["augmenter"])
     run.rewind("prior", start)
@@ -152,8 +159,14 @@ def filter_variants(run: Run, folder: Path, sources: dict[str, Any], variants: d
 def stored_scores(run: Path, folder: Path, filter) -> dict[str, Tensor] | None:
     """What a run's filter file holds or, without one, that of the run that made the variants in ``folder``."""
     files = filter_file(run, filter), filter_file(folder.parent, filter)
-    found = (load_tensors(file) for file in files if file.exists())
-    return next((scores for scores in found if "teacher_labels" in scores), None)  # an earlier version's has none
+    for file in files:
+        scores = load_tensors(file) if file.exists() else {}
+        if "teacher_labels" in scores:  # an earlier version's has none
+            require(scores, SCORES, str(file))
+            if len({len(scores[name]) for name in ("cosine", "teacher_labels", "keep")}) > 1:
+                raise UserError(f"{file} does not hold as many labels as cosines; delete it, and it is made again")
+            return scores
+    return None
 
 
 def stored_figures(scores: dict[str, Tensor]) -> dict[str, float]:

@@ -23,16 +23,23 @@ from engine.data.views import KeyedViews
 from engine.loops.evaluate import check_finite
 from engine.loops.memo import STEPS, Memo
 from engine.loops.pace import StepPace
+from engine.loops.state import DOES_NOT_FIT, OPTIMIZER, begin_momentum, load_optimizer
 from engine.networks.weights import first_line
 from engine.runtime.errors import UserError
 from engine.runtime.files import load_checkpoint, save_checkpoint
+from engine.runtime.flags import Range
 from engine.runtime.precision import Precision
 from engine.runtime.processes import Processes
 from engine.runtime.run import Run, Stopwatch, progress
+from engine.runtime.schema import SECONDS, require
 from engine.runtime.seeding import position_seed, seed_position
 from engine.runtime.stage_record import StageRecord
 from models.classifier import Output, weights_fixed
 
+CHECKPOINT = {
+    "student": {str: torch.Tensor}, "objective": {str: torch.Tensor}, "optimizer": OPTIMIZER, "synthesizer": dict,
+    "precision": dict, "accuracies": [float], "synthesis_seconds": SECONDS,
+}  # fmt: skip
 ADVICE = "lower --lr, --lr_g or the loss weights, and run again"
 
 
@@ -115,6 +122,7 @@ class Distillation:
         self.optimizer = torch.optim.SGD(
             self.parameters, lr=schedule.lr, momentum=schedule.momentum, weight_decay=schedule.weight_decay, **fused
         )
+        begin_momentum(self.optimizer)
         self.views: KeyedViews | None = None
         self.memo: Memo | None = None
         self.scores: list[float] = []  # one an epoch
@@ -177,7 +185,7 @@ class Distillation:
         """Takes up a checkpoint; returns the next round."""
         self.student.network.load_state_dict(state["student"])
         self.objective.load_state_dict(state["objective"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(self.optimizer, state["optimizer"])
         self.synthesizer.load_state_dict(state["synthesizer"])
         self.precision.load_state_dict(state["precision"])
         self.scores = state["accuracies"]
@@ -207,14 +215,17 @@ def distill(
         record.begin("distill")
         file = run.path / "distill.pth"
         state = load_checkpoint(file, "run checkpoint") if file.exists() else None
+        advice = "if it is of an earlier version, use --redo distill"
+        if state is not None:
+            require(state, CHECKPOINT | {"round": (int, Range(least=0, most=schedule.rounds))}, str(file), advice)
+            if state["round"] != len(state["accuracies"]) * schedule.rounds_per_epoch:
+                raise UserError(f"{file} has {len(state['accuracies'])} accuracies after {state['round']} rounds; {advice}")
         run.rewind("distill", state["round"] if state else 0)
     state = processes.broadcast(state)
     try:
         start = distillation.load_state_dict(state) if state else 0
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(
-            f"distill.pth does not fit this run: {first_line(error)}; if it is of an earlier version, use --redo distill"
-        ) from None
+    except DOES_NOT_FIT as error:
+        raise UserError(f"distill.pth does not fit this run: {first_line(error)}; use --redo distill") from None
     if bank is not None:
         if distillation.images_per_round:
             made = bank.read("distill", start)

@@ -8,6 +8,7 @@ all processes make it together, each its share. The main process writes the shar
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from engine.runtime.errors import UserError
 from engine.runtime.files import load_checkpoint, save_checkpoint
 from engine.runtime.processes import Processes
 from engine.runtime.run import Run, progress
+from engine.runtime.schema import COUNT, require
 from engine.runtime.stage_record import StageRecord
 
 STATE = "synthesizer.pth"
@@ -133,9 +135,20 @@ def _first_missing(record: StageRecord, bank: ImageBank, stage: str, rounds: int
     record.begin(stage)
     present, file = set(bank.rounds(stage)), bank.path / STATE
     start = next((round for round in range(rounds) if round not in present), rounds)
-    if file.exists() and start < (saved := load_checkpoint(file, "synthesizer")["round"]):
+    if file.exists() and start < (saved := load_state(file)["round"]):
         raise UserError(f"{bank.path} misses round {start} of {saved}; make it again with --redo {stage}")
     return min(start, saved) if file.exists() else start
+
+
+def load_state(file: Path) -> dict[str, Any]:
+    """The "round" that comes next, and the "synthesizer" whose state that is.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    state = load_checkpoint(file, "synthesizer")
+    require(state, {"round": COUNT, "synthesizer": dict}, str(file))
+    return state
 
 
 def _make_rounds(
@@ -148,7 +161,7 @@ def _make_rounds(
         if start and not maker.independent:
             if not (bank.path / STATE).exists():
                 raise UserError(f"{bank.path / STATE}, from which round {start} goes on, is gone; use --redo {stage}")
-            maker.load_state_dict(load_checkpoint(bank.path / STATE, "synthesizer")["synthesizer"])
+            maker.load_state_dict(load_state(bank.path / STATE)["synthesizer"])
     sizes = [maker.size(round) for round in range(rounds)]
     bar = progress(sum(sizes), stage, maker.unit, sum(sizes[:start]))
     step = processes.count if maker.independent else 1

@@ -15,7 +15,7 @@ from engine.data.identity import data_identity
 from engine.data.splits import allow_train_split, load_split
 from engine.loops.distill import Schedule
 from engine.loops.evaluate import evaluate
-from engine.loops.session import Session, Stage
+from engine.loops.session import Session, Stage, settle
 from engine.runtime.errors import UserError
 from engine.runtime.run import require_run_folder
 from engine.runtime.stage_record import StageRecord
@@ -57,6 +57,7 @@ def check(
     if session.flags["redo"]:
         record.forget(session.flags["redo"])
     record.check(selected)
+    settle(session.path, record, [stage for stage in stages if stage.name in selected])
     todo = [name for name in selected if record.status(name) != "done"]
     new = [name for name in todo if record.status(name) == "new"]
     method.check_inputs(new)
@@ -97,6 +98,8 @@ def tell(session: Session, teacher, todo: list[str]) -> Session:
             f"published lengths are scaled by {session.flags['scale']:g} (--scale{chosen}): "
             f"{session.schedule.rounds * session.schedule.kd_steps} student steps in {session.schedule.epochs} epochs"
         )
+    if (warmup := session.flags["warmup_epochs"]) > (epochs := session.schedule.epochs) and "distill" in todo:
+        log(f"warning: --warmup_epochs {warmup} are more than --epochs {epochs}: the learning rate never gets to --lr")
     if session.device.type == "cpu" and (text := long_for_a_cpu(session.flags, session.schedule, session.info, todo)):
         log(text)
     return session

@@ -1,6 +1,6 @@
 """What every stage of a run is given, and how the stages are gone through."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,13 @@ from engine.data.datasets import DatasetInfo
 from engine.data.splits import Split
 from engine.loops.distill import Schedule
 from engine.runtime.compilation import Compiler
+from engine.runtime import sums
 from engine.runtime.errors import UserError
-from engine.runtime.files import delete_files, read_json
+from engine.runtime.files import delete_files
 from engine.runtime.processes import Processes
 from engine.runtime.run import Run
 from engine.runtime.seeding import seed_position
-from engine.runtime.stage_record import StageRecord
+from engine.runtime.stage_record import StageRecord, read_record
 
 INITIAL = ("synthesize", "generate")  # the stages that fill the initial bank; a method has one of them or none
 
@@ -69,8 +70,7 @@ class Session:
         """
         given = self.flags[flag]
         path = find_bank(Path(given), folder) if given else self.path / folder
-        record = path.parent / "stages.json"
-        made = read_json(record) if record.exists() else {}
+        made = read_record(path.parent / "stages.json")
         if given and stage in INITIAL:
             stage = next((name for name in INITIAL if name in made), stage)
         entry = made.get(stage)
@@ -126,10 +126,12 @@ class Stage:
     Attributes:
         name: in ``stages.json`` and ``--stages``.
         outputs: patterns below the run folder of what it writes, which ``--redo`` deletes.
+        checkpoint: that of them, without a pattern, from which the others can be made again once it is done; "": none.
     """
 
     name: str
     outputs: tuple[str, ...]
+    checkpoint: str = ""
 
     def check(self, session: Session, before: list[str]) -> None:
         """Looks, in the main process and before the run folder is made, for what the stage opens later.
@@ -171,6 +173,35 @@ def choose_stages(name: str, known: list[str], flags) -> tuple[list[str], list[s
     return known, [stage for stage in known if stage in (flags.stages or known)]
 
 
+def settle(path: Path, record: StageRecord, stages: Iterable[Stage]) -> list[str]:
+    """Looks whether the outputs of done stages are there and whole; one that can be finished once more is no longer done.
+
+    Args:
+        path: the run folder.
+    Returns:
+        What is to be said of it, a line a stage.
+    Raises:
+        UserError: an output is damaged, or is gone and cannot be had but by making the stage again.
+    """
+    said = []
+    for stage in stages:
+        if record.status(stage.name) != "done":
+            continue
+        gone = sums.missing(path, stage.outputs)
+        names = ", ".join(str(file.relative_to(path)) for file in gone[:3])
+        again = {path / name for name in stage.outputs if "*" not in name and name != stage.checkpoint}
+        if gone and not (stage.checkpoint and set(gone) <= again and (path / stage.checkpoint).exists()):
+            advice = f"restore it from a copy, or make it again with --redo {stage.name}"
+            raise UserError(f"stage {stage.name} in {path} is done, but {names} is gone; {advice}")
+        for name in stage.outputs:
+            if "*" not in name and (path / name).exists():
+                sums.check(path / name)
+        if gone:
+            record.reopen(stage.name)
+            said.append(f"{stage.name}: {names} is gone; it is made again from {stage.checkpoint}")
+    return said
+
+
 def run_stages(session: Session, stages: tuple[Stage, ...], selected: list[str], redo: str | None) -> None:
     """Runs the selected stages that are not done, as the main process finds."""
     processes = session.processes
@@ -197,4 +228,13 @@ def _plan(session: Session, stages: tuple[Stage, ...], selected: list[str], redo
         delete_files(session.path, [pattern for stage in stages if stage.name in gone for pattern in stage.outputs])
         record.discard(redo)
     record.check(selected)
+    for line in settle(session.path, record, [stage for stage in stages if stage.name in selected]):
+        session.run.log(line)
+    now = torch.get_num_threads()
+    for name in selected:
+        if record.status(name) == "incomplete" and (begun := record.threads(name)) not in (None, now):
+            session.run.log(
+                f"{name}: begun with {begun} CPU threads, goes on with {now}: sums are added in another order, so bits may "
+                f"differ from an unbroken run's; OMP_NUM_THREADS={begun} repeats them"
+            )
     return {name: "done" if record.status(name) == "done" else "todo" for name in selected}

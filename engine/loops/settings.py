@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from engine.loops.distill import Schedule
 from engine.runtime.compilation import CHOICES as COMPILE
-from engine.runtime.flags import check_least, flag
+from engine.runtime.flags import flag
 from engine.runtime.precision import AMP
 
 ALL = ("synthesize", "augment", "generate", "distill")
@@ -25,8 +25,12 @@ class TaskFlags:
     classes: str | None = flag(
         None, "of such a dataset: ten (its usual subset) or all; unset: ten", choices=("ten", "all"), affects=ALL
     )
-    image_size: int | None = flag(None, "px; unset: that of a public teacher, else the dataset's own", affects=ALL)
-    num_classes: int | None = flag(None, "with --no_test: the number of classes of a dataset that is not here")
+    image_size: int | None = flag(
+        None, "px; unset: that of a public teacher, else the dataset's own", affects=ALL, least=1, most=4096
+    )
+    num_classes: int | None = flag(
+        None, "with --no_test: the number of classes of a dataset that is not here", least=1, most=1_000_000
+    )
     no_test: bool = flag(
         False, "open no real image: agreement with the teacher on synthetic images is measured, and no accuracy"
     )
@@ -44,7 +48,7 @@ class TaskFlags:
     teacher_mean: tuple[float, ...] | None = flag(
         None, "normalization the teacher was trained with, r,g,b; unset: its checkpoint's or model's, else the dataset's", affects=ALL
     )
-    teacher_std: tuple[float, ...] | None = flag(None, "see --teacher_mean", affects=ALL)
+    teacher_std: tuple[float, ...] | None = flag(None, "see --teacher_mean", affects=ALL, above=0)
     student: str = flag("wrn16_1", "as --teacher; starts from random weights", affects=DISTILL)
 
 
@@ -67,20 +71,23 @@ class RunFlags:
     init_variants: str | None = flag(
         None, "variants of --init_bank from another run, instead of stage augment", affects=DISTILL
     )
-    seed: int = flag(0, "random numbers are a function of seed, stage and round", affects=ALL)
+    seed: int = flag(0, "random numbers are a function of seed, stage and round", affects=ALL, least=0)
     seeds: tuple[int, ...] | None = flag(
-        None, "several runs, one a seed, comma-separated; {seed} in a path flag stands for it, and a table ends them"
+        None, "several runs, one a seed, comma-separated; {seed} in a path flag stands for it, and a table ends them",
+        least=0, distinct=True
     )
     scale: float = flag(
         1.0,
         "F, shorter (< 1) or longer than published: F times the student and the inversion steps, a bank sqrt(F) times as large. "
         "Rounds and steps a round are multiplied by sqrt(F) each; weights, rates and batch sizes stay; a length given beside "
         "it is taken as it is",
+        above=0, most=1000,
     )
     minutes: float | None = flag(
-        None, "choose --scale, at most 1, by this machine's rates, so that the run takes about so many; a resume keeps it"
+        None, "choose --scale, at most 1, by this machine's rates, so that the run takes about so many; a resume keeps it",
+        above=0
     )
-    gpu: int | None = flag(None, "index of the GPU, -1 for the CPU; unset: GPU 0 if there is one")
+    gpu: int | None = flag(None, "index of the GPU, -1 for the CPU; unset: GPU 0 if there is one", least=-1)
     amp: str = flag(
         "auto",
         "mixed precision of the networks; auto: bf16 where the processor computes in it, and what the run was begun with",
@@ -98,15 +105,21 @@ class RunFlags:
 class DistillFlags:
     """Lengths and optimizer of stage distill."""
 
-    epochs: int = flag(200, "epochs of ep_steps student steps; accuracy is measured after each", affects=DISTILL, scales=True)
-    kd_steps: int = flag(400, "student steps a round (a round begins with one synthesis)", affects=DISTILL, scales=True)
-    ep_steps: int = flag(0, "student steps an epoch; 0: kd_steps, so that an epoch is a round", affects=DISTILL, scales=True)
-    batch_size: int = flag(256, "images a student step", affects=DISTILL, short="-b")
-    lr: float = flag(0.1, "SGD learning rate at the cosine's beginning", affects=DISTILL)
-    lr_min: float = flag(0.0, "and at its end", affects=DISTILL)
-    momentum: float = flag(0.9, "SGD momentum", affects=DISTILL)
-    weight_decay: float = flag(1e-4, "SGD weight decay", affects=DISTILL)
-    warmup_epochs: int = flag(0, "epochs of linear warm-up of lr", affects=DISTILL, scales=True)
+    epochs: int = flag(
+        200, "epochs of ep_steps student steps; accuracy is measured after each", affects=DISTILL, scales=True, least=1
+    )
+    kd_steps: int = flag(
+        400, "student steps a round (a round begins with one synthesis)", affects=DISTILL, scales=True, least=1
+    )
+    ep_steps: int = flag(
+        0, "student steps an epoch; 0: kd_steps, so that an epoch is a round", affects=DISTILL, scales=True, least=0
+    )
+    batch_size: int = flag(256, "images a student step", affects=DISTILL, short="-b", least=1)
+    lr: float = flag(0.1, "SGD learning rate at the cosine's beginning", affects=DISTILL, above=0)
+    lr_min: float = flag(0.0, "and at its end", affects=DISTILL, least=0)
+    momentum: float = flag(0.9, "SGD momentum", affects=DISTILL, least=0, below=1)
+    weight_decay: float = flag(1e-4, "SGD weight decay", affects=DISTILL, least=0)
+    warmup_epochs: int = flag(0, "epochs of linear warm-up of lr", affects=DISTILL, scales=True, least=0, most=1_000_000)
 
     memo: str = flag(
         "auto",
@@ -114,12 +127,12 @@ class DistillFlags:
         "memory, where enough questions come again; no: none",
     )
     views: int | None = flag(
-        None, "so many fixed random views of each image in place of all, so that the teacher knows most of them", affects=DISTILL
-    )
+        None, "so many fixed random views of each image in place of all, so that the teacher knows most of them",
+        affects=DISTILL, least=1,
+    )  # fmt: skip
 
     def schedule(self) -> Schedule:
         """The same in the form that stage distill takes."""
-        check_least(self, epochs=1, kd_steps=1, ep_steps=0, batch_size=1, warmup_epochs=0, views=1)
         steps = self.ep_steps or self.kd_steps
         return Schedule(
             self.epochs, steps, self.kd_steps, self.batch_size, self.lr, self.momentum, self.weight_decay,

@@ -13,12 +13,13 @@ from engine.data.transfer_set import TransferSet
 from engine.data.views import KeyedViews, Views
 from engine.loops import augment, distill
 from engine.loops.evaluate import Accuracy, Agreement, predict
-from engine.loops.fill import STATE, Maker, fill
+from engine.loops.fill import STATE, Maker, fill, load_state
 from engine.loops.measures import confusion
 from engine.loops.memo import Memo, check_memo, memo_rows
 from engine.loops.session import Finished, Session, Stage
+from engine.runtime import sums
 from engine.runtime.errors import UserError
-from engine.runtime.files import load_checkpoint, load_tensors, save_checkpoint, write_json
+from engine.runtime.files import load_tensors, save_checkpoint, write_json
 from engine.runtime.precision import Precision
 from engine.runtime.run import peak_memory
 
@@ -130,6 +131,7 @@ class Distill(Stage):
     variant_labels: str = "source"
     name = "distill"
     outputs = ("bank/distill-*.safetensors", "distill.pth", "student.pth", "confusion.json", "result.json")
+    checkpoint = "distill.pth"
 
     def check(self, session: Session, before: list[str]) -> None:
         self.method.objective()  # raises where it does not fit the networks
@@ -274,8 +276,10 @@ class Distill(Stage):
         synthesizer = self.method.synthesizer()
         session.compiler.compile_hot(synthesizer.hot(), session.schedule.rounds)
         file = initial.bank.path / STATE if initial else None
+        if file and sums.missing(file.parent, [STATE]):
+            raise UserError(f"{file}, from which the rounds go on, is gone; restore it, or make that bank again")
         if session.processes.main and file and file.exists():  # the others make no images
-            synthesizer.load_state_dict(load_checkpoint(file, "synthesizer")["synthesizer"])
+            synthesizer.load_state_dict(load_state(file)["synthesizer"])
         return synthesizer
 
     def _finish(

@@ -9,31 +9,36 @@ from torch.nn import functional as F
 
 from engine.data.crops import crop_flip
 from engine.loops.evaluate import check_finite, evaluate
+from engine.loops.state import DOES_NOT_FIT, OPTIMIZER, begin_momentum, load_optimizer
+from engine.networks.weights import first_line
 from engine.runtime.compilation import Compiler
+from engine.runtime.errors import UserError
 from engine.runtime.files import load_checkpoint, save_checkpoint
-from engine.runtime.flags import check_least, flag
+from engine.runtime.flags import Range, flag
 from engine.runtime.precision import Precision
 from engine.runtime.run import Run, progress
+from engine.runtime.schema import require
 from engine.runtime.seeding import seed_position
 from engine.runtime.stage_record import StageRecord
 
 TRAIN = ("train",)
+CHECKPOINT = {"network": {str: torch.Tensor}, "optimizer": OPTIMIZER, "precision": dict, "accuracies": [float]}
 
 
 @dataclass(frozen=True)
 class TrainFlags:
     """Lengths and optimizer."""
 
-    epochs: int = flag(200, "passes over the training split", affects=TRAIN)
-    batch_size: int = flag(128, "images a step", affects=TRAIN, short="-b")
-    lr: float = flag(0.1, "SGD learning rate at its highest", affects=TRAIN)
+    epochs: int = flag(200, "passes over the training split", affects=TRAIN, least=1)
+    batch_size: int = flag(128, "images a step", affects=TRAIN, short="-b", least=1)
+    lr: float = flag(0.1, "SGD learning rate at its highest", affects=TRAIN, above=0)
     lr_decay_milestones: tuple[int, ...] | None = flag(
-        None, "epochs at which lr falls to a tenth, comma-separated; unset: cosine to zero", affects=TRAIN
+        None, "epochs at which lr falls to a tenth, comma-separated; unset: cosine to zero", affects=TRAIN, least=0
     )
-    warmup_epochs: int = flag(5, "epochs of linear warm-up (at most a tenth of all)", affects=TRAIN)
-    momentum: float = flag(0.9, "SGD momentum (Nesterov)", affects=TRAIN)
-    weight_decay: float = flag(5e-4, "SGD weight decay", affects=TRAIN, short="--wd")
-    label_smoothing: float = flag(0.0, "label smoothing", affects=TRAIN)
+    warmup_epochs: int = flag(5, "epochs of linear warm-up (at most a tenth of all)", affects=TRAIN, least=0)
+    momentum: float = flag(0.9, "SGD momentum (Nesterov)", affects=TRAIN, least=0, below=1)
+    weight_decay: float = flag(5e-4, "SGD weight decay", affects=TRAIN, short="--wd", least=0)
+    label_smoothing: float = flag(0.0, "label smoothing", affects=TRAIN, least=0, most=1)
 
 
 def learning_rate(flags: TrainFlags, epoch: float) -> float:
@@ -59,19 +64,25 @@ def train(
     seed: int,
 ) -> list[float]:
     """Trains ``classifier``, goes on after the last whole epoch, and returns the test accuracy of every epoch in %."""
-    check_least(flags, epochs=1, batch_size=1)
     stages.begin("train")
     optimizer = torch.optim.SGD(
         classifier.parameters(), lr=flags.lr, momentum=flags.momentum, weight_decay=flags.weight_decay, nesterov=flags.momentum > 0,
         fused=True,
     )  # fmt: skip
+    begin_momentum(optimizer)
     file, start, accuracies = run.path / "last.pth", 0, []
     if file.exists():
         state = load_checkpoint(file, "run checkpoint")
+        require(state, CHECKPOINT | {"epoch": (int, Range(least=0, most=flags.epochs))}, str(file), "use --redo")
         start, accuracies = state["epoch"], state["accuracies"]
-        classifier.network.load_state_dict(state["network"])
-        optimizer.load_state_dict(state["optimizer"])
-        precision.load_state_dict(state["precision"])
+        try:
+            classifier.network.load_state_dict(state["network"])
+            load_optimizer(optimizer, state["optimizer"])
+            precision.load_state_dict(state["precision"])
+        except DOES_NOT_FIT as error:
+            raise UserError(f"{file} does not fit this run: {first_line(error)}; use --redo") from None
+        if start != len(accuracies):
+            raise UserError(f"{file} has {len(accuracies)} accuracies after {start} epochs; use --redo")
         run.log(f"going on after epoch {start} of {flags.epochs}")
     run.rewind("train", start)
     steps = max(1, len(train_split) // flags.batch_size)

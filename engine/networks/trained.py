@@ -7,9 +7,17 @@ from torch import nn
 
 from engine.networks import public
 from engine.networks.build import build_network, find_checkpoint, load_named_weights, split_arguments, with_own_weights
+from engine.runtime import sums
 from engine.runtime.errors import UserError
-from engine.runtime.files import load_checkpoint, read_json
+from engine.runtime.files import load_checkpoint
+from engine.runtime.flags import Range
+from engine.runtime.schema import require
+from engine.runtime.stage_record import read_record
 
+SIZE = Range(least=1, most=1_000_000)
+ABOUT_SCHEMA = {
+    "dataset?": str, "num_classes": (int, SIZE), "image_size?": (int, SIZE), "class_names?": [str], "mean?": [float], "std?": [float],
+}  # fmt: skip
 ABOUT = ("dataset", "num_classes", "image_size", "class_names", "mean", "std")
 
 
@@ -59,8 +67,9 @@ def open_trained(table: dict[str, str], place: str, info=None, arch: str | None 
     stored = stored if isinstance(stored, dict) else {}
     spec = arch or _named_arch(table, stored, path, flag)
     num_classes = stored.get("num_classes") or (info and info.num_classes)
-    if not isinstance(num_classes, int):
+    if num_classes is None:
         raise UserError(f"{path} does not say how many classes it has; name the dataset with --dataset")
+    require(stored | {"num_classes": num_classes}, ABOUT_SCHEMA, str(path))
     network = build_network(table, spec, num_classes, stored.get("image_size"))
     about = load_named_weights(table, network, path, "checkpoint", num_classes=num_classes)
     about = {key: about[key] for key in ABOUT if about.get(key) is not None} | {"num_classes": num_classes}
@@ -86,8 +95,11 @@ def weights_of_run(run: Path) -> Path:
         if (run / "student.pth").is_file():
             return run / "student.pth"
         stages = run / "stages.json"
-        output = (read_json(stages) if stages.is_file() else {}).get("train", {}).get("facts", {}).get("output")
+        facts = read_record(stages).get("train", {}).get("facts", {})
+        require(facts, {"output?": str, "sha256?": str}, str(stages))
+        output = facts.get("output")
         if output and Path(output).is_file():
+            sums.require(Path(output), facts.get("sha256"))
             return Path(output)
         if output:
             raise UserError(f"the weights of {run} were written to {output}, which is gone from here; start in the same folder")

@@ -51,8 +51,8 @@ def load_weights(network: nn.Module, path: Path, what: str = "teacher checkpoint
         state, wanted = ({key: values[key] for key in values if key not in head} for values in (state, wanted))
     _check_fit(state, wanted, f"{what} {path}", type(network).__name__, metadata.get("arch"))
     for key, tensor in state.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise UserError(f"{what} {path} has NaN or infinite weights ({key}), wanted finite ones; use another file")
+        if key.endswith("running_var") and (tensor < 0).any():
+            raise UserError(f"{what} {path} has a negative variance ({key}), wanted none below 0; use another file")
     network.load_state_dict(state, strict=False)
     return metadata
 

@@ -18,6 +18,7 @@ from engine.report.results import collect, group, warn_of_repeated_seeds, write_
 from engine.report.tables import brief_rows, rounds_rows, rows_of, what_all_share
 from engine.runtime.errors import UserError
 from engine.runtime.files import atomic_path
+from engine.runtime.flags import Parser
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -26,13 +27,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     Raises:
         UserError: --into without --name, or the other way round.
     """
-    parser = argparse.ArgumentParser(prog="python -m engine.report", description="Results -> a table, a row for all seeds.")
+    parser = Parser(prog="python -m engine.report", description="Results -> a table, a row for all seeds.")
     parser.add_argument("runs", nargs="+", type=Path, help="run folders, folders of them, or files written with --lines")
     parser.add_argument("--wide", action="store_true", help="all columns")
     parser.add_argument("--markdown", action="store_true", help="the table in Markdown")
     parser.add_argument("--rounds", action="store_true", help="add the accuracy on the way")
-    parser.add_argument("--budget", type=int, metavar="STEPS", help="add the accuracy after so many student steps")
-    parser.add_argument("--target", type=float, metavar="ACC1", help="add the student steps to this accuracy in %%")
+    parser.add_argument("--budget", type=int, least=1, metavar="STEPS", help="add the accuracy after so many student steps")
+    parser.add_argument("--target", type=float, above=0, most=100, metavar="ACC1", help="add the student steps to this accuracy in %%")
     parser.add_argument("--folders", action="store_true", help="name rows by their folders, not by the flags that differ")
     parser.add_argument("--csv", type=Path, help="write the table here too, with all columns")
     parser.add_argument("--html", type=Path, metavar="FILE.html", help="write a page with everything in it instead")

@@ -2,11 +2,13 @@
 
 import base64
 import io
-import json
 from pathlib import Path
 from typing import Any
 
+from engine.runtime.errors import UserError
+from engine.runtime.files import read_json
 from engine.runtime.run import METRICS, TIMES, read_lines
+from engine.runtime.schema import COUNT, require
 
 SHOWN, SOURCES, VARIANTS = 30, 8, 4  # images of a bank; sources of variants, and of each so many
 PIXELS = 96  # px an image has at most in the page
@@ -16,7 +18,7 @@ MOST_CLASSES = 20  # of which a table of all pairs can be read
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl, with "minutes" since the run began where times.jsonl has them."""
-    times = {(line["stage"], line["round"]): line["seconds"] / 60 for line in read_lines(folder / TIMES)}
+    times = {(line["stage"], line["round"]): line["seconds"] / 60 for line in read_lines(folder / TIMES) if "seconds" in line}
     lines = read_lines(folder / METRICS)
     return [line | ({"minutes": times[key]} if (key := (line["stage"], line["round"])) in times else {}) for line in lines]
 
@@ -29,7 +31,9 @@ def pictures(folder: Path) -> dict[str, Any]:
     from engine.data.bank import ImageBank, find_bank, read_manifest
     from engine.loops.session import INITIAL
 
-    args = json.loads((folder / "args.json").read_text())["args"] if (folder / "args.json").exists() else {}
+    args = read_json(folder / "args.json") if (folder / "args.json").exists() else {"args": {}}
+    require(args, {"args": {"init_bank?": str, "init_variants?": str}}, str(folder / "args.json"))
+    args = args["args"]
     places = [folder / "bank", *([find_bank(Path(args["init_bank"]))] if args.get("init_bank") else [])]
     banks = [ImageBank(p, read_manifest(p), create=False) for p in reversed(places) if (p / "manifest.json").exists()]
     stages = [(bank, stage) for stage in (*INITIAL, "distill") for bank in banks if bank.rounds(stage)]
@@ -50,6 +54,7 @@ def pictures(folder: Path) -> dict[str, Any]:
 def _variants(folder: Path, place: Path, sources: dict[str, Any]) -> list[tuple[str, list[tuple[str, float, bool]]]]:
     """Some sources with their variants in ``place``; the run in ``folder`` has decided which to keep."""
     from engine.data.bank import ImageBank, read_manifest
+    from engine.loops.augment import SCORES
     from engine.runtime.files import load_tensors
 
     decided = sorted(folder.glob("filter_*.safetensors"))
@@ -57,6 +62,7 @@ def _variants(folder: Path, place: Path, sources: dict[str, Any]) -> list[tuple[
         return []
     columns = ImageBank(place, read_manifest(place), create=False).read("augment")
     filtered = load_tensors(decided[0])
+    require(filtered, {name: SCORES[name] for name in ("cosine", "keep")}, str(decided[0]))
     index, total = columns["source_index"], len(sources["labels"])
     if len(filtered["keep"]) != len(index) or int(index.max()) >= total:
         return []
@@ -101,10 +107,15 @@ def confusion(folder: Path) -> dict[str, Any] | None:
     file = folder / "confusion.json"
     if not file.exists():
         return None
-    found = json.loads(file.read_text())
+    found = read_json(file)
+    require(found, {"class_names?": [str], "teacher_student": [[COUNT]], "label_student": [[COUNT]]}, str(file))
     counts = found["teacher_student"]
     classes = range(len(counts))
-    names = found["class_names"] or [str(k) for k in classes]
+    tables = (counts, found["label_student"])
+    square = all(len(table) == len(counts) and all(len(row) == len(counts) for row in table) for table in tables)
+    if not square or len(found.get("class_names") or counts) != len(counts) or not sum(map(sum, counts)):
+        raise UserError(f"{file} does not hold two tables of as many rows and columns as classes; restore it from a copy")
+    names = found.get("class_names") or [str(k) for k in classes]
     pairs = sorted(((counts[i][k], i, k) for i in classes for k in classes if i != k and counts[i][k]), reverse=True)[:10]
     tables = [("teacher", counts), ("label", found["label_student"])] if len(counts) <= MOST_CLASSES else []
     return {

@@ -8,9 +8,24 @@ from pathlib import Path
 from typing import Any
 
 from engine.runtime.errors import UserError
-from engine.runtime.files import atomic_path, read_json
+from engine.runtime.files import atomic_path, parse_json, read_json
+from engine.runtime.flags import Range
+from engine.runtime.run import LINE
+from engine.runtime.run import read_lines as metric_lines
+from engine.runtime.schema import COUNT, SECONDS, require
 
 GROUP_BY = ("dataset", "teacher", "student", "method", "external_prior", "student_steps", "bank_images", "variants")
+PERCENT = (float, Range(least=0, most=100))
+RESULT = {
+    "dataset": str, "method": str, "student": str, "seed": int, "seconds": {str: {SECONDS, None}}, "settings?": dict,
+    "folder?": str, "command?": str, "commit?": str, "machine?": str, "teacher?": str, "external_prior?": str,
+    "acc1_last?": PERCENT, "acc1_best?": PERCENT, "acc1_mean?": PERCENT, "agreement_last?": PERCENT, "agreement_best?": PERCENT,
+    "published?": PERCENT, "student_steps?": COUNT, "images?": COUNT, "bank_images?": COUNT, "variants?": COUNT,
+    "variants_kept?": COUNT, "synthesis_seconds?": SECONDS, "bank_teacher_acc1?": PERCENT, "bank_loss_bn?": float,
+    "history?": [LINE],
+}  # fmt: skip
+OF_A_METHOD = {"teacher": str, "external_prior": str}  # what training on real data has not
+OF_A_LINE = {"folder": str, "history": [LINE]}  # what a file with a line a run has besides
 PATHS = ("teacher_ckpt", "init_bank", "init_variants")  # a path with the seed in it stands for one of the same kind a seed
 
 
@@ -39,11 +54,24 @@ def _read_folders(place: Path) -> list[dict[str, Any]]:
     results = []
     for file in sorted(place.rglob("result.json")):
         metrics, folder = file.parent / "metrics.jsonl", file.parent.relative_to(place)
-        lines = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
         name = str(folder) if folder.parts else place.resolve().name
-        history = [line for line in lines if "acc1" in line or "agreement" in line]
-        results.append({"folder": name} | read_json(file) | {"history": history, "path": str(file.parent)})
+        history = [line for line in metric_lines(metrics) if "acc1" in line or "agreement" in line]
+        result = read_json(file)
+        require_result(result, str(file))
+        results.append({"folder": name} | result | {"history": history, "path": str(file.parent)})
     return results
+
+
+def require_result(result: Any, what: str, also: dict[str, Any] = {}) -> None:
+    """Raises a UserError unless this is the result of a run, whose name is ``what``, with these fields besides."""
+    require(result, RESULT | also, what)
+    if result["method"] != "scratch":
+        require(result, OF_A_METHOD, what)
+    for name in ("acc1", "agreement"):
+        if f"{name}_best" in result:
+            require(result, {f"{name}_last": PERCENT}, what)
+    if "acc1_last" not in result:
+        require(result, {"agreement_last": PERCENT}, what)
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
@@ -53,15 +81,15 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
         UserError: a line is not a result.
     """
     results = []
-    for number, line in enumerate(file.read_text().splitlines(), start=1):
+    for number, line in enumerate(file.read_text(errors="replace").splitlines(), start=1):
         try:
-            result = json.loads(line)
-            results.append(result | {"path": f"{file}, {result['folder']}"})
-            result["history"], result["acc1_last" if "acc1_last" in result else "agreement_last"]
-        except (json.JSONDecodeError, KeyError, TypeError):
+            result = parse_json(line)
+        except ValueError as error:
             raise UserError(
-                f"line {number} of {file} is no result of a run; wanted a file that python -m engine.report --lines wrote"
+                f"line {number} of {file} is no result of a run ({error}); wanted a file that python -m engine.report --lines wrote"
             ) from None
+        require_result(result, f"line {number} of {file}", OF_A_LINE)
+        results.append(result | {"path": f"{file}, {result['folder']}"})
     return results
 
 

@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -22,6 +23,17 @@ class UserError(Exception):
 
 class Terminated(BaseException):
     """SIGTERM arrived. Everything on disk is whole: the same command goes on from there."""
+
+
+def one_line(text: str) -> str:
+    """A message whose names may contain anything, as one line that any terminal can show: ``a\\nb`` for a line break."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory could not be had, on a GPU or in this machine."""
+    words = ("out of memory", "can't allocate memory", "not enough memory", "overflow")  # torch's, of sizes
+    return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
 def explain_os_error(error: OSError) -> UserError:
@@ -71,6 +83,12 @@ def end_process(code: int) -> NoReturn:
     os._exit(code)
 
 
+def quiet_on_os_errors(args: threading.ExceptHookArgs) -> None:
+    """Of a thread: what the file system refused it (TensorBoard's on a full disk) is not worth a traceback beside ours."""
+    if not isinstance(args.exc_value, OSError):
+        threading.__excepthook__(args)
+
+
 def run_command(main: Callable[[], None], leave: Callable[[], None] = lambda: None) -> None:
     """Runs ``main``; a UserError or a refused write is one line on stderr and exit code 2, a stop is 130 or 143.
 
@@ -86,19 +104,24 @@ def run_command(main: Callable[[], None], leave: Callable[[], None] = lambda: No
         leave()
 
     signal.signal(signal.SIGTERM, on_sigterm)
+    threading.excepthook = quiet_on_os_errors
     rank = launched_rank()
     try:
         follow(command) if rank else command()
         end_process(0)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(one_line(f"error: {error}"), file=sys.stderr)
         end_process(EXIT_USER_ERROR)
     except (KeyboardInterrupt, Terminated) as stop:
         print("\nstopped; nothing written is lost: run the same command again to go on", file=sys.stderr)
         end_process(143 if isinstance(stop, Terminated) else 130)
     except Exception as error:
         if isinstance(error, OSError) and error.errno is not None:
-            print(f"error: {explain_os_error(error)}", file=sys.stderr)
+            print(one_line(f"error: {explain_os_error(error)}"), file=sys.stderr)
+            end_process(EXIT_USER_ERROR)
+        if is_out_of_memory(error):
+            advice = "what was written before is whole: give a smaller batch, bank or image size, and run again"
+            print(one_line(f"error: not enough memory ({str(error)[:200]}); {advice}"), file=sys.stderr)
             end_process(EXIT_USER_ERROR)
         if isinstance(error, RuntimeError) and re.search("(closed|reset) by peer", str(error)):
             print(f"error: process {rank} has lost another one, which says why in its own last line", file=sys.stderr)

@@ -7,11 +7,12 @@ names that the stages give them. Nothing is ever deleted through a link.
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from engine.runtime import sums
 from engine.runtime.errors import UserError
 
 PROJECT = Path(__file__).parents[2]
 TEMPORARY = ".datafree_kd.tmp"  # ends the name of every file that is still being written
 MARK = ".datafree_kd"
+DTYPES = {
+    torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.uint8, torch.int8, torch.int16, torch.int32,
+    torch.int64, torch.bool,
+}  # fmt: skip
 TEMPORARY_NAME = re.compile(rf"\..+\.[a-z0-9_]{{8}}{re.escape(TEMPORARY)}")
 
 
@@ -51,6 +57,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
+        sums.note(path, temporary)
         os.replace(temporary, path)
     except OSError as error:
         error.filename = error.filename or str(path)
@@ -137,6 +144,7 @@ def delete_files(folder: Path, patterns: list[str]) -> None:
             raise UserError(f"{path} is a link, and nothing is deleted through links; remove it by hand")
     for file in files:
         file.unlink()
+    sums.forget(files)
     for parent in {file.parent for file in files} - {folder}:
         if not any(parent.iterdir()):
             parent.rmdir()
@@ -148,6 +156,24 @@ def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
         temporary.write_text(json.dumps(value, indent=indent) + "\n")
 
 
+def parse_json(text: str) -> Any:
+    """The value of a JSON text, all of whose numbers are finite.
+
+    Raises:
+        ValueError: it is damaged, nested too deeply, or has a number of thousands of digits, NaN or infinity.
+    """
+    try:
+        return json.loads(text, parse_float=_finite, parse_constant=_finite)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"the number {text[:20]} is not finite")
+    return value
+
+
 def read_json(path: Path) -> Any:
     """Reads a JSON file.
 
@@ -155,15 +181,17 @@ def read_json(path: Path) -> Any:
         UserError: the file is missing or damaged.
     """
     try:
-        return json.loads(Path(path).read_text())
+        sums.check(path)
+        return parse_json(Path(path).read_text())
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise UserError(f"{path} is not readable JSON ({error}); delete it, or restore it from a copy") from None
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Writes a flat dict of tensors as one safetensors file, atomically."""
+    _require_finite(tensors, path)
     # Bytes first: the library's own file writer hides from us why a write failed.
     data = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata=metadata)
     with atomic_path(path) as temporary:
@@ -177,8 +205,12 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         UserError: the file is missing, truncated or not safetensors.
     """
     try:
+        sums.check(path)
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        if found := _unusable(tensors):
+            raise UserError(f"{path} {found}; use another file")
+        return tensors
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except (SafetensorError, OSError, ValueError) as error:
@@ -188,7 +220,12 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """``torch.save`` that leaves the old file or the whole new one."""
+    """``torch.save`` that leaves the old file or the whole new one.
+
+    Raises:
+        UserError: something in it is NaN or infinite; the old file stays.
+    """
+    _require_finite(state, path)
     buffer = io.BytesIO()
     torch.save(state, buffer)
     with atomic_path(path) as temporary:
@@ -209,7 +246,10 @@ def load_checkpoint(path: Path, what: str = "checkpoint") -> Any:
     if path.suffix == ".safetensors":
         return load_tensors(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        sums.check(path)
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except Exception as error:  # torch.load raises a dozen unrelated types on damaged files
         reason = str(error).strip().splitlines()[0].split(". ")[0] if str(error).strip() else type(error).__name__
         if "Unsupported operand" in str(error) or isinstance(error, LookupError | EOFError | ValueError | TypeError | AttributeError):
@@ -217,6 +257,40 @@ def load_checkpoint(path: Path, what: str = "checkpoint") -> Any:
         elif "weights_only" in str(error) or "Unsupported" in str(error):
             reason = "it holds pickled objects other than tensors, which may run code and are never loaded"
         raise UserError(f"{what} {path} cannot be read: {reason}; a file with a plain state_dict is wanted") from None
+    if found := _unusable(loaded):
+        raise UserError(f"{what} {path} {found}; use another file")
+    return loaded
+
+
+def _named_tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """The tensors in dicts, lists and tuples, with the last names on the way to them."""
+    if isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, Mapping | list | tuple):
+        for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
+            yield from _named_tensors(item, str(key) if isinstance(value, Mapping) else name)
+
+
+def _unusable(loaded: Any) -> str | None:
+    """What is wrong with the first tensor that is no array of finite numbers in memory; None: nothing."""
+    for name, tensor in _named_tensors(loaded):
+        if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized or tensor.dtype not in DTYPES:
+            kind = tensor.dtype if tensor.layout == torch.strided and tensor.device.type == "cpu" else "sparse or empty"
+            return f"has a tensor of a kind that is not taken ({name}: {kind}), wanted dense ones of usual dtypes"
+        if tensor.nbytes > max(tensor.untyped_storage().nbytes(), 2**20):
+            return f"has a tensor that is larger than what is stored of it ({name})"
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            return f"has NaN or infinite weights ({name}), wanted finite ones"
+    return None
+
+
+def _require_finite(state: Any, path: Path) -> None:
+    for name, tensor in _named_tensors(state):
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise UserError(
+                f"{path} is not written: {name} became NaN or infinite; what was written before is whole: lower the learning "
+                "rate or the loss weights, and run again"
+            )
 
 
 def digest(*parts: Any) -> str:

@@ -10,6 +10,36 @@ from typing import Any
 
 from engine.runtime.errors import UserError
 
+LARGEST = 10**12  # of any number
+SHOWN = 60  # characters of a wrong value in an error
+
+
+class Range(typing.NamedTuple):
+    """The legal values of a number: from ``least`` or above ``above``, to ``most`` or below ``below``; finite always."""
+
+    least: float | None = None
+    above: float | None = None
+    most: float | None = None
+    below: float | None = None
+
+    def has(self, value: float) -> bool:
+        """Whether a number is one of them; NaN never is."""
+        return (
+            -LARGEST <= value <= LARGEST
+            and (self.least is None or value >= self.least)
+            and (self.above is None or value > self.above)
+            and (self.most is None or value <= self.most)
+            and (self.below is None or value < self.below)
+        )
+
+    def __str__(self) -> str:
+        """In words: "from 1 on", "above 0, at most 1"; "" where every finite number is legal."""
+        low = f"from {self.least}" if self.least is not None else f"above {self.above}" if self.above is not None else ""
+        high = f"at most {self.most}" if self.most is not None else f"below {self.below}" if self.below is not None else ""
+        if high.startswith("at most") and low.startswith("from"):
+            return f"{low} to {self.most}"
+        return ", ".join(filter(None, [low, high])) + (" on" if low.startswith("from") and not high else "")
+
 
 def flag(
     default: Any,
@@ -19,34 +49,73 @@ def flag(
     choices: Sequence[str] | None = None,
     short: str | None = None,
     scales: bool = False,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+    below: float | None = None,
+    distinct: bool = False,
 ) -> Any:
     """A dataclass field that is a flag.
 
     Args:
         affects: the stages whose results depend on it. Changing it after one of them has begun is an error.
         scales: it is a length of a run, which ``--scale`` changes (``engine.loops.lengths``).
+        least, above, most, below: the legal values of a number, or of each of a list; see ``Range``.
+        distinct: of a list: none may come twice.
     """
-    metadata = {"help": help, "affects": tuple(affects), "choices": choices, "short": short, "scales": scales}
+    metadata = {
+        "help": help, "affects": tuple(affects), "choices": choices, "short": short, "scales": scales,
+        "range": Range(least, above, most, below), "distinct": distinct,
+    }  # fmt: skip
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def check_least(config: Any, **least: int) -> None:
-    """Of flags that count things: ``check_least(config, epochs=1)``. One that is unset (None) passes.
+def check_flags(config: Any) -> None:
+    """Checks the range of every flag of a dataclass; one that is unset (None) passes.
 
     Raises:
-        UserError: one is smaller than given here.
+        UserError: one is outside.
     """
-    for name, wanted in least.items():
-        value = getattr(config, name)
-        if value is not None and value < wanted:
-            raise UserError(f"--{name} {value} found, a whole number from {wanted} on wanted")
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        check_number(f"--{field.name}", value, field.metadata["range"])
+        if field.metadata["distinct"] and value and len(set(value)) < len(value):
+            raise UserError(f"--{field.name} {','.join(map(str, value))} names one twice; leave it out once")
+
+
+def check_number(what: str, value: Any, legal: Range) -> None:
+    """Raises a UserError if ``value`` is a number that is not in a range, or a tuple with one; anything else passes."""
+    for number in value if isinstance(value, tuple) else (value,):
+        if isinstance(number, int | float) and not isinstance(number, bool) and not legal.has(number):
+            kind = "a whole number" if isinstance(number, int) else "a number" if str(legal) else "a finite number"
+            bound = "" if str(legal) and abs(number) <= LARGEST else f" of at most {LARGEST:.0e}"
+            raise UserError(f"{what} {str(number)[:SHOWN]} found, {kind}{bound} {legal}".rstrip() + " wanted")
 
 
 class Parser(argparse.ArgumentParser):
     """Takes no abbreviations; a wrong flag is one line that names the nearest right one."""
 
     def __init__(self, **kwargs):
+        self.ranges: dict[str, Range] = {}
         super().__init__(allow_abbrev=False, formatter_class=_Formatter, **kwargs)
+
+    def add_argument(self, *names: str, **options: Any) -> argparse.Action:
+        """As argparse's, with ``least``, ``above``, ``most`` and ``below`` of a number, which ``parse_args`` checks."""
+        legal = Range(**{name: options.pop(name) for name in Range._fields if name in options})
+        if kind := options.get("type"):
+            options["type"] = _reader(kind, False, None) if kind in (int, float) else kind
+        if str(legal):
+            text = options["help"]
+            options["help"] = f"{text[:-1]}; {legal}]" if text.endswith("]") else f"{text} [{legal}]"
+        action = super().add_argument(*names, **options)
+        self.ranges[action.dest] = legal
+        return action
+
+    def parse_known_args(self, args=None, namespace=None):
+        found, rest = super().parse_known_args(args, namespace)
+        for name, legal in self.ranges.items():
+            check_number(f"--{name}", getattr(found, name, None), legal)
+        return found, rest
 
     def error(self, message: str) -> typing.NoReturn:
         if message.startswith("unrecognized arguments: "):
@@ -90,7 +159,7 @@ class _Formatter(argparse.HelpFormatter):
         return super()._format_action_invocation(action)
 
 
-def add_flags(parser: argparse.ArgumentParser, config: type, title: str, defaults: dict[str, Any] | None = None) -> None:
+def add_flags(parser: Parser, config: type, title: str, defaults: dict[str, Any] | None = None) -> None:
     """Adds one flag a field, as ``--name_of_field`` and ``--name-of-field``, under a heading."""
     group = parser.add_argument_group(title)
     hints = typing.get_type_hints(config)
@@ -101,7 +170,8 @@ def add_flags(parser: argparse.ArgumentParser, config: type, title: str, default
         if field.metadata.get("short"):
             names[field.metadata["short"]] = None
         shown = ",".join(map(str, default)) if repeated and default is not None else default
-        text = field.metadata["help"].replace("%", "%%") + ("" if default in (None, "", False) else f" [{shown}]")
+        notes = ["" if default in (None, "", False) else str(shown), str(field.metadata["range"])]
+        text = field.metadata["help"].replace("%", "%%") + (f" [{'; '.join(filter(None, notes))}]" if any(notes) else "")
         options: dict[str, Any] = {"dest": field.name, "default": default, "help": text}
         if kind is bool:
             group.add_argument(*names, action="store_true", **options)
@@ -110,6 +180,7 @@ def add_flags(parser: argparse.ArgumentParser, config: type, title: str, default
             "{" + ",".join(field.metadata["choices"]) + "}" if field.metadata.get("choices") else kind.__name__.upper()
         )
         group.add_argument(*names, type=_reader(kind, repeated, field.metadata.get("choices")), **options)
+        parser.ranges[field.name] = field.metadata["range"]
 
 
 def _value_type(hint: Any) -> tuple[type, bool]:
@@ -123,21 +194,34 @@ def _value_type(hint: Any) -> tuple[type, bool]:
 
 def _reader(kind: type, repeated: bool, choices: Sequence[str] | None):
     def one(text: str) -> Any:
-        value = kind(text)
+        try:
+            value = kind(text)
+        except (ValueError, TypeError):
+            wanted = {int: "a whole number", float: "a number"}.get(kind, kind.__name__)
+            raise argparse.ArgumentTypeError(f"'{text[:SHOWN]}' found, {wanted} wanted") from None
         if choices and value not in choices:
             raise argparse.ArgumentTypeError(f"'{text}' is none of {', '.join(choices)}")
         return value
 
     def read(text: str) -> Any:
-        return tuple(one(t) for t in text.split(",") if t.strip()) if repeated else one(text)
+        values = tuple(one(t) for t in text.split(",") if t.strip()) if repeated else one(text)
+        if values == ():
+            raise argparse.ArgumentTypeError("a list without anything in it found; leave the flag out, or name something")
+        return values
 
     read.__name__ = kind.__name__
     return read
 
 
 def from_args(config: type, args: argparse.Namespace) -> Any:
-    """The dataclass filled from parsed arguments."""
-    return config(**{f.name: getattr(args, f.name) for f in dataclasses.fields(config)})
+    """The dataclass filled from parsed arguments.
+
+    Raises:
+        UserError: a number is out of its range.
+    """
+    filled = config(**{f.name: getattr(args, f.name) for f in dataclasses.fields(config)})
+    check_flags(filled)
+    return filled
 
 
 def given_flags(parser: argparse.ArgumentParser, argv: list[str]) -> set[str]:

@@ -63,8 +63,6 @@ class Precision:
     def minimize(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
         """One optimizer step down the gradient of ``loss``."""
         optimizer.zero_grad(set_to_none=True)
-        if self.scaler.is_enabled() and not optimizer.state:
-            _momentum_from_zero(optimizer)
         self.scaler.scale(loss).backward()
         self.scaler.step(optimizer)
         self.scaler.update()
@@ -76,15 +74,6 @@ class Precision:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state:
             self.scaler.load_state_dict(state)
-
-
-def _momentum_from_zero(optimizer: torch.optim.Optimizer) -> None:
-    """Momentum buffers of zeros for a fused SGD. It makes its own at the first step, without a value, and a loss scale that
-    is too high at that step keeps it from writing one."""
-    for group in optimizer.param_groups:
-        if group.get("fused") and group.get("momentum"):
-            for parameter in group["params"]:
-                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def choose_device(gpu: int | None) -> torch.device:

@@ -22,12 +22,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from engine.runtime import sums
 from engine.runtime.errors import UserError
-from engine.runtime.files import atomic_path, delete_temporaries, is_temporary, write_json
+from engine.runtime.files import atomic_path, delete_temporaries, is_temporary, parse_json, write_json
 from engine.runtime.processes import is_main
+from engine.runtime.schema import require
 
 FOLDERS = ("bank", "variants", "pictures")  # of a run folder
 METRICS, TIMES = "metrics.jsonl", "times.jsonl"
+LINE = {"stage": str, "round": int, "seconds?": float, "images?": int, "student_steps?": int, "acc1?": float, "agreement?": float}
 
 
 def require_run_folder(path: Path) -> None:
@@ -46,28 +49,35 @@ def require_run_folder(path: Path) -> None:
 def _json_object(file: Path) -> dict[str, Any]:
     """A JSON file's object; {} for anything else."""
     try:
-        value = json.loads(file.read_text())
-    except (OSError, ValueError, RecursionError):
+        value = parse_json(file.read_text())
+    except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl or times.jsonl; [] where there is no such file. One cut off by a kill is passed over."""
-    lines = []
-    for text in file.read_text().splitlines() if file.exists() else []:
+    """The lines of metrics.jsonl or times.jsonl; [] where there is no such file. A last one cut off by a kill is passed over.
+
+    Raises:
+        UserError: a line is no line of metrics.
+    """
+    lines, texts = [], file.read_text(errors="replace").split("\n") if file.exists() else []
+    for number, text in enumerate(texts, start=1):
+        if number == len(texts):  # what is not ended is not whole
+            break
         try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            continue
+            lines.append(parse_json(text))
+        except ValueError as error:
+            raise UserError(f"line {number} of {file} is not readable JSON ({error}); delete that line") from None
+        require(lines[-1], LINE, f"line {number} of {file}", "delete that line")
     return lines
 
 
 def earlier_value(folder: Path, name: str) -> Any:
     """The value of a flag with which the run in a folder was begun; None where there is none."""
     stages, args = (_json_object(folder / file) for file in ("stages.json", "args.json"))
-    settings = [entry.get("depends_on", {}) for entry in stages.values()] + [args.get("args", {})]
-    return next((values[name] for values in settings if name in values), None)
+    settings = [entry.get("depends_on") for entry in stages.values() if isinstance(entry, dict)] + [args.get("args")]
+    return next((values[name] for values in settings if isinstance(values, dict) and name in values), None)
 
 
 class Run:
@@ -94,13 +104,14 @@ class Run:
         for folder in (self.path, *(self.path / name for name in FOLDERS)):
             delete_temporaries(folder)
         self._writer = None
-        self._started = time.monotonic() - max((line["seconds"] for line in self._lines(TIMES)), default=0)
+        self._started = time.monotonic() - max((line.get("seconds", 0) for line in self._lines(TIMES)), default=0)
         self.provenance = {
             "command": shlex.join([Path(sys.executable).name, *sys.argv]),
             "commit": commit(),
             "versions": versions(),
         }
         write_json(self.path / "args.json", {"args": args, **self.provenance})
+        sums.keep(self.path)
 
     def log(self, text: str) -> None:
         """Prints a line above any progress bar and appends it to log.txt."""

@@ -4,8 +4,26 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from engine.runtime.errors import UserError
 from engine.runtime.files import read_json, write_json
+from engine.runtime.schema import COUNT, SECONDS, require
+
+RECORD = {str: {"status": str, "depends_on": dict, "seconds": SECONDS, "facts": dict, "threads?": COUNT}}
+
+
+def read_record(path: Path) -> dict[str, dict[str, Any]]:
+    """What a ``stages.json`` holds; {} where there is none.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    record = read_json(path) if path.exists() else {}
+    require(record, RECORD, str(path))
+    if wrong := [entry["status"] for entry in record.values() if entry["status"] not in ("incomplete", "done")]:
+        raise UserError(f"{path} has a stage that is '{wrong[0][:30]}', incomplete or done wanted; restore it from a copy")
+    return record
 
 
 class StageRecord:
@@ -22,7 +40,7 @@ class StageRecord:
 
     def __init__(self, path: Path, dependencies: dict[str, dict[str, Any]], redo: str = "--redo {stage}"):
         self.path, self.dependencies, self.redo = path, dependencies, redo
-        self.record: dict[str, dict[str, Any]] = read_json(path) if path.exists() else {}
+        self.record = read_record(path)
         self.started: dict[str, float] = {}
 
     def check(self, selected: list[str]) -> None:
@@ -60,8 +78,17 @@ class StageRecord:
         self.record.setdefault(
             stage, {"status": "incomplete", "depends_on": self.dependencies[stage], "seconds": 0.0, "facts": {}}
         )
+        self.record[stage].setdefault("threads", torch.get_num_threads())
         self.started[stage] = time.monotonic() - self.record[stage]["seconds"]
         write_json(self.path, self.record)
+
+    def reopen(self, stage: str) -> None:
+        """A done stage is to be finished once more."""
+        self.record[stage]["status"] = "incomplete"
+
+    def threads(self, stage: str) -> int | None:
+        """The number of CPU threads that a stage was begun with; None: it is new, or that is not known."""
+        return self.record.get(stage, {}).get("threads")
 
     def update(self, stage: str, *, done: bool = False, **facts: Any) -> None:
         """Stores how long a stage has run and what is to be remembered of it."""

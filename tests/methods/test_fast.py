@@ -340,8 +340,8 @@ BAD = {
     "g_steps": (0, "--g_steps 0 found, a whole number from 1 on wanted"),
     "synthesis_batch_size": (0, "--synthesis_batch_size 0"),
     "reset_l0_round": (-1, "--reset_l0_round -1"),
-    "bn_mmt": (1.0, "--bn_mmt 1 is outside"),
-    "is_maml": (2, r"--is_maml 2 found, 0 \(Reptile\) or 1"),
+    "bn_mmt": (1.0, "--bn_mmt 1.0 found, a number from 0, below 1 wanted"),
+    "is_maml": (2, "--is_maml 2 found, a whole number from 0 to 1 wanted"),
     "reset_l0": (-1, "--reset_l0 -1 found"),
 }
 

@@ -268,7 +268,7 @@ BAD = {
     "init_g_loops": (0, "--init_g_loops 0"),
     "synthesis_batch_size": (1, "--synthesis_batch_size 1 found, a whole number from 2 on wanted"),
     "label_dim": (0, "--label_dim 0"),
-    "bn_mmt": (-0.5, "--bn_mmt -0.5 is outside"),
+    "bn_mmt": (-0.5, "--bn_mmt -0.5 found"),
 }
 
 

@@ -1,11 +1,15 @@
 """Flags are the fields of a dataclass; wrong ones are refused."""
 
+import argparse
 import dataclasses
+import importlib
 
 import pytest
 
+import datafree_kd
 from engine.runtime.errors import UserError
-from engine.runtime.flags import Parser, add_flags, flag, from_args, stage_flags
+from engine.runtime.flags import LARGEST, Parser, add_flags, flag, from_args, stage_flags
+from registry import METHODS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,3 +38,98 @@ def test_flags_are_the_dataclass():
 def test_wrong_flags_are_refused(text):
     with pytest.raises(UserError):
         parse(text)
+
+
+def main_of(name):
+    """The command line of a module, without what it does then."""
+
+    def call(words, monkeypatch):
+        monkeypatch.setattr("sys.argv", ["program", *words])
+        importlib.import_module(name).main()
+
+    return call
+
+
+COMMANDS = {method: (lambda words, _: datafree_kd.parse(words), f"--method {method}") for method in METHODS} | {
+    "train_scratch": (main_of("train_scratch"), ""),
+    "train_prior": (main_of("datafree.diffusion.train_prior"), ""),
+    "glyphs": (main_of("datafree.diffusion.glyphs"), ""),
+    "export": (main_of("datafree.bank"), "export bank folder"),
+    "import": (main_of("datafree.bank"), "import folder bank --dataset digits"),
+    "int8": (main_of("datafree.int8"), "--dataset digits --teacher resnet8 --bank b --lines l"),
+    "loops": (main_of("datafree.benchmark.loops"), ""),
+    "evaluate": (main_of("engine.evaluate"), "m --dataset digits"),
+    "report": (main_of("engine.report.command"), "r"),
+}
+NOT_A_NUMBER = ("nan", "inf", "-inf", "1e400", "9" * 5000, "x", "")
+
+
+class Stop(Exception):
+    """Raised where a command line was taken."""
+
+
+@pytest.fixture
+def parser_of(monkeypatch):
+    """parser_of(call, words): the innermost parser that a command line reaches; raises what it says of the words."""
+
+    def reach(call, words):
+        reached, parse = [], Parser.parse_known_args
+
+        def spy(self, args=None, namespace=None):
+            reached.append(self)
+            return parse(self, args, namespace)
+
+        def stop(*_):
+            raise Stop
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Parser, "parse_known_args", spy)
+            patch.setattr(argparse.ArgumentParser, "parse_args", lambda self, *a: (self.parse_known_args(*a), stop()))
+            with pytest.raises(Stop):
+                call(words, patch)
+        return reached[-1]
+
+    return reach
+
+
+def outside(kind, legal):
+    """Numbers just outside a range, as words."""
+    step = 1 if kind == "int" else 1e-6
+    return [
+        str(number)
+        for number in (
+            None if legal.least is None else legal.least - step,
+            legal.above,
+            None if legal.most is None else legal.most + step,
+            legal.below,
+            LARGEST * 10,
+        )
+        if number is not None
+    ]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_number_has_a_range_and_is_held_to_it(command, parser_of, capsys):
+    """Each value outside is one line; those at its edge are taken; ``--help`` shows the range; defaults are inside."""
+    call, words = COMMANDS[command][0], COMMANDS[command][1].split()
+    parser = parser_of(call, words)
+    shown = " ".join(parser.format_help().split())
+    for name, legal in parser.ranges.items():
+        action = next(action for action in parser._actions if action.dest == name)
+        kind, written = getattr(action.type, "__name__", ""), f"--{name}"
+        if kind not in ("int", "float"):
+            continue
+        assert str(legal) or name.endswith("mean"), f"{written} of {command} has no range"
+        assert str(legal) in shown
+        for value in (*NOT_A_NUMBER, *outside(kind, legal)):
+            with pytest.raises(UserError) as caught:
+                parser_of(call, [*words, f"{written}={value}"])
+            assert name in str(caught.value) and "\n" not in str(caught.value) and len(str(caught.value)) < 300
+        for edge in filter(lambda edge: edge is not None, (legal.least, legal.most)):
+            parser_of(call, [*words, f"{written}={edge}"])
+        assert action.default is None or not isinstance(action.default, int | float) or legal.has(action.default)
+
+
+def test_a_seed_that_comes_twice(command):
+    with pytest.raises(UserError, match="--seeds 0,1,0 names one twice"):
+        command("datafree_kd", "--method dafl --seeds 0,1,0")

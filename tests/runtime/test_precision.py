@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 
+from engine.loops.state import begin_momentum
 from engine.runtime.errors import UserError
 from engine.runtime.files import load_checkpoint, weights_digest
 from engine.runtime.precision import Precision, choose_amp
@@ -143,6 +144,7 @@ def test_momentum_begins_at_zero_though_the_first_step_is_skipped(fused):
     precision.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     weight = torch.nn.Parameter(torch.ones(3))
     optimizer = torch.optim.SGD([weight], lr=0.5, momentum=0.9, fused=fused)
+    begin_momentum(optimizer)
     torch.use_deterministic_algorithms(True)  # fills new memory with NaN
     try:
         precision.minimize(weight.sum() * float("inf"), optimizer)

@@ -1,0 +1,95 @@
+"""What a file must hold: field -> type and range, looked at in one place before anything of it is used.
+
+A schema is one of
+    str, bool, dict, list, Tensor      of that type
+    int, float                         a whole or finite number; (int, Range(least=0)) of that range
+    Array(torch.uint8, None, 3)        a tensor of that dtype and shape, None standing for any length
+    [schema]                           a list of such values; {str: schema} an object of such values by any name
+    {"name": schema, "other?": ...}    an object with these fields, of which "other" may be missing or null; more may be there
+    None                               null;  {schema, schema} one of them
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from engine.runtime.errors import UserError
+from engine.runtime.flags import Range
+
+COUNT = (int, Range(least=0))
+SECONDS = (float, Range(least=0))
+WORDS = {str: "text", bool: "true or false", int: "a whole number", float: "a finite number", dict: "an object", None: "nothing"}
+
+
+class Array(NamedTuple):
+    """A tensor of a dtype and, where one is given, a shape."""
+
+    dtype: torch.dtype
+    shape: tuple[int | None, ...]
+
+
+def require(value: Any, wanted: Any, what: str, advice: str = "restore it from a copy, or make it again") -> None:
+    """Raises a UserError that names the first part of ``value`` that is not as a schema wants it.
+
+    Args:
+        what: begins the error ("runs/a/stages.json").
+        advice: ends it.
+    """
+    if found := wrong(value, wanted):
+        raise UserError(f"{what} is not as this program writes it: {found}; {advice}")
+
+
+def wrong(value: Any, wanted: Any, place: str = "it") -> str | None:
+    """What is wrong first, in words; None: nothing."""
+    if isinstance(wanted, frozenset | set):
+        found = [wrong(value, option, place) for option in wanted]
+        return next(iter(found)) if all(found) else None
+    if isinstance(wanted, Array):
+        fits = isinstance(value, Tensor) and value.dtype == wanted.dtype and len(value.shape) == len(wanted.shape)
+        fits = fits and all(side in (None, length) for side, length in zip(wanted.shape, value.shape))
+        sides = " x ".join("any" if side is None else str(side) for side in wanted.shape)
+        return None if fits else f"{place} is {shown(value)}, a tensor {wanted.dtype} of {sides} wanted"
+    if isinstance(wanted, tuple):
+        kind, legal = wanted
+        fits = wrong(value, kind) is None and legal.has(value)
+        return None if fits else f"{place} is {shown(value)}, {WORDS[kind]} {legal} wanted"
+    if isinstance(wanted, list):
+        if not isinstance(value, list | tuple):
+            return f"{place} is {shown(value)}, a list wanted"
+        return next((e for k, item in enumerate(value) if (e := wrong(item, wanted[0], f"{place}[{k}]"))), None)
+    if isinstance(wanted, dict):
+        return _wrong_field(value, wanted, place)
+    if wanted in (int, float):
+        fits = isinstance(value, int if wanted is int else (int, float)) and not isinstance(value, bool) and Range().has(value)
+    else:
+        fits = value is None if wanted is None else isinstance(value, wanted)
+    return None if fits else f"{place} is {shown(value)}, {WORDS.get(wanted) or wanted.__name__} wanted"
+
+
+def _wrong_field(value: Any, wanted: dict, place: str) -> str | None:
+    if not isinstance(value, dict):
+        return f"{place} is {shown(value)}, an object wanted"
+    inside = "" if place == "it" else f"{place}."
+    if str in wanted:
+        named = (wrong(key, str, f"a name in {place}") or wrong(item, wanted[str], f"{inside}{key}") for key, item in value.items())
+        return next(filter(None, named), None)
+    for name, schema in wanted.items():
+        key, optional = name.removesuffix("?"), name.endswith("?")
+        if optional and value.get(key) is None:
+            continue
+        if key not in value:
+            return f"it has no {inside}{key}"
+        if found := wrong(value[key], schema, f"{inside}{key}"):
+            return found
+    return None
+
+
+def shown(value: Any) -> str:
+    """A value as an error names it, in few characters."""
+    if isinstance(value, Tensor):
+        return f"a tensor {value.dtype} of {' x '.join(map(str, value.shape)) or 'one number'}"
+    if isinstance(value, str | bool | int | float | None):
+        text = repr(value) if not isinstance(value, int) or abs(value) < 10**30 else "a number of many digits"
+        return text if len(text) <= 60 else text[:60] + "..."
+    return f"a {type(value).__name__}"
