@@ -38,6 +38,16 @@ def test_cuda_graphs(distill, tmp_path, capsys, method):
     assert "uncompiled" not in capsys.readouterr().out
 
 
+def test_kept_answers_and_views(distill, tmp_path):
+    distill("fast", tmp_path / "run", "--gpu 0 --amp bf16 --memo 16 --views 4")
+    look_at(tmp_path / "run")
+
+
+def test_guided_variants(distill, tmp_path):
+    distill("dda", tmp_path / "run", "--gpu 0 --amp bf16 --guidance_oh 1 --guidance_bn .1 --guidance_max_step 2 --agree")
+    look_at(tmp_path / "run")
+
+
 def test_latent_diffusion(distill, tmp_path):
     model = stable_diffusion(tmp_path / "model")
     distill("diffdfkd", tmp_path / "run", f"--gpu 0 --amp bf16 --diffusion_model {model}")
