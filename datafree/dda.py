@@ -19,8 +19,8 @@ the teacher names a variant by its source's label; log and result tell the teach
 dropped.
 
 Variants of 256 images inverted from a resnet20 of CIFAR-10 (two rounds of 150 steps; the teacher names all of them, L_bn
-3.15), 20 steps, guidance_oh 1, guidance_bn .1, guidance_max_step 2: the teacher's accuracy, L_bn, and the mean squared
-distance from the source, plain -> guided.
+3.15), natural_32 of 601,600 draws, 20 steps, guidance_oh 1, guidance_bn .1, guidance_max_step 2: the teacher's accuracy,
+L_bn, and the mean squared distance from the source, plain -> guided.
 
     strength      natural                                          pixel, 40 passes over so few images
     .4            43 -> 99.6 %   5.12 -> 3.82   .006 -> .007       18 -> 100 %    9.04 -> 7.25   .009 -> .008
