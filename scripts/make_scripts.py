@@ -76,7 +76,7 @@ STEPS_4000 = "--epochs 10 --kd_steps 400 --batch_size 256"
 CPU_TWINS = {
     "dda": (
         "4,000 student steps, variants by natural_32 under the teacher's guidance",
-        f"--prior natural --strength 0.6 --guidance_oh 1 --guidance_bn 0.1 --guidance_max_step 2 --agree \\\n  {STEPS_4000} "
+        f"--prior natural --strength 0.6 --guidance_oh 1 --guidance_bn 0.3 --guidance_max_step 2 --agree \\\n  {STEPS_4000} "
         "--init_rounds 20 --init_g_steps 100 \\\n  --lr_g 4e-3 --g_steps 40",
     ),
     "diffdfkd": (
