@@ -43,11 +43,6 @@ def test_kept_answers_and_views(distill, tmp_path):
     look_at(tmp_path / "run")
 
 
-def test_guided_variants(distill, tmp_path):
-    distill("dda", tmp_path / "run", "--gpu 0 --amp bf16 --guidance_oh 1 --guidance_bn .1 --guidance_max_step 2 --agree")
-    look_at(tmp_path / "run")
-
-
 def test_latent_diffusion(distill, tmp_path):
     model = stable_diffusion(tmp_path / "model")
     distill("diffdfkd", tmp_path / "run", f"--gpu 0 --amp bf16 --diffusion_model {model}")

@@ -38,10 +38,11 @@ from torch.nn import functional as F
 from datafree.diffusion.augmenter import seeded_noise
 from datafree.diffusion.denoising import Denoising, Diverged
 from datafree.diffusion.patch_unet import PatchUNet, add_noise, denoise, load_patch_prior, save_patch_prior, velocity
-from datafree.diffusion.quality import density_coverage, frechet_distance
+from datafree.diffusion.quality import frechet_distance
 from engine.data.datasets import DatasetInfo, dataset_info
 from engine.data.pictures import grid
 from engine.data.splits import Split, load_split
+from engine.loops.measures import density_coverage
 from engine.networks.build import load_teacher
 from engine.runtime.errors import UserError, run_command
 from engine.runtime.files import load_checkpoint, save_checkpoint

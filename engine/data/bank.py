@@ -18,9 +18,9 @@ from torch import Tensor
 from engine.data.mapped import MappedImages
 from engine.runtime import sums
 from engine.runtime.errors import UserError
+from engine.runtime.files import load_tensors, read_json, save_tensors, write_json
 from engine.runtime.flags import Range
 from engine.runtime.schema import Array, require
-from engine.runtime.files import load_tensors, read_json, save_tensors, write_json
 
 FORMAT = 1
 ONE_ON = Range(least=1, most=1_000_000)

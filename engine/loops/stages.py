@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.data.bank import ImageBank
+from engine.data.bank import ImageBank, to_uint8
 from engine.data.splits import load_split
 from engine.data.transfer_set import TransferSet
 from engine.data.views import KeyedViews, Views
@@ -19,9 +19,12 @@ from engine.loops.memo import Memo, check_memo, memo_rows
 from engine.loops.session import Finished, Session, Stage
 from engine.runtime import sums
 from engine.runtime.errors import UserError
-from engine.runtime.files import load_tensors, save_checkpoint, write_json
+from engine.runtime.files import load_tensors, save_checkpoint, save_tensors, write_json
 from engine.runtime.precision import Precision
 from engine.runtime.run import peak_memory
+from engine.runtime.seeding import position_seed, seed_position
+
+STREAMED, STREAMED_BYTES = "images.safetensors", 2**25  # of a method that keeps no bank: some of its last images
 
 
 @dataclass(frozen=True)
@@ -130,7 +133,7 @@ class Distill(Stage):
     images_per_class: int | None = None
     variant_labels: str = "source"
     name = "distill"
-    outputs = ("bank/distill-*.safetensors", "distill.pth", "student.pth", "confusion.json", "result.json")
+    outputs = ("bank/distill-*.safetensors", "distill.pth", "student.pth", STREAMED, "confusion.json", "result.json")
     checkpoint = "distill.pth"
 
     def check(self, session: Session, before: list[str]) -> None:
@@ -187,6 +190,8 @@ class Distill(Stage):
                 write_json(run.path / "confusion.json", self._confusion(session, measure.split), indent=None)
             if distillation.memo:
                 run.log(distillation.memo.description)
+            if method.streams:
+                save_tensors(run.path / STREAMED, self._streamed(session, distillation.synthesizer))
             self._finish(session, images, distillation, figures, measure)
 
     def _keep_answers(self, session: Session, distillation: distill.Distillation, source: TransferSet | None) -> None:
@@ -221,6 +226,18 @@ class Distill(Stage):
             "student names the teacher's class"
         )
         return Agreement(self.method.teacher, session.schedule.batch_size, session.seed)
+
+    def _streamed(self, session: Session, synthesizer: Any) -> dict[str, Tensor]:
+        """Up to 1000 images (N, 3, H, W) uint8, and labels (N,), as the student would see them next."""
+        count = max(1, min(1000, STREAMED_BYTES // (3 * session.info.image_size**2)))
+        seed_position(session.seed, STREAMED)
+        parts, found = [], 0
+        for images, labels in synthesizer.batches(session.schedule.batch_size, seed=position_seed(session.seed, STREAMED)):
+            parts.append((to_uint8(images).cpu(), labels.cpu()))
+            if (found := found + len(labels)) >= count:
+                break
+        images, labels = (torch.cat(column)[:count] for column in zip(*parts))
+        return {"images": images, "labels": labels}
 
     def _confusion(self, session: Session, test) -> dict[str, Any]:
         """How often the student says which class (columns) where the teacher says, or the label is, which (rows)."""
