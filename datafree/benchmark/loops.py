@@ -21,9 +21,11 @@ import io
 import statistics
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -59,11 +61,17 @@ LOOPS = {
     "teacher_forward": "teacher forward",
     "distillation": "distillation step",
     "memo": "distillation step",
+    "run": "distillation steps of a run",
     "inversion": "inversion step",
     "growth": "sampling from banks of growing size",
 }
 KNOWN = (0.5, 0.9, 1.0)  # shares of the questions that the teacher has answered before
+# A run of Fast as published (20 + 200 rounds of 256 images, 200 x 400 steps of 256) in small: as many questions an image, and a
+# bank that grows as much meanwhile, so that as large a share of the questions comes again.
+RUN_ROUNDS, RUN_QUESTIONS, RUN_BEFORE = 6, 366, 1 / 11
+RUN_VIEWS = {"all views": None, "16 views": 16}
 GROWING = (4096, 16384, 65536)  # images
+Kept = list[tuple[str, str, float, Measured, Measured]]  # loop, which, share of the teacher's answers known, ours, plain
 ALWAYS = 10**9  # calls, as of a run that is long enough to compile for
 
 
@@ -198,42 +206,64 @@ class Ours:
         self.loop.student_steps(self.batches, 0, self.bar)
 
     def remembering(self, known: float) -> Step:
-        """A student step whose teacher has answered that share of the questions before.
-
-        The other ones go to the teacher before every ``STEPS``-th step, as in a run.
-        """
+        """``STEPS`` student steps, of whose questions the teacher has answered that share before."""
         device, block = self.precision.device, self.batch_size
-        group, keys = STEPS * block, torch.randperm(len(self.views), device=self.precision.device)
+        group, keys = STEPS * block, torch.randperm(len(self.views), device=device)
         old, fresh = keys.split(-(-len(keys) // 2))
-        answer = lambda keys: self.loop.ask(self.transfer.look(self.views, keys)).logits
-        memo = Memo(answer, len(keys), 4 * group, block, device)
+        memo = Memo(partial(self._answer, self.transfer, self.views), len(keys), 4 * group, block, device)
         old = old[:group]
         memo.prepare(old)
-        used, unknown = memo.used, round((1 - known) * group)
-
-        def batches() -> Iterator[tuple[Tensor, ...]]:
-            for start in count(step=unknown):
-                new = fresh[torch.arange(start, start + unknown, device=device) % len(fresh)]
-                memo.row_of[new], memo.used = 0, used  # in the place of those before
-                asked = torch.cat([new, old[torch.randint(len(old), (group - unknown,), device=device)]])
-                asked = asked[torch.randperm(group, device=device)].view(STEPS, block)
-                memo.prepare(asked)
-                for row in asked:
-                    yield self.transfer.look(self.views, row), self.labels, row
-
-        drawn = batches()
+        used, unknown, starts = memo.used, round((1 - known) * group), count()
 
         def step() -> None:
-            self.loop.memo = memo
-            self.loop.student_steps(drawn, 0, self.bar)
-            self.loop.memo = None
+            places = next(starts) * unknown + torch.arange(unknown, device=device)
+            new = fresh[places % len(fresh)]
+            memo.row_of[new], memo.used = 0, used  # in the place of those before
+            asked = torch.cat([new, old[torch.randint(len(old), (group - unknown,), device=device)]])
+            asked = asked[torch.randperm(group, device=device)].view(STEPS, block)
+            memo.prepare(asked)
+            self._steps(memo, ((self.transfer.look(self.views, keys), self.labels, keys) for keys in asked), STEPS)
 
         return step
+
+    def whole_run(self, few: int | None) -> float:
+        """All student steps of a run in small, see ``RUN_ROUNDS``; returns the share of questions that came again.
+
+        Args:
+            few: ``--views``.
+        """
+        device, block = self.precision.device, self.batch_size
+        images = max(2 * RUN_ROUNDS, RUN_ROUNDS * STEPS * block // RUN_QUESTIONS)
+        transfer, views = TransferSet(images, self.images.shape[-1], device), KeyedViews(self.view, images, few, device=device)
+        memo = Memo(partial(self._answer, transfer, views), len(views), len(views), block, device)
+        for round in range(RUN_ROUNDS):
+            end = -(-images * (RUN_BEFORE + (1 - RUN_BEFORE) * (round + 1) / RUN_ROUNDS) // 1)
+            places = torch.arange(len(transfer), min(images, int(end))) % len(self.transfer)
+            transfer.add(self.transfer.images[places], self.transfer.labels[places])
+            plan = {"prepare": memo.prepare, "steps": STEPS, "ahead": STEPS}
+            self._steps(memo, transfer.viewed(block, views, seed=round, **plan), STEPS)
+        return 1 - memo.asked / memo.questions
+
+    def _answer(self, transfer: TransferSet, views: KeyedViews, keys: Tensor) -> Tensor:
+        return self.loop.ask(transfer.look(views, keys)).logits
+
+    def _steps(self, memo: Memo, batches: Iterator[tuple[Tensor, ...]], steps: int) -> None:
+        """Student steps on these batches, for which the memo answers."""
+        self.loop.memo = memo
+        for _ in range(steps):
+            self.loop.student_steps(batches, 0, self.bar)
+        self.loop.memo = None
 
     def inversion(self) -> None:
         with self.precision.autocast():
             loss = self.synthesis_losses(self.view(self.generator(self.z)), self.labels)
         self.inversion_precision.minimize(loss, self.inversion_optimizer)
+
+
+def repeat(step: Step, times: int) -> None:
+    """So many steps."""
+    for _ in range(times):
+        step()
 
 
 def _apart(module: nn.Module) -> nn.Module:
@@ -296,10 +326,10 @@ class Benchmark:
         measured = ceilings(self.device, self.precision.dtype or torch.float32, min(0.7, self.args.seconds))
         self.ceilings = self.ceilings.or_higher(measured)
 
-    def in_turns(self, steps: dict[str, Step], whole: int = 1) -> dict[str, Measured]:
-        """``whole``: steps that are measured together; see ``measuring.in_turns``."""
-        args = self.args
-        return in_turns(steps, args.batch_size, args.seconds, args.repeats, self.device, self.bar, whole)
+    def in_turns(self, steps: dict[str, Step], batches: int = 1) -> dict[str, Measured]:
+        """``batches``: of a step."""
+        args, least = self.args, 2 if batches == 1 else 1
+        return in_turns(steps, batches * args.batch_size, args.seconds, args.repeats, self.device, self.bar, least)
 
     def pair(self, teacher: str, student: str, loops: list[str]) -> str:
         """The table of a pair of networks."""
@@ -314,7 +344,7 @@ class Benchmark:
         eager, ours = Ours(*parts, Compiler("no", self.device)), Ours(*parts, compiler)
         plain = Plain(info, frozen(theirs), other, self.png, args.batch_size, args.workers)
         # Compiled functions show no operations to count.
-        timed = [name for name in loops if name != "memo"]
+        timed = [name for name in loops if name not in ("memo", "run")]
         counted = {"distillation", "teacher_forward", *timed} - {"sample"}
         work = {name: flops(getattr(eager, name)) // args.batch_size for name in counted}
         del eager
@@ -329,23 +359,32 @@ class Benchmark:
             self.bar.set_postfix_str(f"{teacher} -> {student}, {LOOPS[name]}")
             getattr(plain, name)()  # as ours was, when its operations were counted
             found[name] = self.in_turns({"ours": getattr(ours, name), "plain": getattr(plain, name)})
-        kept = self.memo(ours, plain) if "memo" in loops else {}
+        kept = self.memo(ours, plain) if "memo" in loops else []
+        kept += self.run(ours, plain) if "run" in loops else []
         self.look()
         rows = [line(name, m["ours"], m["plain"], work[name], self.ceilings) for name, m in found.items()]
-        for known in KNOWN[: len(kept)]:
+        for name, which, known, measured, reference in kept:
             left = round(work["distillation"] - known * work["teacher_forward"])
-            rows.append(line("memo", kept[known], kept["plain"], left, self.ceilings, f", {100 * known:.0f} % answered before"))
+            what = f"{which}, {100 * known:.0f} % of the teacher's answers known"
+            rows.append(line(name, measured, reference, left, self.ceilings, what))
         setting = f"{teacher} -> {student}, {info.image_size} px, batch {args.batch_size}, amp {self.precision.amp}"
         compiled = "not compiled" if not notes else f"compiled in {compiling:.0f} s"
         failed = [note for note in notes if "uncompiled" in note]
         return "  \n".join([f"{setting}, {compiled}", *failed, f"{self.ceilings}\n\n{markdown(rows)}"])
 
-    def memo(self, ours: Ours, plain: Plain) -> dict[float | str, Measured]:
-        """Of the plain loop, and of ours by the share of the questions that were answered before."""
-        self.bar.set_postfix_str("memo")
-        steps: dict[float | str, Step] = {known: ours.remembering(known) for known in KNOWN} | {"plain": plain.distillation}
-        steps["plain"]()
-        return self.in_turns(steps, STEPS)
+    def memo(self, ours: Ours, plain: Plain) -> Kept:
+        """Student steps by the share of their questions that was answered before."""
+        steps: dict[Any, Step] = {known: ours.remembering(known) for known in KNOWN}
+        measured = self.in_turns(steps | {"plain": partial(repeat, plain.distillation, STEPS)}, STEPS)
+        return [("memo", "", known, measured[known], measured["plain"]) for known in KNOWN]
+
+    def run(self, ours: Ours, plain: Plain) -> Kept:
+        """All student steps of a run."""
+        known: dict[str, float] = {}
+        steps: dict[Any, Step] = {n: lambda n=n: known.update({n: ours.whole_run(RUN_VIEWS[n])}) for n in RUN_VIEWS}
+        count = RUN_ROUNDS * STEPS
+        measured = self.in_turns(steps | {"plain": partial(repeat, plain.distillation, count)}, count)
+        return [("run", f", {name}", known[name], measured[name], measured["plain"]) for name in RUN_VIEWS]
 
     def growth(self) -> str:
         """The table of sampling from banks of growing size: what a batch costs should not grow with them."""
@@ -379,7 +418,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """
     parser = Parser(prog="python -m datafree.benchmark.loops", description=__doc__.splitlines()[0])
     parser.add_argument("--pairs", default=PAIRS, help=f"teacher:student,..., names of registry.MODELS [{PAIRS}]")
-    parser.add_argument("--loops", default=",".join(LOOPS), help=f"what to measure [{','.join(LOOPS)}]")
+    usual = ",".join(name for name in LOOPS if name != "run")
+    parser.add_argument("--loops", default=usual, help=f"what to measure, run: a hundred steps and more [{usual}]")
     parser.add_argument("--dataset", default="cifar10", help="for image size and classes; its data are not opened [cifar10]")
     parser.add_argument("--batch_size", type=int, least=1, default=256, help="images a step [256]")
     parser.add_argument("--bank", type=int, least=1, default=4096, help="random images in the bank [4096]")
