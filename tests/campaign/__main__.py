@@ -53,6 +53,11 @@ class Campaign:
             sys.stderr if shown else io.StringIO()
         ):
             self.readers = readers.build(root / "whole", slow)
+        for name, reader in self.readers.items():  # what is whole is accepted
+            folder = readers.shutil.copytree(reader.folder, root / "changed")
+            (outcome,) = run_all([(name, lambda: reader.read(folder) is not None and ACCEPTED)], 60, self.canary, shown)
+            assert outcome.kind == ACCEPTED, (name, outcome)
+            readers.shutil.rmtree(folder)
         self.teacher = root / "whole/teachers/teacher.pth"
 
     def note(self, name: str, input: str, outcome: Outcome) -> None:
@@ -77,6 +82,11 @@ class Campaign:
             self.batch(name, inputs, 30 if whole_run else 5)
             if time.monotonic() > self.end:
                 return
+
+    def repeat(self, name: str, number: int) -> None:
+        """One changed file again."""
+        call = readers.changed_file(self.readers[name], self.root / "changed", number)
+        self.batch(name, [(f"input {number}", call)], 60)
 
     def flags(self, number: int) -> None:
         """Tiny runs of every method with one odd value of one flag."""
@@ -204,9 +214,17 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=KINDS, help="one kind of input")
     parser.add_argument("--fast", action="store_true", help="without the readers that are whole commands")
+    parser.add_argument("--repeat", nargs=2, metavar=("READER", "INPUT"), help="one changed file again")
     parser.add_argument("--shown", action="store_true", help="show what the inputs print")
     args = parser.parse_args()
     begun = time.monotonic()
+    if args.repeat:
+        with tempfile.TemporaryDirectory(prefix="campaign") as folder:
+            os.chdir(ROOT)
+            campaign = Campaign(Path(folder).resolve(), 0, begun, not args.fast, args.shown)
+            campaign.repeat(args.repeat[0], int(args.repeat[1]))
+            print(campaign.table())
+        return
     campaign = run(args.minutes, args.seed, (args.only,) if args.only else KINDS, not args.fast, args.shown)
     print(f"\npython -m tests.campaign {shlex.join(sys.argv[1:])}: {(time.monotonic() - begun) / 60:.1f} minutes")
     print(campaign.table())

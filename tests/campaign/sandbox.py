@@ -60,7 +60,7 @@ def judge(call: Callable[[], str], seconds: float, canary: Path) -> Outcome:
         outcome = Outcome("silent change", str(error))
     except Exception as error:
         message = explain(error)
-        shown = "".join(traceback.format_exc().splitlines(True)[-5:])
+        shown = "".join(traceback.format_exc().splitlines(True)[-14:])
         outcome = Outcome("traceback", shown) if message is None else Outcome(REFUSED, one_line(message))
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
