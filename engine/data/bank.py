@@ -19,13 +19,11 @@ from engine.data.mapped import MappedImages
 from engine.runtime import sums
 from engine.runtime.errors import UserError
 from engine.runtime.files import load_tensors, read_json, save_tensors, write_json
-from engine.runtime.flags import Range
-from engine.runtime.schema import Array, require
+from engine.runtime.schema import SIZE, Array, require
 
 FORMAT = 1
-ONE_ON = Range(least=1, most=1_000_000)
 MANIFEST = {
-    "dataset": str, "num_classes": (int, ONE_ON), "image_size": (int, ONE_ON), "teacher?": str, "teacher_digest?": str,
+    "dataset": str, "num_classes": SIZE, "image_size": SIZE, "teacher?": str, "teacher_digest?": str,
     "method": str, "external_prior": str, "format": int,
 }  # fmt: skip
 SHARD_NAME = re.compile(r"^(?P<stage>[a-z]+)-(?P<round>\d{6})\.safetensors$")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ from engine.runtime.errors import UserError
 if TYPE_CHECKING:
     from engine.data.datasets import DatasetInfo
 
+OF_A_HEADER = (SyntaxError, TypeError, tokenize.TokenError, RecursionError)  # of a text that numpy takes for one of an array
 MOST_PACKED = 1100  # times that deflate can shrink anything
 # The names that a split goes by on disk, best first.
 SPLIT_FOLDERS = {"train": ("train",), "test": ("test", "val")}
@@ -104,7 +106,7 @@ def open_npz(path: Path) -> Iterator[np.lib.npyio.NpzFile]:
             raise ValueError("it is a single array")
         with archive:
             yield archive
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error, NotImplementedError, *OF_A_HEADER) as error:
         reason = "it holds Python objects, which are never loaded" if "pickle" in str(error) else str(error)
         raise UserError(
             f"{path} cannot be read: {reason}; wanted a whole .npz with x_train, y_train, x_test, y_test"
@@ -232,7 +234,7 @@ def read_tiny_imagenet(info: DatasetInfo, split: str) -> RawSplit:
     if split == "train" or not annotations.is_file():
         return _from_folders(info, split_folder(info.folder, "train") if split == "train" else info.folder / "val")
     files, wnids = [], []
-    for number, line in enumerate(annotations.read_text().splitlines(), 1):
+    for number, line in enumerate(annotations.read_text(errors="replace").splitlines(), 1):
         fields = line.split("\t")
         if len(fields) < 2:
             raise UserError(f"{annotations}:{number}: wanted a file name, a tab and a class, found '{line[:80]}'")
@@ -322,7 +324,7 @@ def read_domainnet(info: DatasetInfo, split: str) -> RawSplit:
 def _read_list(listing: Path) -> tuple[list[str], list[int]]:
     """Lines ``path label``; blanks are allowed in the path."""
     try:
-        lines = listing.read_text().splitlines()
+        lines = listing.read_text(errors="replace").splitlines()
     except FileNotFoundError:
         raise UserError(f"{listing} does not exist; wanted one line 'path label' an image, paths beside the list") from None
     files, labels = [], []

@@ -193,9 +193,8 @@ def settle(path: Path, record: StageRecord, stages: Iterable[Stage]) -> list[str
         if gone and not (stage.checkpoint and set(gone) <= again and (path / stage.checkpoint).exists()):
             advice = f"restore it from a copy, or make it again with --redo {stage.name}"
             raise UserError(f"stage {stage.name} in {path} is done, but {names} is gone; {advice}")
-        for name in stage.outputs:
-            if "*" not in name and (path / name).exists():
-                sums.check(path / name)
+        for file in sums.present(path, stage.outputs):
+            sums.check(file)
         if gone:
             record.reopen(stage.name)
             said.append(f"{stage.name}: {names} is gone; it is made again from {stage.checkpoint}")

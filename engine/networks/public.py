@@ -23,9 +23,14 @@ from engine.networks.weights import first_line, load_weights
 from engine.runtime.errors import UserError
 from engine.runtime.files import read_json
 from engine.runtime.names import lookup
+from engine.runtime.schema import SIZE, require
 
 SOURCES = ("timm:", "hf-hub:", "torchvision:", "local-dir:")
 OWN = "datafree_kd"  # ``library_name`` in the config.json of a network of this project
+CONFIG = {
+    "architecture": str, "num_classes": SIZE, "input_size": [SIZE], "mean": [float], "std": [float],
+    "class_names?": [str], "model_args?": dict,
+}  # fmt: skip
 FILES = ("config.json", "model.safetensors")
 
 
@@ -143,14 +148,13 @@ def own_config(spec: str) -> dict[str, Any] | None:
         return None
     file = _file(spec, FILES[0])
     config = read_json(file)
-    wanted = {"architecture": str, "num_classes": int, "input_size": list, "mean": list, "std": list}
     if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
         raise UserError(f"{file} names no 'architecture'; wanted timm's layout, or a folder that engine.export wrote")
     if config.get("library_name") not in (OWN, "torchvision"):
         return None
-    for key, kind in wanted.items():
-        if not isinstance(config.get(key), kind):
-            raise UserError(f"{file} has {key} {config.get(key)!r}; wanted a {kind.__name__}, as engine.export writes it")
+    require(config, CONFIG, str(file), "give a folder as engine.export writes it")
+    if len(config["input_size"]) != 3:
+        raise UserError(f"{file} has an input_size of {len(config['input_size'])} numbers, channels, height and width wanted")
     return config
 
 

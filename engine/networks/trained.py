@@ -10,13 +10,11 @@ from engine.networks.build import build_network, find_checkpoint, load_named_wei
 from engine.runtime import sums
 from engine.runtime.errors import UserError
 from engine.runtime.files import load_checkpoint
-from engine.runtime.flags import Range
-from engine.runtime.schema import require
+from engine.runtime.schema import SIZE, require
 from engine.runtime.stage_record import read_record
 
-SIZE = Range(least=1, most=1_000_000)
 ABOUT_SCHEMA = {
-    "dataset?": str, "num_classes": (int, SIZE), "image_size?": (int, SIZE), "class_names?": [str], "mean?": [float], "std?": [float],
+    "dataset?": str, "num_classes": SIZE, "image_size?": SIZE, "class_names?": [str], "mean?": [float], "std?": [float],
 }  # fmt: skip
 ABOUT = ("dataset", "num_classes", "image_size", "class_names", "mean", "std")
 

@@ -83,6 +83,20 @@ def end_process(code: int) -> NoReturn:
     os._exit(code)
 
 
+def explain(error: Exception) -> str | None:
+    """What is said of an error that the user can mend; None: it is a mistake of this program's."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno is not None:
+        return str(explain_os_error(error))
+    if is_out_of_memory(error):
+        advice = "what was written before is whole: give a smaller batch, bank or image size, and run again"
+        return f"not enough memory ({str(error).partition(chr(10))[0][:200]}); {advice}"
+    if isinstance(error, RuntimeError) and re.search("(closed|reset) by peer", str(error)):
+        return f"process {launched_rank()} has lost another one, which says why in its own last line"
+    return None
+
+
 def quiet_on_os_errors(args: threading.ExceptHookArgs) -> None:
     """Of a thread: what the file system refused it (TensorBoard's on a full disk) is not worth a traceback beside ours."""
     if not isinstance(args.exc_value, OSError):
@@ -109,22 +123,12 @@ def run_command(main: Callable[[], None], leave: Callable[[], None] = lambda: No
     try:
         follow(command) if rank else command()
         end_process(0)
-    except UserError as error:
-        print(one_line(f"error: {error}"), file=sys.stderr)
-        end_process(EXIT_USER_ERROR)
     except (KeyboardInterrupt, Terminated) as stop:
         print("\nstopped; nothing written is lost: run the same command again to go on", file=sys.stderr)
         end_process(143 if isinstance(stop, Terminated) else 130)
     except Exception as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            print(one_line(f"error: {explain_os_error(error)}"), file=sys.stderr)
-            end_process(EXIT_USER_ERROR)
-        if is_out_of_memory(error):
-            advice = "what was written before is whole: give a smaller batch, bank or image size, and run again"
-            print(one_line(f"error: not enough memory ({str(error)[:200]}); {advice}"), file=sys.stderr)
-            end_process(EXIT_USER_ERROR)
-        if isinstance(error, RuntimeError) and re.search("(closed|reset) by peer", str(error)):
-            print(f"error: process {rank} has lost another one, which says why in its own last line", file=sys.stderr)
+        if message := explain(error):
+            print(one_line(f"error: {message}"), file=sys.stderr)
             end_process(EXIT_USER_ERROR)
         traceback.print_exc()
         end_process(1)

@@ -18,6 +18,7 @@ from engine.runtime.errors import UserError
 from engine.runtime.flags import Range
 
 COUNT = (int, Range(least=0))
+SIZE = (int, Range(least=1, most=1_000_000))  # classes, px
 SECONDS = (float, Range(least=0))
 WORDS = {str: "text", bool: "true or false", int: "a whole number", float: "a finite number", dict: "an object", None: "nothing"}
 

@@ -91,12 +91,19 @@ def require(path: Path, digest: str | None) -> None:
 
 
 def missing(folder: Path, patterns: Iterable[str]) -> list[Path]:
-    """Files on the lists of a folder and those in it that match a pattern ("student.pth", "bank/distill-*") and are gone."""
-    found = []
-    for pattern in patterns:
-        parent, name = (folder / pattern).parent, Path(pattern).name
-        found += [parent / known for known in listed(parent) if fnmatch(known, name) and not (parent / known).exists()]
-    return found
+    """Files that ``matching`` finds, and that are gone."""
+    return [file for file in matching(folder, patterns) if not file.exists()]
+
+
+def present(folder: Path, patterns: Iterable[str]) -> list[Path]:
+    """Files that ``matching`` finds, and that are there."""
+    return [file for file in matching(folder, patterns) if file.exists()]
+
+
+def matching(folder: Path, patterns: Iterable[str]) -> list[Path]:
+    """Files on the lists of a folder and of those in it that match a pattern ("student.pth", "bank/distill-*")."""
+    places = [((folder / pattern).parent, Path(pattern).name) for pattern in patterns]
+    return [parent / known for parent, name in places for known in listed(parent) if fnmatch(known, name)]
 
 
 def _append(folder: Path, digest: str, names: list[str]) -> None:

@@ -44,8 +44,6 @@ def test_unknown_names_list_the_known(tmp_path):
         dataset_info("cifer10", tmp_path)
     with fails("no domains", "--domain"):
         dataset_info("cifar10", tmp_path, domain="sketch")
-    with fails("--image_size 0"):
-        dataset_info("cifar10", tmp_path, image_size=0)
 
 
 def test_an_archive_comes_before_the_download(tmp_path):

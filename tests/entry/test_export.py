@@ -178,6 +178,7 @@ def test_what_is_no_finished_run_is_refused(runs, export, tmp_path):
         export(tmp_path, tmp_path / "out")
     shutil.copytree(runs["resnet8"], tmp_path / "run")
     state = load_checkpoint(tmp_path / "run/student.pth")
+    (tmp_path / "run/sha256.txt").unlink()
     torch.save(state | {"arch": "os:getcwd"}, tmp_path / "run/student.pth")
     with pytest.raises(UserError, match="is of os:getcwd, and no code is run because a file names it; give --arch 'os:getcwd'"):
         export(tmp_path / "run", tmp_path / "out")
