@@ -1,7 +1,7 @@
 """Damages files, gives odd flags and hostile files, kills runs and fills the disk, and counts what becomes of it.
 
     python -m tests.campaign --minutes 10 --seed 0          all of it, in turn
-    python -m tests.campaign --minutes 10 --only files      files, flags, payloads, full or kills
+    python -m tests.campaign --minutes 10 --only files flags        of files, flags, payloads, full and kills
 
 Wanted are three outcomes: one line and exit 2; accepted, with finite numbers; resumed, bit-equal to an unbroken run. Anything
 else is printed with the command that repeats it, and the exit code is 1.
@@ -216,7 +216,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.campaign", description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=1)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", choices=KINDS, help="one kind of input")
+    parser.add_argument("--only", choices=KINDS, nargs="+", default=KINDS, help="some kinds of input")
     parser.add_argument("--fast", action="store_true", help="without the readers that are whole commands")
     parser.add_argument("--repeat", nargs=2, metavar=("READER", "INPUT"), help="one changed file again")
     parser.add_argument("--shown", action="store_true", help="show what the inputs print")
@@ -228,7 +228,7 @@ def main() -> None:
             campaign.repeat(args.repeat[0], int(args.repeat[1]))
             print(campaign.table())
         return
-    campaign = run(args.minutes, args.seed, (args.only,) if args.only else KINDS, not args.fast, args.shown)
+    campaign = run(args.minutes, args.seed, tuple(args.only), not args.fast, args.shown)
     print(f"\npython -m tests.campaign {shlex.join(sys.argv[1:])}: {(time.monotonic() - campaign.begun) / 60:.1f} minutes")
     print(campaign.table())
     sys.exit(bool(campaign.bad))
