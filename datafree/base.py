@@ -2,7 +2,8 @@
 
 Config        frozen dataclass of the method's flags (``engine.runtime.flags.flag``)
 Synthesizer   makes images from the teacher (and the student), one round a call
-Objective     nn.Module: (teacher_out, student_out, labels) -> {"loss": ..., every named term}
+Objective     nn.Module: (teacher_out, student_out, labels) -> {"loss": ..., every named term}; ``logits_only = True`` where the
+              teacher's logits are all it looks at, so that they can be kept
 Augmenter     optional: varies bank images (``datafree.diffusion.augmenter``)
 Method        says which stages there are and builds the pieces
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from engine.data.datasets import DatasetInfo
 from engine.data.splits import Split
+from engine.data.transfer_set import TransferSet
 from engine.loops.session import Session, Stage
 from engine.loops.stages import Distill, FillBank
 from engine.loops.synthesize import SynthesisMaker
@@ -43,7 +45,8 @@ class ImageBatch:
 class Task:
     """What a method may know of its surroundings; it never sees the command line and never picks a device.
 
-    ``random_view`` maps images (B, 3, H, W) to randomly cropped and flipped ones, one draw an image, differentiably.
+    ``random_view`` maps images (B, 3, H, W) to randomly cropped and flipped ones, one draw an image, differentiably; in a run it
+    is ``engine.data.views.Views``.
     ``precision`` has ``autocast()``, the context in which networks run, and ``fresh()``, which makes one for an optimizer:
     ``fresh().minimize(loss, optimizer)``. Where that outlives a round, its ``state_dict()`` is part of the synthesizer's.
     ``kd_steps`` are the student's steps a round. ``training_split`` opens the real training images (``engine.data.splits.Split``) for a method that has ``reads_train_split``.
@@ -65,12 +68,14 @@ class Synthesizer:
 
     Attributes:
         images_total: of one that streams, how many different images there are; None: each is new.
+        pictures: of one that streams, the set that its batches are drawn from in the task's random views; None: there is none.
         independent: a round of the initial bank depends on its number alone, not on the rounds before it.
         shared: what ``batches`` and ``after_step`` need of it. Where several processes train the student, the main one alone
             calls ``synthesize``, and the others get the weights of this module after it.
     """
 
     images_total: int | None = None
+    pictures: TransferSet | None = None
     independent: bool = True
     shared: nn.Module | None = None
 
@@ -180,9 +185,13 @@ class Method:
         """Images that a round of stage distill adds to the bank; 0: there is nothing to synthesize then."""
         return self.config.synthesis_batch_size
 
-    def student_view(self, images: Tensor) -> Tensor:
-        """What the student sees of images (B, 3, H, W) uint8 of the bank: the task's random crop and flip."""
-        return self.task.random_view(images)
+    @property
+    def student_view(self) -> Callable[[Tensor], Tensor]:
+        """What the student sees of images (B, 3, H, W) uint8 of the bank: the task's random crop and flip.
+
+        Only if these are ``Views``, a finite set, can the teacher's answers be kept and ``--views`` make them fewer.
+        """
+        return self.task.random_view
 
     def initial_synthesizer(self) -> Synthesizer:
         """For stage synthesize: makes the image bank that distillation starts from; its student knows nothing yet."""

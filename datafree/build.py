@@ -4,9 +4,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from datafree.base import Method, Task
-from engine.data.crops import crop_flip
 from engine.data.datasets import dataset_info
 from engine.data.splits import allow_train_split, load_split
+from engine.data.views import Views
 from engine.loops.distill import Schedule
 from engine.networks.build import build_classifier, load_teacher, own_weights, short_name
 from engine.runtime.errors import UserError
@@ -59,7 +59,7 @@ def build_method(
     task = Task(
         info=info,
         device=device,
-        random_view=lambda images: crop_flip(images, info.crop_padding, info.flip),
+        random_view=Views(info.crop_padding, info.flip),
         precision=precision,
         kd_steps=schedule.kd_steps,
         training_split=training_split if method_class.reads_train_split else None,

@@ -9,6 +9,21 @@ towards what it knows: its BN statistics, the wanted class, and where a student 
 ``--oh 0 --bn 0 --adv 0 --lca_every 0`` is the unguided baseline, DM-KD (arXiv 2305.12954). ``--diffusion_model`` says which
 prior (``datafree.diffusion.priors``); for digits it is a file of this repository.
 
+A class-conditional prior of other classes than the dataset's is told no class, or its own in turn (``--prior_classes``), and
+the teacher alone makes an image one of its class. Where it does not guide either, images carry the label that it gives them.
+CIFAR-10 with natural_32 (of 601,600 draws), 100 images of a resnet20's ten classes, in 20 steps with oh 1: the teacher's
+accuracy, its L_bn of them all, and what one sees.
+
+    no class, unguided                            12 %   4.97   blurred scenes
+    ddim, bn 0 / .1 / .3                          92 / 97 / 97 %   4.83 / 3.92 / 3.19   few classes recognisable; some grain
+    ddim, bn .1, own classes at scale 2           92 %   4.29   the prior's class shows through
+    ancestral, bn .1                              96 %   3.88   cars, ships, dogs, frogs, horses; 4 images of grain
+    ancestral, bn .1 / .3, --guidance_max_step 2  97 / 98 %   4.18 / 3.77   the same without grain
+    the last, with natural_32 of 1.5 million draws     94 %   3.70
+    ddim, bn .1, decoder alone                    98 %   6.46   patterns for the teacher alone; half the time
+    ddim, bn .1, --guidance_lr 10                 84 %   6.60
+    ancestral, bn .3, max_step 2, 50 steps        82 %   4.62   the best to look at, but for a fine checked pattern
+
 Published settings: Stable Diffusion 1.5 by DDPM's ancestral steps (``--scheduler ancestral``), one class a batch
 (``--batch_classes one``), no latent CutMix (``--lca_every 0``), T 30. CIFAR-10: prompt "A realistic photo of {label}",
 guidance scale 3, oh 1, adv 0, bn .1 and 50 steps (teacher resnet34: bn 0 and 10 steps), 5000 images a class; SGD lr .2,
@@ -44,8 +59,9 @@ lost code, so there is no run of it to follow; this is the paper's algorithm.
 
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -188,7 +204,7 @@ class MapDistillation(nn.Module):
 
     def __init__(self, temperature: float, msarc: float, teacher: nn.Module, student: nn.Module):
         super().__init__()
-        self.temperature, self.msarc = temperature, msarc
+        self.temperature, self.msarc, self.logits_only = temperature, msarc, not msarc
         self.heads = (head_of(teacher), head_of(student))
 
     def forward(self, teacher_out, student_out, labels: Tensor) -> dict[str, Tensor]:
@@ -294,13 +310,13 @@ class DiffDFKD(Method):
         prior = prior_name(self.model, config.diffusion_revision)
         return FillBank("generate", order(0).rounds, maker, prior), Distill(self, "generate", images_per_class=config.student_images_per_class)
 
-    def student_view(self, images: Tensor) -> Tensor:
+    @property
+    def student_view(self) -> Callable[[Tensor], Tensor]:
         """A random crop and flip of (B, 3, H, W) uint8, mixed with another where ``--mix`` says so."""
+        view = self.task.random_view
         if self.config.student_crop == "resized":
-            views = resized_crop_flip(images, self.task.info.flip)
-        else:
-            views = self.task.random_view(images)
-        return views if self.config.mix == "no" else mixed(views, self.config.mix)
+            view = partial(resized_crop_flip, flip=self.task.info.flip)
+        return view if self.config.mix == "no" else lambda images: mixed(view(images), self.config.mix)
 
     @property
     def images_per_round(self) -> int:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from datafree.base import ImageBatch, Method, Synthesizer, Task
 from datafree.losses import KLDistillation
+from engine.data.transfer_set import TransferSet
 from engine.runtime.errors import UserError
 from engine.runtime.flags import flag
 
@@ -36,16 +37,25 @@ class RealImages(Synthesizer):
     """Makes nothing: hands on the training split, cropped and flipped."""
 
     def __init__(self, task: Task):
-        self.task, self.split = task, task.training_split()
-        self.images_total = len(self.split)
+        self.task, split = task, task.training_split()
+        self.images_total, self.split = len(split), split
+        if split.images is not None:
+            self.pictures = TransferSet(len(split), task.info.image_size, task.device)
+            self.pictures.add(split.images, split.labels)
+            self.split = None
 
     def synthesize(self, student: nn.Module) -> ImageBatch:
         """Some images to look at."""
-        images, labels = next(self.batches(min(64, len(self.split)), seed=0))
+        images, labels = next(self.batches(min(64, self.images_total), seed=0))
         return ImageBatch(images, labels)
 
     def batches(self, batch_size: int, *, seed: int, rank: int = 0, count: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
-        """Endless shuffled passes; what is left over at the end of one is left out."""
+        """Endless shuffled passes; of images that are decoded as they come, what is left over at the end of one is left out."""
+        if self.pictures:
+            return self.pictures.batches(batch_size, self.task.random_view, seed=seed, rank=rank, count=count)
+        return self._decoded(batch_size, seed, rank, count)
+
+    def _decoded(self, batch_size: int, seed: int, rank: int, count: int) -> Iterator[tuple[Tensor, Tensor]]:
         if batch_size > len(self.split):
             raise UserError(f"--batch_size {batch_size} is more than the {len(self.split)} training images; give less")
         generator, whole = torch.Generator().manual_seed(seed), len(self.split) // batch_size * batch_size

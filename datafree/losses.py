@@ -76,6 +76,8 @@ def balance_loss(teacher_logits: Tensor) -> Tensor:
 class KLDistillation(nn.Module):
     """The objective of most methods: ``kd_loss`` at temperature T and nothing else; labels play no part."""
 
+    logits_only = True
+
     def __init__(self, temperature: float):
         super().__init__()
         self.temperature = temperature

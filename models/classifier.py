@@ -14,7 +14,7 @@ PASSIVE = (*POOLS, nn.Flatten, nn.Unflatten, nn.Dropout, nn.Dropout2d, nn.AlphaD
 
 
 class Output(NamedTuple):
-    """What a classifier says of a batch.
+    """What a classifier says of a batch. Of answers that were kept there are the logits alone.
 
     Attributes:
         logits: (B, C).
@@ -27,9 +27,9 @@ class Output(NamedTuple):
     """
 
     logits: Tensor
-    features: Tensor
-    feature_map: Tensor | None
-    feature_maps: dict[tuple[int, int], Tensor]
+    features: Tensor | None = None
+    feature_map: Tensor | None = None
+    feature_maps: dict[tuple[int, int], Tensor] | None = None
     block_map: Tensor | None = None
 
 

@@ -70,6 +70,21 @@ BANK_FLAGS = {
     ("dm_kd", "tiny_imagenet"): "--images_per_class 250",
     ("cmi",): "--init_rounds 200 --synthesis_batch_size 256 --oh 0.5 --cr_T 0.1",
 }
+# CIFAR-10 on a CPU with the shipped prior of natural images, resnet20 -> wrn16_1: (what it does, flags).
+CPU_PAIR = ("resnet20", "wrn16_1")
+STEPS_4000 = "--epochs 10 --kd_steps 400 --batch_size 256"
+CPU_TWINS = {
+    "dda": (
+        "4,000 student steps, variants by natural_32 under the teacher's guidance",
+        f"--prior natural --strength 0.6 --guidance_oh 1 --guidance_bn 0.3 --guidance_max_step 2 --agree \\\n  {STEPS_4000} "
+        "--init_rounds 20 --init_g_steps 100 \\\n  --lr_g 4e-3 --g_steps 40",
+    ),
+    "diffdfkd": (
+        "4,000 student steps on 2,000 images that the teacher draws with natural_32",
+        f"--diffusion_model natural_32 --scheduler ancestral --bn 0.3 --guidance_max_step 2 --lca_every 0 \\\n"
+        f"  --images_per_class 200 --diffusion_batch_size 50 {STEPS_4000} --warmup_epochs 1",
+    ),
+}
 # Settings that were published for other datasets than the script's, or not at all.
 KINDS = {
     "csd": "settings published for CIFAR-10, wrn40_2 -> wrn16_1",
@@ -199,10 +214,32 @@ def of_method(method: str, paper: str, results: list[dict[str, Any]]) -> Iterato
             )
 
 
+def cpu_twin(method: str, results: list[dict[str, Any]]) -> tuple[str, str]:
+    """(path below scripts/, text) of the script that needs no GPU and downloads no model."""
+    teacher, student = CPU_PAIR
+    kind, flags = CPU_TWINS[method]
+    flags = f"--student {student} {flags} \\\n  --save_dir checkpoints/{method}/cifar10_{teacher}_{student}_cpu"
+    command = f"--method {method} --dataset cifar10 --teacher {teacher} {flags}"
+    text = HEAD.format(
+        paper=METHODS[method].split(", Stable")[0],
+        dataset="cifar10",
+        what=f"{teacher} -> {student} on a CPU",
+        kind=kind,
+        published="",
+        measured=measured(results, command, command),
+        note=f"One CPU core; not measured yet. Wants checkpoints/pretrained/cifar10_{teacher}.pth.",
+        method=method,
+        teacher=teacher,
+        flags=flags,
+    )
+    return f"{method}/{method}_cifar10_{short(teacher)}_{short(student)}_cpu.sh", text
+
+
 def scripts() -> dict[str, str]:
     """{path below scripts/: text} of every generated script."""
     known = results()
-    return dict(pair for method, paper in METHODS.items() for pair in of_method(method, paper, known))
+    texts = dict(pair for method, paper in METHODS.items() for pair in of_method(method, paper, known))
+    return texts | dict(cpu_twin(method, known) for method in CPU_TWINS)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import torch
 from datafree.bn_statistics import BNStatistics, bn_loss
 from engine.runtime.files import load_checkpoint
 from tests.conftest import CPU, TINY, make_classifier
-from tests.tiny_pipelines import stable_diffusion
+from tests.tiny_pipelines import patch_prior, stable_diffusion
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that torch can use")
 
@@ -38,9 +38,30 @@ def test_cuda_graphs(distill, tmp_path, capsys, method):
     assert "uncompiled" not in capsys.readouterr().out
 
 
+def test_kept_answers_and_views(distill, tmp_path):
+    distill("fast", tmp_path / "run", "--gpu 0 --amp bf16 --memo 16 --views 4")
+    look_at(tmp_path / "run")
+
+
 def test_latent_diffusion(distill, tmp_path):
     model = stable_diffusion(tmp_path / "model")
     distill("diffdfkd", tmp_path / "run", f"--gpu 0 --amp bf16 --diffusion_model {model}")
+    look_at(tmp_path / "run")
+
+
+@pytest.mark.parametrize("prior", ["pixel", "natural"])
+def test_guided_variants(distill, tmp_path, prior):
+    guided = "--guidance_oh 1 --guidance_bn .1 --guidance_max_step 2 --variant_labels teacher"
+    file = f"--diffusion_model {patch_prior(tmp_path / 'tiny.safetensors')}" if prior == "natural" else ""
+    distill("dda", tmp_path / "run", f"--gpu 0 --amp bf16 --prior {prior} {file} {guided}")
+    assert look_at(tmp_path / "run")["variants_kept_loss_bn"] > 0
+
+
+@pytest.mark.parametrize("guided", ["--bn .1 --guidance_max_step 2", "--oh 0 --bn 0 --lca_every 0"])
+@pytest.mark.parametrize("classes", ["own", "none"])
+def test_a_prior_of_other_classes(distill, tmp_path, classes, guided):
+    model = patch_prior(tmp_path / "tiny.safetensors", classes=7)
+    distill("diffdfkd", tmp_path / "run", f"--gpu 0 --diffusion_model {model} --prior_classes {classes} {guided}")
     look_at(tmp_path / "run")
 
 

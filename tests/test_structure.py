@@ -16,6 +16,7 @@ SOURCES = {p: p.read_text() for room in ("engine", "datafree", "models") for p i
 ROOMS = ("models", "engine.runtime", "engine.data", "engine.networks", "engine.loops", "engine", "datafree", "registry")
 ENTRY_POINTS = (  # they alone look names up
     "datafree.bank", "datafree.benchmark", "datafree.diffusion.train_prior", "datafree.int8", "engine.evaluate", "engine.export",
+    "engine.report.images",
 )  # fmt: skip
 
 

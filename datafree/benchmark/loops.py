@@ -20,8 +20,12 @@ import gc
 import io
 import statistics
 import tempfile
+from collections.abc import Iterator
 from functools import partial
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,14 +33,17 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from datafree.bank import export_folders
+from datafree.base import Synthesizer
 from datafree.benchmark.measuring import Ceilings, Measured, Step, ceilings, clock, flops, in_turns
 from datafree.bn_statistics import BNStatistics, bn_loss
 from datafree.generators import Generator, UpsampleConv2d, reset
-from datafree.losses import kd_loss, one_hot_loss
+from datafree.losses import KLDistillation, kd_loss, one_hot_loss
 from engine.data.bank import ImageBank, Manifest
-from engine.data.crops import crop_flip
 from engine.data.datasets import DatasetInfo, dataset_info
 from engine.data.transfer_set import TransferSet
+from engine.data.views import KeyedViews, Views
+from engine.loops.distill import Distillation, Schedule
+from engine.loops.memo import STEPS, Memo
 from engine.networks.build import build_classifier
 from engine.report import markdown, replace_table
 from engine.runtime.compilation import CHOICES, Compiler
@@ -53,10 +60,18 @@ LOOPS = {
     "sample": "bank sampling",
     "teacher_forward": "teacher forward",
     "distillation": "distillation step",
+    "memo": "distillation step",
+    "run": "distillation steps of a run",
     "inversion": "inversion step",
     "growth": "sampling from banks of growing size",
 }
+KNOWN = (0.5, 0.9, 1.0)  # shares of the questions that the teacher has answered before
+# A run of Fast as published (20 + 200 rounds of 256 images, 200 x 400 steps of 256) in small: as many questions an image, and a
+# bank that grows as much meanwhile, so that as large a share of the questions comes again.
+RUN_ROUNDS, RUN_QUESTIONS, RUN_BEFORE = 6, 366, 1 / 11
+RUN_VIEWS = {"all views": None, "16 views": 16}
 GROWING = (4096, 16384, 65536)  # images
+Kept = list[tuple[str, str, float, Measured, Measured]]  # loop, which, share of the teacher's answers known, ours, plain
 ALWAYS = 10**9  # calls, as of a run that is long enough to compile for
 
 
@@ -139,19 +154,8 @@ class Plain:
         loss.item()
 
 
-class StudentStep(nn.Module):
-    """The student's part of a distillation step: images (B, 3, S, S), teacher_logits (B, C) -> loss, scalar."""
-
-    def __init__(self, student: nn.Module):
-        super().__init__()
-        self.student = student
-
-    def forward(self, images: Tensor, teacher_logits: Tensor) -> Tensor:
-        return kd_loss(self.student(images), teacher_logits, 20.0)
-
-
 class Ours:
-    """This project's loop, from the same pieces as ``datafree_kd.py``.
+    """This project's loop: that of ``datafree_kd.py`` for student steps, and its pieces for inversion.
 
     Args:
         compiler: of teacher, student step, generator and synthesis losses.
@@ -161,23 +165,30 @@ class Ours:
         self, info, teacher, student, columns: dict[str, Tensor], batch_size: int, precision: Precision,
         compiler: Compiler,
     ):  # fmt: skip
-        self.precision, self.info = precision, info
+        self.precision, self.batch_size = precision, batch_size
         device = precision.device
-        transfer = TransferSet(len(columns["labels"]), info.image_size, device)
-        transfer.add(columns["images"], columns["labels"])
-        self.batches = transfer.batches(batch_size, self.view, seed=0)
+        self.transfer = TransferSet(len(columns["labels"]), info.image_size, device)
+        self.transfer.add(columns["images"], columns["labels"])
+        self.view = Views(info.crop_padding, info.flip)
+        self.views = KeyedViews(self.view, len(self.transfer), device=device)
+        schedule = Schedule(ALWAYS, 1, 1, batch_size, 1e-3, 0.9, 0.0, 0)
+        parts = teacher, student, KLDistillation(20.0), Synthesizer(), schedule, precision
+        self.loop, self.bar = Distillation(*parts, compile=compiler), SimpleNamespace(update=lambda: None)
+        self.batches = self._endless()
         self.images = next(self.batches)[0]
         generator = reset(Generator(256, info.image_size)).to(device, memory_format=torch.channels_last)
         self.network, self.statistics = teacher, BNStatistics(teacher)
-        self.optimizer = torch.optim.SGD(student.parameters(), lr=1e-3, momentum=0.9, fused=True)
         self.z = torch.randn(batch_size, 256, device=device, requires_grad=True)
         self.labels = torch.randint(info.num_classes, (batch_size,), device=device)
         self.inversion_precision = precision.fresh()
         self.inversion_optimizer = torch.optim.Adam([*generator.parameters(), self.z], lr=1e-3)
-        self.teacher = compiler(teacher, ALWAYS, "teacher", constant_weights=True)
-        self.student_step = compiler(StudentStep(student.train()), ALWAYS, "student step")
         self.generator = compiler(generator, ALWAYS, "generator")
         self.synthesis_losses = compiler(self._synthesis_losses, ALWAYS, "synthesis losses")
+
+    def _endless(self) -> Iterator[tuple[Tensor, ...]]:
+        """Rounds of a hundred steps."""
+        for round in count():
+            yield from self.transfer.viewed(self.batch_size, self.views, seed=round, steps=100)
 
     def _synthesis_losses(self, images: Tensor, labels: Tensor) -> Tensor:
         """bn + oh of images (B, 3, S, S) that are to be of classes labels (B,), scalar."""
@@ -185,28 +196,74 @@ class Ours:
             logits = self.network(images)
         return bn_loss(stats, self.statistics.running) + one_hot_loss(logits, labels)
 
-    def view(self, images: Tensor) -> Tensor:
-        return crop_flip(images, self.info.crop_padding, self.info.flip)
-
     def sample(self) -> None:
         next(self.batches)
 
     def teacher_forward(self) -> None:
-        with torch.no_grad(), self.precision.autocast():
-            self.teacher(self.images)
+        self.loop.ask(self.images)
 
     def distillation(self) -> None:
-        images, _ = next(self.batches)
-        with self.precision.autocast():
-            with torch.no_grad():
-                teacher_logits = self.teacher(images)
-            loss = self.student_step(images, teacher_logits)
-        self.precision.minimize(loss, self.optimizer)
+        self.loop.student_steps(self.batches, 0, self.bar)
+
+    def remembering(self, known: float) -> Step:
+        """``STEPS`` student steps, of whose questions the teacher has answered that share before."""
+        device, block = self.precision.device, self.batch_size
+        group, keys = STEPS * block, torch.randperm(len(self.views), device=device)
+        old, fresh = keys.split(-(-len(keys) // 2))
+        memo = Memo(partial(self._answer, self.transfer, self.views), len(keys), 4 * group, block, device)
+        old = old[:group]
+        memo.prepare(old)
+        used, unknown, starts = memo.used, round((1 - known) * group), count()
+
+        def step() -> None:
+            places = next(starts) * unknown + torch.arange(unknown, device=device)
+            new = fresh[places % len(fresh)]
+            memo.row_of[new], memo.used = 0, used  # in the place of those before
+            asked = torch.cat([new, old[torch.randint(len(old), (group - unknown,), device=device)]])
+            asked = asked[torch.randperm(group, device=device)].view(STEPS, block)
+            memo.prepare(asked)
+            self._steps(memo, ((self.transfer.look(self.views, keys), self.labels, keys) for keys in asked), STEPS)
+
+        return step
+
+    def whole_run(self, few: int | None) -> float:
+        """All student steps of a run in small, see ``RUN_ROUNDS``; returns the share of questions that came again.
+
+        Args:
+            few: ``--views``.
+        """
+        device, block = self.precision.device, self.batch_size
+        images = max(2 * RUN_ROUNDS, RUN_ROUNDS * STEPS * block // RUN_QUESTIONS)
+        transfer, views = TransferSet(images, self.images.shape[-1], device), KeyedViews(self.view, images, few, device=device)
+        memo = Memo(partial(self._answer, transfer, views), len(views), len(views), block, device)
+        for round in range(RUN_ROUNDS):
+            end = -(-images * (RUN_BEFORE + (1 - RUN_BEFORE) * (round + 1) / RUN_ROUNDS) // 1)
+            places = torch.arange(len(transfer), min(images, int(end))) % len(self.transfer)
+            transfer.add(self.transfer.images[places], self.transfer.labels[places])
+            plan = {"prepare": memo.prepare, "steps": STEPS, "ahead": STEPS}
+            self._steps(memo, transfer.viewed(block, views, seed=round, **plan), STEPS)
+        return 1 - memo.asked / memo.questions
+
+    def _answer(self, transfer: TransferSet, views: KeyedViews, keys: Tensor) -> Tensor:
+        return self.loop.ask(transfer.look(views, keys)).logits
+
+    def _steps(self, memo: Memo, batches: Iterator[tuple[Tensor, ...]], steps: int) -> None:
+        """Student steps on these batches, for which the memo answers."""
+        self.loop.memo = memo
+        for _ in range(steps):
+            self.loop.student_steps(batches, 0, self.bar)
+        self.loop.memo = None
 
     def inversion(self) -> None:
         with self.precision.autocast():
             loss = self.synthesis_losses(self.view(self.generator(self.z)), self.labels)
         self.inversion_precision.minimize(loss, self.inversion_optimizer)
+
+
+def repeat(step: Step, times: int) -> None:
+    """So many steps."""
+    for _ in range(times):
+        step()
 
 
 def _apart(module: nn.Module) -> nn.Module:
@@ -229,24 +286,25 @@ def sampling_bytes(image_size: int) -> int:
     return 9 * 3 * image_size**2
 
 
-def line(name: str, ours: Measured, plain: Measured, work: int, best: Ceilings) -> dict[str, str]:
+def line(name: str, ours: Measured, plain: Measured, work: int, best: Ceilings, what: str = "") -> dict[str, str]:
     """One row of the table.
 
     Args:
+        what: to say of the loop besides its name.
         work: operations an image, or, of bank sampling, bytes.
     """
     ratios = [a / b for a, b in zip(ours.rates, plain.rates, strict=True)]
     spread = f" ({min(ratios):.2f} to {max(ratios):.2f})" if len(ratios) > 1 else ""
-    limit, what = (best.memory, "copy") if name == "sample" else (best.arithmetic, "arithmetic")
+    limit, kind = (best.memory, "copy") if name == "sample" else (best.arithmetic, "arithmetic")
     return {
-        "loop": LOOPS[name],
+        "loop": LOOPS[name] + what,
         "ours, images/s": f"{ours.rate:.0f}",
         "plain, images/s": f"{plain.rate:.0f}",
         "ratio": f"{statistics.median(ratios):.2f}{spread}",
         "ours, peak MiB": f"{ours.peak or ''}",
         "plain, peak MiB": f"{plain.peak or ''}",
         "GFLOP an image": "" if name == "sample" else f"{work / 1e9:.3g}",
-        "ours, of the ceiling": f"{100 * ours.rate * work / limit:.0f} % ({what})",
+        "ours, of the ceiling": f"{100 * ours.rate * work / limit:.0f} % ({kind})",
     }
 
 
@@ -268,8 +326,10 @@ class Benchmark:
         measured = ceilings(self.device, self.precision.dtype or torch.float32, min(0.7, self.args.seconds))
         self.ceilings = self.ceilings.or_higher(measured)
 
-    def in_turns(self, steps: dict[str, Step]) -> dict[str, Measured]:
-        return in_turns(steps, self.args.batch_size, self.args.seconds, self.args.repeats, self.device, self.bar)
+    def in_turns(self, steps: dict[str, Step], batches: int = 1) -> dict[str, Measured]:
+        """``batches``: of a step."""
+        args, least = self.args, 2 if batches == 1 else 1
+        return in_turns(steps, batches * args.batch_size, args.seconds, args.repeats, self.device, self.bar, least)
 
     def pair(self, teacher: str, student: str, loops: list[str]) -> str:
         """The table of a pair of networks."""
@@ -284,31 +344,53 @@ class Benchmark:
         eager, ours = Ours(*parts, Compiler("no", self.device)), Ours(*parts, compiler)
         plain = Plain(info, frozen(theirs), other, self.png, args.batch_size, args.workers)
         # Compiled functions show no operations to count.
-        work = {name: flops(getattr(eager, name)) // args.batch_size for name in loops if name != "sample"}
+        timed = [name for name in loops if name not in ("memo", "run")]
+        counted = {"distillation", "teacher_forward", *timed} - {"sample"}
+        work = {name: flops(getattr(eager, name)) // args.batch_size for name in counted}
         del eager
         work["sample"] = sampling_bytes(info.image_size)
         begun = clock(self.device)
-        for name in loops:
+        for name in timed:
             getattr(ours, name)()  # compiled at their first step
         compiling = clock(self.device) - begun
         self.look()
         found = {}
-        for name in loops:
+        for name in timed:
             self.bar.set_postfix_str(f"{teacher} -> {student}, {LOOPS[name]}")
             getattr(plain, name)()  # as ours was, when its operations were counted
             found[name] = self.in_turns({"ours": getattr(ours, name), "plain": getattr(plain, name)})
+        kept = self.memo(ours, plain) if "memo" in loops else []
+        kept += self.run(ours, plain) if "run" in loops else []
         self.look()
         rows = [line(name, m["ours"], m["plain"], work[name], self.ceilings) for name, m in found.items()]
+        for name, which, known, measured, reference in kept:
+            left = round(work["distillation"] - known * work["teacher_forward"])
+            what = f"{which}, {100 * known:.0f} % of the teacher's answers known"
+            rows.append(line(name, measured, reference, left, self.ceilings, what))
         setting = f"{teacher} -> {student}, {info.image_size} px, batch {args.batch_size}, amp {self.precision.amp}"
         compiled = "not compiled" if not notes else f"compiled in {compiling:.0f} s"
         failed = [note for note in notes if "uncompiled" in note]
         return "  \n".join([f"{setting}, {compiled}", *failed, f"{self.ceilings}\n\n{markdown(rows)}"])
 
+    def memo(self, ours: Ours, plain: Plain) -> Kept:
+        """Student steps by the share of their questions that was answered before."""
+        steps: dict[Any, Step] = {known: ours.remembering(known) for known in KNOWN}
+        measured = self.in_turns(steps | {"plain": partial(repeat, plain.distillation, STEPS)}, STEPS)
+        return [("memo", "", known, measured[known], measured["plain"]) for known in KNOWN]
+
+    def run(self, ours: Ours, plain: Plain) -> Kept:
+        """All student steps of a run."""
+        known: dict[str, float] = {}
+        steps: dict[Any, Step] = {n: lambda n=n: known.update({n: ours.whole_run(RUN_VIEWS[n])}) for n in RUN_VIEWS}
+        count = RUN_ROUNDS * STEPS
+        measured = self.in_turns(steps | {"plain": partial(repeat, plain.distillation, count)}, count)
+        return [("run", f", {name}", known[name], measured[name], measured["plain"]) for name in RUN_VIEWS]
+
     def growth(self) -> str:
         """The table of sampling from banks of growing size: what a batch costs should not grow with them."""
         self.bar.set_postfix_str(LOOPS["growth"])
         size, steps = self.info.image_size, {}
-        view = partial(crop_flip, padding=self.info.crop_padding, flip=self.info.flip)
+        view = Views(self.info.crop_padding, self.info.flip)
         for count in GROWING:
             transfer = TransferSet(count, size, self.device)
             images = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8)
@@ -336,7 +418,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """
     parser = Parser(prog="python -m datafree.benchmark.loops", description=__doc__.splitlines()[0])
     parser.add_argument("--pairs", default=PAIRS, help=f"teacher:student,..., names of registry.MODELS [{PAIRS}]")
-    parser.add_argument("--loops", default=",".join(LOOPS), help=f"what to measure [{','.join(LOOPS)}]")
+    usual = ",".join(name for name in LOOPS if name != "run")
+    parser.add_argument("--loops", default=usual, help=f"what to measure, run: a hundred steps and more [{usual}]")
     parser.add_argument("--dataset", default="cifar10", help="for image size and classes; its data are not opened [cifar10]")
     parser.add_argument("--batch_size", type=int, least=1, default=256, help="images a step [256]")
     parser.add_argument("--bank", type=int, least=1, default=4096, help="random images in the bank [4096]")

@@ -113,10 +113,10 @@ def peak(device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) // 2**20 if device.type == "cuda" else resident("VmHWM")
 
 
-def rate(step: Step, images: int, seconds: float, device: torch.device) -> float:
-    """Images a second of a step of so many images, over about ``seconds`` and at least two steps."""
+def rate(step: Step, images: int, seconds: float, device: torch.device, least: int = 2) -> float:
+    """Images a second of a step of so many images, over about ``seconds`` and at least so many steps."""
     begun, steps = clock(device), 0
-    while (passed := clock(device) - begun) < seconds or steps < 2:
+    while (passed := clock(device) - begun) < seconds or steps < least:
         step()
         steps += 1
     return steps * images / passed
@@ -135,7 +135,7 @@ class Measured:
 
 
 def in_turns(
-    steps: dict[str, Step], images: int, seconds: float, repeats: int, device: torch.device, bar
+    steps: dict[str, Step], images: int, seconds: float, repeats: int, device: torch.device, bar, least: int = 2
 ) -> dict[str, Measured]:
     """Measures steps that were taken once before, in turns: ``repeats`` of them, or fewer where two steps take longer than
     ``seconds``, so that slow networks cost no more than a few steps."""
@@ -145,7 +145,7 @@ def in_turns(
         for kind, step in steps.items():
             time.sleep(min(seconds, 0.3))  # a DataLoader's workers fill their queue, which is no part of what comes next
             known = reset_peak(device)
-            measured[kind].rates.append(rate(step, images, seconds, device))
+            measured[kind].rates.append(rate(step, images, seconds, device, least))
             measured[kind].peak = max(measured[kind].peak, peak(device)) if known else 0
         bar.update()
         if time.perf_counter() - begun > len(steps) * seconds * repeats:

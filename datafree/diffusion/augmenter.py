@@ -1,7 +1,7 @@
 """An augmenter turns an image of the bank into a new one.
 
 Its random numbers come from one seed an image, drawn on the CPU whatever the device, so that neither the batch size nor the
-order of the images changes a variant.
+order of the images changes a variant; but where the BN statistics of those drawn together guide them, they do.
 """
 
 from typing import Any

@@ -38,16 +38,17 @@ from torch.nn import functional as F
 from datafree.diffusion.augmenter import seeded_noise
 from datafree.diffusion.denoising import Denoising, Diverged
 from datafree.diffusion.patch_unet import PatchUNet, add_noise, denoise, load_patch_prior, save_patch_prior, velocity
-from datafree.diffusion.quality import density_coverage, frechet_distance
+from datafree.diffusion.quality import frechet_distance
 from engine.data.datasets import DatasetInfo, dataset_info
 from engine.data.pictures import grid
 from engine.data.splits import Split, load_split
+from engine.loops.measures import density_coverage
 from engine.networks.build import load_teacher
 from engine.runtime.errors import UserError, run_command
 from engine.runtime.files import load_checkpoint, save_checkpoint
 from engine.runtime.flags import Parser, add_flags, flag, from_args, stage_flags
 from engine.runtime.precision import Precision, choose_amp, choose_device
-from engine.runtime.run import Run, progress
+from engine.runtime.run import Run, earlier_value, progress
 from engine.runtime.seeding import position_seed, seed_position
 from models.classifier import Classifier
 from registry import DATASETS, MODELS
@@ -184,10 +185,12 @@ def train_prior(flags: PriorFlags) -> Path:
         UserError: the run was begun with other flags, the data or the start cannot be read, or training diverged.
     """
     device = choose_device(flags.gpu)
-    flags = dataclasses.replace(flags, amp=choose_amp(flags.amp, device))
     info = dataset_info(DATASETS, flags.dataset, flags.data_root, flags.image_size)
     output = Path(flags.output or f"checkpoints/priors/{info.name}_{info.image_size}.safetensors")
-    run = Run(flags.save_dir or Path("checkpoints/train_prior", output.stem), dataclasses.asdict(flags))
+    save_dir = Path(flags.save_dir or Path("checkpoints/train_prior", output.stem))
+    earlier = None if flags.redo else earlier_value(save_dir, "amp")
+    flags = dataclasses.replace(flags, amp=choose_amp(flags.amp, device, earlier))
+    run = Run(save_dir, dataclasses.asdict(flags))
     try:
         settings = stage_flags("train", flags) | {"image_size": info.image_size}
         settings["start"] = flags.start and Path(flags.start).name

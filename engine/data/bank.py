@@ -18,8 +18,8 @@ from torch import Tensor
 from engine.data.mapped import MappedImages
 from engine.runtime import sums
 from engine.runtime.errors import UserError
-from engine.runtime.schema import SIZE, Array, require
 from engine.runtime.files import load_tensors, read_json, save_tensors, write_json
+from engine.runtime.schema import SIZE, Array, require
 
 FORMAT = 1
 MANIFEST = {

@@ -1,12 +1,14 @@
 """The images that a student learns from, on the device, in host memory, or in the shards of a bank."""
 
 from collections.abc import Callable, Iterator
+from itertools import islice
 
 import torch
 from torch import Tensor
 
 from engine.data.mapped import MappedImages, prefetch
 from engine.data.memory import home_of
+from engine.data.views import KeyedViews
 
 COPIED_AT_ONCE = 256  # images on their way from the shards to memory
 
@@ -76,24 +78,60 @@ class TransferSet:
             seed: decides the order, which depends neither on that stream nor on where the images live.
             rank, count: of these processes this one gets every ``count``-th image of each batch, from ``rank`` on.
         """
-        drawn = self._drawn(batch_size, seed, rank, count)
-        for images, labels in prefetch(drawn) if self.mapped or self.home != self.device else drawn:
-            images = augment(images.to(self.device, non_blocking=True))
-            yield (
-                images.to(torch.float32, memory_format=torch.channels_last).div_(255),
-                labels.to(self.device, non_blocking=True),
-            )
+        for images, labels in self._drawn(batch_size, seed, rank, count):
+            yield _to_float(augment(images)), labels
 
-    def _drawn(self, batch_size: int, seed: int, rank: int, count: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """This process's images (b, 3, H, W) uint8 and labels (b,) of each batch: at home, pinned on the way to a GPU."""
+    def viewed(
+        self, batch_size: int, views: KeyedViews, prepare: Callable[[Tensor], None] | None = None, *, seed: int, steps: int,
+        ahead: int = 1, rank: int = 0, count: int = 1,
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:  # fmt: skip
+        """So many batches as of ``batches``, in views that ``seed`` decides as well, and the keys (B,) of these views.
+
+        Args:
+            prepare: is given the keys (at most ``ahead``, batch_size) of the batches that come next, of all processes.
+        """
+        index = torch.stack([*islice(self._order(batch_size, seed), steps)])
+        keys = views.draw(index, seed)
+        for step, (images, labels) in zip(range(steps), self._drawn(batch_size, seed, rank, count)):
+            if prepare and step % ahead == 0:
+                prepare(keys[step : step + ahead])
+            mine = keys[step, rank::count]
+            yield _to_float(views.show(images, mine)), labels, mine
+
+    def look(self, views: KeyedViews, keys: Tensor) -> Tensor:
+        """The images (B, 3, H, W) of these keys (B,), as ``viewed`` gives them."""
+        images = self._select((keys // views.count).to(self.home))
+        return _to_float(views.show(images.to(self.device), keys))
+
+    def _order(self, batch_size: int, seed: int) -> Iterator[Tensor]:
+        """The places (batch_size,) of each batch's images, at home."""
         assert self.count, "no images to draw from"
         generator, total = torch.Generator().manual_seed(seed), self.count
         order = torch.empty(0, dtype=torch.long, device=self.home)
         while True:
             passes = -(-max(0, batch_size - len(order)) // total)
             order = torch.cat([order, *(torch.randperm(total, generator=generator).to(self.home) for _ in range(passes))])
-            chosen, order = order[:batch_size][rank::count], order[batch_size:]
-            # index_select copies whole images, twenty times as fast as images[chosen] does on a CPU.
-            images = self.images[chosen] if self.mapped else self.images.index_select(0, chosen)
-            batch = images, self.labels[chosen]
+            yield order[:batch_size]
+            order = order[batch_size:]
+
+    def _drawn(self, batch_size: int, seed: int, rank: int, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """This process's images (b, 3, H, W) uint8 and labels (b,) of each batch, on the device."""
+        drawn = self._at_home(batch_size, seed, rank, count)
+        for images, labels in prefetch(drawn) if self.mapped or self.home != self.device else drawn:
+            yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+
+    def _at_home(self, batch_size: int, seed: int, rank: int, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The same at home, pinned on the way to a GPU."""
+        for places in self._order(batch_size, seed):
+            chosen = places[rank::count]
+            batch = self._select(chosen), self.labels[chosen]
             yield batch if self.home == self.device else (batch[0].pin_memory(), batch[1].pin_memory())
+
+    def _select(self, places: Tensor) -> Tensor:
+        """The images at these places at home; index_select copies whole ones, on a CPU twenty times as fast as [places]."""
+        return self.images[places] if self.mapped else self.images.index_select(0, places)
+
+
+def _to_float(images: Tensor) -> Tensor:
+    """uint8 (B, 3, H, W) -> float32 in [0, 1], channels_last."""
+    return images.to(torch.float32, memory_format=torch.channels_last).div_(255)

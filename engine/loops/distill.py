@@ -19,7 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from engine.data.pictures import grid
+from engine.data.views import KeyedViews
 from engine.loops.evaluate import check_finite
+from engine.loops.memo import STEPS, Memo
 from engine.loops.pace import StepPace
 from engine.loops.state import DOES_NOT_FIT, OPTIMIZER, begin_momentum, load_optimizer
 from engine.networks.weights import first_line
@@ -32,7 +34,7 @@ from engine.runtime.run import Run, Stopwatch, progress
 from engine.runtime.schema import SECONDS, require
 from engine.runtime.seeding import position_seed, seed_position
 from engine.runtime.stage_record import StageRecord
-from models.classifier import weights_fixed
+from models.classifier import Output, weights_fixed
 
 CHECKPOINT = {
     "student": {str: torch.Tensor}, "objective": {str: torch.Tensor}, "optimizer": OPTIMIZER, "synthesizer": dict,
@@ -121,6 +123,8 @@ class Distillation:
             self.parameters, lr=schedule.lr, momentum=schedule.momentum, weight_decay=schedule.weight_decay, **fused
         )
         begin_momentum(self.optimizer)
+        self.views: KeyedViews | None = None
+        self.memo: Memo | None = None
         self.scores: list[float] = []  # one an epoch
         self.synthesis_clock = Stopwatch(precision.device)
         self.pace: StepPace | None = None
@@ -132,17 +136,30 @@ class Distillation:
         with self.synthesis_clock, weights_fixed(self.student):
             return self.synthesizer.synthesize(self.student)
 
-    def student_steps(self, batches: Iterator[tuple[Tensor, Tensor]], round: int, bar) -> dict[str, Tensor]:
-        """``kd_steps`` student steps; returns the mean of every named loss, on the device."""
+    def keep_answers(self, memo: Memo | None, views: KeyedViews) -> None:
+        """From here on the student sees these views, and the memo answers for the teacher."""
+        self.memo, self.views = memo, views
+
+    @torch.no_grad()
+    def ask(self, images: Tensor) -> Output:
+        """What the teacher says of images (B, 3, H, W)."""
+        with self.precision.autocast():
+            return self.teacher(images, return_features=True)
+
+    def student_steps(self, batches: Iterator[tuple[Tensor, ...]], round: int, bar) -> dict[str, Tensor]:
+        """``kd_steps`` student steps; returns the mean of every named loss, on the device.
+
+        Args:
+            batches: images (B, 3, H, W), labels (B,) and, where there is a memo, the keys of their views (B,).
+        """
         first = round * self.schedule.kd_steps
         sums: dict[str, Tensor] = {}
         self.step.train()
-        for step, (images, labels) in enumerate(islice(batches, self.schedule.kd_steps), first):
+        for step, (images, labels, *keys) in enumerate(islice(batches, self.schedule.kd_steps), first):
             for group in self.optimizer.param_groups:
                 group["lr"] = self.schedule.learning_rate(step)
+            teacher_out = Output(self.memo(*keys)) if self.memo else self.ask(images)
             with self.precision.autocast():
-                with torch.no_grad():
-                    teacher_out = self.teacher(images, return_features=True)
                 losses = self.step(images, labels, teacher_out)
             self.precision.minimize(losses["loss"], self.optimizer)
             self.synthesizer.after_step(self.student, images, labels)
@@ -186,7 +203,7 @@ def distill(
         run, record, measure: the main process's; None in the others.
         bank: where the images of each round are kept, or None for a method that only streams.
         transfer: ``TransferSet`` with the images there before the first round; None where ``bank`` is None.
-        augment_batch: random crop and flip of the student's batches.
+        augment_batch: random crop and flip of the student's batches, where these are not ``distillation.views``.
         measure: ``engine.loops.evaluate.Accuracy`` or ``Agreement``, only to report.
     Returns:
         acc1_last, acc1_best, acc1_mean (over epochs) in %, or the same of agreement, student_steps, synthesis_seconds (within
@@ -253,13 +270,17 @@ def distill_epoch(
     for round in range(epoch * schedule.rounds_per_epoch, (epoch + 1) * schedule.rounds_per_epoch):
         seed_position(seed, "distill", round, *processes.stream)
         share = {"seed": position_seed(seed, "order", round), "rank": processes.rank, "count": processes.count}
+        source = synthesizer.pictures if bank is None else transfer
         if makes_images:
             batch = distillation.synthesize()
             made = add(made, batch.scalars if batch else {})
             if bank is not None:
                 keep(distillation, bank, transfer, batch, round)
             processes.broadcast_weights(synthesizer.shared)
-        if bank is None:
+        if distillation.views:
+            plan = {"steps": schedule.kd_steps, "prepare": distillation.memo and distillation.memo.prepare, "ahead": STEPS}
+            batches = source.viewed(schedule.batch_size, distillation.views, **plan, **share)
+        elif bank is None:
             batches = synthesizer.batches(schedule.batch_size, **share)
         else:
             batches = transfer.batches(schedule.batch_size, augment_batch, **share)

@@ -1,9 +1,10 @@
-"""What a classifier's predictions say, from labels and logits on the CPU."""
+"""What a classifier's predictions and features say, from tensors on the CPU."""
 
 import torch
 from torch import Tensor
 
 BINS = 15
+NEIGHBOURS = 5  # k of density and coverage
 
 
 def confusion(labels: Tensor, predicted: Tensor, num_classes: int) -> Tensor:
@@ -28,3 +29,14 @@ def calibration_error(probabilities: Tensor, labels: Tensor, bins: int = BINS) -
     bin_of = (confidence * bins).ceil().long().sub(1).clamp(0, bins - 1)
     gaps = torch.zeros(bins, dtype=torch.double).index_add(0, bin_of, correct - confidence)
     return float(gaps.abs().sum() / len(labels))
+
+
+def density_coverage(real: Tensor, generated: Tensor, k: int = NEIGHBOURS) -> tuple[float, float]:
+    """How deep samples lie among real images, and how many of these have a sample near (Naeem et al. 2020, arXiv 2002.09797).
+
+    Density (about 1 where the two agree, may exceed it) and coverage in [0, 1] of features (N, D), N > k, and (M, D).
+    """
+    real, generated = real.float(), generated.float()
+    radii = torch.cdist(real, real).kthvalue(k + 1, 1).values  # the nearest is the image itself
+    inside = torch.cdist(real, generated) < radii[:, None]
+    return float(inside.sum(0).float().mean() / k), float(inside.any(1).float().mean())

@@ -11,8 +11,8 @@ from engine.data.bank import ImageBank, Manifest, find_bank
 from engine.data.datasets import DatasetInfo
 from engine.data.splits import Split
 from engine.loops.distill import Schedule
-from engine.runtime.compilation import Compiler
 from engine.runtime import sums
+from engine.runtime.compilation import Compiler
 from engine.runtime.errors import UserError
 from engine.runtime.files import delete_files
 from engine.runtime.processes import Processes

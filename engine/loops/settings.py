@@ -121,6 +121,16 @@ class DistillFlags:
     weight_decay: float = flag(1e-4, "SGD weight decay", affects=DISTILL, least=0)
     warmup_epochs: int = flag(0, "epochs of linear warm-up of lr", affects=DISTILL, scales=True, least=0, most=1_000_000)
 
+    memo: str = flag(
+        "auto",
+        "MiB of the teacher's answers to keep, so that it is not asked twice about a view of an image; auto: a quarter of the free "
+        "memory, where enough questions come again; no: none",
+    )
+    views: int | None = flag(
+        None, "so many fixed random views of each image in place of all, so that the teacher knows most of them",
+        affects=DISTILL, least=1,
+    )  # fmt: skip
+
     def schedule(self) -> Schedule:
         """The same in the form that stage distill takes."""
         steps = self.ep_steps or self.kd_steps

@@ -7,19 +7,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.data.bank import ImageBank
+from engine.data.bank import ImageBank, to_uint8
 from engine.data.splits import load_split
 from engine.data.transfer_set import TransferSet
+from engine.data.views import KeyedViews, Views
 from engine.loops import augment, distill
 from engine.loops.evaluate import Accuracy, Agreement, predict
 from engine.loops.fill import STATE, Maker, fill, load_state
 from engine.loops.measures import confusion
+from engine.loops.memo import Memo, check_memo, memo_rows
 from engine.loops.session import Finished, Session, Stage
 from engine.runtime import sums
 from engine.runtime.errors import UserError
-from engine.runtime.files import load_tensors, save_checkpoint, write_json
+from engine.runtime.files import load_tensors, save_checkpoint, save_tensors, write_json
 from engine.runtime.precision import Precision
 from engine.runtime.run import peak_memory
+from engine.runtime.seeding import position_seed, seed_position
+
+STREAMED, STREAMED_BYTES = "images.safetensors", 2**25  # of a method that keeps no bank: some of its last images
 
 
 @dataclass(frozen=True)
@@ -128,11 +133,12 @@ class Distill(Stage):
     images_per_class: int | None = None
     variant_labels: str = "source"
     name = "distill"
-    outputs = ("bank/distill-*.safetensors", "distill.pth", "student.pth", "confusion.json", "result.json")
+    outputs = ("bank/distill-*.safetensors", "distill.pth", "student.pth", STREAMED, "confusion.json", "result.json")
     checkpoint = "distill.pth"
 
     def check(self, session: Session, before: list[str]) -> None:
         self.method.objective()  # raises where it does not fit the networks
+        check_memo(session.flags["memo"])
         if self.initial and self.initial not in before:
             session.finished(self.initial, "init_bank", "bank").columns
         if self.filter is None or "augment" in before:
@@ -175,13 +181,40 @@ class Distill(Stage):
             session.schedule, Precision(session.flags["amp"], device), method.images_per_round if bank is not None else 0,
             processes, session.compiler,
         )  # fmt: skip
+        self._keep_answers(session, distillation, transfer if transfer is not None else distillation.synthesizer.pictures)
         figures = distill.distill(
             run, record, distillation, bank, transfer, method.student_view, measure, seed=session.seed
         )
         if processes.main:
             if isinstance(measure, Accuracy):
                 write_json(run.path / "confusion.json", self._confusion(session, measure.split), indent=None)
+            if distillation.memo:
+                run.log(distillation.memo.description)
+            if method.streams:
+                save_tensors(run.path / STREAMED, self._streamed(session, distillation.synthesizer))
             self._finish(session, images, distillation, figures, measure)
+
+    def _keep_answers(self, session: Session, distillation: distill.Distillation, source: TransferSet | None) -> None:
+        """Lets the student see numbered views of the images in ``source``, and the teacher's answers to them be kept."""
+        view, few, processes = self.method.student_view, session.flags["views"], session.processes
+        if source is None or not isinstance(view, Views):
+            if few:
+                raise UserError(f"--views {few}: what the student sees here is no finite set of crops and flips; leave it out")
+            return
+        views = KeyedViews(view, source.capacity, few, session.seed, session.device)
+        memo, text = None, "memo: none, for the student's loss looks at more of the teacher than its logits"
+        schedule = session.schedule
+        if getattr(distillation.objective, "logits_only", False):
+            questions = schedule.rounds * schedule.kd_steps * schedule.batch_size
+            width = session.info.num_classes * (distillation.precision.dtype or torch.float32).itemsize
+            rows, text = memo_rows(session.flags["memo"], views, questions, width, session.device)
+            if rows := processes.broadcast(rows):
+                block = schedule.batch_size // processes.count
+                answer = lambda keys: distillation.ask(source.look(views, keys)).logits
+                memo = Memo(answer, len(views), rows, block, session.device, processes)
+        distillation.keep_answers(memo, views)
+        if processes.main and text and session.flags["memo"] != "no":
+            session.run.log(text)
 
     def _measure(self, session: Session) -> Accuracy | Agreement:
         """What tells of the student after each epoch."""
@@ -193,6 +226,18 @@ class Distill(Stage):
             "student names the teacher's class"
         )
         return Agreement(self.method.teacher, session.schedule.batch_size, session.seed)
+
+    def _streamed(self, session: Session, synthesizer: Any) -> dict[str, Tensor]:
+        """Up to 1000 images (N, 3, H, W) uint8, and labels (N,), as the student would see them next."""
+        count = max(1, min(1000, STREAMED_BYTES // (3 * session.info.image_size**2)))
+        seed_position(session.seed, STREAMED)
+        parts, found = [], 0
+        for images, labels in synthesizer.batches(session.schedule.batch_size, seed=position_seed(session.seed, STREAMED)):
+            parts.append((to_uint8(images).cpu(), labels.cpu()))
+            if (found := found + len(labels)) >= count:
+                break
+        images, labels = (torch.cat(column)[:count] for column in zip(*parts))
+        return {"images": images, "labels": labels}
 
     def _confusion(self, session: Session, test) -> dict[str, Any]:
         """How often the student says which class (columns) where the teacher says, or the label is, which (rows)."""

@@ -5,6 +5,8 @@ python -m engine.report RUNS... --wide                                 with all 
 python -m engine.report RUNS... --rounds --budget 100 --target 95      and the accuracy on the way there
 python -m engine.report RUNS... --csv table.csv
 python -m engine.report RUNS... --html report.html                     one page to look at: table, curves, pictures, cautions
+python -m engine.report RUNS... --images                               what their images are like (engine.report.images)
+python -m engine.report RUNS... --plot plot.png --x cpu_minutes        accuracy on the way there, of all runs
 python -m engine.report RUNS... --lines results.jsonl                  keep the results, a line a run, without the folders
 python -m engine.report results.jsonl --wide --into docs/results.md --name digits      rewrite that table in a file
 """
@@ -12,10 +14,12 @@ python -m engine.report results.jsonl --wide --into docs/results.md --name digit
 import argparse
 import csv
 from pathlib import Path
+from typing import Any
 
 from engine.report.layout import aligned, markdown, replace_table
+from engine.report.plot import AXES, plot
 from engine.report.results import collect, group, warn_of_repeated_seeds, write_lines
-from engine.report.tables import brief_rows, rounds_rows, rows_of, what_all_share
+from engine.report.tables import brief_rows, image_rows, rounds_rows, rows_of, what_all_share
 from engine.runtime.errors import UserError
 from engine.runtime.files import atomic_path
 from engine.runtime.flags import Parser
@@ -37,6 +41,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--folders", action="store_true", help="name rows by their folders, not by the flags that differ")
     parser.add_argument("--csv", type=Path, help="write the table here too, with all columns")
     parser.add_argument("--html", type=Path, metavar="FILE.html", help="write a page with everything in it instead")
+    parser.add_argument("--images", action="store_true", help="what the runs' images are like; with --lines, keep that too")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the accuracies into this .png, .svg or .pdf")
+    parser.add_argument("--x", choices=AXES, default="steps", help="what the plot has them against [steps]")
     parser.add_argument("--lines", type=Path, metavar="FILE.jsonl", help="put the results into this file, a line a run")
     parser.add_argument("--into", type=Path, help="rewrite a Markdown table in this file instead of printing it")
     parser.add_argument("--name", help="which table of that file")
@@ -48,8 +55,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def table(args: argparse.Namespace) -> str:
     """The table of every result under ``args.runs``, as the command line asks for it."""
-    groups = group(collect(args.runs))
+    groups = group(_results(args))
     warn_of_repeated_seeds(groups)
+    if args.images:
+        rows = image_rows(groups, args.folders)
+        return markdown(rows) if args.markdown or args.into else aligned(rows)
     rows = (rows_of if args.wide else brief_rows)(groups, args.budget, args.target, args.folders)
     way = rounds_rows(groups, 10 if args.wide else 6) if args.rounds else []
     if args.markdown or args.into:
@@ -58,11 +68,24 @@ def table(args: argparse.Namespace) -> str:
     return what_all_share(groups) + "\n\n" + "\n\n".join(aligned(part, width) for part in (rows, way) if part)
 
 
+def _results(args: argparse.Namespace) -> list[dict[str, Any]]:
+    results = collect(args.runs)
+    if not args.images:
+        return results
+    from engine.report.images import measured  # needs torch
+
+    return measured(results)
+
+
 def main() -> None:
     args = parse()
     if args.lines:
-        results = collect(args.runs)
+        results = _results(args)
         print(f"{args.lines}: {len(results)} results written, {write_lines(args.lines, results)} in it now")
+        return
+    if args.plot:
+        lines = plot(group(collect(args.runs)), args.plot, args.x, args.folders)
+        print(f"{args.plot}: {lines} line{'s' * (lines != 1)}")
         return
     if args.html:
         from engine.report.page import write_page  # needs matplotlib, which takes a second

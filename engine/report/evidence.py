@@ -17,10 +17,13 @@ MOST_CLASSES = 20  # of which a table of all pairs can be read
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl, with "minutes" since the run began where times.jsonl has them."""
-    times = {(line["stage"], line["round"]): line["seconds"] / 60 for line in read_lines(folder / TIMES) if "seconds" in line}
-    lines = read_lines(folder / METRICS)
-    return [line | ({"minutes": times[key]} if (key := (line["stage"], line["round"])) in times else {}) for line in lines]
+    """The lines of metrics.jsonl, with "minutes" and "cpu_minutes" since the run began where times.jsonl has them."""
+    names = {"seconds": "minutes", "cpu_seconds": "cpu_minutes"}
+    times = {
+        (line["stage"], line["round"]): {names[name]: round(line[name] / 60, 4) for name in names if name in line}
+        for line in read_lines(folder / TIMES)
+    }
+    return [line | times.get((line["stage"], line["round"]), {}) for line in read_lines(folder / METRICS)]
 
 
 def pictures(folder: Path) -> dict[str, Any]:

@@ -7,11 +7,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from engine.report.evidence import metrics
 from engine.runtime.errors import UserError
 from engine.runtime.files import atomic_path, parse_json, read_json
 from engine.runtime.flags import Range
 from engine.runtime.run import LINE
-from engine.runtime.run import read_lines as metric_lines
 from engine.runtime.schema import COUNT, SECONDS, require
 
 GROUP_BY = ("dataset", "teacher", "student", "method", "external_prior", "student_steps", "bank_images", "variants")
@@ -32,8 +32,8 @@ PATHS = ("teacher_ckpt", "init_bank", "init_variants")  # a path with the seed i
 def collect(places: list[Path]) -> list[dict[str, Any]]:
     """The results of runs, in the order of their folders.
 
-    Beside what result.json holds, each has "history", the lines of metrics.jsonl with an accuracy or an agreement, "folder",
-    the run's folder below the one given, and "path", where it was read.
+    Beside what result.json holds, each has "history", the lines of metrics.jsonl with an accuracy or an agreement and the
+    minutes they came after, "folder", the run's folder below the one given, and "path", where it was read.
 
     Args:
         places: run folders, folders of them, and files that ``write_lines`` wrote.
@@ -53,9 +53,9 @@ def collect(places: list[Path]) -> list[dict[str, Any]]:
 def _read_folders(place: Path) -> list[dict[str, Any]]:
     results = []
     for file in sorted(place.rglob("result.json")):
-        metrics, folder = file.parent / "metrics.jsonl", file.parent.relative_to(place)
+        folder = file.parent.relative_to(place)
         name = str(folder) if folder.parts else place.resolve().name
-        history = [line for line in metric_lines(metrics) if "acc1" in line or "agreement" in line]
+        history = [line for line in metrics(file.parent) if "acc1" in line or "agreement" in line]
         result = read_json(file)
         require_result(result, str(file))
         results.append({"folder": name} | result | {"history": history, "path": str(file.parent)})

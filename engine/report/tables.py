@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.report.results import settings
+from engine.runtime.errors import UserError
 from engine.runtime.stage_record import show
 
 Groups = list[list[dict[str, Any]]]  # results that differ in the seed alone, together
@@ -197,3 +198,29 @@ def rounds_rows(groups: Groups, columns: int = 10) -> list[dict[str, str]]:
         )
     names = sorted({n for r in rows for n in r if n != "method"}, key=int)
     return [{"acc1 after student steps": r["method"]} | {n: r.get(n, "") for n in names} for r in rows]
+
+
+IMAGE_FIGURES = {  # of engine.report.images: {name: (column, digits)}
+    "wanted": ("wanted %", 1), "classes": ("classes", 2), "density": ("density", 2), "coverage": ("coverage", 2),
+    "bn_distance": ("BN distance", 1), "diversity": ("diversity", 2),
+}  # fmt: skip
+
+
+def image_rows(groups: Groups, folders: bool = False) -> list[dict[str, str]]:
+    """What the images of each group are like, mean ± std over seeds, the best student first.
+
+    Raises:
+        UserError: no run has figures of its images.
+    """
+    rows = []
+    for runs, flags in zip(groups, differing_flags(groups)):
+        seen = [run["image_figures"] for run in runs if run.get("image_figures")]
+        if not seen:
+            continue
+        name = {"run": folder_of_every_seed(runs[0])} if folders else {"method": runs[0]["method"] + flags}
+        acc1 = spread([run.get("acc1_last") for run in runs])
+        columns = {column: spread([f[key] for f in seen], digits) for key, (column, digits) in IMAGE_FIGURES.items()}
+        rows.append((statistics.fmean(run.get("acc1_last", 0) for run in runs), name | {"acc1 last": acc1} | columns))
+    if not rows:
+        raise UserError("no run has figures of its images; give run folders with --images, not lines that were kept without it")
+    return [row for _, row in sorted(rows, key=lambda pair: -pair[0])]

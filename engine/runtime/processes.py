@@ -50,6 +50,14 @@ class Processes:
         dist.broadcast_object_list(values)
         return values[0]
 
+    def gather_tensor(self, tensor: Tensor) -> Tensor:
+        """Every process's tensor, all of one shape, in all of them: (count, ...)."""
+        if self.count == 1:
+            return tensor[None]
+        tensors = [torch.empty_like(tensor) for _ in range(self.count)]
+        dist.all_gather(tensors, tensor.contiguous())
+        return torch.stack(tensors)
+
     def broadcast_tensor(self, tensor: Tensor | None, device: torch.device) -> Tensor:
         """The main process's tensor, on every one's device; the others give None."""
         if self.count == 1:

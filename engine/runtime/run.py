@@ -1,6 +1,7 @@
 """A run folder: what was asked, what was measured, and the pictures, all of it readable while the run goes on.
 
 args.json      flags, command, versions of the last command    stages.json    what is done
+bank/, variants/   images; of a method that keeps none images.safetensors, some of its last
 metrics.jsonl  one line a round or epoch                       log.txt        what was printed
 times.jsonl    when each of those lines was written            result.json    the run's figures, once it is finished
 events.*       TensorBoard                                     confusion.json teacher and student on the test split
@@ -30,7 +31,10 @@ from engine.runtime.schema import require
 
 FOLDERS = ("bank", "variants", "pictures")  # of a run folder
 METRICS, TIMES = "metrics.jsonl", "times.jsonl"
-LINE = {"stage": str, "round": int, "seconds?": float, "images?": int, "student_steps?": int, "acc1?": float, "agreement?": float}
+LINE = {
+    "stage": str, "round": int, "seconds?": float, "cpu_seconds?": float, "images?": int, "student_steps?": int, "acc1?": float,
+    "agreement?": float,
+}  # fmt: skip
 
 
 def require_run_folder(path: Path) -> None:
@@ -104,7 +108,9 @@ class Run:
         for folder in (self.path, *(self.path / name for name in FOLDERS)):
             delete_temporaries(folder)
         self._writer = None
-        self._started = time.monotonic() - max((line.get("seconds", 0) for line in self._lines(TIMES)), default=0)
+        clocks = {"seconds": time.monotonic, "cpu_seconds": time.process_time}
+        before = {name: max((line.get(name, 0) for line in self._lines(TIMES)), default=0) for name in clocks}
+        self._clocks = {name: (clock, clock() - before[name]) for name, clock in clocks.items()}
         self.provenance = {
             "command": shlex.join([Path(sys.executable).name, *sys.argv]),
             "commit": commit(),
@@ -123,14 +129,17 @@ class Run:
         """Appends one line to metrics.jsonl and the numbers to TensorBoard under ``<stage>/<name>``.
 
         What the clock says goes to times.jsonl, for the figures of a resumed run are those of an unbroken one, its times
-        are not: seconds of all commands of this run so far, without those that a kill has cost.
+        are not: seconds of all commands of this run so far, by the clock and of this process on CPUs, without those that a
+        kill has cost.
         """
-        seconds = float(f"{time.monotonic() - self._started:.2f}")
-        for name, line in ((TIMES, {"seconds": seconds}), (METRICS, values)):
+        for name, line in ((TIMES, self._times()), (METRICS, values)):
             with open(self.path / name, "a") as file:
                 file.write(json.dumps({"stage": stage, "round": round, **line}) + "\n")
         for name, value in values.items():
             self.board.add_scalar(f"{stage}/{name}", value, round)
+
+    def _times(self) -> dict[str, float]:
+        return {name: round(clock() - start, 2) for name, (clock, start) in self._clocks.items()}
 
     def history(self, stage: str) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl of one stage; a line cut off by a kill is passed over."""
@@ -166,8 +175,9 @@ class Run:
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(temporary, format="PNG")
 
     def result(self, values: dict[str, Any]) -> None:
-        """Writes result.json: the run's figures, peak memory and provenance."""
-        write_json(self.path / "result.json", {**values, **peak_memory(), "machine": machine(), **self.provenance})
+        """Writes result.json: the run's figures, CPU time, peak memory and provenance."""
+        cpu = {"cpu_seconds": self._times()["cpu_seconds"]}
+        write_json(self.path / "result.json", {**values, **cpu, **peak_memory(), "machine": machine(), **self.provenance})
 
     def close(self) -> None:
         """Flushes TensorBoard and lets the folder go."""

@@ -16,6 +16,7 @@ import os
 import random
 import resource
 import shlex
+import signal
 import sys
 import tempfile
 import time
@@ -26,17 +27,31 @@ from pathlib import Path
 import torch
 
 from engine.loops.settings import DistillFlags, RunFlags, TaskFlags
+from engine.runtime.errors import run_command
 from engine.runtime.names import resolve
 from registry import METHODS
 from tests.campaign import readers
 from tests.campaign.sandbox import ACCEPTED, EQUAL, GOOD, MEMORY, ROOM, Outcome, Silent, run_all
 from tests.conftest import ROOT, TINY
-from tests.kill_and_resume import check
+from tests.kill_and_resume import by_name, stage_now
 
 KINDS = ("files", "flags", "payloads", "full", "kills")
+LONGER = "--epochs 8"
 AT_ONCE = 40  # inputs a process
 ODD_TEXT = ("", "x", "x" * 300, "a\nb", "../../..", "/dev/null", "{seed}", "é\u2028", "-", "nan", "1,2", ",", "/proc/self/mem", "x:y(z=1)")
 ODD_NUMBERS = ("0", "-1", "1", "2", "3", "0.5", "1e-30", "1e12", "999999999999", "4096", "nan", "inf", "1e999", "0x10", " 1", "1_0")
+
+
+def wait(process: int, seconds: float = 600) -> int | None:
+    """The exit code of a process, negative if a signal ended it; None: it goes on after so many seconds."""
+    end = time.monotonic() + seconds
+    while True:
+        number, status = os.waitpid(process, os.WNOHANG)
+        if number:
+            return os.waitstatus_to_exitcode(status)
+        if time.monotonic() > end:
+            return None
+        time.sleep(0.01)
 
 
 class Campaign:
@@ -59,6 +74,7 @@ class Campaign:
             assert outcome.kind == ACCEPTED, (name, outcome)
             readers.shutil.rmtree(folder)
         self.teacher = root / "whole/teachers/teacher.pth"
+        self.unbroken: dict[str, tuple] = {}
         self.begun = time.monotonic()
         self.end = self.begun + 60 * minutes
 
@@ -169,20 +185,45 @@ class Campaign:
             if time.monotonic() > self.end:
                 return
 
-    def kills(self, number: int) -> None:
-        """Two kills of a run of a method, in processes of its own."""
-        method = list(METHODS)[number % len(METHODS)]
-        folder = self.root / f"kills_{number}"
-        folder.mkdir()
+    def kills(self(self, number: int) -> None:
+        """Kills of a run of every method at random moments, until it is done; it must end as the unbroken one."""
+        draw = random.Random(f"kills {self.seed} {number}")
+        for method in METHODS:
+            whole, broken = (self.root / f"{kind}_{method}" for kind in ("unbroken", "killed"))
+            if method not in self.unbroken:
+                began = time.monotonic()
+                assert wait(self.start(method, whole)) == 0, method
+                self.unbroken[method] = by_name(whole), time.monotonic() - began
+            expected, length = self.unbroken[method]
+            stages, signals, process = [], (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT), None
+            while process is None or wait(process, draw.uniform(0, 1) * length) is None:
+                if process is not None:
+                    os.kill(process, draw.choice(signals))
+                    wait(process)
+                    stages.append(stage_now(broken))
+                process = self.start(method, broken)
+            same = (broken / "student.pth").exists() and by_name(broken) == expected
+            for stage in stages:
+                kind = EQUAL if same else "unequal"
+                self.note(f"kills of {method}", f"in {stage}, round {number}", Outcome(kind), wanted=(EQUAL,))
+            readers.shutil.rmtree(broken)
+            if time.monotonic() > self.end:
+                return
+
+    def start(self, method: str, folder: Path) -> int:
+        """Begins a run of a method in a process of its own; returns its number."""
+        child = os.fork()
+        if child:
+            return child
         try:
-            with contextlib.redirect_stdout(io.StringIO()):
-                where = check(2, self.seed + number, folder, method, end=self.end)
-            for stage, count in where.items():
-                for _ in range(count):
-                    self.note(f"kills of {method}", f"in {stage}", Outcome(EQUAL))
-        except AssertionError as error:
-            self.note(f"kills of {method}", f"seed {self.seed + number}", Outcome("unequal", str(error)))
-        readers.shutil.rmtree(folder)
+            with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+                sys.argv = ["datafree_kd.py", *readers.flags_of(method, self.teacher, folder).split(), *LONGER.split()]
+                readers.splits._train_split_forbidden = False
+                run_command(readers.datafree_kd.main)
+        except SystemExit as end:
+            os._exit(end.code or 0)
+        finally:
+            os._exit(3)
 
     def table(self) -> str:
         """Outcomes by reader."""

@@ -68,7 +68,7 @@ def test_the_compiler_is_given_four_functions_and_what_it_gives_runs(tmp_path):
     info, calls = dataset_info("digits"), []
 
     def compiler(function, calls_to_come, name, **_):
-        return lambda *inputs: (calls.append(name), function(*inputs))[1]
+        return lambda *inputs, **named: (calls.append(name), function(*inputs, **named))[1]
 
     teacher, student = (build_classifier("resnet8", info, CPU) for _ in range(2))
     before = copy.deepcopy(student.state_dict())
@@ -83,6 +83,16 @@ def test_the_compiler_is_given_four_functions_and_what_it_gives_runs(tmp_path):
     assert calls[2:] == ["generator", "synthesis losses"]
     ours.teacher_forward()
     assert calls[4:] == ["teacher"]
+    calls.clear()
+    for known, blocks in ((1.0, 0), (0.5, 8)):  # of 72 views the teacher knows 36 after nine blocks of four
+        step = ours.remembering(known)
+        assert calls == ["teacher"] * 9
+        step()
+        assert calls == ["teacher"] * (9 + blocks) + ["student step"] * 16 and ours.loop.memo is None
+        calls.clear()
+    calls.clear()
+    all_views, one_view = ours.whole_run(None), ours.whole_run(1)  # twelve images of nine views, 384 questions
+    assert 0.6 < all_views < 0.8 and one_view > 0.95 and calls.count("student step") == 2 * 96
     assert any(not torch.equal(before[name], value) for name, value in student.state_dict().items())
 
 
@@ -102,6 +112,13 @@ def test_a_row_is_medians_spread_and_the_share_of_the_ceiling():
     assert row["ours, peak MiB"] == "5" and row["plain, peak MiB"] == ""
     row = benchmark.line("sample", ours, plain, 10**8, Ceilings(1.0, "", 1e10))
     assert row["ours, of the ceiling"] == "20 % (copy)"
+
+
+def test_runs_are_measured_where_asked_for(run):
+    out = run("--pairs resnet8:resnet8 --loops memo,run").out
+    for known in ("50", "90", "100"):
+        assert f"| distillation step, {known} % of the teacher's answers known |" in out
+    assert "| distillation steps of a run, 16 views, " in out and "run" not in benchmark.parse([]).loops
 
 
 def test_slow_steps_are_measured_once(monkeypatch):

@@ -21,6 +21,7 @@ from tests.conftest import CPU, ROOT, TINY, TINY_TASK, dataset_info, make_classi
 TIMEOUT = 300  # s, for all that the two processes do
 ROUNDS = "--init_rounds 3"  # so that the last one has no partner
 GUIDED = "--images_per_class 2 --epochs 1 --adv 1000 --adv_from 1 --adv_steps 10"  # with a student that competes
+ASKING = "--epochs 2 --kd_steps 40 --ep_steps 40"
 
 
 class Stopped(Exception):
@@ -119,6 +120,8 @@ def work(rank, port, folder, teacher):
         "again": run("zskt", folder / "broken", teacher),
         "fewer": run("csd", folder / "fewer", teacher, stop=True),
         "more": run("csd", folder / "more", teacher),
+        "asking": run("fast", folder / "asking", teacher, f"{ASKING} --memo no"),
+        "remembering": run("fast", folder / "remembering", teacher, f"{ASKING} --memo 1"),
     }
     for name, distillation in done.items():
         seen[name] = [p.detach() for p in distillation.step.parameters()]
@@ -203,6 +206,13 @@ def test_the_processes_train_one_student(method, seen):
     """And have one rotation head or generator."""
     for name in (method, f"{method} shared"):
         assert same(seen[0][name], seen[1][name]) and all(p.isfinite().all() for p in seen[0][name])
+
+
+def test_answers_that_are_kept_are_shared(seen, folder):
+    """Each process asks the teacher half of the new questions, and the student is that of a run that asks all of them."""
+    for found in seen:
+        assert same(found["remembering"], found["asking"])
+    assert "were answered before" in (folder / "remembering" / "log.txt").read_text()
 
 
 @pytest.mark.parametrize("method", ["zskt", "dda"])

@@ -105,6 +105,16 @@ def test_every_kind_of_prior_makes_a_student(kind, paths, distill, tmp_path):
     assert "teacher_acc1" in lines[0] and "loss_bn" in lines[0] and (tmp_path / "pictures" / "bank.png").exists()
 
 
+@pytest.mark.parametrize("classes", ["own", "none"])
+def test_an_unguided_prior_of_other_classes_leaves_the_labels_to_the_teacher(classes, distill, tmp_path):
+    model = tiny_pipelines.patch_prior(tmp_path / "tiny.safetensors", classes=7)
+    distill("diffdfkd", tmp_path / "run", f"--diffusion_model {model} --prior_classes {classes} --oh 0 --bn 0 --epochs 1")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert "teacher_acc1" not in lines[0] and "loss_bn" in lines[0]
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["external_prior"] == "tiny" and "bank_teacher_acc1" not in result and result["bank_images"] == 10
+
+
 def test_a_run_stopped_at_a_shard_goes_on_to_the_same_bits(paths, distill, finished, tmp_path, monkeypatch):
     extra = f"--diffusion_model {paths['patch_prior']} {COMPETING}"
     whole = shards(finished("diffdfkd", extra))

@@ -18,7 +18,9 @@ from datafree.diffusion.priors import load_prior
 from engine.data.crops import crop_flip
 from engine.data.splits import Split
 from engine.data.transfer_set import TransferSet
+from engine.data.views import KeyedViews, Views
 from engine.loops.distill import Distillation, Schedule
+from engine.loops.memo import Memo
 from engine.loops.settings import DistillFlags
 from engine.runtime.flags import Parser, add_flags, from_args
 from engine.runtime.names import resolve
@@ -63,7 +65,7 @@ def networks():
 
 def meta_task(**changes):
     info = {"class_names": tuple("abcdefghij"), "flip": True}
-    task = {"device": META, "random_view": lambda images: crop_flip(images, 1, True), "precision": Precision("no", META)}
+    task = {"device": META, "random_view": Views(1, True), "precision": Precision("no", META)}
     return make_task(**info | task | changes)
 
 
@@ -84,24 +86,37 @@ def build(method, extra="", **changes):
     return pieces, Distillation(pieces.teacher, student, objective, pieces.synthesizer(), schedule, task.precision)
 
 
-def round_of(pieces, distillation):
-    """A round of synthesis, and student steps on its images; returns their losses."""
-    if pieces.streams:
-        distillation.synthesize()
-        batches = distillation.synthesizer.batches(8, seed=0)
-    else:
-        transfer = TransferSet(12, 16, META)
+def round_of(pieces, distillation, remember=False):
+    """A round of synthesis, and student steps on its images; returns their losses.
+
+    Args:
+        remember: let a memo answer for the teacher; what it has not been asked it is before the steps, not in them.
+    """
+    if pieces.streams or pieces.images_per_round:
+        batch = distillation.synthesize()
+    source = distillation.synthesizer.pictures
+    if not pieces.streams:
+        source = TransferSet(12, 16, META)
         if pieces.images_per_round:
-            batch = distillation.synthesize()
-            transfer.add((255 * batch.images).to(torch.uint8), batch.labels)
-        transfer.add(torch.zeros(6, 3, 16, 16, dtype=torch.uint8, device=META), torch.zeros(6, dtype=torch.long, device=META))
-        batches = transfer.batches(8, pieces.student_view, seed=0)
+            source.add((255 * batch.images).to(torch.uint8), batch.labels)
+        source.add(torch.zeros(6, 3, 16, 16, dtype=torch.uint8, device=META), torch.zeros(6, dtype=torch.long, device=META))
+    if source is None:
+        batches = distillation.synthesizer.batches(8, seed=0)
+    elif isinstance(pieces.student_view, Views):
+        views, memo = KeyedViews(pieces.student_view, source.capacity, few=4 if remember else None, device=META), None
+        if remember:
+            memo = Memo(lambda keys: distillation.ask(source.look(views, keys)).logits, len(views), 48, 8, META)
+            memo.logits = memo.answer(torch.zeros(8, dtype=torch.long, device=META))
+        distillation.keep_answers(memo, views)
+        batches = source.viewed(8, views, seed=0, steps=STEPS)
+    else:
+        batches = source.batches(8, pieces.student_view, seed=0)
     return distillation.student_steps(batches, 0, SimpleNamespace(update=lambda: None))
 
 
 CASES = [(method, "") for method in sorted(registry.METHODS)] + [
     ("fast", "--is_maml 0"), ("diffdfkd", "--msarc 1 --mix cutmix"), ("diffdfkd", "--mix mixup --student_crop resized"),
-    ("nayer", "--bn 0"), ("cmi", "--cr 0"), ("deepinv", "--l2 1"), ("kd", "--ce 1"),
+    ("nayer", "--bn 0"), ("csd", "--feat 0"), ("cmi", "--cr 0"), ("deepinv", "--l2 1"), ("kd", "--ce 1"),
 ]  # fmt: skip
 
 
@@ -109,6 +124,8 @@ CASES = [(method, "") for method in sorted(registry.METHODS)] + [
 def test_synthesis_student_steps_and_what_follows_them(method, extra, on_meta):
     pieces, distillation = build(method, extra)
     losses = round_of(pieces, distillation)
+    if distillation.views and getattr(distillation.objective, "logits_only", False):
+        losses |= round_of(pieces, distillation, remember=True)
     assert losses and all(loss.device == META for loss in losses.values())
     if pieces.streams or pieces.images_per_round:
         distillation.synthesize()

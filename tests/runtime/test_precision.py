@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 
+from engine.loops.state import begin_momentum
 from engine.runtime.errors import UserError
 from engine.runtime.files import load_checkpoint, weights_digest
 from engine.runtime.precision import Precision, choose_amp
@@ -134,3 +135,22 @@ def test_so_does_a_training_on_real_data(command, tmp_path, monkeypatch):
     assert recorded(folder) == {"bf16"}
     command("train_scratch", f"{flags} --epochs 1 --redo")
     assert recorded(folder) == {"no"}
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_momentum_begins_at_zero_though_the_first_step_is_skipped(fused):
+    """A loss scale that is too high at first, in memory that held something else."""
+    precision = Precision("no", CPU)
+    precision.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([weight], lr=0.5, momentum=0.9, fused=fused)
+    begin_momentum(optimizer)
+    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
+    try:
+        precision.minimize(weight.sum() * float("inf"), optimizer)
+        assert torch.equal(weight.detach(), torch.ones(3))
+        precision.minimize(weight.sum(), optimizer)
+        precision.minimize(weight.sum(), optimizer)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.allclose(weight.detach(), torch.full((3,), 1 - 0.5 - 0.5 * 1.9))

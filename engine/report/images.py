@@ -1,0 +1,177 @@
+"""Why a run stands where it stands: what its images are like, in its teacher's eyes and beside the real test images.
+
+Of each run up to ``MOST`` images that its student learnt from, evenly spaced, and as many test images, only to report:
+
+    wanted        % that the teacher names as the label says; none where a method asks for no label
+    classes       entropy of the histogram of the teacher's classes, by that of equal shares: 1 all alike, 0 one class alone
+    density       how deep the images lie among the real ones, about 1 where the two agree   } features of the teacher's
+    coverage      share of the real images that have one of them near, in [0, 1]             } last layer but one
+    BN distance   sum over the teacher's BN layers of |mean - running mean| + |variance - running variance|, of all images
+    diversity     mean distance of an image to the nearest other one, by that of the real images
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from engine.data.bank import ImageBank, find_bank, read_manifest
+from engine.data.datasets import dataset_info
+from engine.data.splits import load_split
+from engine.loops.measures import density_coverage
+from engine.loops.session import INITIAL
+from engine.loops.stages import STREAMED
+from engine.networks.build import load_teacher, own_weights
+from engine.runtime.errors import UserError
+from engine.runtime.files import load_tensors
+from registry import DATASETS, MODELS
+
+MOST, BATCH = 1000, 250
+
+
+def measured(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The results, each with its "image_figures"; those of a file of lines have them from there.
+
+    Raises:
+        UserError: a run's teacher or its test images are not there.
+    """
+    found, known = [], {}
+    for result in results:
+        folder = Path(result["path"])
+        if "image_figures" not in result and result["method"] != "scratch" and folder.is_dir():
+            result = result | {"image_figures": figures(folder, known)}
+        found.append(result)
+    return found
+
+
+def figures(folder: Path, known: dict[str, Any]) -> dict[str, float | int | None]:
+    """Of one run folder.
+
+    Args:
+        known: teachers, with what they say of the test images, that other runs have needed.
+    """
+    images, labels = learnt_from(folder)
+    args = json.loads((folder / "args.json").read_text())["args"]
+    names = ("dataset", "data_root", "image_size", "domain", "classes", "name", "teacher", "teacher_ckpt", "teacher_mean", "teacher_std")
+    key = json.dumps([args[name] for name in names])
+    if key not in known:
+        teacher, info = open_teacher(args)
+        split = load_split(info, "test", "cpu")
+        chosen = spaced(len(split), MOST)
+        real = [seen for seen, _ in split.batches(BATCH, chosen)]
+        known[key] = teacher, features(teacher, real)
+    teacher, real = known[key]
+    return compare(teacher, [part.float() / 255 for part in images.split(BATCH)], labels, real)
+
+
+def open_teacher(args: dict[str, Any]):
+    """The teacher of a run on the CPU, and its dataset, by the run's flags."""
+    names = ("dataset", "data_root", "image_size", "domain", "classes", "name")
+    info = dataset_info(DATASETS, *(args[name] for name in names))
+    if own := own_weights(args["teacher"], info.name, args["teacher_ckpt"]):
+        info = info.as_known_to(args["teacher"], own, keep_size=args["image_size"] is not None)
+    ckpt, mean, std = (args[f"teacher_{name}"] for name in ("ckpt", "mean", "std"))
+    return load_teacher(MODELS, args["teacher"], info, torch.device("cpu"), ckpt, mean, std), info
+
+
+def learnt_from(folder: Path) -> tuple[Tensor, Tensor]:
+    """Up to ``MOST`` images (N, 3, H, W) uint8 that a run's student learnt from, and their labels (N,), -1 where none was asked for.
+
+    Of a bank these are the initial images, those of its rounds and the variants that were kept; else its last images.
+
+    Raises:
+        UserError: the run has left none.
+    """
+    args = json.loads((folder / "args.json").read_text())["args"]
+    if (folder / STREAMED).exists():
+        kept = load_tensors(folder / STREAMED)
+        return kept["images"][:MOST], kept["labels"][:MOST]
+    places = [find_bank(Path(args["init_bank"]))] if args.get("init_bank") else []
+    banks = [ImageBank(p, read_manifest(p), create=False) for p in (*places, folder / "bank") if (p / "manifest.json").exists()]
+    parts = [(bank.read(stage), None) for bank in banks for stage in (*INITIAL, "distill") if bank.rounds(stage)]
+    decided = sorted(folder.glob("filter_*.safetensors"))
+    variants = find_bank(Path(args.get("init_variants") or folder), "variants")
+    if decided and (variants / "manifest.json").exists():
+        bank = ImageBank(variants, read_manifest(variants), create=False)
+        parts.append((bank.read("augment"), load_tensors(decided[0])["keep"].nonzero().flatten()))
+    rows = [(columns, row) for columns, keep in parts for row in (range(len(columns["labels"])) if keep is None else keep.tolist())]
+    if not rows:
+        raise UserError(f"{folder} has neither a bank nor {STREAMED}; runs of earlier versions that stream have kept no image")
+    rows = [rows[k] for k in spaced(len(rows), MOST).tolist()]
+    return torch.stack([columns["images"][[row]][0] for columns, row in rows]), torch.stack([c["labels"][row] for c, row in rows])
+
+
+def spaced(count: int, most: int) -> Tensor:
+    """Up to ``most`` of ``count`` positions, evenly spaced."""
+    return torch.linspace(0, count - 1, min(most, count)).round().long()
+
+
+@torch.no_grad()
+def features(teacher: nn.Module, batches: list[Tensor]) -> Tensor:
+    """(N, D) of images (B, 3, H, W) in [0, 1]."""
+    return torch.cat([teacher(images, return_features=True).features for images in batches]).float()
+
+
+@torch.no_grad()
+def compare(teacher: nn.Module, batches: list[Tensor], labels: Tensor, real: Tensor) -> dict[str, float | int | None]:
+    """What the module's docstring names, of images (B, 3, H, W) in [0, 1] with labels (N,).
+
+    Args:
+        real: features (M, D) of real images; as many of either are compared.
+    """
+    with Statistics(teacher) as statistics:
+        told = [teacher(images, return_features=True) for images in batches]
+    said, found = torch.cat([out.logits for out in told]).argmax(1), torch.cat([out.features for out in told]).float()
+    counts = said.bincount(minlength=teacher.num_classes).double() / len(said)
+    count = min(len(found), len(real))
+    mine, theirs = (values[spaced(len(values), count)] for values in (found, real))
+    density, coverage = density_coverage(theirs, mine)
+    named = labels >= 0
+    return {
+        "count": len(said),
+        "wanted": round(100 * float((said == labels)[named].double().mean()), 2) if named.any() else None,
+        "classes": round(float(torch.special.entr(counts).sum()) / math.log(teacher.num_classes), 4),
+        "density": round(density, 4),
+        "coverage": round(coverage, 4),
+        "bn_distance": statistics.distance(),
+        "diversity": round(nearest(mine) / nearest(theirs), 4),
+    }
+
+
+def nearest(points: Tensor) -> float:
+    """Mean distance of a point to the nearest other one, of (N, D)."""
+    return float(torch.cdist(points, points).fill_diagonal_(torch.inf).amin(1).mean())
+
+
+class Statistics:
+    """Within this context the means and variances at the input of each BN layer are summed up, over all batches."""
+
+    def __init__(self, network: nn.Module):
+        layers = [module for module in network.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+        self.sums: dict[nn.Module, list[Tensor | int]] = {layer: [0, 0, 0] for layer in layers}
+
+    def __enter__(self) -> "Statistics":
+        self.hooks = [layer.register_forward_pre_hook(self._add) for layer in self.sums]
+        return self
+
+    def __exit__(self, *_) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+    def _add(self, layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+        values = args[0].double().transpose(0, 1).flatten(1)
+        added = (values.shape[1], values.sum(1), values.square().sum(1))
+        self.sums[layer] = [before + more for before, more in zip(self.sums[layer], added)]
+
+    def distance(self) -> float | None:
+        """From the layers' running statistics; None where there is no such layer."""
+        total = 0.0
+        for layer, (count, sums, squares) in self.sums.items():
+            mean = sums / count
+            variance = squares / count - mean.square()
+            total += float((mean - layer.running_mean).norm() + (variance - layer.running_var).norm())
+        return round(total, 3) if self.sums else None

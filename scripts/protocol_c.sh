@@ -1,0 +1,73 @@
+#!/usr/bin/env bash
+# Protocol C: every method and its controls on CIFAR-10, resnet20 -> wrn16_1, 4,000 student steps of 256 images: published
+# settings, all lengths by --scale, synthesis capped at the student's CPU time. A table of docs/results.md.
+#   TEACHER=cifar10_resnet20.pth DATA_ROOT=data bash scripts/protocol_c.sh     all of it; run it again to go on
+#   bash scripts/protocol_c.sh --jobs 8 fast csd                               some of it, eight runs at once (else one a core)
+#   bash scripts/protocol_c.sh --list                                          the commands of what is left, and nothing else
+#   SEEDS="0 1" EXTRA="--compile no" bash scripts/protocol_c.sh                other seeds, further flags of datafree_kd.py
+# TEACHER: RepDistiller's public resnet20, whose normalization has a std of its own. IMAGE: the picture of one_image. PICTURES:
+# unrelated images. A run with a result.json is skipped, one that was stopped goes on. At the end, or at any time,
+#   python -m engine.report checkpoints/protocol_c --lines checkpoints/results/protocol_c.jsonl
+# keeps the results. bf16 where the machine computes in it (AMP=no: never); one CPU thread a run.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source scripts/environment.sh
+export OMP_NUM_THREADS=1
+out="${OUT:-checkpoints/protocol_c}" data="${DATA_ROOT:-data}" jobs="$(nproc)" list=
+while [[ "${1:-}" == --* ]]; do
+  case "$1" in
+    --jobs) jobs="$2"; shift 2 ;;
+    --list) list=yes; shift ;;
+    *) echo "error: $1 found, --jobs N, --list or names of methods wanted" >&2; exit 2 ;;
+  esac
+done
+amp="${AMP:-bf16}"
+[ -n "${AMP:-}" ] || grep -qs bf16 /proc/cpuinfo || nvidia-smi -L >/dev/null 2>&1 || amp=no
+image="${IMAGE:-$(python -c 'import sklearn.datasets as d; print(d.__path__[0] + "/images/china.jpg")')}"
+
+# Scale: 4,000 / published student steps; an epoch has whole rounds, so dafl to dfq come to 3,960. A line with further lengths is
+# capped: at the scale alone synthesis would take x times the student's CPU time (measured: docs/results.md), so the steps and
+# the images of synthesis (rounds of the initial bank where there is one, else images a round) are divided by sqrt(x) each.
+declare -A flags=(
+  [kd]="--scale .05"
+  [noise]="--scale .05"
+  [noise_batch]="--scale .05 --bn_mode batch"
+  [one_image]="--scale .05 --image $image"
+  [pictures]="--scale .05 --images ${PICTURES:-$data/cifar100.npz}"
+  [dafl]="--scale .049" [zskt]="--scale .049" [dfad]="--scale .049" [dfq]="--scale .049"
+  [fast]="--scale .05"
+  [nayer]="--scale .0333 --g_steps 13 --synthesis_batch_size 171"                  # x 5.5
+  [deepinv]="--scale .05 --g_steps 145 --synthesis_batch_size 166"                 # x 2.4
+  [adi]="--scale .05 --g_steps 110 --synthesis_batch_size 126"                     # x 4.1
+  [cmi]="--scale .02 --init_rounds 23 --init_g_steps 29 --g_steps 29"              # x 4.7
+  [csd]="--scale .02 --init_rounds 52 --init_g_steps 65 --g_steps 26"              # x 1.2
+  [dda]="--scale .01"
+  [diffdfkd]="--scale .0833 --diffusion_model natural_32 --images_per_class 744 --num_inference_steps 10"   # x 3.8
+)
+order="kd noise noise_batch one_image pictures fast nayer csd dda cmi adi deepinv dfq zskt dafl dfad diffdfkd"
+often=" kd fast nayer csd dda "  # with three seeds
+names="${*:-$order}" failed=
+for seed in ${SEEDS:-0 1 2}; do
+  for name in $names; do
+    if [ -z "${flags[$name]:-}" ]; then echo "error: '$name' found, some of $order wanted" >&2; exit 2; fi
+    if [ -z "${SEEDS:-}" ] && [ "$seed" != 0 ] && [[ "$often" != *" $name "* ]]; then continue; fi
+    run="$out/$name/seed$seed"
+    if [ -e "$run/result.json" ]; then continue; fi
+    method="${name/noise_batch/noise}"
+    command=(python datafree_kd.py --method "${method/pictures/noise}" ${flags[$name]} --dataset cifar10 --data_root "$data" --teacher resnet20
+      --teacher_ckpt "${TEACHER:-cifar10_resnet20.pth}" --teacher_mean .4914,.4822,.4465 --teacher_std .2470,.2435,.2616
+      --student wrn16_1 --batch_size 256 --amp "$amp" --seed "$seed" --save_dir "$run" ${EXTRA:-})
+    if [ -n "$list" ]; then echo "${command[*]}"; continue; fi
+    while [ "$(jobs -rp | wc -l)" -ge "$jobs" ]; do wait -n || failed=yes; done
+    mkdir -p "$out/console"
+    echo "$(date +%H:%M:%S) $name, seed $seed: $out/console/${name}_seed$seed.txt"
+    "${command[@]}" >"$out/console/${name}_seed$seed.txt" 2>&1 &
+  done
+done
+if [ -n "$list" ]; then exit; fi
+while [ -n "$(jobs -p)" ]; do wait -n || failed=yes; jobs >/dev/null; done
+if [ -n "$failed" ]; then
+  echo "error: some runs stopped; see the ends of $out/console/*.txt, then run this again" >&2
+  exit 1
+fi
+python -m engine.report "$out" --folders

@@ -1,0 +1,74 @@
+"""scripts/protocol_c.sh asks every method for the same student steps, once, and only for what is not done."""
+
+import os
+import shlex
+import subprocess
+
+import pytest
+
+import registry
+from datafree_kd import parse
+from tests.conftest import ROOT
+
+
+def script(*words, **variables):
+    environment = os.environ | {"VENV": "none", "AMP": "bf16", "IMAGE": "picture.jpg"} | variables
+    done = subprocess.run(["bash", "scripts/protocol_c.sh", *words], cwd=ROOT, env=environment, capture_output=True, text=True)
+    return done.returncode, done.stdout.splitlines(), done.stderr
+
+
+@pytest.fixture(scope="module")
+def commands():
+    """[(name of the run's folder, seed, method, its flag groups)] of the whole protocol."""
+    code, lines, _ = script("--list", OUT="out")
+    assert code == 0
+    found = []
+    for line in lines:
+        method, _, groups = parse(shlex.split(line)[2:])
+        found.append((*groups[1].save_dir.removeprefix("out/").split("/seed"), method, groups))
+    return found
+
+
+def test_every_method_has_a_run_and_some_have_three(commands):
+    assert {method for _, _, method, _ in commands} == set(registry.METHODS)
+    assert len({(name, seed) for name, seed, _, _ in commands}) == len(commands)
+    often = {name for name, seed, _, _ in commands if seed == "2"}
+    assert often == {"kd", "fast", "nayer", "csd", "dda"} == {name for name, seed, _, _ in commands if seed == "1"}
+
+
+def test_every_student_makes_4000_steps_of_256_images(commands):
+    for name, seed, _, (task, run, distill, config) in commands:
+        schedule = distill.schedule()
+        assert schedule.rounds * schedule.kd_steps == pytest.approx(4000, rel=0.0101), name
+        assert (schedule.batch_size, task.teacher, task.student, run.amp) == (256, "resnet20", "wrn16_1", "bf16")
+        assert run.seed == int(seed) and run.scale != 1
+
+
+def test_settings_but_for_lengths_are_published(commands):
+    lengths = {"g_steps", "init_g_steps", "init_rounds", "synthesis_batch_size", "images_per_class", "num_inference_steps"}
+    controls = {"image", "images", "bn_mode", "diffusion_model"}
+    for name, _, method, (*_, config) in commands:
+        published = parse(["--method", method, *(["--image", "x"] if method == "one_image" else [])])[2][3]
+        changed = {flag for flag, value in vars(config).items() if value != getattr(published, flag)}
+        assert changed <= lengths | controls | {"fit_passes", "adv_steps", "reset_l0_round"}, name
+
+
+def test_what_is_done_is_left_out(tmp_path):
+    (tmp_path / "kd/seed0").mkdir(parents=True)
+    (tmp_path / "kd/seed0/result.json").write_text("{}")
+    _, lines, _ = script("--list", "kd", "noise", OUT=str(tmp_path))
+    assert [line.split("--save_dir ")[1].strip() for line in lines] == [f"{tmp_path}/{run}" for run in ("noise/seed0", "kd/seed1", "kd/seed2")]
+    _, lines, _ = script("--list", "noise", "dfq", OUT=str(tmp_path), SEEDS="4", EXTRA="--compile no")
+    assert len(lines) == 2 and all("--seed 4" in line and line.endswith("--compile no") for line in lines)
+
+
+@pytest.mark.parametrize("words, message", [(["--list", "fasst"], "'fasst' found, some of kd"), (["--job", "2"], "--job found")])
+def test_mistakes_are_one_line(words, message):
+    code, lines, error = script(*words)
+    assert code == 2 and not lines and message in error and len(error.splitlines()) == 1
+
+
+def test_runs_that_fail_are_said(tmp_path):
+    code, lines, error = script("--jobs", "2", "kd", "noise", OUT=str(tmp_path), SEEDS="0", EXTRA="--epochs 0")
+    assert code == 1 and "some runs stopped" in error and len(lines) == 2
+    assert "error: --epochs 0" in (tmp_path / "console/kd_seed0.txt").read_text()

@@ -1,0 +1,137 @@
+"""engine.report --images and --plot."""
+
+import json
+import math
+import shutil
+import sys
+
+import pytest
+import torch
+from PIL import Image
+
+from datafree.bn_statistics import batch_statistics, bn_loss
+from engine.report import images, plot
+from engine.report.command import main
+from engine.runtime.errors import UserError
+from engine.runtime.files import load_tensors
+from tests.conftest import make_classifier
+
+
+@pytest.fixture
+def report(monkeypatch, capsys):
+    def call(*words):
+        monkeypatch.setattr("sys.argv", ["report", *map(str, words)])
+        main()
+        return capsys.readouterr().out
+
+    return call
+
+
+@pytest.fixture
+def teacher():
+    torch.manual_seed(0)
+    teacher = make_classifier().train()
+    with torch.no_grad():
+        teacher(torch.rand(64, 3, 16, 16))
+    return teacher.eval().requires_grad_(False)
+
+
+def test_real_images_are_as_diverse_and_dense_as_themselves(teacher):
+    pixels = torch.rand(40, 3, 16, 16)
+    real = images.features(teacher, [pixels])
+    labels = teacher(pixels).argmax(1)
+    labels[:10] = (labels[:10] + 1) % 10
+    found = images.compare(teacher, list(pixels.split(16)), labels, real)
+    assert (found["wanted"], found["coverage"], found["diversity"], found["count"]) == (75, 1, 1, 40)
+    shares = teacher(pixels).argmax(1).bincount(minlength=10) / 40
+    entropy = -sum(float(p) * math.log(p) for p in shares if p)
+    assert found["classes"] == pytest.approx(entropy / math.log(10), abs=1e-3)
+
+
+def test_one_image_again_and_again_is_neither(teacher):
+    pixels = torch.rand(40, 3, 16, 16)
+    found = images.compare(teacher, [pixels[:1].expand(40, -1, -1, -1)], torch.full((40,), -1), images.features(teacher, [pixels]))
+    assert found["wanted"] is None and found["classes"] == 0 and found["coverage"] < 0.5
+    assert found["diversity"] == pytest.approx(0, abs=1e-2)
+
+
+def test_the_bn_distance_is_that_of_all_images_at_once(teacher):
+    """As the loss of DeepInversion on one batch, however the images come."""
+    pixels, layers, seen = torch.rand(30, 3, 16, 16), [], []
+    layers = [m for m in teacher.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    hooks = [m.register_forward_pre_hook(lambda m, args: seen.append(batch_statistics(args[0]))) for m in layers]
+    teacher(pixels)
+    [hook.remove() for hook in hooks]
+    expected = float(bn_loss(seen, [(m.running_mean, m.running_var) for m in layers]))
+    with images.Statistics(teacher) as statistics:
+        for part in pixels.split(7):
+            teacher(part)
+    assert statistics.distance() == pytest.approx(expected, rel=1e-3)
+
+
+def test_what_a_student_learnt_from(finished):
+    seen, labels = images.learnt_from(finished("csd"))
+    assert seen.shape == (24, 3, 16, 16) and seen.dtype == torch.uint8 and labels.min() >= 0  # 2 + 2 rounds of 6
+    assert len(images.learnt_from(finished("dda"))[1]) == 48  # and two variants of each of the first 12
+    seen, labels = images.learnt_from(finished("dfq"))
+    assert len(seen) == 1000 and set(labels.tolist()) == {-1}
+    kept = load_tensors(finished("kd") / "images.safetensors")
+    assert kept["images"].shape == (1000, 3, 16, 16) and set(kept["labels"].tolist()) == set(range(10))
+
+
+def test_a_table_from_folders_and_from_lines(finished, report, tmp_path, monkeypatch):
+    runs = [finished(method) for method in ("csd", "dfq")]
+    text = report(*runs, "--images")
+    header, _, *rows = text.splitlines()
+    assert header.split("  ")[0].strip() == "method" and "wanted %" in header and "diversity" in header
+    assert sorted(row.split()[0] for row in rows) == ["csd", "dfq"]
+    lines = tmp_path / "lines.jsonl"
+    report(*runs, "--images", "--lines", lines)
+    assert all(json.loads(line)["image_figures"]["count"] for line in lines.read_text().splitlines())
+    assert report(lines, "--images") == text
+    report(*runs, "--lines", tmp_path / "without.jsonl")
+    with pytest.raises(UserError, match="no run has figures of its images"):
+        report(tmp_path / "without.jsonl", "--images")
+
+
+def test_a_run_that_kept_no_image_is_told(copied):
+    folder = copied("dfq")
+    (folder / "images.safetensors").unlink()
+    with pytest.raises(UserError, match="neither a bank nor images.safetensors"):
+        images.learnt_from(folder)
+
+
+@pytest.mark.parametrize("x", ["steps", "minutes", "cpu_minutes"])
+def test_a_plot_of_all_runs(x, finished, report, tmp_path):
+    out = report(finished("csd"), finished("dfq"), "--plot", tmp_path / "plot.png", "--x", x)
+    assert "2 lines" in out
+    with Image.open(tmp_path / "plot.png") as picture:
+        assert picture.width > 900
+
+
+def history(*acc1):
+    return [{"acc1": value, "student_steps": 10 * (k + 1), "minutes": k / 2} for k, value in enumerate(acc1)]
+
+
+def test_lines_are_means_over_seeds_the_best_first():
+    about = {"dataset": "d", "teacher": "t", "student": "s", "settings": {}, "folder": "x/seed0"}
+    groups = [
+        [about | {"method": "a", "seed": 0, "history": history(10, 20)}, about | {"method": "a", "seed": 1, "history": history(20, 40)}],
+        [about | {"method": "b", "seed": 0, "history": history(50, 60)}],
+        [about | {"method": "c", "seed": 0, "history": [{"acc1": 3.0}]}],
+    ]
+    lines = plot.lines_of(groups, "student_steps", folders=False)
+    assert lines == [("b", [10, 20], [50, 60], [50, 60], [50, 60]), ("a", [10, 20], [15, 30], [10, 20], [20, 40])]
+
+
+def test_what_a_plot_cannot_be(finished, report, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=r"plot.jpeg found, a name that ends in .png"):
+        report(finished("dfq"), "--plot", tmp_path / "plot.jpeg")
+    old = tmp_path / "old"
+    shutil.copytree(finished("dfq"), old)
+    (old / "times.jsonl").unlink()
+    with pytest.raises(UserError, match="no run has an accuracy with its minutes"):
+        report(old, "--plot", tmp_path / "plot.png", "--x", "minutes")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(UserError, match="matplotlib, which is not installed"):
+        report(finished("dfq"), "--plot", tmp_path / "plot.png")
