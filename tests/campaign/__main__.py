@@ -185,7 +185,7 @@ class Campaign:
             if time.monotonic() > self.end:
                 return
 
-    def kills(self(self, number: int) -> None:
+    def kills(self, number: int) -> None:
         """Kills of a run of every method at random moments, until it is done; it must end as the unbroken one."""
         draw = random.Random(f"kills {self.seed} {number}")
         for method in METHODS:
