@@ -53,9 +53,9 @@ class CSDConfig:
     init_g_steps: int = flag(
         500, "inversion steps a round of the initial bank", affects=("synthesize",), scales=True, least=1
     )
-    init_batch_size: int = flag(200, "images a round of the initial bank", affects=("synthesize",), least=1)
+    init_batch_size: int = flag(200, "images a round of the initial bank", affects=("synthesize",), least=1, most=1_000_000)
     g_steps: int = flag(200, "inversion steps a round while distilling", affects=("distill",), scales=True, least=1)
-    synthesis_batch_size: int = flag(200, "images a round while distilling", affects=("distill",), least=1)
+    synthesis_batch_size: int = flag(200, "images a round while distilling", affects=("distill",), least=1, most=1_000_000)
     lr_g: float = flag(1e-3, "Adam learning rate of generator and noise", affects=BOTH, above=0)
     nz: int = flag(256, "length of the generator's noise vector", affects=BOTH, least=1)
     bn: float = flag(1.0, "weight of the BN-statistics loss", affects=BOTH, least=0)

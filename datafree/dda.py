@@ -85,7 +85,7 @@ PRIORS = {
 class DDAConfig(CSDConfig):
     """Flags of DDA: CSD's, and those of the diffusion stage."""
 
-    synthesis_batch_size: int = flag(400, "images a round while distilling", affects=("distill",), least=1)
+    synthesis_batch_size: int = flag(400, "images a round while distilling", affects=("distill",), least=1, most=1_000_000)
     prior: str = flag(
         "pixel",
         "the diffusion model: pixel is trained on the bank, the others are pretrained",
@@ -132,7 +132,7 @@ class DDAConfig(CSDConfig):
     )
     diffusion_batch_size: int = flag(
         64, "variants drawn together; but by rounding they depend on it with --guidance_bn only, whose statistics are theirs",
-        affects=AUGMENT, least=1,
+        affects=AUGMENT, least=1, most=1_000_000,
     )  # fmt: skip
     pixel_channels: tuple[int, ...] | None = flag(
         None, "pixel: channels of each level of its U-Net; unset: 32,64 up to 32 px, else 64,128,128",
@@ -141,7 +141,7 @@ class DDAConfig(CSDConfig):
     fit_passes: int = flag(
         40, "pixel: passes over the bank in training, a checkpoint after each", affects=AUGMENT, scales=True, least=1
     )
-    fit_batch_size: int = flag(16, "pixel: images a training step", affects=AUGMENT, least=1)
+    fit_batch_size: int = flag(16, "pixel: images a training step", affects=AUGMENT, least=1, most=1_000_000)
     fit_lr: float = flag(2e-3, "pixel: AdamW learning rate", affects=AUGMENT, above=0)
     embedding: str = flag("teacher", "where variant and source are compared", choices=EMBEDDINGS, affects=FILTER)
     embedding_model: str | None = flag(None, "hub id or local directory of clip or dinov2", affects=FILTER)

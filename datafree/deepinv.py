@@ -43,7 +43,7 @@ class DeepInversionConfig:
     """Flags of DeepInversion."""
 
     g_steps: int = flag(1000, "inversion steps a round", affects=DISTILL, scales=True, least=1)
-    synthesis_batch_size: int = flag(256, "images a round", affects=DISTILL, least=1)
+    synthesis_batch_size: int = flag(256, "images a round", affects=DISTILL, least=1, most=1_000_000)
     lr_g: float = flag(
         0.1, "Adam learning rate of the pixels, in units of the dataset's standard deviation", affects=DISTILL, above=0
     )

@@ -128,10 +128,10 @@ class DiffDFKDConfig:
     )
     images_per_class: int = flag(5000, "images to draw of each class", affects=GENERATE, scales=True, least=1)
     synthesis_batch_size: int = flag(
-        200, "images a round: a shard of the bank, and what a kill costs", affects=GENERATE, least=1
+        200, "images a round: a shard of the bank, and what a kill costs", affects=GENERATE, least=1, most=1_000_000
     )
     diffusion_batch_size: int = flag(
-        16, "images drawn together; BN statistics and latent CutMix range over them", affects=GENERATE, least=1
+        16, "images drawn together; BN statistics and latent CutMix range over them", affects=GENERATE, least=1, most=1_000_000
     )
     batch_classes: str = flag(
         "all", "classes of images drawn together; one: the same for all of them", choices=("all", "one"), affects=GENERATE
@@ -156,7 +156,7 @@ class DiffDFKDConfig:
     adv_steps: int = flag(
         200, "steps that its student learns before each round of images", affects=GENERATE, scales=True, least=1
     )
-    adv_batch_size: int = flag(128, "images a step of its student", affects=GENERATE, least=1)
+    adv_batch_size: int = flag(128, "images a step of its student", affects=GENERATE, least=1, most=1_000_000)
     adv_lr: float = flag(0.05, "SGD learning rate of its student", affects=GENERATE, above=0)
     adv_T: float = flag(30.0, "temperature at which its student learns", affects=GENERATE, above=0)
     guidance_lr: float = flag(

@@ -66,7 +66,7 @@ class FastConfig:
         20, "rounds of warm-up, without competition", affects=("synthesize",), scales=True, least=1, most=1_000_000
     )
     g_steps: int = flag(10, "steps that adapt the generator to a round's images", affects=BOTH, least=1)
-    synthesis_batch_size: int = flag(256, "images a round", affects=BOTH, least=1)
+    synthesis_batch_size: int = flag(256, "images a round", affects=BOTH, least=1, most=1_000_000)
     lr_g: float = flag(
         2e-3, "Adam learning rate of the adapted generator; the meta generator's is g_steps times it", affects=BOTH, above=0
     )

@@ -5,6 +5,8 @@ import math
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine.runtime.errors import UserError
+
 LARGE = (256, 128, 64)  # channels of the large one
 
 
@@ -36,14 +38,14 @@ class Generator(nn.Module):
         image_size: H = W of the images, px; a multiple of 2 ** (number of doublings).
         channels: of the first map and of the blocks' outputs; the last is repeated or cut to the number of blocks + 1.
     Raises:
-        ValueError: the image size does not divide.
+        UserError: the image size does not divide.
     """
 
     def __init__(self, nz: int = 256, image_size: int = 32, channels: tuple[int, ...] = (128, 128, 64)):
         super().__init__()
         doublings = max(2, math.ceil(math.log2(image_size / 8)) if image_size > 32 else 2)
         if image_size % 2**doublings:
-            raise ValueError(f"a generator for {image_size} px images needs a multiple of {2**doublings} px")
+            raise UserError(f"--image_size {image_size} found, a multiple of {2**doublings} px wanted by the generator")
         start = image_size // 2**doublings
         widths = [channels[0]] * (doublings + 1 - len(channels)) + list(channels)
         self.nz, self.start = nz, start

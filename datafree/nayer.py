@@ -64,7 +64,7 @@ class NAYERConfig:
     g_loops: int = flag(2, "batches a round while distilling", affects=("distill",), least=0)
     g_steps: int = flag(30, "steps of generator and noisy layers a batch", affects=BOTH, least=1)
     g_life: int = flag(10, "rounds after which the generator starts afresh", affects=BOTH, least=1)
-    synthesis_batch_size: int = flag(400, "images a batch", affects=BOTH, least=2)
+    synthesis_batch_size: int = flag(400, "images a batch", affects=BOTH, least=2, most=1_000_000)
     lr_g: float = flag(4e-3, "Adam learning rate of generator and noisy layers", affects=BOTH, above=0)
     nz: int = flag(1000, "outputs of a noisy layer, inputs of the generator", affects=BOTH, least=1)
     label_embedding: str = flag(

@@ -31,7 +31,7 @@ class StreamConfig:
     """Flags of every method with a streaming generator."""
 
     g_steps: int = flag(1, "generator steps a round", affects=DISTILL, least=1)
-    synthesis_batch_size: int = flag(256, "images a generator step", affects=DISTILL, least=1)
+    synthesis_batch_size: int = flag(256, "images a generator step", affects=DISTILL, least=1, most=1_000_000)
     lr_g: float = flag(1e-3, "Adam learning rate of the generator", affects=DISTILL, above=0)
     nz: int = flag(256, "length of the generator's noise vector", affects=DISTILL, least=1)
     T: float = flag(1.0, "temperature of the distillation loss", affects=DISTILL, above=0)

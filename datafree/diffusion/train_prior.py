@@ -78,7 +78,7 @@ class PriorFlags:
     patch: int = flag(2, "px a side of the blocks that the network sees as one", affects=TRAIN, least=1)
     channels: tuple[int, ...] = flag((48, 96, 192), "width of each level of the network", affects=TRAIN, least=1)
     no_attention: bool = flag(False, "no self-attention at the coarsest level", affects=TRAIN)
-    batch_size: int = flag(64, "images a step", affects=TRAIN, least=1)
+    batch_size: int = flag(64, "images a step", affects=TRAIN, least=1, most=1_000_000)
     lr: float = flag(1e-3, f"AdamW learning rate, reached after {WARMUP_STEPS} steps", affects=TRAIN, above=0)
     no_flip: bool = flag(False, "mirror no images, though the dataset allows it", affects=TRAIN)
     amp: str = flag(

@@ -109,8 +109,8 @@ class TransferSet:
         generator, total = torch.Generator().manual_seed(seed), self.count
         order = torch.empty(0, dtype=torch.long, device=self.home)
         while True:
-            while len(order) < batch_size:
-                order = torch.cat([order, torch.randperm(total, generator=generator).to(self.home)])
+            passes = -(-max(0, batch_size - len(order)) // total)
+            order = torch.cat([order, *(torch.randperm(total, generator=generator).to(self.home) for _ in range(passes))])
             yield order[:batch_size]
             order = order[batch_size:]
 

@@ -114,7 +114,7 @@ class DistillFlags:
     ep_steps: int = flag(
         0, "student steps an epoch; 0: kd_steps, so that an epoch is a round", affects=DISTILL, scales=True, least=0
     )
-    batch_size: int = flag(256, "images a student step", affects=DISTILL, short="-b", least=1)
+    batch_size: int = flag(256, "images a student step", affects=DISTILL, short="-b", least=1, most=1_000_000)
     lr: float = flag(0.1, "SGD learning rate at the cosine's beginning", affects=DISTILL, above=0)
     lr_min: float = flag(0.0, "and at its end", affects=DISTILL, least=0)
     momentum: float = flag(0.9, "SGD momentum", affects=DISTILL, least=0, below=1)

@@ -30,7 +30,7 @@ class TrainFlags:
     """Lengths and optimizer."""
 
     epochs: int = flag(200, "passes over the training split", affects=TRAIN, least=1)
-    batch_size: int = flag(128, "images a step", affects=TRAIN, short="-b", least=1)
+    batch_size: int = flag(128, "images a step", affects=TRAIN, short="-b", least=1, most=1_000_000)
     lr: float = flag(0.1, "SGD learning rate at its highest", affects=TRAIN, above=0)
     lr_decay_milestones: tuple[int, ...] | None = flag(
         None, "epochs at which lr falls to a tenth, comma-separated; unset: cosine to zero", affects=TRAIN, least=0

@@ -150,7 +150,7 @@ class Run:
         for file in (self.path / METRICS, self.path / TIMES):
             kept = [line for line in self._lines(file.name) if line["stage"] != stage or line["round"] < round]
             text = "".join(json.dumps(line) + "\n" for line in kept)
-            if file.exists() and file.read_text() != text:
+            if file.exists() and file.read_text(errors="replace") != text:
                 with atomic_path(file) as temporary:
                     temporary.write_text(text)
 

@@ -1,7 +1,7 @@
 """Damages files, gives odd flags and hostile files, kills runs and fills the disk, and counts what becomes of it.
 
     python -m tests.campaign --minutes 10 --seed 0          all of it, in turn
-    python -m tests.campaign --minutes 10 --only files      files, flags, payloads, full or kills
+    python -m tests.campaign --minutes 10 --only files flags        of files, flags, payloads, full and kills
 
 Wanted are three outcomes: one line and exit 2; accepted, with finite numbers; resumed, bit-equal to an unbroken run. Anything
 else is printed with the command that repeats it, and the exit code is 1.
@@ -16,6 +16,7 @@ import os
 import random
 import resource
 import shlex
+import signal
 import sys
 import tempfile
 import time
@@ -26,17 +27,31 @@ from pathlib import Path
 import torch
 
 from engine.loops.settings import DistillFlags, RunFlags, TaskFlags
+from engine.runtime.errors import run_command
 from engine.runtime.names import resolve
 from registry import METHODS
 from tests.campaign import readers
-from tests.campaign.sandbox import ACCEPTED, EQUAL, GOOD, Outcome, Silent, run_all
+from tests.campaign.sandbox import ACCEPTED, EQUAL, GOOD, MEMORY, ROOM, Outcome, Silent, run_all
 from tests.conftest import ROOT, TINY
-from tests.kill_and_resume import check
+from tests.kill_and_resume import by_name, stage_now
 
 KINDS = ("files", "flags", "payloads", "full", "kills")
+LONGER = "--epochs 8"
 AT_ONCE = 40  # inputs a process
 ODD_TEXT = ("", "x", "x" * 300, "a\nb", "../../..", "/dev/null", "{seed}", "é\u2028", "-", "nan", "1,2", ",", "/proc/self/mem", "x:y(z=1)")
 ODD_NUMBERS = ("0", "-1", "1", "2", "3", "0.5", "1e-30", "1e12", "999999999999", "4096", "nan", "inf", "1e999", "0x10", " 1", "1_0")
+
+
+def wait(process: int, seconds: float = 600) -> int | None:
+    """The exit code of a process, negative if a signal ended it; None: it goes on after so many seconds."""
+    end = time.monotonic() + seconds
+    while True:
+        number, status = os.waitpid(process, os.WNOHANG)
+        if number:
+            return os.waitstatus_to_exitcode(status)
+        if time.monotonic() > end:
+            return None
+        time.sleep(0.01)
 
 
 class Campaign:
@@ -46,8 +61,8 @@ class Campaign:
         shown: the inputs' own output is shown.
     """
 
-    def __init__(self, root: Path, seed: int, end: float, slow: bool, shown: bool = False):
-        self.root, self.seed, self.end, self.shown = root, seed, end, shown
+    def __init__(self, root: Path, seed: int, minutes: float, slow: bool, shown: bool = False):
+        self.root, self.seed, self.shown = root, seed, shown
         self.canary, self.counts, self.bad = root / "executed", {}, []
         with contextlib.nullcontext() if shown else contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(
             sys.stderr if shown else io.StringIO()
@@ -59,17 +74,23 @@ class Campaign:
             assert outcome.kind == ACCEPTED, (name, outcome)
             readers.shutil.rmtree(folder)
         self.teacher = root / "whole/teachers/teacher.pth"
+        self.unbroken: dict[str, tuple] = {}
+        self.begun = time.monotonic()
+        self.end = self.begun + 60 * minutes
 
-    def note(self, name: str, input: str, outcome: Outcome) -> None:
+    def note(self, name: str, input: str, outcome: Outcome, wanted: tuple[str, ...] = GOOD) -> None:
         """Counts an outcome; one that is not wanted is printed."""
         self.counts.setdefault(name, Counter())[outcome.kind] += 1
-        if outcome.kind not in GOOD or "\n" in outcome.detail:
+        if outcome.kind not in wanted or "\n" in outcome.detail:
             self.bad.append((name, input, outcome))
             print(f"!! {name}: {input}: {outcome.kind}\n{outcome.detail}", flush=True)
 
-    def batch(self, name: str, inputs: list[tuple[str, Callable[[], str]]], seconds: float = 5) -> None:
-        for (input, _), outcome in zip(inputs, run_all(inputs, seconds, self.canary, self.shown)):
-            self.note(name, input, outcome)
+    def batch(
+        self, name: str, inputs: list[tuple[str, Callable[[], str]]], seconds: float = 5, memory: int = MEMORY,
+        wanted: tuple[str, ...] = GOOD,
+    ) -> None:  # fmt: skip
+        for (input, _), outcome in zip(inputs, run_all(inputs, seconds, self.canary, self.shown, memory)):
+            self.note(name, input, outcome, wanted)
 
     def files(self, number: int) -> None:
         """A changed file for every reader; for the fast ones many."""
@@ -97,7 +118,7 @@ class Campaign:
                 folder = self.root / "flags" / "a" / "b" / f"{method}{k}"
                 words, text = self.odd_flag(method, draw)
                 inputs.append((f"--method {method} {text}", self.run_of(method, words, folder)))
-            self.batch(f"flags of {method}", inputs, 30)
+            self.batch(f"flags of {method}", inputs, 30, ROOM)  # a large batch is its user's wish
             if time.monotonic() > self.end:
                 return
 
@@ -144,7 +165,7 @@ class Campaign:
         for name, reader in self.readers.items():
             if not name.endswith("going on") or "scratch" in name:
                 continue
-            folder, limit = self.root / f"full {number}", draw.choice((0, 100, 2000, 10**4, 10**5, 3 * 10**5))
+            folder, limit = self.root / f"full_{number}", draw.choice((0, 100, 2000, 10**4, 10**5, 3 * 10**5))
 
             def fill(folder=folder, reader=reader, limit=limit) -> str:
                 readers.shutil.copytree(reader.folder, folder)
@@ -160,24 +181,49 @@ class Campaign:
                 return EQUAL
 
             self.batch("full disk", [(f"{name}, {limit} bytes", fill)], 60)
-            self.batch("after a full disk", [(f"{name}, {limit} bytes", again)], 60)
+            self.batch("after a full disk", [(f"{name}, {limit} bytes", again)], 60, wanted=(EQUAL,))
             if time.monotonic() > self.end:
                 return
 
     def kills(self, number: int) -> None:
-        """Two kills of a run of a method, in processes of its own."""
-        method = list(METHODS)[number % len(METHODS)]
-        folder = self.root / f"kills {number}"
-        folder.mkdir()
+        """Kills of a run of every method at random moments, until it is done; it must end as the unbroken one."""
+        draw = random.Random(f"kills {self.seed} {number}")
+        for method in METHODS:
+            whole, broken = (self.root / f"{kind}_{method}" for kind in ("unbroken", "killed"))
+            if method not in self.unbroken:
+                began = time.monotonic()
+                assert wait(self.start(method, whole)) == 0, method
+                self.unbroken[method] = by_name(whole), time.monotonic() - began
+            expected, length = self.unbroken[method]
+            stages, signals, process = [], (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT), None
+            while process is None or wait(process, draw.uniform(0, 1) * length) is None:
+                if process is not None:
+                    os.kill(process, draw.choice(signals))
+                    wait(process)
+                    stages.append(stage_now(broken))
+                process = self.start(method, broken)
+            same = (broken / "student.pth").exists() and by_name(broken) == expected
+            for stage in stages:
+                kind = EQUAL if same else "unequal"
+                self.note(f"kills of {method}", f"in {stage}, round {number}", Outcome(kind), wanted=(EQUAL,))
+            readers.shutil.rmtree(broken)
+            if time.monotonic() > self.end:
+                return
+
+    def start(self, method: str, folder: Path) -> int:
+        """Begins a run of a method in a process of its own; returns its number."""
+        child = os.fork()
+        if child:
+            return child
         try:
-            with contextlib.redirect_stdout(io.StringIO()):
-                where = check(2, self.seed + number, folder, method, end=self.end)
-            for stage, count in where.items():
-                for _ in range(count):
-                    self.note(f"kills of {method}", f"in {stage}", Outcome(EQUAL))
-        except AssertionError as error:
-            self.note(f"kills of {method}", f"seed {self.seed + number}", Outcome("unequal", str(error)))
-        readers.shutil.rmtree(folder)
+            with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+                sys.argv = ["datafree_kd.py", *readers.flags_of(method, self.teacher, folder).split(), *LONGER.split()]
+                readers.splits._train_split_forbidden = False
+                run_command(readers.datafree_kd.main)
+        except SystemExit as end:
+            os._exit(end.code or 0)
+        finally:
+            os._exit(3)
 
     def table(self) -> str:
         """Outcomes by reader."""
@@ -198,8 +244,7 @@ def run(minutes: float, seed: int, kinds: tuple[str, ...] = KINDS, slow: bool = 
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     os.chdir(ROOT)
     with tempfile.TemporaryDirectory(prefix="campaign") as folder:
-        begun = time.monotonic()
-        campaign = Campaign(Path(folder).resolve(), seed, begun + 60 * minutes, slow, shown)
+        campaign = Campaign(Path(folder).resolve(), seed, minutes, slow, shown)
         for number in itertools.count():
             for kind in kinds:
                 if time.monotonic() > campaign.end:
@@ -212,21 +257,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.campaign", description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=1)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", choices=KINDS, help="one kind of input")
+    parser.add_argument("--only", choices=KINDS, nargs="+", default=KINDS, help="some kinds of input")
     parser.add_argument("--fast", action="store_true", help="without the readers that are whole commands")
     parser.add_argument("--repeat", nargs=2, metavar=("READER", "INPUT"), help="one changed file again")
     parser.add_argument("--shown", action="store_true", help="show what the inputs print")
     args = parser.parse_args()
-    begun = time.monotonic()
     if args.repeat:
         with tempfile.TemporaryDirectory(prefix="campaign") as folder:
             os.chdir(ROOT)
-            campaign = Campaign(Path(folder).resolve(), 0, begun, not args.fast, args.shown)
+            campaign = Campaign(Path(folder).resolve(), 0, 1, not args.fast, args.shown)
             campaign.repeat(args.repeat[0], int(args.repeat[1]))
             print(campaign.table())
         return
-    campaign = run(args.minutes, args.seed, (args.only,) if args.only else KINDS, not args.fast, args.shown)
-    print(f"\npython -m tests.campaign {shlex.join(sys.argv[1:])}: {(time.monotonic() - begun) / 60:.1f} minutes")
+    campaign = run(args.minutes, args.seed, tuple(args.only), not args.fast, args.shown)
+    print(f"\npython -m tests.campaign {shlex.join(sys.argv[1:])}: {(time.monotonic() - campaign.begun) / 60:.1f} minutes")
     print(campaign.table())
     sys.exit(bool(campaign.bad))
 

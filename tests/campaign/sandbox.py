@@ -67,22 +67,24 @@ def judge(call: Callable[[], str], seconds: float, canary: Path) -> Outcome:
     return Outcome("executed payload") if canary.exists() else outcome
 
 
-def run_all(inputs: list[tuple[str, Callable[[], str]]], seconds: float, canary: Path, shown: bool = False) -> list[Outcome]:
+def run_all(
+    inputs: list[tuple[str, Callable[[], str]]], seconds: float, canary: Path, shown: bool = False, memory: int = MEMORY
+) -> list[Outcome]:
     """What becomes of each named input; a process that dies is replaced for those that are left."""
     outcomes: list[Outcome] = []
     while len(outcomes) < len(inputs):
-        outcomes += _one_process(inputs[len(outcomes) :], seconds, canary, shown)
+        outcomes += _one_process(inputs[len(outcomes) :], seconds, canary, shown, memory)
         canary.unlink(missing_ok=True)
     return outcomes
 
 
-def _one_process(inputs: list, seconds: float, canary: Path, shown: bool) -> list[Outcome]:
+def _one_process(inputs: list, seconds: float, canary: Path, shown: bool, memory: int) -> list[Outcome]:
     reader, writer = os.pipe()
     child = os.fork()
     if not child:
         with suppress(BaseException):
             os.close(reader)
-            _child(inputs, seconds, canary, writer, shown)
+            _child(inputs, seconds, canary, writer, shown, memory)
         os._exit(0)
     os.close(writer)
     text, deadline = b"", time.monotonic() + WALL
@@ -102,7 +104,7 @@ def _one_process(inputs: list, seconds: float, canary: Path, shown: bool) -> lis
     return found
 
 
-def _child(inputs: list, seconds: float, canary: Path, writer: int, shown: bool) -> None:
+def _child(inputs: list, seconds: float, canary: Path, writer: int, shown: bool, memory: int) -> None:
     if not shown:
         quiet = os.open(os.devnull, os.O_WRONLY)
         os.dup2(quiet, 1), os.dup2(quiet, 2)
@@ -112,7 +114,7 @@ def _child(inputs: list, seconds: float, canary: Path, writer: int, shown: bool)
     before = _peak()
     for _, call in inputs:
         outcome: Any = judge(call, seconds, canary)
-        if _peak() - before > MEMORY:
+        if _peak() - before > memory:
             outcome = Outcome(f"over 1 GB of memory ({(_peak() - before) / 1e9:.1f}), {outcome.kind}", outcome.detail)
         os.write(writer, json.dumps(outcome).encode() + b"\n")
         if outcome.kind.startswith(("over", "hang", "executed")):  # what it left behind would be another's
