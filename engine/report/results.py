@@ -21,7 +21,7 @@ RESULT = {
     "folder?": str, "command?": str, "commit?": str, "machine?": str, "teacher?": str, "external_prior?": str,
     "acc1_last?": PERCENT, "acc1_best?": PERCENT, "acc1_mean?": PERCENT, "agreement_last?": PERCENT, "agreement_best?": PERCENT,
     "published?": PERCENT, "student_steps?": COUNT, "images?": COUNT, "bank_images?": COUNT, "variants?": COUNT,
-    "variants_kept?": COUNT, "synthesis_seconds?": SECONDS, "bank_teacher_acc1?": PERCENT, "bank_loss_bn?": float,
+    "variants_kept?": COUNT, "synthesis_seconds?": SECONDS, "cpu_seconds?": SECONDS, "bank_teacher_acc1?": PERCENT, "bank_loss_bn?": float,
     "history?": [LINE],
 }  # fmt: skip
 OF_A_METHOD = {"teacher": str, "external_prior": str}  # what training on real data has not

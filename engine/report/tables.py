@@ -108,9 +108,12 @@ def row(
         "teacher acc1 on them": over("bank_teacher_acc1"),
         "BN distance": over("bank_loss_bn"),
         "variants (kept %)": f"{first['variants']} ({kept})" if first.get("variants") else "",
+        "teacher acc1 on kept": over("variants_kept_teacher_acc1"),
+        "BN distance of kept": over("variants_kept_loss_bn"),
         f"synthesis {unit}": times(making),
         f"distillation {unit}": times(learning),
         f"training {unit}": times([run["seconds"].get("train") for run in runs]),
+        "CPU min": spread([run["cpu_seconds"] / 60 for run in runs if "cpu_seconds" in run], 1),
     }
 
 
