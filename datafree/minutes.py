@@ -62,8 +62,9 @@ def choose_scale(folder: Path, method: Method, groups: list, stages: list[str], 
     if begun:
         if begun.get("minutes") != minutes:
             raise UserError(
-                f"the run in {folder} was begun with --minutes {show(begun.get('minutes'))} and --scale {begun.get('scale', 1):g}, "
-                f"now --minutes {minutes:g} is asked for; give what it was begun with, or another --save_dir"
+                f"the run in {folder} was begun with --minutes {show(begun.get('minutes'))} and --scale "
+                f"{begun.get('scale', 1):g}, now --minutes {minutes:g} is asked for; give what it was begun with, or another "
+                "--save_dir"
             )
         return begun["scale"]
     rates = measure(method, groups, stages)
@@ -74,10 +75,10 @@ def choose_scale(folder: Path, method: Method, groups: list, stages: list[str], 
         return rates.seconds(flags, groups[2].schedule(), method.task.info)
 
     chosen = fitting_scale(seconds, 60 * minutes)
-    synthesis = "".join(f", {1000 * rate:.0f} ms a step of synthesis in stage {stage}" for stage, rate in rates.synthesis.items())
+    parts = {"student step": rates.student} | {f"synthesis step of stage {stage}": rate for stage, rate in rates.synthesis.items()}
+    told = ", ".join(f"{1000 * rate:.0f} ms a {what}" for what, rate in parts.items())
     print(
-        f"--minutes {minutes:g}: --scale {chosen:g}, by {1000 * rates.student:.0f} ms a student step{synthesis}; the published "
-        f"lengths would take about {duration(seconds(1.0))}"
+        f"--minutes {minutes:g}: --scale {chosen:g}, by {told}; the published lengths would take about {duration(seconds(1.0))}"
     )
     return chosen
 
@@ -179,7 +180,9 @@ def fitting_scale(seconds: Callable[[float], float], wanted: float) -> float:
         return 1.0
     low, high = math.log(1e-8), 0.0
     if (least := seconds(math.exp(low))) > wanted:
-        raise UserError(f"--minutes {wanted / 60:g} is less than the shortest run takes here, about {duration(least)}; give more")
+        raise UserError(
+            f"--minutes {wanted / 60:g} is less than the shortest run takes here, about {duration(least)}; give more"
+        )
     while high - low > 1e-3:
         middle = (low + high) / 2
         low, high = (middle, high) if seconds(math.exp(middle)) <= wanted else (low, middle)

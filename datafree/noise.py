@@ -1,7 +1,8 @@
 """Noise: distillation on images that have nothing to do with the task. The control at the lower end of the tables.
 
-``--images`` takes any tree of unrelated pictures, or another dataset's NAME.npz, of which it reads ``x_train``; without it every batch is fresh noise, each value of each pixel
-uniform in [0, 1] or normal (mean 1/2, standard deviation 1/4, clamped). The teacher's answers are all that is learnt from.
+``--images`` takes any tree of unrelated pictures, or another dataset's NAME.npz, of which it reads ``x_train``. Without it
+every batch is fresh noise, each value of each pixel uniform in [0, 1] or normal (mean 1/2, standard deviation 1/4, clamped).
+The teacher's answers are all that is learnt from.
 
     student     KL_T
 

@@ -98,7 +98,8 @@ def random_crops(pyramid: Pyramid, count: int) -> Tensor:
     def within(bound: float) -> Tensor:
         return (2 * torch.rand(count, device=device) - 1) * bound
 
-    area = (LEAST_AREA + (1 - LEAST_AREA) * torch.rand(count, device=device)) * (LARGEST * min(pyramid.height, pyramid.width)) ** 2
+    largest = (LARGEST * min(pyramid.height, pyramid.width)) ** 2
+    area = largest * (LEAST_AREA + (1 - LEAST_AREA) * torch.rand(count, device=device))
     aspect = within(math.log(ASPECT)).exp()
     sides = torch.stack([(area * aspect).sqrt(), (area / aspect).sqrt()], 1)  # width, height
     free = torch.tensor([pyramid.width, pyramid.height], device=device) - sides
@@ -169,8 +170,8 @@ class OneImage(Method):
         picture, least = read_picture(self.config.image), 2 * self.task.info.image_size
         if min(picture.shape[1:]) < least:
             raise UserError(
-                f"--image {self.config.image} has {picture.shape[2]} x {picture.shape[1]} pixels, at least {least} a side wanted; "
-                "give a larger one"
+                f"--image {self.config.image} has {picture.shape[2]} x {picture.shape[1]} pixels, at least {least} a side "
+                "wanted; give a larger one"
             )
         return picture
 

@@ -234,7 +234,8 @@ class Ours:
         """
         device, block = self.precision.device, self.batch_size
         images = max(2 * RUN_ROUNDS, RUN_ROUNDS * STEPS * block // RUN_QUESTIONS)
-        transfer, views = TransferSet(images, self.images.shape[-1], device), KeyedViews(self.view, images, few, device=device)
+        transfer = TransferSet(images, self.images.shape[-1], device)
+        views = KeyedViews(self.view, images, few, device=device)
         memo = Memo(partial(self._answer, transfer, views), len(views), len(views), block, device)
         for round in range(RUN_ROUNDS):
             end = -(-images * (RUN_BEFORE + (1 - RUN_BEFORE) * (round + 1) / RUN_ROUNDS) // 1)

@@ -1,9 +1,9 @@
 """What the teacher has answered, so that it is never asked the same question twice.
 
-A bank is uint8, its views are finite and the teacher is frozen: its logits are a finite table. Before some steps of a round all
-their questions that are new go to the teacher together, in batches of the size of the student's. So an answer is that of a
-run without a memo, whatever the batch it came in, and one that was lost with a kill comes again. A GPU is waited for once in
-so many steps, not at each.
+A bank is uint8, its views are finite and the teacher is frozen: its logits are a finite table. Before some steps of a round
+all their questions that are new go to the teacher together, in batches of the size of the student's. So an answer is that of
+a run without a memo, whatever the batch it came in, and one that was lost with a kill comes again. A GPU is waited for before
+those steps, not at each.
 """
 
 from collections.abc import Callable
@@ -75,7 +75,8 @@ class Memo:
         """What came of it, in one line."""
         known = 100 * (1 - self.asked / max(1, self.questions))
         size = 0 if self.logits is None else self.used * self.logits[0].nbytes
-        return f"memo: of {self.questions} questions to the teacher {known:.1f} % were answered before; {self.used} answers, {size / 1e6:.0f} MB"
+        answers = f"{self.used} answers, {size / 1e6:.0f} MB"
+        return f"memo: of {self.questions} questions to the teacher {known:.1f} % were answered before; {answers}"
 
 
 def check_memo(choice: str) -> None:
@@ -101,10 +102,11 @@ def memo_rows(choice: str, views: KeyedViews, questions: int, row_bytes: int, de
     table = 4 * len(views)
     rows = min(len(views), questions, (bound - table) // row_bytes)
     if rows < 1:
-        return 0, f"memo: none, for its table of {len(views)} views takes {table / 2**20:.0f} MiB of {bound / 2**20:.0f}; give --memo MiB"
+        found = f"takes {table / 2**20:.0f} MiB of {bound / 2**20:.0f}; give --memo MiB"
+        return 0, f"memo: none, for its table of {len(views)} views {found}"
     return rows, (
-        f"memo: {rows} of the teacher's answers to {len(views)} views are kept, at most {(table + rows * row_bytes) / 1e6:.0f} MB "
-        f"on {device}; about {100 * again:.0f} % of the questions come again"
+        f"memo: {rows} of the teacher's answers to {len(views)} views are kept, at most {(table + rows * row_bytes) / 1e6:.0f} "
+        f"MB on {device}; about {100 * again:.0f} % of the questions come again"
     )
 
 

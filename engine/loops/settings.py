@@ -123,13 +123,15 @@ class DistillFlags:
 
     memo: str = flag(
         "auto",
-        "MiB of the teacher's answers to keep, so that it is not asked twice about a view of an image; auto: a quarter of the free "
-        "memory, where enough questions come again; no: none",
+        "MiB of the teacher's answers to keep, so that it is not asked twice about a view of an image; auto: a quarter of the "
+        "free memory, where enough questions come again; no: none",
     )
     views: int | None = flag(
-        None, "so many fixed random views of each image in place of all, so that the teacher knows most of them",
-        affects=DISTILL, least=1,
-    )  # fmt: skip
+        None,
+        "fixed random views of each image that the student sees in place of all, so that most are known",
+        affects=DISTILL,
+        least=1,
+    )
 
     def schedule(self) -> Schedule:
         """The same in the form that stage distill takes."""

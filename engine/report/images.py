@@ -31,6 +31,8 @@ from engine.runtime.files import load_tensors
 from registry import DATASETS, MODELS
 
 MOST, BATCH = 1000, 250
+TASK = ("dataset", "data_root", "image_size", "domain", "classes", "name")  # flags
+TEACHER = ("teacher", "teacher_ckpt", "teacher_mean", "teacher_std")
 
 
 def measured(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -56,8 +58,7 @@ def figures(folder: Path, known: dict[str, Any]) -> dict[str, float | int | None
     """
     images, labels = learnt_from(folder)
     args = json.loads((folder / "args.json").read_text())["args"]
-    names = ("dataset", "data_root", "image_size", "domain", "classes", "name", "teacher", "teacher_ckpt", "teacher_mean", "teacher_std")
-    key = json.dumps([args[name] for name in names])
+    key = json.dumps([args[name] for name in (*TASK, *TEACHER)])
     if key not in known:
         teacher, info = open_teacher(args)
         split = load_split(info, "test", "cpu")
@@ -70,16 +71,15 @@ def figures(folder: Path, known: dict[str, Any]) -> dict[str, float | int | None
 
 def open_teacher(args: dict[str, Any]):
     """The teacher of a run on the CPU, and its dataset, by the run's flags."""
-    names = ("dataset", "data_root", "image_size", "domain", "classes", "name")
-    info = dataset_info(DATASETS, *(args[name] for name in names))
+    info = dataset_info(DATASETS, *(args[name] for name in TASK))
     if own := own_weights(args["teacher"], info.name, args["teacher_ckpt"]):
         info = info.as_known_to(args["teacher"], own, keep_size=args["image_size"] is not None)
-    ckpt, mean, std = (args[f"teacher_{name}"] for name in ("ckpt", "mean", "std"))
-    return load_teacher(MODELS, args["teacher"], info, torch.device("cpu"), ckpt, mean, std), info
+    name, *how = (args[name] for name in TEACHER)
+    return load_teacher(MODELS, name, info, torch.device("cpu"), *how), info
 
 
 def learnt_from(folder: Path) -> tuple[Tensor, Tensor]:
-    """Up to ``MOST`` images (N, 3, H, W) uint8 that a run's student learnt from, and their labels (N,), -1 where none was asked for.
+    """Up to ``MOST`` images (N, 3, H, W) uint8 that a run's student learnt from, and their labels (N,), -1 where it has none.
 
     Of a bank these are the initial images, those of its rounds and the variants that were kept; else its last images.
 
@@ -91,18 +91,20 @@ def learnt_from(folder: Path) -> tuple[Tensor, Tensor]:
         kept = load_tensors(folder / STREAMED)
         return kept["images"][:MOST], kept["labels"][:MOST]
     places = [find_bank(Path(args["init_bank"]))] if args.get("init_bank") else []
-    banks = [ImageBank(p, read_manifest(p), create=False) for p in (*places, folder / "bank") if (p / "manifest.json").exists()]
-    parts = [(bank.read(stage), None) for bank in banks for stage in (*INITIAL, "distill") if bank.rounds(stage)]
+    places = [place for place in (*places, folder / "bank") if (place / "manifest.json").exists()]
+    banks = [ImageBank(place, read_manifest(place), create=False) for place in places]
+    read = [bank.read(stage) for bank in banks for stage in (*INITIAL, "distill") if bank.rounds(stage)]
+    rows = [(columns, row) for columns in read for row in range(len(columns["labels"]))]
     decided = sorted(folder.glob("filter_*.safetensors"))
     variants = find_bank(Path(args.get("init_variants") or folder), "variants")
     if decided and (variants / "manifest.json").exists():
-        bank = ImageBank(variants, read_manifest(variants), create=False)
-        parts.append((bank.read("augment"), load_tensors(decided[0])["keep"].nonzero().flatten()))
-    rows = [(columns, row) for columns, keep in parts for row in (range(len(columns["labels"])) if keep is None else keep.tolist())]
+        columns = ImageBank(variants, read_manifest(variants), create=False).read("augment")
+        rows += [(columns, row) for row in load_tensors(decided[0])["keep"].nonzero().flatten().tolist()]
     if not rows:
         raise UserError(f"{folder} has neither a bank nor {STREAMED}; runs of earlier versions that stream have kept no image")
     rows = [rows[k] for k in spaced(len(rows), MOST).tolist()]
-    return torch.stack([columns["images"][[row]][0] for columns, row in rows]), torch.stack([c["labels"][row] for c, row in rows])
+    images = torch.stack([columns["images"][[row]][0] for columns, row in rows])
+    return images, torch.stack([columns["labels"][row] for columns, row in rows])
 
 
 def spaced(count: int, most: int) -> Tensor:

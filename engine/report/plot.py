@@ -1,7 +1,6 @@
 """One plot of all runs: accuracy on the way, against minutes or student steps."""
 
 from pathlib import Path
-from typing import Any
 
 from engine.report.tables import Groups, differing_flags, folder_of_every_seed
 from engine.runtime.errors import UserError
@@ -26,6 +25,7 @@ def plot(groups: Groups, file: Path, x: str = "steps", folders: bool = False) ->
     if file.suffix not in FORMATS:
         raise UserError(f"--plot {file} found, a name that ends in {', '.join(FORMATS)} wanted")
     try:
+        from matplotlib import colormaps
         from matplotlib.figure import Figure  # not pyplot: no window, no global state
     except ImportError:
         raise UserError("--plot draws with matplotlib, which is not installed; run pip install matplotlib") from None
@@ -34,11 +34,10 @@ def plot(groups: Groups, file: Path, x: str = "steps", folders: bool = False) ->
         raise UserError(f"no run has an accuracy with its {WORDS[x]}; give others, or another --x")
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     axes = figure.subplots()
-    from matplotlib import colormaps
-
     for k, (name, xs, mean, low, high) in enumerate(lines):
         color, dashed = colormaps["tab10"](k % 10), k // 10
-        axes.plot(xs, mean, color=color, linestyle=("-", "--", ":")[dashed % 3], linewidth=1.8, label=f"{name}  {mean[-1]:.1f}")
+        style = ("-", "--", ":")[dashed % 3]
+        axes.plot(xs, mean, color=color, linestyle=style, linewidth=1.8, label=f"{name}  {mean[-1]:.1f}")
         axes.fill_between(xs, low, high, color=color, alpha=0.15, linewidth=0)
     axes.set(xlabel=WORDS[x], ylabel="test accuracy in %", xlim=(0, None))
     axes.grid(color="0.9")
@@ -58,7 +57,7 @@ def lines_of(groups: Groups, axis: str, folders: bool) -> list[tuple[str, list[f
     """
     found = []
     for runs, flags in zip(groups, differing_flags(groups)):
-        histories: list[list[dict[str, Any]]] = [[line for line in run["history"] if "acc1" in line and axis in line] for run in runs]
+        histories = [[line for line in run["history"] if {"acc1", axis} <= line.keys()] for run in runs]
         if not all(histories):
             continue
         name = folder_of_every_seed(runs[0]) if folders else runs[0]["method"] + flags

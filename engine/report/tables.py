@@ -222,5 +222,5 @@ def image_rows(groups: Groups, folders: bool = False) -> list[dict[str, str]]:
         columns = {column: spread([f[key] for f in seen], digits) for key, (column, digits) in IMAGE_FIGURES.items()}
         rows.append((statistics.fmean(run.get("acc1_last", 0) for run in runs), name | {"acc1 last": acc1} | columns))
     if not rows:
-        raise UserError("no run has figures of its images; give run folders with --images, not lines that were kept without it")
+        raise UserError("no run has figures of its images; give run folders, or lines that were kept with --images")
     return [row for _, row in sorted(rows, key=lambda pair: -pair[0])]

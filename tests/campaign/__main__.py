@@ -9,7 +9,6 @@ else is printed with the command that repeats it, and the exit code is 1.
 
 import argparse
 import contextlib
-import importlib
 import io
 import itertools
 import os
@@ -21,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -32,7 +31,7 @@ from engine.runtime.names import resolve
 from registry import METHODS
 from tests.campaign import readers
 from tests.campaign.sandbox import ACCEPTED, EQUAL, GOOD, MEMORY, ROOM, Outcome, Silent, run_all
-from tests.conftest import ROOT, TINY
+from tests.conftest import ROOT
 from tests.kill_and_resume import by_name, stage_now
 
 KINDS = ("files", "flags", "payloads", "full", "kills")

@@ -10,8 +10,8 @@ import torch
 from datafree.diffusion import patch_unet
 from datafree.diffusion.augmenter import denoising_steps, seeded_noise
 from datafree.diffusion.denoising import EMA_POWER, EMA_WIDTH, Denoising
-from datafree.diffusion.hub import hub_errors, prior_name
 from datafree.diffusion.guidance import Guidance
+from datafree.diffusion.hub import hub_errors, prior_name
 from datafree.diffusion.judgement import Judgement
 from datafree.diffusion.pixel import PixelAugmenter, PriorAugmenter
 from datafree.diffusion.priors import PatchPrior

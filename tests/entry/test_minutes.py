@@ -28,7 +28,9 @@ def test_seconds_are_rates_times_steps():
     assert rates.seconds(flags, groups[2].schedule(), dataset_info("digits")) == 200_000 * (2 + 3) + 20_000 * 5 + 103 * 7
 
 
-@pytest.mark.parametrize("method, extra", [("csd", "--nz 8 --init_batch_size 6 --synthesis_batch_size 6"), ("dfq", "--nz 8"), ("kd", "")])
+@pytest.mark.parametrize(
+    "method, extra", [("csd", "--nz 8 --init_batch_size 6 --synthesis_batch_size 6"), ("dfq", "--nz 8"), ("kd", "")]
+)
 def test_every_kind_of_method_is_measured_and_runs_for_about_so_long(method, extra, command, teacher_file, tmp_path, capsys):
     line = f"--method {method} {TASK} --teacher_ckpt {teacher_file} {extra} --save_dir {tmp_path / 'run'} --minutes .1"
     began = time.monotonic()
@@ -62,5 +64,7 @@ def test_a_resume_keeps_the_scale(command, teacher_file, tmp_path, monkeypatch):
 )
 def test_what_minutes_cannot_do(method, extra, message, command, teacher_file, tmp_path):
     with pytest.raises(UserError, match=message):
-        command("datafree_kd", f"--method {method} {TASK} --teacher_ckpt {teacher_file} --save_dir {tmp_path / 'run'} {extra}")
+        command(
+            "datafree_kd", f"--method {method} {TASK} --teacher_ckpt {teacher_file} --save_dir {tmp_path / 'run'} {extra}"
+        )
     assert not (tmp_path / "run").exists()

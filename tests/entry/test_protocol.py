@@ -13,7 +13,9 @@ from tests.conftest import ROOT
 
 def script(*words, **variables):
     environment = os.environ | {"VENV": "none", "AMP": "bf16", "IMAGE": "picture.jpg"} | variables
-    done = subprocess.run(["bash", "scripts/protocol_c.sh", *words], cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        ["bash", "scripts/protocol_c.sh", *words], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
     return done.returncode, done.stdout.splitlines(), done.stderr
 
 
@@ -57,12 +59,16 @@ def test_what_is_done_is_left_out(tmp_path):
     (tmp_path / "kd/seed0").mkdir(parents=True)
     (tmp_path / "kd/seed0/result.json").write_text("{}")
     _, lines, _ = script("--list", "kd", "noise", OUT=str(tmp_path))
-    assert [line.split("--save_dir ")[1].strip() for line in lines] == [f"{tmp_path}/{run}" for run in ("noise/seed0", "kd/seed1", "kd/seed2")]
+    assert [line.split("--save_dir ")[1].strip() for line in lines] == [
+        f"{tmp_path}/{run}" for run in ("noise/seed0", "kd/seed1", "kd/seed2")
+    ]
     _, lines, _ = script("--list", "noise", "dfq", OUT=str(tmp_path), SEEDS="4", EXTRA="--compile no")
     assert len(lines) == 2 and all("--seed 4" in line and line.endswith("--compile no") for line in lines)
 
 
-@pytest.mark.parametrize("words, message", [(["--list", "fasst"], "'fasst' found, some of kd"), (["--job", "2"], "--job found")])
+@pytest.mark.parametrize(
+    "words, message", [(["--list", "fasst"], "'fasst' found, some of kd"), (["--job", "2"], "--job found")]
+)
 def test_mistakes_are_one_line(words, message):
     code, lines, error = script(*words)
     assert code == 2 and not lines and message in error and len(error.splitlines()) == 1

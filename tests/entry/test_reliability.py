@@ -12,7 +12,7 @@ import engine.loops.distill
 from engine.data.bank import ImageBank, Manifest
 from engine.runtime import sums
 from engine.runtime.errors import UserError, explain, one_line
-from engine.runtime.files import load_checkpoint, load_tensors, parse_json, read_json, save_checkpoint, save_tensors
+from engine.runtime.files import load_checkpoint, parse_json, read_json, save_checkpoint, save_tensors
 from engine.runtime.schema import require
 from tests.conftest import ROOT, outcome
 

@@ -50,7 +50,9 @@ def test_real_images_are_as_diverse_and_dense_as_themselves(teacher):
 
 def test_one_image_again_and_again_is_neither(teacher):
     pixels = torch.rand(40, 3, 16, 16)
-    found = images.compare(teacher, [pixels[:1].expand(40, -1, -1, -1)], torch.full((40,), -1), images.features(teacher, [pixels]))
+    found = images.compare(
+        teacher, [pixels[:1].expand(40, -1, -1, -1)], torch.full((40,), -1), images.features(teacher, [pixels])
+    )
     assert found["wanted"] is None and found["classes"] == 0 and found["coverage"] < 0.5
     assert found["diversity"] == pytest.approx(0, abs=1e-2)
 
@@ -116,7 +118,10 @@ def history(*acc1):
 def test_lines_are_means_over_seeds_the_best_first():
     about = {"dataset": "d", "teacher": "t", "student": "s", "settings": {}, "folder": "x/seed0"}
     groups = [
-        [about | {"method": "a", "seed": 0, "history": history(10, 20)}, about | {"method": "a", "seed": 1, "history": history(20, 40)}],
+        [
+            about | {"method": "a", "seed": 0, "history": history(10, 20)},
+            about | {"method": "a", "seed": 1, "history": history(20, 40)},
+        ],
         [about | {"method": "b", "seed": 0, "history": history(50, 60)}],
         [about | {"method": "c", "seed": 0, "history": [{"acc1": 3.0}]}],
     ]

@@ -24,7 +24,19 @@ def test_a_scaled_run_has_f_times_the_student_steps(method):
         assert scaled == pytest.approx(scale * steps, rel=0.02)
         assert found["epochs"] == round(published["epochs"] * scale**0.5)
         changed = {name for name in found if found[name] != published[name]}
-        kept = {"lr", "lr_g", "batch_size", "synthesis_batch_size", "T", "bn", "oh", "adv", "g_loops", "init_g_loops", "weight_decay"}
+        kept = {
+            "lr",
+            "lr_g",
+            "batch_size",
+            "synthesis_batch_size",
+            "T",
+            "bn",
+            "oh",
+            "adv",
+            "g_loops",
+            "init_g_loops",
+            "weight_decay",
+        }
         assert not changed & kept and found["scale"] == scale
 
 
@@ -33,9 +45,23 @@ def test_what_scales_by_the_root_and_what_stays():
         found = flags(method, f"--scale {scale}")[0]
         return [found[name] for name in names]
 
-    assert at(0.01, "dda", "init_rounds", "init_g_steps", "epochs", "kd_steps", "g_steps", "fit_passes") == [40, 50, 20, 200, 20, 4]
+    assert at(0.01, "dda", "init_rounds", "init_g_steps", "epochs", "kd_steps", "g_steps", "fit_passes") == [
+        40,
+        50,
+        20,
+        200,
+        20,
+        4,
+    ]
     assert at(0.25, "fast", "init_rounds", "epochs", "kd_steps", "g_steps", "reset_l0_round") == [10, 100, 200, 10, 60]
-    assert at(0.25, "nayer", "init_rounds", "init_g_loops", "g_steps", "g_loops", "g_life", "epochs") == [10, 10, 30, 2, 10, 150]
+    assert at(0.25, "nayer", "init_rounds", "init_g_loops", "g_steps", "g_loops", "g_life", "epochs") == [
+        10,
+        10,
+        30,
+        2,
+        10,
+        150,
+    ]
     assert at(0.25, "dfq", "g_steps", "kd_steps", "ep_steps", "epochs") == [1, 10, 200, 100]
     assert at(0.25, "diffdfkd", "images_per_class", "num_inference_steps", "warmup_epochs") == [2500, 20, 10]
     assert at(4, "adi", "g_steps", "epochs") == [2000, 400]
