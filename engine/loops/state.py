@@ -24,14 +24,18 @@ def begin_momentum(optimizer: torch.optim.SGD) -> None:
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Takes up what an optimizer remembers of each parameter; rates and the like stay those of the flags.
 
+    Args:
+        optimizer: after ``begin_momentum``, which says what there is to remember.
     Raises:
-        ValueError: a state is of another shape than its parameter, or one of ``DOES_NOT_FIT``.
+        ValueError: something is missing or of another shape, or one of ``DOES_NOT_FIT``.
     """
+    wanted = {parameter: dict(remembered) for parameter, remembered in optimizer.state.items()}
     own = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
     for group, options in zip(optimizer.param_groups, own):
         group.update(options)
-    for parameter, remembered in optimizer.state.items():
-        for name, value in remembered.items():
-            if isinstance(value, Tensor) and value.dim() and value.shape != parameter.shape:
-                raise ValueError(f"{name} of shape {tuple(value.shape)} for a parameter of {tuple(parameter.shape)}")
+    for parameter, own_state in wanted.items():
+        for name, value in own_state.items():
+            found = optimizer.state.get(parameter, {}).get(name)
+            if not isinstance(found, Tensor) or (found.shape, found.dtype) != (value.shape, value.dtype):
+                raise ValueError(f"a parameter of {tuple(parameter.shape)} has no {name} of that shape")

@@ -57,7 +57,7 @@ def _read_folders(place: Path) -> list[dict[str, Any]]:
         name = str(folder) if folder.parts else place.resolve().name
         history = [line for line in metrics(file.parent) if "acc1" in line or "agreement" in line]
         result = read_json(file)
-        require_result(result, str(file))
+        require_result(result | {"history": history} if isinstance(result, dict) else result, str(file))
         results.append({"folder": name} | result | {"history": history, "path": str(file.parent)})
     return results
 
@@ -68,6 +68,8 @@ def require_result(result: Any, what: str, also: dict[str, Any] = {}) -> None:
     of_a_method = {} if isinstance(result, dict) and result.get("method") == "scratch" else OF_A_METHOD
     advice = "wanted a run's result.json, or a file that python -m engine.report --lines wrote"
     require(result, RESULT | also | of_a_method | {f"{measured}_last": PERCENT}, what, advice)
+    steps = {"student_steps": int} if of_a_method else {}
+    require(result, {"history?": [{measured: PERCENT} | steps]}, what, advice)
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
