@@ -49,7 +49,9 @@ def main() -> None:
     seeds = run_flags.seeds or (run_flags.seed,)
     if run_flags.minutes is not None:
         seeded = for_seed(seeds[0], bool(run_flags.seeds), groups)
-        scale = scale_for_minutes(name, method_class, seeded, lambda scale: parse([*sys.argv[1:], "--scale", repr(scale)])[2])
+        scale = scale_for_minutes(
+            name, method_class, seeded, lambda scale: parse([*sys.argv[1:], "--scale", repr(scale)])[2]
+        )
         groups = parse([*sys.argv[1:], "--scale", repr(scale)])[2]
     folders = []
     for seed in seeds:

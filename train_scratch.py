@@ -116,9 +116,7 @@ def main() -> None:
     if flags.pretrained and (flags.resume or flags.evaluate_only):
         raise UserError(f"--pretrained and {'--resume' if flags.resume else '--evaluate_only'} exclude each other; give one")
     device = choose_device(flags.gpu)
-    info = dataset_info(
-        DATASETS, flags.dataset, flags.data_root, flags.image_size, flags.domain, flags.classes, flags.name
-    )
+    info = dataset_info(DATASETS, flags.dataset, flags.data_root, flags.image_size, flags.domain, flags.classes, flags.name)
     stem = f"{info.name}_{short_name(flags.model)}"
     output = Path(flags.output) if flags.output else PRETRAINED / f"{stem}.pth"
     save_dir = Path(flags.save_dir) if flags.save_dir else Path("checkpoints", "scratch", stem)

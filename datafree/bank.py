@@ -1,9 +1,9 @@
 """Image banks to and from files for people and other tools.
 
-    python -m datafree.bank export RUN FOLDER                      class folders of PNG
-    python -m datafree.bank export RUN FOLDER --format npy         arrays to calibrate on, normalized as the teacher's inputs
-    python -m datafree.bank export RUN FOLDER --format imagefolder PNG with metadata.jsonl, as Hugging Face datasets reads it
-    python -m datafree.bank import FOLDER BANK --dataset cifar10
+python -m datafree.bank export RUN FOLDER                      class folders of PNG
+python -m datafree.bank export RUN FOLDER --format npy         arrays to calibrate on, normalized as the teacher's inputs
+python -m datafree.bank export RUN FOLDER --format imagefolder PNG with metadata.jsonl, as Hugging Face datasets reads it
+python -m datafree.bank import FOLDER BANK --dataset cifar10
 """
 
 import argparse
@@ -217,16 +217,20 @@ def main() -> None:
     out.add_argument("folder", type=Path, help="new or empty")
     out.add_argument("--format", choices=FORMATS, default="png", help="png: class folders; npy; imagefolder [png]")
     out.add_argument(
-        "--dtype", choices=("float32", "uint8"), default="float32",
+        "--dtype",
+        choices=("float32", "uint8"),
+        default="float32",
         help="of npy: float32, normalized as --teacher_mean and _std, else teacher or dataset say [float32]",
-    )  # fmt: skip
+    )
     out.add_argument("--shard_mb", type=int, least=1, default=256, help="of npy: MB a shard at most [256]")
     out.add_argument("--data_root", default="data", help="folder of the dataset, of which no image is opened [data]")
     out.add_argument("--teacher", default=None, help="of npy: normalize as it does; of imagefolder: its top five classes")
     out.add_argument("--teacher_ckpt", default=None, help="its weights; unset: where datafree_kd.py looks")
     out.add_argument("--teacher_mean", type=rgb, default=None, help="r,g,b; unset: its checkpoint's, else the dataset's")
     out.add_argument("--teacher_std", type=rgb, default=None, help="see --teacher_mean")
-    out.add_argument("--gpu", type=int, least=-1, default=None, help="of the teacher; -1 for the CPU; unset: GPU 0 if there is one")
+    out.add_argument(
+        "--gpu", type=int, least=-1, default=None, help="of the teacher; -1 for the CPU; unset: GPU 0 if there is one"
+    )
     into = commands.add_parser("import", help="make a bank of class folders of images, named by class number or name")
     into.add_argument("folder", type=Path)
     into.add_argument("bank", type=Path, help="new or empty")

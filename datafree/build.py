@@ -24,7 +24,13 @@ def run_folder(name: str, groups: list, dataset: str) -> Path:
 
 
 def build_method(
-    name: str, method_class: type[Method], groups: list, schedule: Schedule, processes: Processes, datasets: dict, models: dict
+    name: str,
+    method_class: type[Method],
+    groups: list,
+    schedule: Schedule,
+    processes: Processes,
+    datasets: dict,
+    models: dict,
 ) -> Method:
     """The method with its networks.
 

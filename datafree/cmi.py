@@ -68,7 +68,8 @@ class CMIConfig:
     adv: float = flag(
         0.5,
         "weight of the adversarial loss while distilling, -KL where student and teacher agree (the initial bank has 0)",
-        affects=("distill",), least=0,
+        affects=("distill",),
+        least=0,
     )
     cr: float = flag(0.8, "weight of the contrastive loss, InfoNCE of local against global views", affects=BOTH, least=0)
     cr_T: float = flag(0.2, "temperature of the contrastive loss", affects=BOTH, above=0)
@@ -151,8 +152,9 @@ class CMISynthesizer(Synthesizer):
 
     def hot(self) -> list[Hot]:
         return [
-            Hot(self, "generate", self.g_steps, "generator"), Hot(self, "observe", self.g_steps, "teacher and its statistics")
-        ]  # fmt: skip
+            Hot(self, "generate", self.g_steps, "generator"),
+            Hot(self, "observe", self.g_steps, "teacher and its statistics"),
+        ]
 
     def synthesize(self, student: nn.Module) -> ImageBatch:
         """One inverted batch, the best of ``g_steps`` steps by total loss."""

@@ -61,8 +61,10 @@ class CSDConfig:
     bn: float = flag(1.0, "weight of the BN-statistics loss", affects=BOTH, least=0)
     oh: float = flag(1.0, "weight of the one-hot loss", affects=BOTH, least=0)
     csd: float = flag(
-        10.0, "weight of the rotation-uncertainty loss while distilling (the initial bank has 0)",
-        affects=("distill",), least=0
+        10.0,
+        "weight of the rotation-uncertainty loss while distilling (the initial bank has 0)",
+        affects=("distill",),
+        least=0,
     )
     lr_head: float = flag(0.1, "SGD learning rate of the rotation head", affects=("distill",), above=0)
     head_interval: int = flag(1, "train the rotation head at every n-th student step", affects=("distill",), least=1)
@@ -88,9 +90,8 @@ class CSDSynthesizer(Synthesizer):
     """Inverts the teacher by a fresh generator each round; with ``csd > 0`` against the student's rotation head."""
 
     def __init__(
-        self, config: CSDConfig, teacher: nn.Module, task: Task, *, feature_dim: int, g_steps: int, images: int,
-        csd: float,
-    ):  # fmt: skip
+        self, config: CSDConfig, teacher: nn.Module, task: Task, *, feature_dim: int, g_steps: int, images: int, csd: float
+    ):
         self.config, self.teacher, self.task = config, teacher, task
         self.g_steps, self.images, self.csd = g_steps, images, csd
         self.generator = Generator(config.nz, task.info.image_size).to(task.device, memory_format=torch.channels_last)
@@ -221,9 +222,7 @@ class CSD(Method):
 
     def initial_synthesizer(self) -> CSDSynthesizer:
         config = self.config
-        return self._synthesizer(
-            g_steps=config.init_g_steps, images=config.init_batch_size, csd=0.0
-        )
+        return self._synthesizer(g_steps=config.init_g_steps, images=config.init_batch_size, csd=0.0)
 
     def synthesizer(self) -> CSDSynthesizer:
         config = self.config

@@ -105,7 +105,9 @@ class DDAConfig(CSDConfig):
     strength: float = flag(
         0.3,
         "share of the way back to pure noise from which a variant is drawn; image_variation always draws from pure noise",
-        affects=AUGMENT, above=0, most=1,
+        affects=AUGMENT,
+        above=0,
+        most=1,
     )
     num_inference_steps: int | None = flag(
         None, "denoising steps from pure noise; unset: 25, pixel 12, natural 20", affects=AUGMENT, least=1, most=1000
@@ -127,16 +129,23 @@ class DDAConfig(CSDConfig):
         None, "of a pretrained model; unset: fp16 on a GPU, else fp32", choices=tuple(DTYPES), affects=AUGMENT
     )
     guidance_max_step: float = flag(
-        0.0, "greatest length of a variant's guidance step in pixels of [-1, 1], longer ones are shortened; 0: any",
-        affects=AUGMENT, least=0
+        0.0,
+        "greatest length of a variant's guidance step in pixels of [-1, 1], longer ones are shortened; 0: any",
+        affects=AUGMENT,
+        least=0,
     )
     diffusion_batch_size: int = flag(
-        64, "variants drawn together; but by rounding they depend on it with --guidance_bn only, whose statistics are theirs",
-        affects=AUGMENT, least=1, most=1_000_000,
-    )  # fmt: skip
+        64,
+        "variants drawn together; but by rounding they depend on it with --guidance_bn only, whose statistics are theirs",
+        affects=AUGMENT,
+        least=1,
+        most=1_000_000,
+    )
     pixel_channels: tuple[int, ...] | None = flag(
-        None, "pixel: channels of each level of its U-Net; unset: 32,64 up to 32 px, else 64,128,128",
-        affects=AUGMENT, least=1
+        None,
+        "pixel: channels of each level of its U-Net; unset: 32,64 up to 32 px, else 64,128,128",
+        affects=AUGMENT,
+        least=1,
     )
     fit_passes: int = flag(
         40, "pixel: passes over the bank in training, a checkpoint after each", affects=AUGMENT, scales=True, least=1
@@ -148,11 +157,16 @@ class DDAConfig(CSDConfig):
     omega: float | None = flag(
         None,
         "least cosine of a kept variant, -1 keeps all; unset: above 99 % of the cosines between bank images of two classes",
-        affects=FILTER, least=-1, most=1,
+        affects=FILTER,
+        least=-1,
+        most=1,
     )
     agree: bool = flag(False, "keep only variants that the teacher names by their source's label", affects=FILTER)
     variant_labels: str = flag(
-        "source", "of the student's CE on variants: the source's, or the teacher's", choices=("source", "teacher"), affects=FILTER
+        "source",
+        "of the student's CE on variants: the source's, or the teacher's",
+        choices=("source", "teacher"),
+        affects=FILTER,
     )
 
 
@@ -224,26 +238,40 @@ class DDA(CSD):
             from datafree.diffusion.pixel import PixelAugmenter
 
             return PixelAugmenter(
-                task.info.num_classes, task.info.image_size, channels=config.pixel_channels, fit_passes=config.fit_passes,
-                fit_batch_size=config.fit_batch_size, fit_lr=config.fit_lr, strength=config.strength,
-                num_inference_steps=self.steps, guidance_scale=self.guidance_scale, guidance=self.guidance(),
-                flip=task.info.flip, device=task.device,
-            )  # fmt: skip
+                task.info.num_classes,
+                task.info.image_size,
+                channels=config.pixel_channels,
+                fit_passes=config.fit_passes,
+                fit_batch_size=config.fit_batch_size,
+                fit_lr=config.fit_lr,
+                strength=config.strength,
+                num_inference_steps=self.steps,
+                guidance_scale=self.guidance_scale,
+                guidance=self.guidance(),
+                flip=task.info.flip,
+                device=task.device,
+            )
         if config.prior == "natural":
             from datafree.diffusion.pixel import PriorAugmenter
             from datafree.diffusion.priors import PatchPrior
 
             prior = PatchPrior.load(
-                self.prior_file(), task.device, self.dtype(), num_classes=task.info.num_classes,
+                self.prior_file(),
+                task.device,
+                self.dtype(),
+                num_classes=task.info.num_classes,
                 guidance_scale=self.guidance_scale,
-            )  # fmt: skip
+            )
             return PriorAugmenter(prior, task.info.num_classes, config.strength, self.steps, self.guidance())
         from datafree.diffusion.variation import ImageToImage, ImageVariation
 
         common = {
-            "guidance_scale": self.guidance_scale, "num_inference_steps": self.steps, "resolution": config.resolution,
-            "dtype": self.dtype(), "device": task.device,
-        }  # fmt: skip
+            "guidance_scale": self.guidance_scale,
+            "num_inference_steps": self.steps,
+            "resolution": config.resolution,
+            "dtype": self.dtype(),
+            "device": task.device,
+        }
         if config.prior == "image_variation":
             return ImageVariation(self.model, self.revision, **common)
         words = {"prompt": config.prompt, "class_names": task.info.class_names, "strength": config.strength}

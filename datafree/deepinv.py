@@ -96,7 +96,9 @@ class DeepInversionSynthesizer(Synthesizer):
         config, task, mean, std = self.config, self.task, self.teacher.mean, self.teacher.std
         black, white = (0 - mean) / std, (1 - mean) / std
         labels = balanced_labels(config.synthesis_batch_size, task.info.num_classes, task.device)
-        pixels = torch.randn(len(labels), 3, task.info.image_size, task.info.image_size, device=task.device).clamp_(black, white)
+        pixels = torch.randn(len(labels), 3, task.info.image_size, task.info.image_size, device=task.device).clamp_(
+            black, white
+        )
         pixels = pixels.contiguous(memory_format=torch.channels_last).requires_grad_()
         optimizer = torch.optim.Adam([pixels], lr=config.lr_g, betas=(0.5, 0.99), fused=True)
         best, precision = LowestLoss(), task.precision.fresh()

@@ -111,8 +111,10 @@ class DiffDFKDConfig:
         affects=GENERATE,
     )
     class_map: tuple[int, ...] | None = flag(
-        None, "of a class-conditional prior: its class id of each class of the dataset; unset: the same ids",
-        affects=GENERATE, least=0
+        None,
+        "of a class-conditional prior: its class id of each class of the dataset; unset: the same ids",
+        affects=GENERATE,
+        least=0,
     )
     prior_classes: str | None = flag(
         None,
@@ -124,14 +126,19 @@ class DiffDFKDConfig:
     null_class: int | None = flag(
         None,
         "of a class-conditional pixel pipeline: its id for no class; unset: the id after the dataset's last",
-        affects=GENERATE, least=0,
+        affects=GENERATE,
+        least=0,
     )
     images_per_class: int = flag(5000, "images to draw of each class", affects=GENERATE, scales=True, least=1)
     synthesis_batch_size: int = flag(
         200, "images a round: a shard of the bank, and what a kill costs", affects=GENERATE, least=1, most=1_000_000
     )
     diffusion_batch_size: int = flag(
-        16, "images drawn together; BN statistics and latent CutMix range over them", affects=GENERATE, least=1, most=1_000_000
+        16,
+        "images drawn together; BN statistics and latent CutMix range over them",
+        affects=GENERATE,
+        least=1,
+        most=1_000_000,
     )
     batch_classes: str = flag(
         "all", "classes of images drawn together; one: the same for all of them", choices=("all", "one"), affects=GENERATE
@@ -163,8 +170,10 @@ class DiffDFKDConfig:
         1.0, "lr of the guidance, z <- z - lr * gradient at every denoising step", affects=GENERATE, least=0
     )
     guidance_max_step: float = flag(
-        0.0, "greatest length of an image's guidance step in the latent space, longer ones are shortened; 0: any",
-        affects=GENERATE, least=0
+        0.0,
+        "greatest length of an image's guidance step in the latent space, longer ones are shortened; 0: any",
+        affects=GENERATE,
+        least=0,
     )
     guidance_backprop: str = flag(
         "unet", "the gradient's way: decoder and denoising network, or the decoder alone", choices=BACKPROP, affects=GENERATE
@@ -265,9 +274,7 @@ class DiffDFKD(Method):
     """Stages generate (the teacher-guided bank) and distill (on that bank)."""
 
     Config = DiffDFKDConfig
-    defaults = {
-        "epochs": 240, "kd_steps": 200, "batch_size": 256, "lr": 0.2, "weight_decay": 5e-4, "warmup_epochs": 20,
-    }  # fmt: skip
+    defaults = {"epochs": 240, "kd_steps": 200, "batch_size": 256, "lr": 0.2, "weight_decay": 5e-4, "warmup_epochs": 20}
 
     def __init__(self, config: DiffDFKDConfig, teacher: nn.Module, student: nn.Module, task: Task):
         super().__init__(config, teacher, student, task)
@@ -297,10 +304,14 @@ class DiffDFKD(Method):
 
         def order(seed: int) -> Order:
             return Order(
-                config.images_per_class * self.task.info.num_classes, self.task.info.num_classes, config.synthesis_batch_size,
-                config.diffusion_batch_size, seed, Path(config.export_png) if config.export_png else None,
+                config.images_per_class * self.task.info.num_classes,
+                self.task.info.num_classes,
+                config.synthesis_batch_size,
+                config.diffusion_batch_size,
+                seed,
+                Path(config.export_png) if config.export_png else None,
                 config.batch_classes == "one",
-            )  # fmt: skip
+            )
 
         def maker(session: Session) -> GuidedMaker:
             if config.export_png and session.processes.main:
@@ -308,7 +319,9 @@ class DiffDFKD(Method):
             return GuidedMaker(self.sampler(), order(session.seed))
 
         prior = prior_name(self.model, config.diffusion_revision)
-        return FillBank("generate", order(0).rounds, maker, prior), Distill(self, "generate", images_per_class=config.student_images_per_class)
+        return FillBank("generate", order(0).rounds, maker, prior), Distill(
+            self, "generate", images_per_class=config.student_images_per_class
+        )
 
     @property
     def student_view(self) -> Callable[[Tensor], Tensor]:
@@ -337,24 +350,45 @@ class DiffDFKD(Method):
 
         config, task = self.config, self.task
         prior = load_prior(
-            self.model, config.diffusion_revision, num_classes=task.info.num_classes, class_names=task.info.class_names,
-            prompts=self.prompts, class_map=config.class_map, classes=config.prior_classes, null_class=config.null_class,
-            guidance_scale=config.guidance_scale, resolution=config.resolution, device=task.device,
+            self.model,
+            config.diffusion_revision,
+            num_classes=task.info.num_classes,
+            class_names=task.info.class_names,
+            prompts=self.prompts,
+            class_map=config.class_map,
+            classes=config.prior_classes,
+            null_class=config.null_class,
+            guidance_scale=config.guidance_scale,
+            resolution=config.resolution,
+            device=task.device,
             dtype=diffusion_dtype(config.diffusion_dtype, task.device),
-        )  # fmt: skip
+        )
         if config.gradient_checkpointing:
             prior.checkpoint_gradients()
         guidance = Guidance(
-            self.teacher, task.info.image_size, config.bn, config.oh, config.adv, config.guidance_lr, config.guidance_backprop,
-            config.guidance_micro_batch, config.guidance_max_step,
-        )  # fmt: skip
+            self.teacher,
+            task.info.image_size,
+            config.bn,
+            config.oh,
+            config.adv,
+            config.guidance_lr,
+            config.guidance_backprop,
+            config.guidance_micro_batch,
+            config.guidance_max_step,
+        )
         return GuidedSampler(
-            prior, guidance, task, self.student, steps=config.num_inference_steps, rule=config.scheduler,
-            lca=lca_steps(config.num_inference_steps, config.lca_every), lca_repair=config.lca_repair,
+            prior,
+            guidance,
+            task,
+            self.student,
+            steps=config.num_inference_steps,
+            rule=config.scheduler,
+            lca=lca_steps(config.num_inference_steps, config.lca_every),
+            lca_repair=config.lca_repair,
             competitor=Competitor(
                 config.adv_from * task.info.num_classes, config.adv_steps, config.adv_T, config.adv_batch_size, config.adv_lr
             ),
-        )  # fmt: skip
+        )
 
     def objective(self) -> MapDistillation:
         return MapDistillation(self.config.T, self.config.msarc, self.teacher, self.student)

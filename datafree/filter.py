@@ -148,9 +148,7 @@ class CosineFilter:
     agree: bool = False
     check: Callable[[], None] = lambda: None
 
-    def score(
-        self, sources: dict[str, Any], variants: dict[str, Any], show: Callable[[int], None]
-    ) -> tuple[Tensor, float]:
+    def score(self, sources: dict[str, Any], variants: dict[str, Any], show: Callable[[int], None]) -> tuple[Tensor, float]:
         """The cosine of each variant to its source (M,), and the calibrated omega.
 
         Args:

@@ -52,11 +52,7 @@ class Generator(nn.Module):
         self.project = nn.Linear(nz, widths[0] * start**2)
         layers: list[nn.Module] = [nn.BatchNorm2d(widths[0])]
         for before, after in zip(widths, widths[1:]):
-            layers += [
-                UpsampleConv2d(before, after),
-                nn.BatchNorm2d(after),
-                nn.LeakyReLU(0.2, inplace=True),
-            ]
+            layers += [UpsampleConv2d(before, after), nn.BatchNorm2d(after), nn.LeakyReLU(0.2, inplace=True)]
         layers += [nn.Conv2d(widths[-1], 3, 3, padding=1), nn.Sigmoid()]
         self.blocks = nn.Sequential(*layers)
 

@@ -45,10 +45,15 @@ def export_onnx(classifier: torch.nn.Module, file: Path) -> None:
     with warnings.catch_warnings():  # on the older exporter, which needs nothing but torch and onnx
         warnings.simplefilter("ignore")
         torch.onnx.export(
-            classifier.cpu().eval().to(memory_format=torch.contiguous_format), (torch.zeros(2, 3, size, size),), str(file),
-            input_names=["images"], output_names=["logits"], dynamic_axes={"images": {0: "batch"}, "logits": {0: "batch"}},
-            opset_version=17, dynamo=False,
-        )  # fmt: skip
+            classifier.cpu().eval().to(memory_format=torch.contiguous_format),
+            (torch.zeros(2, 3, size, size),),
+            str(file),
+            input_names=["images"],
+            output_names=["logits"],
+            dynamic_axes={"images": {0: "batch"}, "logits": {0: "batch"}},
+            opset_version=17,
+            dynamo=False,
+        )
 
 
 def quantize(source: Path, target: Path, images: np.ndarray, bits: int) -> None:
@@ -71,9 +76,14 @@ def quantize(source: Path, target: Path, images: np.ndarray, bits: int) -> None:
     prepared = target.with_suffix(".prepared.onnx")
     quantization.shape_inference.quant_pre_process(str(source), str(prepared))
     quantization.quantize_static(
-        str(prepared), str(target), Reader(), quant_format=quantization.QuantFormat.QDQ, per_channel=True,
-        weight_type=getattr(quantization.QuantType, BITS[bits]), calibrate_method=quantization.CalibrationMethod.MinMax,
-    )  # fmt: skip
+        str(prepared),
+        str(target),
+        Reader(),
+        quant_format=quantization.QuantFormat.QDQ,
+        per_channel=True,
+        weight_type=getattr(quantization.QuantType, BITS[bits]),
+        calibrate_method=quantization.CalibrationMethod.MinMax,
+    )
 
 
 class Graph:
@@ -214,11 +224,21 @@ def rows(lines: list[dict[str, Any]]) -> list[dict[str, str]]:
         made = line.get("method", "")
         same = ("dataset", "teacher", "teacher_digest", "images", "test_images", "seed")
         key = *(line[name] for name in same), line["weight_bits"]
-        row = found.setdefault(key, {
-            "dataset": line["dataset"], "teacher": line["teacher"], "float32": f"{line['acc1_fp32']:.2f}",
-            "weights": f"{line['weight_bits']} bit", "random noise": "", "bank": "", "real images": "",
-            "images": str(line["images"]), "seed": str(line["seed"]), "test images": str(line["test_images"]),
-        })  # fmt: skip
+        row = found.setdefault(
+            key,
+            {
+                "dataset": line["dataset"],
+                "teacher": line["teacher"],
+                "float32": f"{line['acc1_fp32']:.2f}",
+                "weights": f"{line['weight_bits']} bit",
+                "random noise": "",
+                "bank": "",
+                "real images": "",
+                "images": str(line["images"]),
+                "seed": str(line["seed"]),
+                "test images": str(line["test_images"]),
+            },
+        )
         row[line["calibration"]] = f"{line['acc1']:.2f}" + (f" ({made})" if made else "")
     return [found[key] for key in sorted(found, key=lambda k: (k[0] != "digits", *map(str, k[:-1]), -k[-1]))]
 
@@ -235,7 +255,9 @@ def main() -> None:
     parser.add_argument("--teacher_mean", type=rgb, default=None, help="r,g,b; unset: its checkpoint's, else the dataset's")
     parser.add_argument("--teacher_std", type=rgb, default=None, help="see --teacher_mean")
     parser.add_argument("--bank", type=Path, required=True, help="an image bank made with this teacher, or its run folder")
-    parser.add_argument("--images", type=int, least=1, default=500, help="to calibrate on, at most; of each kind equally many [500]")
+    parser.add_argument(
+        "--images", type=int, least=1, default=500, help="to calibrate on, at most; of each kind equally many [500]"
+    )
     parser.add_argument("--test_images", type=int, least=1, default=None, help="to measure on, chosen at random; unset: all")
     parser.add_argument("--seed", type=int, least=0, default=0, help="of the noise and of the choice of images [0]")
     parser.add_argument("--lines", type=Path, required=True, metavar="FILE.jsonl", help="put the results into this file")

@@ -75,7 +75,9 @@ def choose_scale(folder: Path, method: Method, groups: list, stages: list[str], 
         return rates.seconds(flags, groups[2].schedule(), method.task.info)
 
     chosen = fitting_scale(seconds, 60 * minutes)
-    parts = {"student step": rates.student} | {f"synthesis step of stage {stage}": rate for stage, rate in rates.synthesis.items()}
+    parts = {"student step": rates.student} | {
+        f"synthesis step of stage {stage}": rate for stage, rate in rates.synthesis.items()
+    }
     told = ", ".join(f"{1000 * rate:.0f} ms a {what}" for what, rate in parts.items())
     print(
         f"--minutes {minutes:g}: --scale {chosen:g}, by {told}; the published lengths would take about {duration(seconds(1.0))}"
@@ -121,7 +123,12 @@ def measure(method: Method, groups: list, stages: list[str]) -> Rates:
             synthesis["distill"] = seconds_of(lambda: synthesizer.synthesize(student), device)
         synthesis["distill"] /= max(1, synthesis_steps(one_round, schedule, info, "distill"))
     distillation = Distillation(
-        method.answering_teacher(), student, method.objective().to(device), synthesizer, schedule, Precision(run_flags.amp, device)
+        method.answering_teacher(),
+        student,
+        method.objective().to(device),
+        synthesizer,
+        schedule,
+        Precision(run_flags.amp, device),
     )
     if method.streams:
         batches = synthesizer.batches(schedule.batch_size, seed=run_flags.seed)

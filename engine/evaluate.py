@@ -51,9 +51,18 @@ def parse(argv: list[str] | None = None):
     parser.add_argument("--arch", metavar="NAME", help="network of a file of weights that does not say it")
     parser.add_argument("--against_arch", metavar="NAME", help="the same of --against")
     for name in ("mean", "std"):
-        parser.add_argument(f"--{name}", type=_numbers, help="normalization r,g,b; unset: the model's own, else the dataset's")
+        parser.add_argument(
+            f"--{name}", type=_numbers, help="normalization r,g,b; unset: the model's own, else the dataset's"
+        )
     parser.add_argument("--batch_size", type=int, least=1, default=250, help="images at once [250]")
-    parser.add_argument("--workers", type=int, least=0, most=1024, default=4, help="processes that decode images which do not fit in memory [4]")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        least=0,
+        most=1024,
+        default=4,
+        help="processes that decode images which do not fit in memory [4]",
+    )
     parser.add_argument("--gpu", type=int, least=-1, help="index of the GPU, -1 for the CPU; unset: GPU 0 if there is one")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write the predictions, a line an image")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
@@ -87,7 +96,9 @@ def main() -> None:
         theirs, _ = logits_of(teacher, known_to(info, teacher, size, args.against), device, args)
         predictions["teacher_predicted"] = theirs.argmax(1)
         figures |= {"against": args.against, "agreement": _percent(logits.argmax(1) == theirs.argmax(1))}
-        figures |= {f"teacher_{k}": v for k, v in measures(theirs, labels, info.num_classes).items() if k == "acc1" and labelled}
+        figures |= {
+            f"teacher_{k}": v for k, v in measures(theirs, labels, info.num_classes).items() if k == "acc1" and labelled
+        }
     if args.csv:
         write_csv(args.csv, info, labels if labelled else None, predictions)
     if args.json:
@@ -107,10 +118,18 @@ def images_info(folder: str, model: Trained, image_size: int | None) -> tuple[Da
     names = about.get("class_names")
     reader = "engine.data.readers:read_class_folders" if labelled else "engine.data.readers:read_unlabelled"
     return DatasetInfo(
-        name=root.resolve().name, num_classes=about["num_classes"], image_size=size, mean=about.get("mean") or (0.5,) * 3,
-        std=about.get("std") or (0.5,) * 3, class_names=None if names is None else tuple(names), flip=False, crop_padding=0,
-        data_root=".", reader=reader, source=folder,
-    ), labelled  # fmt: skip
+        name=root.resolve().name,
+        num_classes=about["num_classes"],
+        image_size=size,
+        mean=about.get("mean") or (0.5,) * 3,
+        std=about.get("std") or (0.5,) * 3,
+        class_names=None if names is None else tuple(names),
+        flip=False,
+        crop_padding=0,
+        data_root=".",
+        reader=reader,
+        source=folder,
+    ), labelled
 
 
 def known_to(info: DatasetInfo, model: Trained, size: int | None, name: str) -> DatasetInfo:
@@ -183,8 +202,12 @@ def lines(figures: dict[str, Any], info: DatasetInfo) -> list[str]:
     found += [f"  {names[label]:<{width}}  {value:6.2f} %  of {int(counts[label].sum())}" for value, label in shown]
     wrong = counts - torch.diag(counts.diagonal())
     most = wrong.flatten().argsort(descending=True, stable=True)[:10].tolist()
-    pairs = [(int(wrong.flatten()[k]), names[k // len(names)], names[k % len(names)]) for k in most if wrong.flatten()[k] > 0]
-    return found + (["", "most frequent confusions"] if pairs else []) + [f"  {n:4d} x {a} taken for {b}" for n, a, b in pairs]
+    pairs = [
+        (int(wrong.flatten()[k]), names[k // len(names)], names[k % len(names)]) for k in most if wrong.flatten()[k] > 0
+    ]
+    return (
+        found + (["", "most frequent confusions"] if pairs else []) + [f"  {n:4d} x {a} taken for {b}" for n, a, b in pairs]
+    )
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ ROOT = Path(__file__).parent
 sys.path.insert(0, str(ROOT.parent))
 
 from datafree_kd import parse  # noqa: E402
-from engine.report.results import read_lines, settings as settings_of  # noqa: E402
+from engine.report.results import read_lines  # noqa: E402
+from engine.report.results import settings as settings_of  # noqa: E402
 from engine.report.tables import spread  # noqa: E402
 from engine.runtime.flags import stage_flags  # noqa: E402
 from registry import PAIRS, PUBLISHED  # noqa: E402
@@ -182,9 +183,8 @@ def of_method(method: str, paper: str, results: list[dict[str, Any]]) -> Iterato
             if method in INITIAL_BANK:
                 bank = f"checkpoints/{method}/{dataset}_{teacher}_initBank"
                 first = f"{method}/{method}_{dataset}_initBank_{short(teacher)}.sh"
-                bank_flags = (
-                    f"--stages {'generate' if method in GENERATED else 'synthesize'} --save_dir {bank}"
-                    + (f" \\\n {more}" if (more := settings(method, dataset, teacher, table=BANK_FLAGS)) else "")
+                bank_flags = f"--stages {'generate' if method in GENERATED else 'synthesize'} --save_dir {bank}" + (
+                    f" \\\n {more}" if (more := settings(method, dataset, teacher, table=BANK_FLAGS)) else ""
                 )
                 yield (
                     first,

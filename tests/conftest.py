@@ -32,9 +32,17 @@ CPU = torch.device("cpu")
 def make_task(**changes) -> Task:
     """Ten classes at 16 px on the CPU, without augmentation, but for what is named: fields of the task or its dataset."""
     about = {
-        "name": "debug", "num_classes": 10, "image_size": 16, "mean": (0.3,) * 3, "std": (0.3,) * 3, "class_names": None,
-        "flip": False, "crop_padding": 1, "data_root": "data", "reader": "",
-    }  # fmt: skip
+        "name": "debug",
+        "num_classes": 10,
+        "image_size": 16,
+        "mean": (0.3,) * 3,
+        "std": (0.3,) * 3,
+        "class_names": None,
+        "flip": False,
+        "crop_padding": 1,
+        "data_root": "data",
+        "reader": "",
+    }
     names = {field.name for field in dataclasses.fields(datasets.DatasetInfo)}
     info = datasets.DatasetInfo(**about | {name: changes.pop(name) for name in names & changes.keys()})
     fields = dict(info=info, device=CPU, random_view=lambda images: images, precision=Precision("no", CPU))
@@ -68,9 +76,7 @@ TINY = {
     "diffdfkd": "--images_per_class 1 --synthesis_batch_size 6 --diffusion_batch_size 3 --num_inference_steps 2 "
     "--lca_every 1",
 }
-TINY_TASK = (
-    "--dataset digits --teacher resnet8 --student resnet8 --epochs 2 --kd_steps 3 --ep_steps 3 --batch_size 8 --gpu -1 --amp no"
-)
+TINY_TASK = "--dataset digits --teacher resnet8 --student resnet8 --epochs 2 --kd_steps 3 --ep_steps 3 --batch_size 8 --gpu -1 --amp no"
 
 
 def script_commands(scripts: list[str], flags: str = "", **variables: str) -> dict[str, list[str]]:

@@ -48,7 +48,9 @@ def run(number: int, folder: Path, method: str, teacher: Path) -> list[int]:
     processes = [start(rank, port, words, folder / f"log{number}") for rank in range(2)]
     codes = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
     if any(codes) or not (target / "result.json").exists():
-        print(f"run {number}: exit codes {codes}; its last lines:\n{(folder / f'log{number}').read_text()[-600:]}", flush=True)
+        print(
+            f"run {number}: exit codes {codes}; its last lines:\n{(folder / f'log{number}').read_text()[-600:]}", flush=True
+        )
         codes = codes if any(codes) else [1, 1]
     return codes
 

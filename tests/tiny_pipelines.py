@@ -47,18 +47,31 @@ def _vision_config():
     from transformers import CLIPVisionConfig
 
     return CLIPVisionConfig(
-        hidden_size=WIDTH, projection_dim=WIDTH, intermediate_size=37, num_hidden_layers=2, num_attention_heads=4,
-        image_size=28, patch_size=7,
-    )  # fmt: skip
+        hidden_size=WIDTH,
+        projection_dim=WIDTH,
+        intermediate_size=37,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=28,
+        patch_size=7,
+    )
 
 
 def _text_config():
     from transformers import CLIPTextConfig
 
     return CLIPTextConfig(
-        hidden_size=WIDTH, projection_dim=WIDTH, intermediate_size=37, num_hidden_layers=2, num_attention_heads=4,
-        vocab_size=514, bos_token_id=512, eos_token_id=513, pad_token_id=513, max_position_embeddings=77,
-    )  # fmt: skip
+        hidden_size=WIDTH,
+        projection_dim=WIDTH,
+        intermediate_size=37,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        vocab_size=514,
+        bos_token_id=512,
+        eos_token_id=513,
+        pad_token_id=513,
+        max_position_embeddings=77,
+    )
 
 
 def _tokenizer():
@@ -171,9 +184,16 @@ def dit(folder: Path, classes: int = 10) -> str:
 
     torch.manual_seed(0)
     transformer = DiTTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=1, norm_num_groups=4,
-        sample_size=LATENT, patch_size=4, num_embeds_ada_norm=classes,
-    )  # fmt: skip
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=8,
+        num_layers=1,
+        norm_num_groups=4,
+        sample_size=LATENT,
+        patch_size=4,
+        num_embeds_ada_norm=classes,
+    )
     DiTPipeline(transformer, _autoencoder(), DDIMScheduler()).save_pretrained(folder)
     return str(folder)
 
@@ -184,9 +204,16 @@ def pixel_unet(folder: Path, classes: int | None = 11, channels: int = 3) -> str
 
     torch.manual_seed(0)
     unet = UNet2DModel(
-        sample_size=16, in_channels=channels, out_channels=channels, block_out_channels=(8, 16), layers_per_block=1,
-        down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2, norm_num_groups=4, num_class_embeds=classes,
-    )  # fmt: skip
+        sample_size=16,
+        in_channels=channels,
+        out_channels=channels,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D",) * 2,
+        up_block_types=("UpBlock2D",) * 2,
+        norm_num_groups=4,
+        num_class_embeds=classes,
+    )
     DDPMPipeline(unet, DDPMScheduler()).save_pretrained(folder)
     return str(folder)
 

@@ -162,9 +162,8 @@ class Ours:
     """
 
     def __init__(
-        self, info, teacher, student, columns: dict[str, Tensor], batch_size: int, precision: Precision,
-        compiler: Compiler,
-    ):  # fmt: skip
+        self, info, teacher, student, columns: dict[str, Tensor], batch_size: int, precision: Precision, compiler: Compiler
+    ):
         self.precision, self.batch_size = precision, batch_size
         device = precision.device
         self.transfer = TransferSet(len(columns["labels"]), info.image_size, device)
@@ -392,21 +391,21 @@ class Benchmark:
         self.bar.set_postfix_str(LOOPS["growth"])
         size, steps = self.info.image_size, {}
         view = Views(self.info.crop_padding, self.info.flip)
-        for count in GROWING:
-            transfer = TransferSet(count, size, self.device)
-            images = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8)
-            transfer.add(images, torch.zeros(count, dtype=torch.long))
-            steps[str(count)] = transfer.batches(self.args.batch_size, view, seed=0).__next__
-            steps[str(count)]()
-        times = {count: 1000 * self.args.batch_size / m.rate for count, m in self.in_turns(steps).items()}
+        for stored in GROWING:
+            transfer = TransferSet(stored, size, self.device)
+            images = torch.randint(0, 256, (stored, 3, size, size), dtype=torch.uint8)
+            transfer.add(images, torch.zeros(stored, dtype=torch.long))
+            steps[str(stored)] = transfer.batches(self.args.batch_size, view, seed=0).__next__
+            steps[str(stored)]()
+        times = {stored: 1000 * self.args.batch_size / m.rate for stored, m in self.in_turns(steps).items()}
         rows = [
             {
-                "images in the bank": count,
-                "MiB": f"{int(count) * 3 * size**2 / 2**20:.0f}",
+                "images in the bank": stored,
+                "MiB": f"{int(stored) * 3 * size**2 / 2**20:.0f}",
                 "sampling, ms a batch": f"{value:.2f}",
                 "against the smallest": f"{value / times[str(GROWING[0])]:.2f}",
             }
-            for count, value in times.items()
+            for stored, value in times.items()
         ]
         return f"{machine()}; bank sampling, {size} px, batch {self.args.batch_size}\n\n{markdown(rows)}"
 
@@ -424,14 +423,20 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dataset", default="cifar10", help="for image size and classes; its data are not opened [cifar10]")
     parser.add_argument("--batch_size", type=int, least=1, default=256, help="images a step [256]")
     parser.add_argument("--bank", type=int, least=1, default=4096, help="random images in the bank [4096]")
-    parser.add_argument("--workers", type=int, least=0, most=1024, default=2, help="DataLoader processes of the plain loop [2]")
+    parser.add_argument(
+        "--workers", type=int, least=0, most=1024, default=2, help="DataLoader processes of the plain loop [2]"
+    )
     parser.add_argument("--seconds", type=float, least=0, default=2.5, help="of each measurement, at least two steps [2.5]")
-    parser.add_argument("--repeats", type=int, least=1, default=3, help="measurements in turn, fewer if slow; medians count [3]")
+    parser.add_argument(
+        "--repeats", type=int, least=1, default=3, help="measurements in turn, fewer if slow; medians count [3]"
+    )
     parser.add_argument("--amp", default="no", choices=AMP, help="of our loop; the plain one is fp32 [no]")
     parser.add_argument(
         "--compile", default="auto", choices=CHOICES, help="of our loop, auto as in a long run; the plain one is not [auto]"
     )
-    parser.add_argument("--gpu", type=int, least=-1, default=None, help="index, -1 for the CPU; default: GPU 0 if there is one")
+    parser.add_argument(
+        "--gpu", type=int, least=-1, default=None, help="index, -1 for the CPU; default: GPU 0 if there is one"
+    )
     parser.add_argument("--into", type=Path, help="rewrite a table in this file as well")
     parser.add_argument("--name", default="benchmark", help="of that table [benchmark]")
     args = parser.parse_args(argv)

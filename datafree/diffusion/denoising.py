@@ -63,7 +63,9 @@ class Denoising:
         Raises:
             Diverged: the loss became NaN or infinite.
         """
-        losses = torch.stack([self.learn(images_u8[index].to(self.device), labels[index].to(self.device)) for index in batches])
+        losses = torch.stack(
+            [self.learn(images_u8[index].to(self.device), labels[index].to(self.device)) for index in batches]
+        )
         diverged = (~losses.isfinite()).nonzero()
         if len(diverged):
             step = self.step - len(batches) + int(diverged[0])

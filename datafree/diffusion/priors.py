@@ -239,9 +239,16 @@ class DiT(_Classes, _Pipeline):
     """A class-conditional diffusion transformer; its null class comes after the last one."""
 
     def __init__(
-        self, pipeline, name: str, *, num_classes: int, class_map, classes: str | None, guidance_scale: float,
+        self,
+        pipeline,
+        name: str,
+        *,
+        num_classes: int,
+        class_map,
+        classes: str | None,
+        guidance_scale: float,
         resolution: int | None,
-    ):  # fmt: skip
+    ):
         super().__init__(pipeline, pipeline.transformer, name, guidance_scale, resolution)
         own = self.network.config.sample_size
         if self.shape[1] != own:
@@ -260,9 +267,17 @@ class PixelUNet(_Classes, _Pipeline):
     that is left over where it has one more than the dataset has classes."""
 
     def __init__(
-        self, pipeline, name: str, *, num_classes: int, class_map, classes: str | None, null_class: int | None,
-        guidance_scale: float, resolution: int | None,
-    ):  # fmt: skip
+        self,
+        pipeline,
+        name: str,
+        *,
+        num_classes: int,
+        class_map,
+        classes: str | None,
+        null_class: int | None,
+        guidance_scale: float,
+        resolution: int | None,
+    ):
         super().__init__(pipeline, pipeline.unet, name, guidance_scale, resolution)
         known = self.network.config.get("num_class_embeds")
         if not known:
@@ -288,9 +303,17 @@ class PatchPrior(_Classes, DiffusionPrior):
     own_rule = "ddim"
 
     def __init__(
-        self, network: PatchUNet, name: str, image_size: int, known: int, *, num_classes: int, class_map=None,
-        classes: str | None = None, guidance_scale: float = 1.0,
-    ):  # fmt: skip
+        self,
+        network: PatchUNet,
+        name: str,
+        image_size: int,
+        known: int,
+        *,
+        num_classes: int,
+        class_map=None,
+        classes: str | None = None,
+        guidance_scale: float = 1.0,
+    ):
         weight = next(network.parameters())
         self.network, self.device, self.dtype = network, weight.device, weight.dtype
         self.external_prior, self.guidance_scale = name, guidance_scale
@@ -329,9 +352,7 @@ def check_prompts(prompts: tuple[str, ...], class_names: tuple[str, ...] | None)
         )
 
 
-def check_prior(
-    model_id: str, revision: str | None, prompts: tuple[str, ...], class_names: tuple[str, ...] | None
-) -> bool:
+def check_prior(model_id: str, revision: str | None, prompts: tuple[str, ...], class_names: tuple[str, ...] | None) -> bool:
     """That a prior is there and of a kind that ``load_prior`` takes; of a pipeline the configuration alone is read.
 
     Returns:

@@ -242,9 +242,12 @@ def _network(
     ``--start`` is read when a training begins and never again: it may be the file that the training writes.
     """
     shape = {
-        "num_classes": info.num_classes, "image_size": info.image_size, "patch": flags.patch, "channels": flags.channels,
+        "num_classes": info.num_classes,
+        "image_size": info.image_size,
+        "patch": flags.patch,
+        "channels": flags.channels,
         "attention": not flags.no_attention,
-    }  # fmt: skip
+    }
     names = info.class_names or tuple(map(str, range(info.num_classes)))
     about = {"dataset": info.name, "class_names": names, "images_drawn": state["drawn_before"] if state else 0, **shape}
     seed_position(flags.seed, "init")
@@ -297,9 +300,11 @@ def _rounds(
         spent = time.monotonic() - started[0], time.process_time() - started[1]
         drawn = before + (number + 1) * a_round
         figures = {
-            "images": drawn, "loss": round(loss, 5), "images_per_s": round(a_round / spent[0], 1),
+            "images": drawn,
+            "loss": round(loss, 5),
+            "images_per_s": round(a_round / spent[0], 1),
             "images_per_cpu_s": round(a_round / spent[1], 1),
-        }  # fmt: skip
+        }
         over = number + 1 == rounds or time.monotonic() >= end
         if over or (number + 1) % flags.report_every == 0:
             figures |= report.losses(training) | (

@@ -20,7 +20,6 @@ UNREGISTERED = {
 UNSEEN = {name: UNREGISTERED[name] for name in ("mean", "std", "flip")} | {"reader": ""}
 
 
-
 @dataclass(frozen=True)
 class DatasetInfo:
     """What there is to know about a dataset without opening an image.

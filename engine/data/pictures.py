@@ -21,11 +21,7 @@ def enlarge(images: Tensor) -> Tensor:
 
 
 def grid(
-    images: Tensor,
-    columns: int = 16,
-    padding: int = 2,
-    labels: Tensor | None = None,
-    names: Sequence[str] | None = None,
+    images: Tensor, columns: int = 16, padding: int = 2, labels: Tensor | None = None, names: Sequence[str] | None = None
 ) -> Tensor:
     """Images (N, 3, H, W) uint8, or float in [0, 1], N >= 1 -> one image (3, H', W') uint8 on white.
 

@@ -128,7 +128,9 @@ def _member(archive, path: Path, key: str) -> np.ndarray:
     stored = archive.zip.getinfo(f"{key}.npy")
     size = math.prod(shape) * dtype.itemsize
     if size > stored.file_size or stored.file_size > MOST_PACKED * stored.compress_size + 2**20:
-        raise UserError(f"{path}: {key} says that it is {dtype} of shape {shape}, which is more than there is of it; make it again")
+        raise UserError(
+            f"{path}: {key} says that it is {dtype} of shape {shape}, which is more than there is of it; make it again"
+        )
     if size > (most := memory_limit(torch.device("cpu"))):
         raise UserError(f"{path}: {key} takes {size / 1e9:.1f} GB of memory, {most / 1e9:.1f} can be had; give fewer images")
     return archive[key]

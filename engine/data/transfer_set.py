@@ -82,9 +82,17 @@ class TransferSet:
             yield _to_float(augment(images)), labels
 
     def viewed(
-        self, batch_size: int, views: KeyedViews, prepare: Callable[[Tensor], None] | None = None, *, seed: int, steps: int,
-        ahead: int = 1, rank: int = 0, count: int = 1,
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:  # fmt: skip
+        self,
+        batch_size: int,
+        views: KeyedViews,
+        prepare: Callable[[Tensor], None] | None = None,
+        *,
+        seed: int,
+        steps: int,
+        ahead: int = 1,
+        rank: int = 0,
+        count: int = 1,
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """So many batches as of ``batches``, in views that ``seed`` decides as well, and the keys (B,) of these views.
 
         Args:

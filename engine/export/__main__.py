@@ -17,10 +17,14 @@ from registry import MODELS
 
 
 def main() -> None:
-    parser = Parser(prog="python -m engine.export", description="A run's student as a folder that needs this project no more.")
+    parser = Parser(
+        prog="python -m engine.export", description="A run's student as a folder that needs this project no more."
+    )
     parser.add_argument("run", type=Path, help="run folder of datafree_kd.py or train_scratch.py")
     parser.add_argument("out", type=Path, help="new or empty folder")
-    parser.add_argument("--onnx", action="store_true", help="model.onnx too: images in [0, 1] in, logits out, any batch size")
+    parser.add_argument(
+        "--onnx", action="store_true", help="model.onnx too: images in [0, 1] in, logits out, any batch size"
+    )
     parser.add_argument("--arch", metavar="NAME", help="the student's network, where its code is not of this project")
     parser.add_argument("--push_to_hub", metavar="ORG/NAME", help="upload the folder to this repository of the hub")
     args = parser.parse_args()

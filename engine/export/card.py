@@ -79,7 +79,8 @@ def model_card(library: str, student: Trained, result: dict[str, Any]) -> str:
         honesty=best + "One seed alone says little; python -m engine.report gives mean and spread over several.",
         command=result.get("command", "unknown"),
         commit=result.get("commit", "unknown"),
-        versions=", ".join(f"{name} {version}" for name, version in result.get("versions", {}).items()) or "versions unknown",
+        versions=", ".join(f"{name} {version}" for name, version in result.get("versions", {}).items())
+        or "versions unknown",
         teacher=teacher,
         prior=prior,
     )

@@ -58,9 +58,16 @@ def write_onnx(file: Path, student: Trained, images: Tensor) -> float:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             torch.onnx.export(
-                model, (images[:2],), str(file), dynamo=True, input_names=["images"], output_names=["logits"],
-                dynamic_shapes={"images": {0: torch.export.Dim("batch")}}, external_data=False, verbose=False,
-            )  # fmt: skip
+                model,
+                (images[:2],),
+                str(file),
+                dynamo=True,
+                input_names=["images"],
+                output_names=["logits"],
+                dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
+                external_data=False,
+                verbose=False,
+            )
             wanted = model(images)
         session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
         found = [torch.from_numpy(session.run(None, {"images": part.numpy()})[0]) for part in (images, images[:1])]

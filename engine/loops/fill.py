@@ -127,7 +127,9 @@ def fill(
         record.update(stage, done=True, images=images, **means)
         seconds, share = record.seconds()[stage], means.get("teacher_acc1")
         named = f", of which the teacher names {share:.1f} % as wanted" if share is not None else ""
-        run.log(f"{stage}: {images} images in {bank.path}{named} ({seconds:.0f} s, {images / max(seconds, 1e-3):.1f} images/s)")
+        run.log(
+            f"{stage}: {images} images in {bank.path}{named} ({seconds:.0f} s, {images / max(seconds, 1e-3):.1f} images/s)"
+        )
 
 
 def _first_missing(record: StageRecord, bank: ImageBank, stage: str, rounds: int) -> int:
@@ -170,7 +172,9 @@ def _make_rounds(
             _learn(run, bank, stage, first, maker, processes)
         if first == start:
             began = time.monotonic()
-        mine, share = (first + processes.rank, Share()) if maker.independent else (first, Share(processes.rank, processes.count))
+        mine, share = (
+            (first + processes.rank, Share()) if maker.independent else (first, Share(processes.rank, processes.count))
+        )
         scale = step if maker.independent else processes.count  # the others are about as far
         made = maker.make(mine, share, lambda n: bar.update(min(n * scale, bar.total - bar.n))) if mine < rounds else {}
         found = processes.gather((mine, made))
@@ -206,7 +210,9 @@ def _write(run: Run, bank: ImageBank, stage: str, round: int, maker: Maker, part
     figures = parts[0].figures | maker.report(columns)
     check_finite(figures, f"round {round} of stage {stage}", maker.advice)
     if figures:
-        run.metrics(stage, round, {"images": len(columns["labels"])} | figures)  # before the shard: a repeated round rewinds it
+        run.metrics(
+            stage, round, {"images": len(columns["labels"])} | figures
+        )  # before the shard: a repeated round rewinds it
     bank.append(stage, round, **columns)
     if not maker.independent:
         save_checkpoint(bank.path / STATE, {"round": round + 1, "synthesizer": maker.state_dict()})

@@ -32,9 +32,14 @@ class Memo:
     """
 
     def __init__(
-        self, answer: Callable[[Tensor], Tensor], keys: int, rows: int, block: int, device: torch.device,
+        self,
+        answer: Callable[[Tensor], Tensor],
+        keys: int,
+        rows: int,
+        block: int,
+        device: torch.device,
         processes: Processes = Processes(),
-    ):  # fmt: skip
+    ):
         self.answer, self.rows, self.block, self.processes = answer, rows, block, processes
         self.row_of = torch.zeros(keys, dtype=torch.int32, device=device)  # 0: not asked yet
         self.logits: Tensor | None = None  # row 0 stays empty

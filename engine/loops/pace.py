@@ -60,4 +60,6 @@ class StepPace:
         steps = (schedule.rounds - self.start) * schedule.kd_steps - self.steps
         rounds = schedule.rounds - self.start - begun
         seconds = per_step * steps + synthesis / begun * rounds
-        tell_time_left(self.log, "time left of stage distill, the last one, without what is measured after its epochs", seconds)
+        tell_time_left(
+            self.log, "time left of stage distill, the last one, without what is measured after its epochs", seconds
+        )

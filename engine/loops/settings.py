@@ -46,7 +46,9 @@ class TaskFlags:
         "a public model's own",
     )
     teacher_mean: tuple[float, ...] | None = flag(
-        None, "normalization the teacher was trained with, r,g,b; unset: its checkpoint's or model's, else the dataset's", affects=ALL
+        None,
+        "normalization the teacher was trained with, r,g,b; unset: its checkpoint's or model's, else the dataset's",
+        affects=ALL,
     )
     teacher_std: tuple[float, ...] | None = flag(None, "see --teacher_mean", affects=ALL, above=0)
     student: str = flag("wrn16_1", "as --teacher; starts from random weights", affects=DISTILL)
@@ -73,19 +75,23 @@ class RunFlags:
     )
     seed: int = flag(0, "random numbers are a function of seed, stage and round", affects=ALL, least=0)
     seeds: tuple[int, ...] | None = flag(
-        None, "several runs, one a seed, comma-separated; {seed} in a path flag stands for it, and a table ends them",
-        least=0, distinct=True
+        None,
+        "several runs, one a seed, comma-separated; {seed} in a path flag stands for it, and a table ends them",
+        least=0,
+        distinct=True,
     )
     scale: float = flag(
         1.0,
         "F, shorter (< 1) or longer than published: F times the student and the inversion steps, a bank sqrt(F) times as large. "
         "Rounds and steps a round are multiplied by sqrt(F) each; weights, rates and batch sizes stay; a length given beside "
         "it is taken as it is",
-        above=0, most=1000,
+        above=0,
+        most=1000,
     )
     minutes: float | None = flag(
-        None, "choose --scale, at most 1, by this machine's rates, so that the run takes about so many; a resume keeps it",
-        above=0
+        None,
+        "choose --scale, at most 1, by this machine's rates, so that the run takes about so many; a resume keeps it",
+        above=0,
     )
     gpu: int | None = flag(None, "index of the GPU, -1 for the CPU; unset: GPU 0 if there is one", least=-1)
     amp: str = flag(
@@ -137,9 +143,16 @@ class DistillFlags:
         """The same in the form that stage distill takes."""
         steps = self.ep_steps or self.kd_steps
         return Schedule(
-            self.epochs, steps, self.kd_steps, self.batch_size, self.lr, self.momentum, self.weight_decay,
-            self.warmup_epochs, self.lr_min,
-        )  # fmt: skip
+            self.epochs,
+            steps,
+            self.kd_steps,
+            self.batch_size,
+            self.lr,
+            self.momentum,
+            self.weight_decay,
+            self.warmup_epochs,
+            self.lr_min,
+        )
 
 
 def for_seed(seed: int, several: bool, groups: list) -> list:

@@ -90,9 +90,7 @@ class Augment(Stage):
 
         def maker() -> Maker:
             device, run = session.device, session.run
-            made = augment.VariantMaker(
-                self.augmenter(), sources, self.variants, self.batch_size, session.seed, device, run
-            )
+            made = augment.VariantMaker(self.augmenter(), sources, self.variants, self.batch_size, session.seed, device, run)
             session.compiler.compile_hot(made.hot(), rounds)
             return made
 
@@ -161,8 +159,12 @@ class Distill(Stage):
 
     def run(self, session: Session) -> None:
         method, run, record, processes, device = (
-            self.method, session.run, session.record, session.processes, session.device,
-        )  # fmt: skip
+            self.method,
+            session.run,
+            session.record,
+            session.processes,
+            session.device,
+        )
         bank, transfer, images = None, None, TransferImages(None, None, (), {})
         if not method.streams:
             images = self._images(session)
@@ -177,14 +179,18 @@ class Distill(Stage):
             if transfer is not None:
                 run.log(transfer.description)
         distillation = distill.Distillation(
-            method.answering_teacher(), method.student, method.objective().to(device), self._synthesizer(session, images.initial),
-            session.schedule, Precision(session.flags["amp"], device), method.images_per_round if bank is not None else 0,
-            processes, session.compiler,
-        )  # fmt: skip
-        self._keep_answers(session, distillation, transfer if transfer is not None else distillation.synthesizer.pictures)
-        figures = distill.distill(
-            run, record, distillation, bank, transfer, method.student_view, measure, seed=session.seed
+            method.answering_teacher(),
+            method.student,
+            method.objective().to(device),
+            self._synthesizer(session, images.initial),
+            session.schedule,
+            Precision(session.flags["amp"], device),
+            method.images_per_round if bank is not None else 0,
+            processes,
+            session.compiler,
         )
+        self._keep_answers(session, distillation, transfer if transfer is not None else distillation.synthesizer.pictures)
+        figures = distill.distill(run, record, distillation, bank, transfer, method.student_view, measure, seed=session.seed)
         if processes.main:
             if isinstance(measure, Accuracy):
                 write_json(run.path / "confusion.json", self._confusion(session, measure.split), indent=None)
@@ -199,7 +205,9 @@ class Distill(Stage):
         view, few, processes = self.method.student_view, session.flags["views"], session.processes
         if source is None or not isinstance(view, Views):
             if few:
-                raise UserError(f"--views {few}: what the student sees here is no finite set of crops and flips; leave it out")
+                raise UserError(
+                    f"--views {few}: what the student sees here is no finite set of crops and flips; leave it out"
+                )
             return
         views = KeyedViews(view, source.capacity, few, session.seed, session.device)
         memo, text = None, "memo: none, for the student's loss looks at more of the teacher than its logits"
@@ -329,9 +337,11 @@ class Distill(Stage):
             | {"dataset": info.name, "dataset_identity": settings["data_root"]}
             | {"teacher_digest": session.manifest.teacher_digest, "published": session.published(settings)}
             | {"external_prior": " + ".join(sorted(priors - {"none"})) or "none"}
-            | figures | counts | measured
+            | figures
+            | counts
+            | measured
             | {"processes": session.processes.count, "seconds": seconds, "settings": settings}
-        )  # fmt: skip
+        )
         record.update("distill", done=True)
         memory = ", ".join(f"{name.replace('_', ' ').removesuffix(' mib')} {mib} MiB" for name, mib in peak_memory().items())
         run.log(

@@ -66,9 +66,13 @@ def train(
     """Trains ``classifier``, goes on after the last whole epoch, and returns the test accuracy of every epoch in %."""
     stages.begin("train")
     optimizer = torch.optim.SGD(
-        classifier.parameters(), lr=flags.lr, momentum=flags.momentum, weight_decay=flags.weight_decay, nesterov=flags.momentum > 0,
+        classifier.parameters(),
+        lr=flags.lr,
+        momentum=flags.momentum,
+        weight_decay=flags.weight_decay,
+        nesterov=flags.momentum > 0,
         fused=True,
-    )  # fmt: skip
+    )
     begin_momentum(optimizer)
     file, start, accuracies = run.path / "last.pth", 0, []
     if file.exists():

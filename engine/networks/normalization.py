@@ -28,7 +28,12 @@ class Normalization(NamedTuple):
 
 
 def choose_normalization(
-    info, mean: Any = None, std: Any = None, stored: dict[str, Any] | None = None, file: str = "", prefix: str = "--",
+    info,
+    mean: Any = None,
+    std: Any = None,
+    stored: dict[str, Any] | None = None,
+    file: str = "",
+    prefix: str = "--",
     kind: str = "checkpoint",
 ) -> Normalization:
     """Mean and std, each from the first that has it of flag, checkpoint and dataset.

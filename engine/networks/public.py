@@ -154,7 +154,9 @@ def own_config(spec: str) -> dict[str, Any] | None:
         return None
     require(config, CONFIG, str(file), "give a folder as engine.export writes it")
     if len(config["input_size"]) != 3:
-        raise UserError(f"{file} has an input_size of {len(config['input_size'])} numbers, channels, height and width wanted")
+        raise UserError(
+            f"{file} has an input_size of {len(config['input_size'])} numbers, channels, height and width wanted"
+        )
     return config
 
 

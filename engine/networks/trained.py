@@ -100,5 +100,7 @@ def weights_of_run(run: Path) -> Path:
             sums.require(Path(output), facts.get("sha256"))
             return Path(output)
         if output:
-            raise UserError(f"the weights of {run} were written to {output}, which is gone from here; start in the same folder")
+            raise UserError(
+                f"the weights of {run} were written to {output}, which is gone from here; start in the same folder"
+            )
     raise UserError(f"{run} holds no finished run (result.json and student.pth); give a run folder, or finish that run")

@@ -60,7 +60,7 @@ def cautions_of_all(groups: list[list[dict[str, Any]]]) -> list[str]:
     """The same for rows side by side."""
     found, runs = [], [run for group in groups for run in group]
     if any(run["method"] == "scratch" for run in runs):
-        found.append("The rows \"real data\" were trained on the real images: a bound, not a rival.")
+        found.append('The rows "real data" were trained on the real images: a bound, not a rival.')
     for dataset in dict.fromkeys(run["dataset"] for run in runs):
         digests = {run["teacher_digest"] for run in runs if run["dataset"] == dataset and run.get("teacher_digest")}
         if len(digests) > 1:

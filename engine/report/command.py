@@ -37,7 +37,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--markdown", action="store_true", help="the table in Markdown")
     parser.add_argument("--rounds", action="store_true", help="add the accuracy on the way")
     parser.add_argument("--budget", type=int, least=1, metavar="STEPS", help="add the accuracy after so many student steps")
-    parser.add_argument("--target", type=float, above=0, most=100, metavar="ACC1", help="add the student steps to this accuracy in %%")
+    parser.add_argument(
+        "--target", type=float, above=0, most=100, metavar="ACC1", help="add the student steps to this accuracy in %%"
+    )
     parser.add_argument("--folders", action="store_true", help="name rows by their folders, not by the flags that differ")
     parser.add_argument("--csv", type=Path, help="write the table here too, with all columns")
     parser.add_argument("--html", type=Path, metavar="FILE.html", help="write a page with everything in it instead")

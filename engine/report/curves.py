@@ -25,9 +25,14 @@ def curves(lines: list[Line], x: str, title: str, size: tuple[float, float] = (4
         step = max(1, -(-len(xs) // POINTS))
         kept = [*range(0, len(xs) - 1, step), len(xs) - 1]
         axes.plot(
-            [xs[k] for k in kept], [ys[k] for k in kept], color=_color(series % SERIES), linewidth=1.6,
-            linestyle=DASHES[series // SERIES % len(DASHES)], marker="o" if len(kept) < 3 else None, markersize=3,
-        )  # fmt: skip
+            [xs[k] for k in kept],
+            [ys[k] for k in kept],
+            color=_color(series % SERIES),
+            linewidth=1.6,
+            linestyle=DASHES[series // SERIES % len(DASHES)],
+            marker="o" if len(kept) < 3 else None,
+            markersize=3,
+        )
     axes.set_xlabel(x)
     axes.xaxis.get_major_locator().set_params(nbins=5, integer=x != "minutes")
     axes.yaxis.get_major_locator().set_params(nbins=5)

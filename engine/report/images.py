@@ -101,7 +101,9 @@ def learnt_from(folder: Path) -> tuple[Tensor, Tensor]:
         columns = ImageBank(variants, read_manifest(variants), create=False).read("augment")
         rows += [(columns, row) for row in load_tensors(decided[0])["keep"].nonzero().flatten().tolist()]
     if not rows:
-        raise UserError(f"{folder} has neither a bank nor {STREAMED}; runs of earlier versions that stream have kept no image")
+        raise UserError(
+            f"{folder} has neither a bank nor {STREAMED}; runs of earlier versions that stream have kept no image"
+        )
     rows = [rows[k] for k in spaced(len(rows), MOST).tolist()]
     images = torch.stack([columns["images"][[row]][0] for columns, row in rows])
     return images, torch.stack([columns["labels"][row] for columns, row in rows])

@@ -34,9 +34,12 @@ def write_page(file: Path, groups: Groups) -> None:
     except ImportError as error:
         raise UserError(f"--html needs {error.name}, which is not installed; install requirements.txt") from None
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
         lstrip_blocks=True,
-    )  # fmt: skip
+    )
     page = environment.get_template("page.html.j2").render(**contents(groups))
     with atomic_path(file) as temporary:
         temporary.write_text(page)
@@ -54,19 +57,29 @@ def contents(groups: Groups) -> dict[str, Any]:
         room -= shown["size"]
         if room < 0:
             shown |= {"curves": [], "pictures": NO_PICTURES, "histogram": "", "left_out": True}
-        entries.append({
-            "number": number, "name": full["method"], "series": number % SERIES,
-            "dash": DASHES[number // SERIES % len(DASHES)],
-            "cells": [(name, short[name], sort_key(short[name])) for name in names],
-            "figures": {name: full[name] for name in filled_columns([full]) if name != "method"}, "runs": runs, **shown,
-        })  # fmt: skip
+        entries.append(
+            {
+                "number": number,
+                "name": full["method"],
+                "series": number % SERIES,
+                "dash": DASHES[number // SERIES % len(DASHES)],
+                "cells": [(name, short[name], sort_key(short[name])) for name in names],
+                "figures": {name: full[name] for name in filled_columns([full]) if name != "method"},
+                "runs": runs,
+                **shown,
+            }
+        )
         bar.update()
     bar.close()
     return {
-        "shared": what_all_share(groups), "names": names, "narrow": NARROW, "rows": entries,
+        "shared": what_all_share(groups),
+        "names": names,
+        "narrow": NARROW,
+        "rows": entries,
         "cautions": cautions_of_all(groups),
-        "curves": accuracy_curves(groups, (7, 3.2)), "narrow_curves": accuracy_curves(groups, (3.7, 2.6)),
-    }  # fmt: skip
+        "curves": accuracy_curves(groups, (7, 3.2)),
+        "narrow_curves": accuracy_curves(groups, (3.7, 2.6)),
+    }
 
 
 def table_rows(groups: Groups) -> list[dict[str, str]]:
@@ -113,11 +126,17 @@ def details(runs: list[dict[str, Any]]) -> dict[str, Any]:
     histogram = bars(counts, f"images of each class in the bank of {first['folder']}") if counts else ""
     size = len(histogram) + len(str(drawn)) + len(str(seen))
     return {
-        "first": first, "cautions": cautions(runs, lines or first["history"], classes), "curves": drawn, "pictures": seen,
-        "histogram": histogram, "command": one_flag_a_line(first.get("command", "")), "confusion": apart,
-        "left_out": False, "size": size,
+        "first": first,
+        "cautions": cautions(runs, lines or first["history"], classes),
+        "curves": drawn,
+        "pictures": seen,
+        "histogram": histogram,
+        "command": one_flag_a_line(first.get("command", "")),
+        "confusion": apart,
+        "left_out": False,
+        "size": size,
         "names_of_classes": apart["names"] if apart else [str(k) for k in range(classes or 0)],
-    }  # fmt: skip
+    }
 
 
 def _curves(lines: list[dict[str, Any]]) -> list[tuple[str, list[tuple[str, dict[str, str]]]]]:

@@ -49,7 +49,9 @@ def plot(groups: Groups, file: Path, x: str = "steps", folders: bool = False) ->
     return len(lines)
 
 
-def lines_of(groups: Groups, axis: str, folders: bool) -> list[tuple[str, list[float], list[float], list[float], list[float]]]:
+def lines_of(
+    groups: Groups, axis: str, folders: bool
+) -> list[tuple[str, list[float], list[float], list[float], list[float]]]:
     """(name, x, mean, least, most accuracy over seeds), the highest last accuracy first; seeds meet epoch by epoch.
 
     Args:

@@ -252,7 +252,9 @@ def load_checkpoint(path: Path, what: str = "checkpoint") -> Any:
         raise
     except Exception as error:  # torch.load raises a dozen unrelated types on damaged files
         reason = str(error).strip().splitlines()[0].split(". ")[0] if str(error).strip() else type(error).__name__
-        if "Unsupported operand" in str(error) or isinstance(error, LookupError | EOFError | ValueError | TypeError | AttributeError):
+        if "Unsupported operand" in str(error) or isinstance(
+            error, LookupError | EOFError | ValueError | TypeError | AttributeError
+        ):
             reason = "it is no whole file that torch.save has written"
         elif "weights_only" in str(error) or "Unsupported" in str(error):
             reason = "it holds pickled objects other than tensors, which may run code and are never loaded"
@@ -274,7 +276,12 @@ def _named_tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
 def _unusable(loaded: Any) -> str | None:
     """What is wrong with the first tensor that is no array of finite numbers in memory; None: nothing."""
     for name, tensor in _named_tensors(loaded):
-        if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized or tensor.dtype not in DTYPES:
+        if (
+            tensor.layout != torch.strided
+            or tensor.device.type != "cpu"
+            or tensor.is_quantized
+            or tensor.dtype not in DTYPES
+        ):
             kind = tensor.dtype if tensor.layout == torch.strided and tensor.device.type == "cpu" else "sparse or empty"
             return f"has a tensor of a kind that is not taken ({name}: {kind}), wanted dense ones of usual dtypes"
         if tensor.nbytes > max(tensor.untyped_storage().nbytes(), 2**20):

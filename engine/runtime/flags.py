@@ -64,9 +64,14 @@ def flag(
         distinct: of a list: none may come twice.
     """
     metadata = {
-        "help": help, "affects": tuple(affects), "choices": choices, "short": short, "scales": scales,
-        "range": Range(least, above, most, below), "distinct": distinct,
-    }  # fmt: skip
+        "help": help,
+        "affects": tuple(affects),
+        "choices": choices,
+        "short": short,
+        "scales": scales,
+        "range": Range(least, above, most, below),
+        "distinct": distinct,
+    }
     return dataclasses.field(default=default, metadata=metadata)
 
 

@@ -47,7 +47,9 @@ def require_run_folder(path: Path) -> None:
     args, stages = (_json_object(path / name) for name in ("args.json", "stages.json"))
     is_stage = (isinstance(entry, dict) and "depends_on" in entry for entry in stages.values())
     if not ({"args", "command", "versions"} <= args.keys() or any(is_stage)):
-        raise UserError(f"--save_dir {path} holds files that are no run of this program; give a new folder, or that of a run")
+        raise UserError(
+            f"--save_dir {path} holds files that are no run of this program; give a new folder, or that of a run"
+        )
 
 
 def _json_object(file: Path) -> dict[str, Any]:

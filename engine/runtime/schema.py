@@ -20,7 +20,14 @@ from engine.runtime.flags import Range
 COUNT = (int, Range(least=0))
 SIZE = (int, Range(least=1, most=1_000_000))  # classes, px
 SECONDS = (float, Range(least=0))
-WORDS = {str: "text", bool: "true or false", int: "a whole number", float: "a finite number", dict: "an object", None: "nothing"}
+WORDS = {
+    str: "text",
+    bool: "true or false",
+    int: "a whole number",
+    float: "a finite number",
+    dict: "an object",
+    None: "nothing",
+}
 
 
 class Array(NamedTuple):
@@ -62,7 +69,9 @@ def wrong(value: Any, wanted: Any, place: str = "it") -> str | None:
     if isinstance(wanted, dict):
         return _wrong_field(value, wanted, place)
     if wanted in (int, float):
-        fits = isinstance(value, int if wanted is int else (int, float)) and not isinstance(value, bool) and Range().has(value)
+        fits = (
+            isinstance(value, int if wanted is int else (int, float)) and not isinstance(value, bool) and Range().has(value)
+        )
     else:
         fits = value is None if wanted is None else isinstance(value, wanted)
     return None if fits else f"{place} is {shown(value)}, {WORDS.get(wanted) or wanted.__name__} wanted"
@@ -73,7 +82,10 @@ def _wrong_field(value: Any, wanted: dict, place: str) -> str | None:
         return f"{place} is {shown(value)}, an object wanted"
     inside = "" if place == "it" else f"{place}."
     if str in wanted:
-        named = (wrong(key, str, f"a name in {place}") or wrong(item, wanted[str], f"{inside}{key}") for key, item in value.items())
+        named = (
+            wrong(key, str, f"a name in {place}") or wrong(item, wanted[str], f"{inside}{key}")
+            for key, item in value.items()
+        )
         return next(filter(None, named), None)
     for name, schema in wanted.items():
         key, optional = name.removesuffix("?"), name.endswith("?")

@@ -86,7 +86,9 @@ def require(path: Path, digest: str | None) -> None:
     """Raises a UserError unless a file has this digest; None: that is not known."""
     if digest and (state := (str(path), *_state(path))) not in _checked:
         if digest_of(path) != digest:
-            raise UserError(f"{path} is not what its run has written: its SHA-256 is another; restore it, or train again with --redo")
+            raise UserError(
+                f"{path} is not what its run has written: its SHA-256 is another; restore it, or train again with --redo"
+            )
         _checked.add(state)
 
 

@@ -37,8 +37,40 @@ from tests.kill_and_resume import by_name, stage_now
 KINDS = ("files", "flags", "payloads", "full", "kills")
 LONGER = "--epochs 8"
 AT_ONCE = 40  # inputs a process
-ODD_TEXT = ("", "x", "x" * 300, "a\nb", "../../..", "/dev/null", "{seed}", "é\u2028", "-", "nan", "1,2", ",", "/proc/self/mem", "x:y(z=1)")
-ODD_NUMBERS = ("0", "-1", "1", "2", "3", "0.5", "1e-30", "1e12", "999999999999", "4096", "nan", "inf", "1e999", "0x10", " 1", "1_0")
+ODD_TEXT = (
+    "",
+    "x",
+    "x" * 300,
+    "a\nb",
+    "../../..",
+    "/dev/null",
+    "{seed}",
+    "é\u2028",
+    "-",
+    "nan",
+    "1,2",
+    ",",
+    "/proc/self/mem",
+    "x:y(z=1)",
+)
+ODD_NUMBERS = (
+    "0",
+    "-1",
+    "1",
+    "2",
+    "3",
+    "0.5",
+    "1e-30",
+    "1e12",
+    "999999999999",
+    "4096",
+    "nan",
+    "inf",
+    "1e999",
+    "0x10",
+    " 1",
+    "1_0",
+)
 
 
 def wait(process: int, seconds: float = 600) -> int | None:
@@ -63,8 +95,9 @@ class Campaign:
     def __init__(self, root: Path, seed: int, minutes: float, slow: bool, shown: bool = False):
         self.root, self.seed, self.shown = root, seed, shown
         self.canary, self.counts, self.bad = root / "executed", {}, []
-        with contextlib.nullcontext() if shown else contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(
-            sys.stderr if shown else io.StringIO()
+        with (
+            contextlib.nullcontext() if shown else contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(sys.stderr if shown else io.StringIO()),
         ):
             self.readers = readers.build(root / "whole", slow)
         for name, reader in self.readers.items():  # what is whole is accepted
@@ -85,9 +118,13 @@ class Campaign:
             print(f"!! {name}: {input}: {outcome.kind}\n{outcome.detail}", flush=True)
 
     def batch(
-        self, name: str, inputs: list[tuple[str, Callable[[], str]]], seconds: float = 5, memory: int = MEMORY,
+        self,
+        name: str,
+        inputs: list[tuple[str, Callable[[], str]]],
+        seconds: float = 5,
+        memory: int = MEMORY,
         wanted: tuple[str, ...] = GOOD,
-    ) -> None:  # fmt: skip
+    ) -> None:
         for (input, _), outcome in zip(inputs, run_all(inputs, seconds, self.canary, self.shown, memory)):
             self.note(name, input, outcome, wanted)
 

@@ -91,7 +91,9 @@ def change(value: Any, draw: random.Random, odd: Callable[[Any], Any]) -> Any:
 
 def json_value(data: bytes, draw: random.Random) -> bytes:
     """A JSON text with one value of another kind or size."""
-    raw = draw.choice(("",) * 6 + ("9" * 5000, "[" * 100_000 + "]" * 100_000, '{"a":' * 50_000 + "1" + "}" * 50_000, "1e999"))
+    raw = draw.choice(
+        ("",) * 6 + ("9" * 5000, "[" * 100_000 + "]" * 100_000, '{"a":' * 50_000 + "1" + "}" * 50_000, "1e999")
+    )
     text = json.dumps(change(json.loads(data), draw, lambda value: "RAW" if raw else draw.choice(ODD)))
     return text.replace('"RAW"', raw).encode()
 
@@ -109,7 +111,9 @@ def odd_tensor(tensor: Tensor, draw: random.Random) -> Any:
     kind = draw.randrange(14)
     if kind < 4 and tensor.numel():
         number = (float("nan"), float("inf"), -1.0, 3e38)[kind] if tensor.is_floating_point() else (-1, 2**40, 127, 1)[kind]
-        tensor.view(-1)[draw.randrange(tensor.numel())] = number if tensor.dtype == torch.int64 or tensor.is_floating_point() else 1
+        tensor.view(-1)[draw.randrange(tensor.numel())] = (
+            number if tensor.dtype == torch.int64 or tensor.is_floating_point() else 1
+        )
         return tensor
     if kind == 4:
         return tensor.to(draw.choice((torch.float16, torch.float64, torch.int32, torch.int64, torch.uint8, torch.bool)))
@@ -170,7 +174,9 @@ def safetensors_value(data: bytes, draw: random.Random) -> bytes:
     changed = {name: tensor for name, tensor in tensors.items() if name != key}
     if draw.random() < 0.85:
         odd = odd_tensor(tensors[key], draw)
-        changed[draw.choice((key,) * 6 + ("x",))] = odd.clone() if odd.untyped_storage().nbytes() >= odd.nbytes else odd[:9].clone()
+        changed[draw.choice((key,) * 6 + ("x",))] = (
+            odd.clone() if odd.untyped_storage().nbytes() >= odd.nbytes else odd[:9].clone()
+        )
     return save({name: tensor.contiguous() for name, tensor in changed.items()}, about)
 
 
@@ -185,12 +191,28 @@ def npz_member(data: bytes, draw: random.Random) -> bytes:
     key = draw.choice(list(arrays))
     array = arrays.pop(key)
     huge = f"{{'descr': '{draw.choice(('|u1', '<i8', '<f8'))}', 'fortran_order': False, 'shape': ({draw.choice((10**6, 2**40))}, 32, 32, 3)}}"
-    odd = draw.choice((
-        lambda: npy(huge), lambda: npy(huge, bytes(1000)), lambda: b"text", lambda: b"", lambda: npy("{}"), lambda: npy("(" * 9000),
-        lambda: npy("{'descr': '|O', 'fortran_order': False, 'shape': (1,)}", bytes(64)),
-        array.astype(np.float32), array.astype(np.int16), -array.astype(np.int64), array[:-1], array[None], array[..., :0],
-        array.astype(str), np.array(3), np.array([b"\xff\xfe"] * len(array)), array.reshape(-1), None,
-    ))  # fmt: skip
+    odd = draw.choice(
+        (
+            lambda: npy(huge),
+            lambda: npy(huge, bytes(1000)),
+            lambda: b"text",
+            lambda: b"",
+            lambda: npy("{}"),
+            lambda: npy("(" * 9000),
+            lambda: npy("{'descr': '|O', 'fortran_order': False, 'shape': (1,)}", bytes(64)),
+            array.astype(np.float32),
+            array.astype(np.int16),
+            -array.astype(np.int64),
+            array[:-1],
+            array[None],
+            array[..., :0],
+            array.astype(str),
+            np.array(3),
+            np.array([b"\xff\xfe"] * len(array)),
+            array.reshape(-1),
+            None,
+        )
+    )
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", draw.choice((zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED))) as archive:
         for name, value in arrays.items():
@@ -216,7 +238,9 @@ def text_line(data: bytes, draw: random.Random) -> bytes:
     """A line of a list that is odd, or left out."""
     lines = data.split(b"\n")
     at = draw.randrange(len(lines))
-    odd = draw.choice((b"", b"x", b"\t\t\t", b"a b c", b"a -1", b"a 99999999999999999999", b"/etc/passwd 0", b"\xff\xfe 0", b"a\t"))
+    odd = draw.choice(
+        (b"", b"x", b"\t\t\t", b"a b c", b"a -1", b"a 99999999999999999999", b"/etc/passwd 0", b"\xff\xfe 0", b"a\t")
+    )
     return b"\n".join([*lines[:at], *draw.choice(([odd], [], [odd, lines[at]])), *lines[at + 1 :]])
 
 
@@ -228,11 +252,19 @@ KINDS: dict[str, tuple[Mutator, ...]] = {
 
 def mutate(file: Path, draw: random.Random) -> str:
     """Changes a file; returns how."""
-    mutator = draw.choice(BYTES[: 3 if KINDS.get(file.suffix) and draw.random() < 0.5 else None] + KINDS.get(file.suffix, ()))
+    mutator = draw.choice(
+        BYTES[: 3 if KINDS.get(file.suffix) and draw.random() < 0.5 else None] + KINDS.get(file.suffix, ())
+    )
     data = file.read_bytes()
     try:
         file.write_bytes(mutator(data, draw))
-    except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError):  # a dtype that cannot be saved, no line to change
+    except (
+        RuntimeError,
+        ValueError,
+        TypeError,
+        IndexError,
+        NotImplementedError,
+    ):  # a dtype that cannot be saved, no line to change
         mutator = flip
         file.write_bytes(flip(data, draw))
     return mutator.__name__

@@ -140,7 +140,9 @@ def read_data(name: str) -> Callable[[Path], Any]:
     def read(folder: Path) -> Any:
         splits._train_split_forbidden = False
         info = dataset_info(name, folder, 8)
-        return splits.load_split(info, "test", CPU, workers=0).images, splits.load_split(info, "train", CPU, workers=0).labels
+        return splits.load_split(info, "test", CPU, workers=0).images, splits.load_split(
+            info, "train", CPU, workers=0
+        ).labels
 
     return read
 
@@ -240,7 +242,9 @@ def build(root: Path, slow: bool = True) -> dict[str, Reader]:
     }
     if not slow:
         return readers
-    readers["page"] = Reader(whole, ("result.json", "confusion.json", "metrics.jsonl", "args.json", "bank/*.safetensors"), write_page)
+    readers["page"] = Reader(
+        whole, ("result.json", "confusion.json", "metrics.jsonl", "args.json", "bank/*.safetensors"), write_page
+    )
     kept = ("bank/*", "variants/*", "*.json", "*.pth", "*.jsonl", "*.safetensors", "sha256.txt")
     for method, number in (("dda", 1), ("fast", 1), ("cmi", 1), ("dafl", 1)):
         end, broken = root / f"{method}_whole", root / method
@@ -314,8 +318,13 @@ def hostile(folder: Path, canary: Path) -> list[tuple[str, Callable[[], str]]]:
             archive.writestr("archive/version", "3\n")
             archive.writestr("archive/byteorder", "little")
     for legacy in (True, False):
-        torch.save({"state_dict": payload, "a": payload}, folder / f"saved {legacy}.pth", _use_new_zipfile_serialization=legacy)
-    torch.save({"state_dict": build_network("resnet8", 10).state_dict(), "arch": "os:system", "num_classes": 10}, folder / "arch.pth")
+        torch.save(
+            {"state_dict": payload, "a": payload}, folder / f"saved {legacy}.pth", _use_new_zipfile_serialization=legacy
+        )
+    torch.save(
+        {"state_dict": build_network("resnet8", 10).state_dict(), "arch": "os:system", "num_classes": 10},
+        folder / "arch.pth",
+    )
     code = folder / "net.py"
     code.write_text(f"open({str(canary)!r}, 'w')\n")
     torch.save({"state_dict": {"a": torch.zeros(1)}, "arch": f"{code}:net", "num_classes": 10}, folder / "file.pth")
@@ -330,11 +339,18 @@ def hostile(folder: Path, canary: Path) -> list[tuple[str, Callable[[], str]]]:
             archive.writestr(f"{key}.npy", buffer.getvalue())
         found.append((f"npz {key}", lambda r=root: read_data("mine")(r) and ACCEPTED))
     specs = (
-        f"resnet8(num_classes=open('{canary}','w'))", f"os:open(path='{canary}',flags=65)", f"builtins:open(file='{canary}',mode='w')()",
-        f"resnet8(**[open('{canary}','w')])", f"local-dir:$(touch {canary})", f"resnet8;touch {canary}", f"torch:load(f='{folder}/pickle.pth')",
-    )  # fmt: skip
+        f"resnet8(num_classes=open('{canary}','w'))",
+        f"os:open(path='{canary}',flags=65)",
+        f"builtins:open(file='{canary}',mode='w')()",
+        f"resnet8(**[open('{canary}','w')])",
+        f"local-dir:$(touch {canary})",
+        f"resnet8;touch {canary}",
+        f"torch:load(f='{folder}/pickle.pth')",
+    )
     for spec in specs[:1] + specs[3:]:  # a factory that a flag names is run: that is its user's word
-        found.append((f"--teacher {spec[:20]}", lambda s=spec: load_teacher(s, dataset_info("digits"), CPU, os.devnull) and ACCEPTED))
+        found.append(
+            (f"--teacher {spec[:20]}", lambda s=spec: load_teacher(s, dataset_info("digits"), CPU, os.devnull) and ACCEPTED)
+        )
     for spec in ("os:system", f"{code}:net", "resnet8(depth=open('x','w'))"):
         (root := folder / f"exported {len(found)}").mkdir()
         (root / "config.json").write_text(

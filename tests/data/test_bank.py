@@ -235,7 +235,9 @@ def test_an_appended_shard_comes_back_mapped(tmp_path):
 def test_a_shard_of_another_size_is_named(tmp_path):
     bank = filled(tmp_path)
     save_tensors(bank.shard("synthesize", 3), {"images": torch.zeros(1, 3, 4, 4).byte(), "labels": torch.zeros(1).long()})
-    with pytest.raises(UserError, match="synthesize-000003.*images is a tensor torch.uint8 of 1 x 3 x 4 x 4, .* any x 3 x 8 x 8 wanted"):
+    with pytest.raises(
+        UserError, match="synthesize-000003.*images is a tensor torch.uint8 of 1 x 3 x 4 x 4, .* any x 3 x 8 x 8 wanted"
+    ):
         bank.read("synthesize")
 
 

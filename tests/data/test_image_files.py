@@ -46,14 +46,22 @@ def test_images_that_are_not_square_are_told_of(tmp_path, capsys):
     assert "not square" not in capsys.readouterr().out
     write_image(tmp_path / "test" / "b" / "wide.jpg", (0, 0, 0), (40, 20))
     load(dataset_info("folder", tmp_path))
-    assert f"{dataset_info('folder', tmp_path).name} test: images are not square (one has 40 x 20 px)" in capsys.readouterr().out
+    assert (
+        f"{dataset_info('folder', tmp_path).name} test: images are not square (one has 40 x 20 px)"
+        in capsys.readouterr().out
+    )
 
 
 def test_one_list_of_suffixes(tmp_path):
     for name in ("a.PNG", "b.tiff", "c.gif", "deep/d.webp", ".hidden.png", "e.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("")
-    assert [file.removeprefix(f"{tmp_path}/") for file in image_files(tmp_path)] == ["a.PNG", "b.tiff", "c.gif", "deep/d.webp"]
+    assert [file.removeprefix(f"{tmp_path}/") for file in image_files(tmp_path)] == [
+        "a.PNG",
+        "b.tiff",
+        "c.gif",
+        "deep/d.webp",
+    ]
 
 
 def test_class_folders_by_number_and_by_name(tmp_path):

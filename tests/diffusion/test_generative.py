@@ -86,14 +86,19 @@ def test_a_prior_s_own_classes_take_turns_or_it_is_told_none(paths):
     prior = load_prior(paths["patch_prior"], num_classes=5, guidance_scale=2.0)
     assert prior.condition(labels, turns).tolist() == [10] * 50 and prior.guidance_scale == 1
     assert load_prior(paths["patch_prior"], num_classes=10).classes == "same"
-    assert load_prior(paths["patch_prior"], num_classes=5, class_map=(5, 4, 3, 2, 1)).condition(labels[:2], [0] * 2).tolist() == [5, 4]
+    assert load_prior(paths["patch_prior"], num_classes=5, class_map=(5, 4, 3, 2, 1)).condition(
+        labels[:2], [0] * 2
+    ).tolist() == [5, 4]
     own = load_prior(paths["pixel_unet"], num_classes=5, null_class=0, classes="own")
     assert sorted(own.condition(labels, turns).unique().tolist()) == list(range(1, 11))
     assert load_prior(paths["dit"], num_classes=5).classes == "same"
 
 
 BAD = {
-    "map and own classes": (dict(kind="dit", num_classes=2, class_map=(1, 2), classes="own"), "--prior_classes own otherwise"),
+    "map and own classes": (
+        dict(kind="dit", num_classes=2, class_map=(1, 2), classes="own"),
+        "--prior_classes own otherwise",
+    ),
     "no class without null": (dict(kind="pixel_unet", num_classes=5, classes="none"), "has no null class; .* --null_class"),
     "wrong kind": (dict(kind="image_variation"), "holds a StableDiffusionImageVariationPipeline; wanted: StableDiffusion"),
     "too many classes": (dict(kind="dit", num_classes=12), "dit knows 10 classes, id 10 is none of them .* --class_map"),

@@ -105,10 +105,13 @@ def test_rules_of_known_schedulers():
     import diffusers
 
     expected = {
-        "PNDMScheduler": "dpmsolver++", "DDIMScheduler": "ddim", "EulerDiscreteScheduler": "ddim",
-        "DDPMScheduler": "ancestral", "EulerAncestralDiscreteScheduler": "ancestral",
+        "PNDMScheduler": "dpmsolver++",
+        "DDIMScheduler": "ddim",
+        "EulerDiscreteScheduler": "ddim",
+        "DDPMScheduler": "ancestral",
+        "EulerAncestralDiscreteScheduler": "ancestral",
         "DPMSolverMultistepScheduler": "dpmsolver++",
-    }  # fmt: skip
+    }
     assert {name: own_rule(getattr(diffusers, name)()) for name in expected} == expected
     with pytest.raises(ValueError, match="FlowMatch"):
         scheduler_trajectory(diffusers.FlowMatchEulerDiscreteScheduler(), 4, "cpu")

@@ -73,8 +73,9 @@ def test_a_tiny_prior_from_end_to_end(train, tmp_path, data):
     assert [line["images"] for line in figures] == [8, 16, 24, 32]
     assert ["held_out" in line for line in figures] == [False, True, False, True] and "frechet" not in figures[-1]
     assert sorted(p.name for p in (tmp_path / "prior" / "pictures").iterdir()) == [
-        "samples_000000016.png", "samples_000000032.png"
-    ]  # fmt: skip
+        "samples_000000016.png",
+        "samples_000000032.png",
+    ]
     assert list((tmp_path / "prior").glob("events.*"))
 
 

@@ -62,10 +62,10 @@ def test_a_teacher_of_ten_classes_or_all(classes, name, count, images, command, 
     command("train_scratch", f"{flags} --save_dir {tmp_path / 'run'} --output {output}")
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["dataset"] == f"domainnet_{name}" and 0 <= result["acc1_last"] <= 100
-    assert f"{images} training and {images} test images" in logged(tmp_path / 'run')
+    assert f"{images} training and {images} test images" in logged(tmp_path / "run")
     load_weights(build_network("resnet8", count), output)
     command("train_scratch", f"{flags} --save_dir {tmp_path / 'run'} --output {output}")
-    assert "trained before" in logged(tmp_path / 'run')
+    assert "trained before" in logged(tmp_path / "run")
 
 
 def test_the_classes_are_part_of_the_run(command, data_root, tmp_path):
@@ -101,7 +101,9 @@ def test_the_teacher_script_takes_smaller_flags(command, data_root, tmp_path):
 
 
 def test_the_other_scripts_generate_and_distill(command, teacher_file, data_root, tmp_path):
-    small = f"--teacher resnet8 --student resnet8 --image_size 32 --gpu -1 --teacher_ckpt {teacher_file} --data_root {data_root}"
+    small = (
+        f"--teacher resnet8 --student resnet8 --image_size 32 --gpu -1 --teacher_ckpt {teacher_file} --data_root {data_root}"
+    )
     fewer = "--images_per_class 1 --diffusion_batch_size 5 --num_inference_steps 2 --resolution 32 --adv_steps 1"
     prior, made = tiny_pipelines.stable_diffusion(tmp_path / "prior"), tmp_path / "generated"
     command("datafree_kd", script_command(PUBLISHED[1], f"{small} {fewer} --diffusion_model {prior} --save_dir {made}"))
@@ -128,7 +130,7 @@ def test_a_head_for_other_classes_is_dropped(command, data_root, imagenet_file, 
     flags = f"--model resnet18_imagenet {SMALL.partition('resnet8 ')[2]} --dataset domainnet --domain sketch --lr 0"
     flags += f" --weight_decay 0 --data_root {data_root} --save_dir {tmp_path / 'run'} --output {tmp_path / 'a.pth'}"
     command("train_scratch", f"{flags} --resume {imagenet_file}")
-    assert f"starting from {imagenet_file}, without its head (fc of 1000 classes)" in logged(tmp_path / 'run')
+    assert f"starting from {imagenet_file}, without its head (fc of 1000 classes)" in logged(tmp_path / "run")
     before, checkpoint = load_checkpoint(imagenet_file), load_checkpoint(tmp_path / "a.pth")
     after = checkpoint["state_dict"]
     assert torch.equal(after["conv1.weight"], before["conv1.weight"]) and after["fc.weight"].shape == (10, 512)
@@ -167,7 +169,7 @@ def test_pretrained_weights_come_from_the_cache_or_the_network(command, data_roo
     assert "\n" not in str(caught.value)
     monkeypatch.setattr("torch.hub.download_url_to_file", download)
     command("train_scratch", flags)
-    assert len(fetched) == 1 and len(fetched[0]) == 8 and "without its head (fc of 1000 classes)" in logged(tmp_path / 'run')
+    assert len(fetched) == 1 and len(fetched[0]) == 8 and "without its head (fc of 1000 classes)" in logged(tmp_path / "run")
     command("train_scratch", f"{flags} --redo")
     assert len(fetched) == 1
 

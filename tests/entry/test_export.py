@@ -90,18 +90,36 @@ def test_the_ten_lines_of_the_documentation(runs, export, tmp_path, images, monk
 
 def test_what_the_folder_holds(runs, export, tmp_path):
     export(runs["resnet8"], tmp_path / "student")
-    assert {f.name for f in (tmp_path / "student").iterdir()} == {"README.md", "config.json", "model.safetensors", "network.py"}
+    assert {f.name for f in (tmp_path / "student").iterdir()} == {
+        "README.md",
+        "config.json",
+        "model.safetensors",
+        "network.py",
+    }
     config = json.loads((tmp_path / "student/config.json").read_text())
     info = dataset_info("digits")
     assert config == {
-        "library_name": "datafree_kd", "architecture": "resnet8", "model_args": {}, "num_classes": 10,
-        "class_names": list(info.class_names), "input_size": [3, 32, 32], "mean": list(info.mean), "std": list(info.std),
-    }  # fmt: skip
+        "library_name": "datafree_kd",
+        "architecture": "resnet8",
+        "model_args": {},
+        "num_classes": 10,
+        "class_names": list(info.class_names),
+        "input_size": [3, 32, 32],
+        "mean": list(info.mean),
+        "std": list(info.std),
+    }
     result, card = json.loads((runs["resnet8"] / "result.json").read_text()), (tmp_path / "student/README.md").read_text()
     for wanted in (
-        "| method | deepinv |", result["teacher_digest"], f"{result['acc1_last']:.2f} %", f"{result['acc1_best']:.2f} %",
-        "| external prior | none |", result["command"], "license: other  # fill in", "Licences", "library_name: datafree_kd",
-    ):  # fmt: skip
+        "| method | deepinv |",
+        result["teacher_digest"],
+        f"{result['acc1_last']:.2f} %",
+        f"{result['acc1_best']:.2f} %",
+        "| external prior | none |",
+        result["command"],
+        "license: other  # fill in",
+        "Licences",
+        "library_name: datafree_kd",
+    ):
         assert wanted in card
     assert "{" not in card
 
@@ -111,7 +129,9 @@ def test_the_folder_is_read_back_and_onnx_agrees(student, runs, export, tmp_path
     import onnxruntime
 
     export(runs[student], tmp_path / "student", "--onnx")
-    difference, of = re.search(r"differ from PyTorch's by at most (\S+) on 64 images \((.+)\)", capsys.readouterr().out).groups()
+    difference, of = re.search(
+        r"differ from PyTorch's by at most (\S+) on 64 images \((.+)\)", capsys.readouterr().out
+    ).groups()
     assert float(difference) <= TOLERANCE and of == "random pixels"  # a bank of six images is too small
     wanted = logits_of_run(runs[student], images)
     session = onnxruntime.InferenceSession(str(tmp_path / "student/model.onnx"))
@@ -121,7 +141,10 @@ def test_the_folder_is_read_back_and_onnx_agrees(student, runs, export, tmp_path
     back = open_trained(MODELS, str(tmp_path / "student"))
     assert back.about["image_size"] == 32 and back.about["class_names"] == list(dataset_info("digits").class_names)
     state = back.network.state_dict()
-    assert all(torch.equal(tensor, state[key]) for key, tensor in load_checkpoint(runs[student] / "student.pth")["state_dict"].items())
+    assert all(
+        torch.equal(tensor, state[key])
+        for key, tensor in load_checkpoint(runs[student] / "student.pth")["state_dict"].items()
+    )
 
 
 def test_timm_loads_a_student_of_timm(runs, export, tmp_path, images):
@@ -180,7 +203,9 @@ def test_what_is_no_finished_run_is_refused(runs, export, tmp_path):
     state = load_checkpoint(tmp_path / "run/student.pth")
     (tmp_path / "run/sha256.txt").unlink()
     torch.save(state | {"arch": "os:getcwd"}, tmp_path / "run/student.pth")
-    with pytest.raises(UserError, match="is of os:getcwd, and no code is run because a file names it; give --arch 'os:getcwd'"):
+    with pytest.raises(
+        UserError, match="is of os:getcwd, and no code is run because a file names it; give --arch 'os:getcwd'"
+    ):
         export(tmp_path / "run", tmp_path / "out")
 
 
@@ -231,8 +256,19 @@ def test_measures_in_closed_form():
 
 def test_evaluation_of_a_run_against_its_teacher(runs, measure, teacher_file, tmp_path, capsys):
     run = runs["resnet8"]
-    measure(run, "--dataset", "digits", "--image_size", 32, "--against", teacher_file, "--csv", tmp_path / "p.csv",
-            "--json", tmp_path / "f.json")  # fmt: skip
+    measure(
+        run,
+        "--dataset",
+        "digits",
+        "--image_size",
+        32,
+        "--against",
+        teacher_file,
+        "--csv",
+        tmp_path / "p.csv",
+        "--json",
+        tmp_path / "f.json",
+    )
     figures, result = json.loads((tmp_path / "f.json").read_text()), json.loads((run / "result.json").read_text())
     assert figures["acc1"] == result["acc1_last"] and figures["teacher_acc1"] == result["teacher_acc1"]
     rows = [line.split(",") for line in (tmp_path / "p.csv").read_text().splitlines()]

@@ -81,7 +81,9 @@ def test_each_tree_has_files_and_rows_of_its_own(train, distill_from, tmp_path, 
     for name, extra in (("two", ""), ("three", ""), ("other", "--name mine")):
         train(name, extra)
         distill_from(name, f"{STREAM} {extra}")
-    assert {p.name for p in Path("checkpoints/pretrained").iterdir()} == {f"{n}_resnet8.pth" for n in ("two", "three", "mine")}
+    assert {p.name for p in Path("checkpoints/pretrained").iterdir()} == {
+        f"{n}_resnet8.pth" for n in ("two", "three", "mine")
+    }
     assert {p.name for p in Path("checkpoints/scratch").iterdir()} == {f"{n}_resnet8" for n in ("two", "three", "mine")}
     runs = {n: Path(f"checkpoints/dafl/{n}_resnet8_resnet8_seed0") for n in ("two", "three", "mine")}
     assert set(Path("checkpoints/dafl").iterdir()) == set(runs.values())
@@ -93,9 +95,7 @@ def test_each_tree_has_files_and_rows_of_its_own(train, distill_from, tmp_path, 
         assert student["class_names"] == [f"class{k}" for k in range(3 if name == "three" else 2)]
         assert student["dataset"] == name and len(student["mean"]) == len(student["std"]) == 3
     table = report.rows_of(report.group(report.collect([Path("checkpoints")])))
-    assert sorted((r["dataset"], r["method"]) for r in table) == sorted(
-        (n, m) for n in runs for m in ("real data", "dafl")
-    )
+    assert sorted((r["dataset"], r["method"]) for r in table) == sorted((n, m) for n in runs for m in ("real data", "dafl"))
 
 
 @pytest.mark.parametrize("flags", [STREAM, BANK, CONTROL], ids=["streams", "bank", "control"])
@@ -128,8 +128,10 @@ def test_a_run_of_an_earlier_version_is_refused(train, distill_from, tmp_path):
     train("two", "--output teacher.pth --save_dir teacher")
     flags = f"{STREAM} --teacher_ckpt teacher.pth --save_dir run"
     distill_from("two", flags)
-    for file, again in (("run/stages.json", lambda: distill_from("two", flags)),
-                        ("teacher/stages.json", lambda: train("two", "--output teacher.pth --save_dir teacher"))):  # fmt: skip
+    for file, again in (
+        ("run/stages.json", lambda: distill_from("two", flags)),
+        ("teacher/stages.json", lambda: train("two", "--output teacher.pth --save_dir teacher")),
+    ):
         record = read_json(Path(file))
         for entry in record.values():
             del entry["depends_on"]["data_root"]
@@ -167,7 +169,10 @@ def test_a_teacher_is_normalized_as_it_was_trained(command, tmp_path, capsys):
     )
     command("datafree_kd", run)
     assert read_json(tmp_path / "run" / "result.json")["teacher_acc1"] == pytest.approx(trained, abs=0.01)
-    assert "teacher resnet8 normalizes with mean 0.1,0.1,0.1 (from the checkpoint)" in (tmp_path / "run" / "log.txt").read_text()
+    assert (
+        "teacher resnet8 normalizes with mean 0.1,0.1,0.1 (from the checkpoint)"
+        in (tmp_path / "run" / "log.txt").read_text()
+    )
     command("datafree_kd", f"{run} --teacher_mean {odd[0]}")  # the same by flag
     with pytest.raises(UserError, match="--teacher_mean 0.1,0.1,0.1, now 0.5,0.5,0.5"):
         command("datafree_kd", f"{run} --teacher_mean 0.5,0.5,0.5")

@@ -16,9 +16,17 @@ pytest.importorskip("onnxruntime")
 
 def line(**values):
     base = {
-        "dataset": "digits", "teacher": "t", "teacher_digest": "d", "seed": 0, "acc1_fp32": 99.0, "test_images": 10,
-        "calibration": "random noise", "images": 5, "weight_bits": 8, "acc1": 50.0,
-    }  # fmt: skip
+        "dataset": "digits",
+        "teacher": "t",
+        "teacher_digest": "d",
+        "seed": 0,
+        "acc1_fp32": 99.0,
+        "test_images": 10,
+        "calibration": "random noise",
+        "images": 5,
+        "weight_bits": 8,
+        "acc1": 50.0,
+    }
     return base | values
 
 
@@ -64,7 +72,9 @@ def test_the_command_measures_a_teacher_on_digits(command, tmp_path, teacher_fil
     assert {(found["calibration"], found["weight_bits"]) for found in lines} == {
         (kind, bits) for kind in ("random noise", "bank", "real images") for bits in (8, 4)
     }
-    assert {(found["images"], found["test_images"]) for found in lines} == {(20, 70)} and "| digits | resnet8 |" in table.read_text()
+    assert {(found["images"], found["test_images"]) for found in lines} == {
+        (20, 70)
+    } and "| digits | resnet8 |" in table.read_text()
 
 
 def test_a_bank_of_another_teacher_is_refused(command, tmp_path, teacher_file):

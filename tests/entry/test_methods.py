@@ -149,9 +149,7 @@ def test_images_that_stay_in_their_shards_make_the_same_student(distill, tmp_pat
     assert outcome(tmp_path) == expected and "in mapped shards" in log and "peak memory" in log.splitlines()[-1]
 
 
-@pytest.mark.parametrize(
-    "method", [m for m in METHODS if "bn" in resolve(registry.METHODS[m]).Config.__dataclass_fields__]
-)
+@pytest.mark.parametrize("method", [m for m in METHODS if "bn" in resolve(registry.METHODS[m]).Config.__dataclass_fields__])
 def test_a_teacher_without_batch_norm(method, command, tmp_path):
     """One line that names the methods which need no BN statistics; with --bn 0 the method runs."""
     from tests.plain_network import plain
@@ -174,8 +172,6 @@ def test_counts_below_one_are_one_line(method, distill, tmp_path):
     """Of student and synthesis steps alike."""
     with pytest.raises(UserError, match="--epochs 0 found, a whole number from 1 on wanted"):
         distill(method, tmp_path, "--epochs 0")
-    for name in {"g_steps", "synthesis_batch_size"} & set(
-        resolve(registry.METHODS[method]).Config.__dataclass_fields__
-    ):
+    for name in {"g_steps", "synthesis_batch_size"} & set(resolve(registry.METHODS[method]).Config.__dataclass_fields__):
         with pytest.raises(UserError, match=f"--{name} 0 found, a whole number from [12] on wanted"):
             distill(method, tmp_path, f"--{name} 0")

@@ -20,7 +20,9 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("data", [b"", b"eeee", b"some text, no checkpoint", bytes(100), bytes(range(256))])
 def test_garbage_is_called_no_checkpoint(data, tmp_path):
     (tmp_path / "g.pth").write_bytes(data)
-    with pytest.raises(UserError, match="g.pth cannot be read: it is no whole file that torch.save has written; a file with"):
+    with pytest.raises(
+        UserError, match="g.pth cannot be read: it is no whole file that torch.save has written; a file with"
+    ):
         load_checkpoint(tmp_path / "g.pth")
 
 
@@ -59,7 +61,17 @@ def test_arguments_of_a_factory(spec, expected):
 
 @pytest.mark.parametrize(
     "text",
-    ["f(3)", "f(depth=open('x'))", "f(**{'a': 1})", "f(depth=3", "f)(", "f(a=1)(b=2)", "f(a=1).g()", "f(a=1) + g()", "f(a=__import__('os'))"],
+    [
+        "f(3)",
+        "f(depth=open('x'))",
+        "f(**{'a': 1})",
+        "f(depth=3",
+        "f)(",
+        "f(a=1)(b=2)",
+        "f(a=1).g()",
+        "f(a=1) + g()",
+        "f(a=__import__('os'))",
+    ],
 )
 def test_nothing_but_literals_by_name_is_taken(text):
     with pytest.raises(UserError, match="arguments are given by name, with literal values") as caught:

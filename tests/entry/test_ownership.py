@@ -78,7 +78,9 @@ def test_a_run_deletes_its_own_temporary_files_only(tmp_path):
     for folder in (run, run / "bank", run / "variants", run / "pictures"):
         (folder / OURS).write_text("half a file")
     open_and_close(run)
-    assert {k: v for k, v in tree(tmp_path).items() if k != "run/args.json"} == {k: v for k, v in before.items() if k != "run/args.json"}
+    assert {k: v for k, v in tree(tmp_path).items() if k != "run/args.json"} == {
+        k: v for k, v in before.items() if k != "run/args.json"
+    }
 
 
 @pytest.mark.parametrize("name", ["bank", "variants", "pictures"])
@@ -160,7 +162,9 @@ def test_redo_deletes_nothing_through_a_link(link, distill, copied, tmp_path):
     with pytest.raises(UserError, match=f"{link} is a link"):
         distill("csd", run, "--redo synthesize")
     after = tree(tmp_path)
-    assert all(after[k] == v for k, v in before.items() if k.endswith((".safetensors", ".pth", "result.json", "stages.json")))
+    assert all(
+        after[k] == v for k, v in before.items() if k.endswith((".safetensors", ".pth", "result.json", "stages.json"))
+    )
 
 
 def test_trained_weights_replace_no_other_file(command, tmp_path):

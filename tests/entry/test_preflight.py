@@ -64,7 +64,11 @@ def test_without_a_real_image_a_bank_tells_of_agreement(distill, teacher_file, t
     distill("csd", tmp_path / "runs" / "pens", UNSEEN)
     run = tmp_path / "runs" / "pens"
     result, log = json.loads((run / "result.json").read_text()), (run / "log.txt").read_text()
-    assert not [name for name in result if "acc1" in name] and "acc1" not in log and "acc1" not in (run / "metrics.jsonl").read_text()
+    assert (
+        not [name for name in result if "acc1" in name]
+        and "acc1" not in log
+        and "acc1" not in (run / "metrics.jsonl").read_text()
+    )
     assert "its accuracy is not known (--no_test)" in log and "agreement with the teacher" in log
     assert "test images" not in result["dataset_identity"]
 

@@ -258,8 +258,11 @@ def test_another_number_of_processes_goes_on(name, folder):
     assert "going on after round 1 of 2" in (folder / name / "log.txt").read_text()
     lines = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
     assert [(line["stage"], line["round"]) for line in lines] == [
-        ("synthesize", 0), ("synthesize", 1), ("distill", 0), ("distill", 1)
-    ]  # fmt: skip
+        ("synthesize", 0),
+        ("synthesize", 1),
+        ("distill", 0),
+        ("distill", 1),
+    ]
 
 
 def test_shares_are_a_whole_batch():
@@ -275,9 +278,7 @@ def test_shares_are_a_whole_batch():
     task = make_task(training_split=lambda: split)
     real = RealImages(task)
     for batches in (lambda **share: transfer.batches(12, lambda x: x, **share), lambda **share: real.batches(12, **share)):
-        whole, *parts = (
-            batches(seed=5, **share) for share in ({}, {"rank": 0, "count": 2}, {"rank": 1, "count": 2})
-        )  # fmt: skip
+        whole, *parts = (batches(seed=5, **share) for share in ({}, {"rank": 0, "count": 2}, {"rank": 1, "count": 2}))
         for _ in range(3):
             labels, (first, second) = next(whole)[1], (next(part)[1] for part in parts)
             assert torch.equal(torch.stack([first, second], 1).flatten(), labels)
@@ -291,8 +292,12 @@ def test_a_batch_that_cannot_be_shared_ends_all_with_one_line(teacher_file, tmp_
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
         [*launcher, "datafree_kd.py", "--method", "csd", *flags.split()],
-        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=100,
-    )  # fmt: skip
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
     assert done.returncode != 0 and re.search(r"exitcode +: 2 ", done.stderr), done.stderr
     assert [line for line in done.stderr.splitlines() if line.startswith("error: ")] == [
         "error: --batch_size 7 cannot be shared by 2 processes; give a multiple of 2, like 8"

@@ -112,7 +112,9 @@ def test_a_student_that_diverges_in_the_last_step_is_not_saved(distill, tmp_path
 
     with monkeypatch.context() as patch:
         patch.setattr(engine.loops.distill.Distillation, "student_steps", diverging)
-        with pytest.raises(UserError, match="distill.pth is not written: .* became NaN or infinite; what was written before is"):
+        with pytest.raises(
+            UserError, match="distill.pth is not written: .* became NaN or infinite; what was written before is"
+        ):
             distill("csd", tmp_path / "run")
     assert not (tmp_path / "run/student.pth").exists() and load_checkpoint(tmp_path / "run/distill.pth")["round"] == 1
 
@@ -153,7 +155,7 @@ def test_a_checkpoint_of_odd_values_is_one_line(name, distill, copied):
         distill("csd", folder)
 
 
-@pytest.mark.parametrize("text", ["9" * 5000, "[" * 100_000, "NaN", "1e999", "-Infinity", "\"a"])
+@pytest.mark.parametrize("text", ["9" * 5000, "[" * 100_000, "NaN", "1e999", "-Infinity", '"a'])
 def test_json_that_is_none(text, tmp_path):
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(UserError, match="a.json is not readable JSON"):
@@ -164,7 +166,13 @@ def test_json_that_is_none(text, tmp_path):
 
 def test_tensors_of_odd_kinds(tmp_path):
     whole = torch.ones(3, 3)
-    for odd in (whole.to(torch.float8_e4m3fn), whole.to_sparse(), whole.to("meta"), whole * float("nan"), torch.zeros(1).expand(2**40)):
+    for odd in (
+        whole.to(torch.float8_e4m3fn),
+        whole.to_sparse(),
+        whole.to("meta"),
+        whole * float("nan"),
+        torch.zeros(1).expand(2**40),
+    ):
         torch.save({"a": odd}, tmp_path / "a.pth")
         with pytest.raises(UserError, match="a.pth has (a tensor|NaN)"):
             load_checkpoint(tmp_path / "a.pth")
@@ -174,7 +182,12 @@ def test_tensors_of_odd_kinds(tmp_path):
 
 def test_a_column_of_another_kind_is_one_line(tmp_path):
     bank = ImageBank(tmp_path, Manifest("debug", 3, 4))
-    for columns in ({"labels": torch.zeros(2)}, {"labels": torch.zeros(1).long()}, {"source_index": torch.tensor([-1, 0])}, {"labels": None}):
+    for columns in (
+        {"labels": torch.zeros(2)},
+        {"labels": torch.zeros(1).long()},
+        {"source_index": torch.tensor([-1, 0])},
+        {"labels": None},
+    ):
         tensors = {"images": torch.zeros(2, 3, 4, 4).byte(), "labels": torch.zeros(2).long()} | columns
         save_tensors(bank.shard("synthesize", 0), {name: tensor for name, tensor in tensors.items() if tensor is not None})
         with pytest.raises(UserError) as caught:

@@ -13,9 +13,19 @@ from engine.runtime.errors import UserError
 def write_result(folder, **values):
     folder.mkdir(parents=True)
     base = {
-        "method": "m", "dataset": "d", "teacher": "t", "student": "s", "seed": 0, "external_prior": "none", "acc1_last": 90.0,
-        "acc1_best": 91.0, "acc1_mean": 80.0, "student_steps": 100, "bank_images": 5, "seconds": {"synthesize": 10.0, "distill": 20.0},
-    }  # fmt: skip
+        "method": "m",
+        "dataset": "d",
+        "teacher": "t",
+        "student": "s",
+        "seed": 0,
+        "external_prior": "none",
+        "acc1_last": 90.0,
+        "acc1_best": 91.0,
+        "acc1_mean": 80.0,
+        "student_steps": 100,
+        "bank_images": 5,
+        "seconds": {"synthesize": 10.0, "distill": 20.0},
+    }
     (folder / "result.json").write_text(json.dumps(base | values))
     lines = [{"stage": "distill", "round": k, "acc1": 50.0 + k, "student_steps": 50 * (k + 1)} for k in range(2)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -92,7 +102,9 @@ def test_other_data_teachers_or_banks_are_other_rows(name, one, other, method, t
             write_result(tmp_path / f"{k}{seed}", method=method, seed=seed, settings=settings, acc1_last=50.0 + k)
     found = rows(tmp_path)
     assert [(r["seeds"], r["acc1 last"]) for r in found] == [("0,1", "50.00 ± 0.00"), ("0,1", "51.00 ± 0.00")]
-    assert [r["method"].partition(" ")[2] for r in found] == [f"{'data ' * (method == 'scratch')}--{name} {v}" for v in (one, other)]
+    assert [r["method"].partition(" ")[2] for r in found] == [
+        f"{'data ' * (method == 'scratch')}--{name} {v}" for v in (one, other)
+    ]
     report.table(report.parse([str(tmp_path)]))
     assert not capsys.readouterr().err
 

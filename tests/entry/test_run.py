@@ -116,9 +116,10 @@ def test_pretrained_priors_make_the_variants(prior, distill, tmp_path):
     clip = tiny_pipelines.clip(tmp_path / "tiny-clip")
     kind = prior if prior in ("image_variation", "image_to_image") else "image_to_image"
     distill(
-        "dda", tmp_path / "run",
+        "dda",
+        tmp_path / "run",
         f"--prior {kind} --diffusion_model {model} --variants 1 --num_inference_steps 2 --embedding clip --embedding_model {clip} {extra}",
-    )  # fmt: skip
+    )
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["external_prior"] == "tiny-clip + tiny-diffusion" and result["variants"] == 12
     assert (tmp_path / "run" / "filter_clip-tiny-clip.safetensors").exists()

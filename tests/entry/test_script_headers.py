@@ -26,7 +26,13 @@ def result(command, bank_command="", **values):
     banks = datafree_kd.parse((bank_command or command).split())[2]
     made = stage_flags("synthesize", *banks) | stage_flags("augment", *groups) | stage_flags("distill", *groups)
     names = {"method": command.split()[1], "dataset": "cifar10", "teacher": "wrn40_2", "student": "wrn16_1"}
-    base = names | {"machine": "a machine", "seed": 0, "acc1_last": 70.0, "seconds": {"distill": 5400.0}, "settings": json.loads(json.dumps(made))}
+    base = names | {
+        "machine": "a machine",
+        "seed": 0,
+        "acc1_last": 70.0,
+        "seconds": {"distill": 5400.0},
+        "settings": json.loads(json.dumps(made)),
+    }
     return base | values
 
 

@@ -146,7 +146,15 @@ def test_several_processes_make_the_bank_of_one(tmp_path, count, learns_from):
     others = [
         threading.Thread(
             target=fill,
-            args=(None, None, None, "generate", ORDER.rounds, lambda: GuidedMaker(Scribbler(learns_from), ORDER), Thread(rank, queues)),
+            args=(
+                None,
+                None,
+                None,
+                "generate",
+                ORDER.rounds,
+                lambda: GuidedMaker(Scribbler(learns_from), ORDER),
+                Thread(rank, queues),
+            ),
         )
         for rank in range(1, count)
     ]

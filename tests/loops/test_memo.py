@@ -80,7 +80,11 @@ def test_questions_come_in_full_blocks_and_once():
     memo.prepare(keys)
     memo.prepare(torch.tensor([[3, 9, 0, 1]]))
     assert len(blocks) == 3 and 1 in blocks[2] and torch.equal(memo(torch.tensor([1, 3])), numbers(torch.tensor([1, 3])))
-    assert memo.questions == 20 and memo.asked == memo.used == 7 and "65.0 % were answered before; 7 answers" in memo.description
+    assert (
+        memo.questions == 20
+        and memo.asked == memo.used == 7
+        and "65.0 % were answered before; 7 answers" in memo.description
+    )
 
 
 def test_beyond_the_bound_it_keeps_what_it_has():

@@ -91,7 +91,9 @@ def test_a_round_of_a_bank_tells_what_is_left(tmp_path, monkeypatch):
 
         def make(self, round, share, show):
             clock.now += self.seconds
-            return {0: Part({"images": torch.zeros(2, 3, 4, 4, dtype=torch.uint8), "labels": torch.zeros(2, dtype=torch.long)})}
+            return {
+                0: Part({"images": torch.zeros(2, 3, 4, 4, dtype=torch.uint8), "labels": torch.zeros(2, dtype=torch.long)})
+            }
 
     for name, seconds in (("slow", 100.0), ("quick", 10.0)):
         Slow.seconds = seconds
@@ -107,7 +109,9 @@ def test_a_round_of_a_bank_tells_what_is_left(tmp_path, monkeypatch):
 def test_spaced_images_are_the_stored_ones(mapped, monkeypatch):
     monkeypatch.setattr("engine.data.memory.memory_limit", lambda device: 0 if mapped else 10**9)
     transfer = TransferSet(20, 4, CPU)
-    transfer.add((torch.arange(11)[:, None, None, None] * 5).expand(-1, 3, 4, 4).to(torch.uint8).contiguous(), torch.zeros(11))
+    transfer.add(
+        (torch.arange(11)[:, None, None, None] * 5).expand(-1, 3, 4, 4).to(torch.uint8).contiguous(), torch.zeros(11)
+    )
     assert transfer.mapped == mapped
     found = torch.cat(list(transfer.spaced(6, 4)))
     assert torch.equal(found[:, 0, 0, 0], torch.tensor([0, 2, 4, 6, 8, 10]) * 5 / 255)

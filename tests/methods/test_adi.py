@@ -8,14 +8,7 @@ from torch import nn
 
 from datafree.adi import ADI, ADIConfig, ADISynthesizer, competition_loss
 from datafree.base import LowestLoss, balanced_labels
-from datafree.deepinv import (
-    DeepInversion,
-    DeepInversionConfig,
-    DeepInversionSynthesizer,
-    jitter,
-    l2_norm,
-    total_variation,
-)
+from datafree.deepinv import DeepInversion, DeepInversionConfig, DeepInversionSynthesizer, jitter, l2_norm, total_variation
 from engine.runtime.errors import UserError
 from models.classifier import Classifier, frozen
 from tests.conftest import CPU, make_task
@@ -44,8 +37,12 @@ def network_of(wrapped, images):
     """Inputs of both BN layers, features and logits of ``classifier``, layer by layer."""
     net, x = wrapped.network, (images - MEAN) / STD
     first = F.conv2d(x, net[0].weight, net[0].bias)
-    second = F.conv2d(F.batch_norm(first, net[1].running_mean, net[1].running_var, net[1].weight, net[1].bias).relu(),
-                      net[3].weight, net[3].bias, stride=2)  # fmt: skip
+    second = F.conv2d(
+        F.batch_norm(first, net[1].running_mean, net[1].running_var, net[1].weight, net[1].bias).relu(),
+        net[3].weight,
+        net[3].bias,
+        stride=2,
+    )
     last = F.batch_norm(second, net[4].running_mean, net[4].running_var, net[4].weight, net[4].bias).relu()
     features = last.mean((2, 3))
     return first, second, features, features @ net[8].weight.T + net[8].bias
@@ -89,7 +86,10 @@ def test_competition_is_one_minus_js():
 def test_the_gradient_of_the_competition_is_the_published_ones():
     """By differences of the loop above; the divergence the other way round, KL(p || m), has a much shorter gradient."""
     torch.manual_seed(0)
-    student, teacher = (4 * torch.randn(5, 10, dtype=torch.double)).requires_grad_(), 6 * torch.randn(5, 10, dtype=torch.double)
+    student, teacher = (
+        (4 * torch.randn(5, 10, dtype=torch.double)).requires_grad_(),
+        6 * torch.randn(5, 10, dtype=torch.double),
+    )
     found = torch.autograd.grad(competition_loss(student, teacher), student)[0]
     expected, step = torch.zeros(5, 10), 1e-3  # the loss is computed in float32, the loop in double
     for i in range(5):
@@ -241,16 +241,31 @@ def by_hand(config, teacher, student, pixels, moved, labels):
     """Named losses of normalized pixels, and of the same jittered."""
     images = moved * STD + MEAN
     bn, oh = inversion_loss(teacher, images, labels)
-    steps = ((..., slice(1, None)), (..., slice(None, -1))), ((..., slice(1, None), slice(None)), (..., slice(None, -1), slice(None)))
+    steps = (
+        ((..., slice(1, None)), (..., slice(None, -1))),
+        ((..., slice(1, None), slice(None)), (..., slice(None, -1), slice(None))),
+    )
     tv = sum((pixels[after] - pixels[before]).abs().mean() for after, before in steps)
-    tv = tv + (pixels[..., 1:, 1:] - pixels[..., :-1, :-1]).abs().mean() + (pixels[..., 1:, :-1] - pixels[..., :-1, 1:]).abs().mean()
+    tv = (
+        tv
+        + (pixels[..., 1:, 1:] - pixels[..., :-1, :-1]).abs().mean()
+        + (pixels[..., 1:, :-1] - pixels[..., :-1, 1:]).abs().mean()
+    )
     l2 = sum(image.square().sum().sqrt() for image in pixels) / len(pixels)
     p, q = ((network_of(network, images)[3] / 3).softmax(1) for network in (student, teacher))
     m, p, q = (x.clamp(0.01, 0.99) for x in ((p + q) / 2, p, q))
     adv = 1 - ((m * (m / p).log()).sum(1) + (m * (m / q).log()).sum(1)).mean() / 2
     left = statistics_loss(student, images)
     loss = config.oh * oh + config.tv * tv + config.l2 * l2 + config.adv * adv + config.bn * (bn - config.student_bn * left)
-    return {"loss_bn": bn, "loss_oh": oh, "loss_tv": tv, "loss_l2": l2, "loss_adv": adv, "loss_student_bn": left, "loss": loss}
+    return {
+        "loss_bn": bn,
+        "loss_oh": oh,
+        "loss_tv": tv,
+        "loss_l2": l2,
+        "loss_adv": adv,
+        "loss_student_bn": left,
+        "loss": loss,
+    }
 
 
 FULL = ADIConfig(g_steps=3, synthesis_batch_size=8, bn=3.0, oh=5.0, tv=7.0, l2=0.1, adv=13.0, student_bn=0.2, lr_g=0.1)
@@ -260,7 +275,10 @@ def test_every_loss_and_its_gradient():
     teacher, student, labels = classifier(0), classifier(1), torch.arange(8) % 4
     synthesizer, pixels = ADISynthesizer(FULL, teacher, student, task()), torch.randn(8, 3, 16, 16, requires_grad=True)
     moved = pixels.roll((1, -2), (2, 3)).flip(3)
-    losses, expected = synthesizer.losses(pixels, moved, labels, student), by_hand(FULL, teacher, student, pixels, moved, labels)
+    losses, expected = (
+        synthesizer.losses(pixels, moved, labels, student),
+        by_hand(FULL, teacher, student, pixels, moved, labels),
+    )
     assert set(losses) == set(expected)
     for name, value in expected.items():
         torch.testing.assert_close(losses[name], value, rtol=1e-4, atol=1e-5)

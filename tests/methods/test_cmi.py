@@ -185,7 +185,13 @@ def by_hand(teacher, student, head, memory, images, labels):
     t, s = network_of(teacher, images)[3], network_of(student, images)[3]
     agree = t.argmax(1) == s.argmax(1)
     adv = -((t.softmax(1) * (t.log_softmax(1) - s.log_softmax(1))).sum(1) * agree).mean()
-    return {"loss_bn": bn, "loss_oh": oh, "loss_cr": contrast, "loss_adv": adv, "loss": 2 * bn + 3 * oh + 5 * contrast + 7 * adv}
+    return {
+        "loss_bn": bn,
+        "loss_oh": oh,
+        "loss_cr": contrast,
+        "loss_adv": adv,
+        "loss": 2 * bn + 3 * oh + 5 * contrast + 7 * adv,
+    }
 
 
 @pytest.fixture

@@ -183,8 +183,15 @@ def test_the_students_loss_and_its_gradient(sizes):
     objective = AlignedDistillation(CSDConfig(T=4.0, ce=2.0, feat=3.0), student_shape, teacher_shape)
     convolutions = [m for m in objective.align if isinstance(m, nn.Conv2d)]
     assert [tuple(c.weight.shape) for c in convolutions] == [(12, 5, 1, 1), (12, 12, 3, 3), (6, 12, 1, 1)]
-    assert objective.align[-1] is convolutions[-1] and all(c.bias is None for c in convolutions), "nothing after the last one"
-    student, teacher, map_s, map_t = torch.randn(3, 4), torch.randn(3, 4), torch.randn(3, *student_shape), torch.randn(3, *teacher_shape)
+    assert objective.align[-1] is convolutions[-1] and all(c.bias is None for c in convolutions), (
+        "nothing after the last one"
+    )
+    student, teacher, map_s, map_t = (
+        torch.randn(3, 4),
+        torch.randn(3, 4),
+        torch.randn(3, *student_shape),
+        torch.randn(3, *teacher_shape),
+    )
     student.requires_grad_(), map_s.requires_grad_()
     losses = objective(Output(teacher, teacher, None, {}, map_t), Output(student, student, None, {}, map_s), labels)
     p, q = (teacher / 4).softmax(1), (student / 4).softmax(1)

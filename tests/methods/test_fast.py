@@ -102,7 +102,10 @@ def test_every_loss_and_its_gradient(teacher, student):
     average = [torch.randn(5), torch.rand(5)]
     inversion = Inversion(config, teacher, TASK, adv=2.0)
     inversion.average = [tuple(average)]
-    losses, (expected, _) = inversion.losses(images, labels, student), by_hand(config, teacher, student, images, labels, average)
+    losses, (expected, _) = (
+        inversion.losses(images, labels, student),
+        by_hand(config, teacher, student, images, labels, average),
+    )
     assert set(losses) == set(expected) and expected["loss_adv"] < 0
     for name, value in expected.items():
         torch.testing.assert_close(losses[name], value, rtol=1e-4, atol=1e-5)
@@ -143,7 +146,9 @@ def test_two_whole_rounds(is_maml, teacher, student):
         lowest = min(seen, key=lambda pair: pair[0])
         assert batch.scalars["loss_synthesis"].item() == pytest.approx(lowest[0], rel=1e-3) and losses["loss_adv"] < 0
         assert (batch.images - lowest[1]).abs().mean() < 2e-2 * (seen[0][1] - seen[-1][1]).abs().mean()
-        found, expected, before = (torch.cat([p.detach().flatten() for p in g.parameters()]) for g in (synthesizer.generator, meta, start))
+        found, expected, before = (
+            torch.cat([p.detach().flatten() for p in g.parameters()]) for g in (synthesizer.generator, meta, start)
+        )
         assert (found - expected).abs().mean() < 3e-2 * (expected - before).abs().mean()
 
 

@@ -117,10 +117,16 @@ def test_what_timm_says_of_its_weights():
 @pytest.mark.parametrize(
     "spec, message",
     [
-        ("timm:resnet18.a1_in1k", "weights of timm:resnet18.a1_in1k cannot be .*hf download timm/resnet18.a1_in1k .*local-dir:"),
+        (
+            "timm:resnet18.a1_in1k",
+            "weights of timm:resnet18.a1_in1k cannot be .*hf download timm/resnet18.a1_in1k .*local-dir:",
+        ),
         ("timm:resnet1k", "timm has no network 'resnet1k'; did you mean"),
         ("timm:resnet18.none", "timm has no weights 'none' of resnet18; it has .*a1_in1k"),
-        ("hf-hub:nobody/nothing", "config.json of hf-hub:nobody/nothing cannot be fetched.*hf download nobody/nothing config.json"),
+        (
+            "hf-hub:nobody/nothing",
+            "config.json of hf-hub:nobody/nothing cannot be fetched.*hf download nobody/nothing config.json",
+        ),
         ("torchvision:resnet19", "unknown network of torchvision 'resnet19'; did you mean"),
         ("torchvision:resnet18.none", "no such weights; torchvision has IMAGENET1K_V1"),
         ("torchvision:resnet18", "resnet18-f37072fd.pth cannot be fetched .*put it into .*checkpoints under that name"),
@@ -171,7 +177,9 @@ def test_names_of_files():
 
 
 def test_channels_last_is_no_feature_map():
-    network = build_network("timm:swin_tiny_patch4_window7_224(depths=(1, 1, 1, 1), embed_dim=24, num_heads=(1, 1, 1, 1))", 10)
+    network = build_network(
+        "timm:swin_tiny_patch4_window7_224(depths=(1, 1, 1, 1), embed_dim=24, num_heads=(1, 1, 1, 1))", 10
+    )
     classifier = Classifier(network, 10, 224, (0.5,) * 3, (0.5,) * 3)
     assert classifier.feature_map_shape is None and classifier.feature_dim == 192
 
@@ -207,4 +215,3 @@ def test_help_imports_no_library_of_networks():
         "assert not {'timm', 'torchvision', 'huggingface_hub', 'onnx'} & set(sys.modules), 'heavy'"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
-

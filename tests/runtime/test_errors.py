@@ -22,9 +22,13 @@ def test_a_terminated_run_says_how_to_go_on(tmp_path):
     code = "import time\nfrom engine.runtime.errors import run_command\ndef main():\n    print('ready', flush=True)\n    time.sleep(30)\nrun_command(main)"
     for number, expected in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
         process = subprocess.Popen(
-            [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            [sys.executable, "-c", code],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's "&" has it ignored
-        )  # fmt: skip
+        )
         process.stdout.readline()
         time.sleep(0.1)
         process.send_signal(number)

@@ -106,7 +106,10 @@ def test_auto_is_what_the_processor_computes_in(flag, monkeypatch):
 def recorded(folder):
     """The precision in args.json and in the record of every stage."""
     stages = json.loads((folder / "stages.json").read_text())
-    return {json.loads((folder / "args.json").read_text())["args"]["amp"], *(e["depends_on"]["amp"] for e in stages.values())}
+    return {
+        json.loads((folder / "args.json").read_text())["args"]["amp"],
+        *(e["depends_on"]["amp"] for e in stages.values()),
+    }
 
 
 def test_a_run_keeps_on_another_machine_what_it_began_with(distill, tmp_path, monkeypatch):
