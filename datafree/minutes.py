@@ -18,7 +18,6 @@ from engine.loops.pace import duration
 from engine.loops.preflight import synthesis_steps
 from engine.runtime.errors import UserError
 from engine.runtime.files import read_json
-from engine.runtime.precision import Precision
 from engine.runtime.seeding import seed_position
 from engine.runtime.stage_record import show
 from models.classifier import eval_mode, weights_fixed
@@ -56,8 +55,6 @@ def choose_scale(folder: Path, method: Method, groups: list, stages: list[str], 
     minutes, scale = groups[1].minutes, groups[1].scale
     if scale != 1:
         raise UserError(f"--scale {scale:g} and --minutes {minutes:g} found; give one of them, --minutes chooses --scale")
-    if not 0 < minutes < math.inf:
-        raise UserError(f"--minutes {minutes:g} found, a number greater than 0 wanted")
     begun = read_json(folder / "args.json")["args"] if (folder / "args.json").exists() else None
     if begun:
         if begun.get("minutes") != minutes:
@@ -128,7 +125,7 @@ def measure(method: Method, groups: list, stages: list[str]) -> Rates:
         method.objective().to(device),
         synthesizer,
         schedule,
-        Precision(run_flags.amp, device),
+        method.task.precision.fresh(),
     )
     if method.streams:
         batches = synthesizer.batches(schedule.batch_size, seed=run_flags.seed)

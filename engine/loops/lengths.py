@@ -22,7 +22,6 @@ from collections.abc import Collection
 from typing import Any
 
 from engine.loops.settings import DistillFlags
-from engine.runtime.errors import UserError
 
 
 def scaled(groups: list, scale: float, given: Collection[str] = ()) -> list:
@@ -32,11 +31,7 @@ def scaled(groups: list, scale: float, given: Collection[str] = ()) -> list:
         groups: frozen dataclasses of flags, ``DistillFlags`` among them.
         scale: F > 0.
         given: names of flags that the command gives.
-    Raises:
-        UserError: the scale is none.
     """
-    if not 0 < scale < math.inf:
-        raise UserError(f"--scale {scale} found, a number greater than 0 wanted (1: the published lengths)")
     if scale == 1:
         return groups
     return [dataclasses.replace(group, **_lengths(group, math.sqrt(scale), given)) for group in groups]

@@ -196,7 +196,7 @@ MISTAKES = {
     "--amp fp16": "none of auto, no, bf16",
     "--image_sise 8": "did you mean --image_size",
     "--judge missing.pth": "judge missing.pth does not exist",
-    "--lr 1e30": "diverged .*lower --lr",
+    "--lr 1e12": "diverged .*lower --lr",
 }
 
 

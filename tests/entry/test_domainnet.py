@@ -127,7 +127,7 @@ def imagenet_file(tmp_path):
 
 
 def test_a_head_for_other_classes_is_dropped(command, data_root, imagenet_file, tmp_path):
-    flags = f"--model resnet18_imagenet {SMALL.partition('resnet8 ')[2]} --dataset domainnet --domain sketch --lr 0"
+    flags = f"--model resnet18_imagenet {SMALL.partition('resnet8 ')[2]} --dataset domainnet --domain sketch --lr 1e-30"
     flags += f" --weight_decay 0 --data_root {data_root} --save_dir {tmp_path / 'run'} --output {tmp_path / 'a.pth'}"
     command("train_scratch", f"{flags} --resume {imagenet_file}")
     assert f"starting from {imagenet_file}, without its head (fc of 1000 classes)" in logged(tmp_path / "run")

@@ -58,7 +58,7 @@ def test_a_resume_keeps_the_scale(command, teacher_file, tmp_path, monkeypatch):
     "method, extra, message",
     [
         ("noise", "--minutes 1 --scale .5", "give one of them"),
-        ("noise", "--minutes 0", "greater than 0"),
+        ("noise", "--minutes 0", "above 0"),
         ("diffdfkd", "--minutes 1", "this run has generate; give --scale"),
     ],
 )

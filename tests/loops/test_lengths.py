@@ -83,7 +83,7 @@ def test_a_length_that_is_given_is_taken_as_it_is():
 
 @pytest.mark.parametrize("scale", ["0", "-1", "nan", "inf"])
 def test_a_scale_is_a_positive_number(scale):
-    with pytest.raises(UserError, match="--scale .* greater than 0"):
+    with pytest.raises(UserError, match="--scale .* found, a number .*wanted"):
         parse(["--method", "kd", "--scale", scale])
 
 

@@ -139,7 +139,7 @@ def test_upsample_convolution_equals_its_two_parts():
 
 
 def test_generator_of_an_impossible_size():
-    with pytest.raises(ValueError, match="multiple of"):
+    with pytest.raises(UserError, match="multiple of"):
         Generator(8, 30)
 
 

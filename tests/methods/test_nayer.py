@@ -266,7 +266,7 @@ BAD = {
     "g_life": (0, "--g_life 0"),
     "g_loops": (-1, "--g_loops -1 found, a whole number from 0 on wanted"),
     "init_g_loops": (0, "--init_g_loops 0"),
-    "synthesis_batch_size": (1, "--synthesis_batch_size 1 found, a whole number from 2 on wanted"),
+    "synthesis_batch_size": (1, "--synthesis_batch_size 1 found, a whole number from 2 to 1000000 wanted"),
     "label_dim": (0, "--label_dim 0"),
     "bn_mmt": (-0.5, "--bn_mmt -0.5 found"),
 }
