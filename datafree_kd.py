@@ -14,11 +14,9 @@ from functools import partial
 from pathlib import Path
 
 from engine import report
-from engine.loops.lengths import scaled
-from engine.loops.settings import DistillFlags, RunFlags, TaskFlags, for_seed
-from engine.runtime.errors import run_command
+from engine.loops.settings import DistillFlags, RunFlags, TaskFlags, for_seed, scaled
+from engine.runtime.errors import lookup, resolve, run_command
 from engine.runtime.flags import Parser, add_flags, add_list, from_args, given_flags, stage_flags
-from engine.runtime.names import lookup, resolve
 from engine.runtime.processes import is_main, leave_processes
 from registry import DATASETS, METHODS, MODELS, PAIRS, PUBLISHED
 
@@ -69,7 +67,7 @@ def scale_for_minutes(name: str, method_class: type, groups: list, at: Callable[
     Args:
         at: scale -> the flags of such a run.
     """
-    from datafree.build import build_method, run_folder
+    from datafree.base import build_method, run_folder
     from datafree.minutes import choose_scale, trial_groups
     from engine.data.splits import forbid_train_split
     from engine.loops.session import choose_stages
@@ -86,7 +84,7 @@ def scale_for_minutes(name: str, method_class: type, groups: list, at: Callable[
 def run(name: str, method_class: type, groups: list) -> Path:
     """One run with one seed; returns its folder."""
     # Imported after parsing, so that --help and a misspelt flag answer at once.
-    from datafree.build import build_method, run_folder
+    from datafree.base import build_method, run_folder
     from engine.data.bank import Manifest
     from engine.data.splits import forbid_train_split
     from engine.loops import preflight

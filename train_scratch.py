@@ -107,11 +107,11 @@ def main() -> None:
         with_own_weights,
         wrap,
     )
-    from engine.networks.normalization import choose_normalization
     from engine.networks.public import configuration, is_public, published_weights
+    from engine.networks.weights import choose_normalization
     from engine.runtime.precision import Precision, choose_amp, choose_device
+    from engine.runtime.processes import seed_position
     from engine.runtime.run import earlier_value
-    from engine.runtime.seeding import seed_position
 
     if flags.pretrained and (flags.resume or flags.evaluate_only):
         raise UserError(f"--pretrained and {'--resume' if flags.resume else '--evaluate_only'} exclude each other; give one")
@@ -164,8 +164,7 @@ def train_run(
         info: ``engine.data.datasets.DatasetInfo``.
         start: the checkpoint that these are of, None where they are random; ``dropped_head`` says what was left out of it.
     """
-    from engine.data.identity import data_identity
-    from engine.data.splits import load_split
+    from engine.data.splits import data_identity, load_split
     from engine.loops.train import train
     from engine.runtime import sums
     from engine.runtime.compilation import Compiler

@@ -25,9 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from datafree.base import Task
-from datafree.bn_statistics import BNStatistics, bn_loss, collected, layers_with_statistics
 from datafree.deepinv import DISTILL, DeepInversion, DeepInversionConfig, DeepInversionSynthesizer
-from datafree.losses import Terms
+from datafree.losses import BNStatistics, Terms, bn_loss, collected, layers_with_statistics
 from engine.runtime.errors import UserError
 from engine.runtime.flags import flag
 

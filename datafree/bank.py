@@ -19,9 +19,9 @@ from tqdm import tqdm
 
 from engine.data.bank import ImageBank, Manifest, find_bank, read_manifest
 from engine.data.datasets import DatasetInfo, dataset_info
-from engine.data.image_files import class_files, read_images, tell_of_cropping
+from engine.data.pictures import class_files, read_images, tell_of_cropping
 from engine.networks.build import load_teacher
-from engine.networks.normalization import choose_normalization
+from engine.networks.weights import choose_normalization
 from engine.runtime.errors import UserError, run_command
 from engine.runtime.files import atomic_folder, require_new, weights_digest, write_json
 from engine.runtime.flags import Parser

@@ -4,7 +4,7 @@ Config        frozen dataclass of the method's flags (``engine.runtime.flags.fla
 Synthesizer   makes images from the teacher (and the student), one round a call
 Objective     nn.Module: (teacher_out, student_out, labels) -> {"loss": ..., every named term}; ``logits_only = True`` where the
               teacher's logits are all it looks at, so that they can be kept
-Augmenter     optional: varies bank images (``datafree.diffusion.augmenter``)
+Augmenter     optional: varies bank images (``datafree.diffusion.variation``)
 Method        says which stages there are and builds the pieces
 
 ``docs/new_method.md`` makes one from beginning to end. Shared pieces are in ``losses``, ``bn_statistics``, ``generators`` and
@@ -12,21 +12,28 @@ Method        says which stages there are and builds the pieces
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from engine.data.datasets import DatasetInfo
-from engine.data.splits import Split
+from engine.data.crops import Views
+from engine.data.datasets import DatasetInfo, dataset_info
+from engine.data.splits import Split, allow_train_split, load_split
 from engine.data.transfer_set import TransferSet
+from engine.loops.distill import Schedule
+from engine.loops.makers import SynthesisMaker
 from engine.loops.session import Session, Stage
 from engine.loops.stages import Distill, FillBank
-from engine.loops.synthesize import SynthesisMaker
+from engine.networks.build import build_classifier, load_teacher, own_weights, short_name
 from engine.runtime.compilation import Hot
+from engine.runtime.errors import UserError
 from engine.runtime.flags import check_flags
-from engine.runtime.precision import Precision
+from engine.runtime.precision import Precision, choose_amp, choose_device
+from engine.runtime.processes import Processes, seed_position
+from engine.runtime.run import earlier_value
 
 
 @dataclass
@@ -46,7 +53,7 @@ class Task:
     """What a method may know of its surroundings; it never sees the command line and never picks a device.
 
     ``random_view`` maps images (B, 3, H, W) to randomly cropped and flipped ones, one draw an image, differentiably; in a run it
-    is ``engine.data.views.Views``.
+    is ``engine.data.crops.Views``.
     ``precision`` has ``autocast()``, the context in which networks run, and ``fresh()``, which makes one for an optimizer:
     ``fresh().minimize(loss, optimizer)``. Where that outlives a round, its ``state_dict()`` is part of the synthesizer's.
     ``kd_steps`` are the student's steps a round. ``training_split`` opens the real training images (``engine.data.splits.Split``) for a method that has ``reads_train_split``.
@@ -215,3 +222,64 @@ def balanced_labels(count: int, num_classes: int, device: torch.device) -> Tenso
     order = torch.randperm(num_classes, device=device)
     labels = order.repeat(-(-count // num_classes))[:count]
     return labels[torch.randperm(count, device=device)]
+
+
+# From flags to a method with its networks.
+
+
+def run_folder(name: str, groups: list, dataset: str) -> Path:
+    """Where a run of a method on a dataset of that name is kept."""
+    task_flags, run_flags = groups[:2]
+    pair = f"{dataset}_{short_name(task_flags.teacher)}_{short_name(task_flags.student)}"
+    return Path(run_flags.save_dir or Path("checkpoints", name, f"{pair}_seed{run_flags.seed}"))
+
+
+def build_method(
+    name: str,
+    method_class: type[Method],
+    groups: list,
+    schedule: Schedule,
+    processes: Processes,
+    datasets: dict,
+    models: dict,
+) -> Method:
+    """The method with its networks.
+
+    Args:
+        groups: the flags: ``TaskFlags``, ``RunFlags``, ``DistillFlags`` and the method's Config.
+        datasets, models: the tables of ``registry.py``.
+    Raises:
+        UserError: the dataset, the teacher or a flag of the method is not as it should be.
+    """
+    flags, run_flags, _, config = groups
+    device = choose_device(run_flags.gpu)
+    if flags.no_test and method_class.reads_train_split:
+        raise UserError(f"--no_test opens no real image, and {name} learns from them; leave it out")
+    named = flags.dataset, flags.data_root, flags.image_size, flags.domain, flags.classes, flags.name, flags.num_classes
+    info = dataset_info(datasets, *named, unseen=flags.no_test)
+    earlier = earlier_value(run_folder(name, groups, info.name), "amp")
+    precision = Precision(processes.broadcast(choose_amp(run_flags.amp, device, earlier)), device)
+    if own := own_weights(flags.teacher, info.name, flags.teacher_ckpt):
+        info = info.as_known_to(flags.teacher, own, keep_size=flags.image_size is not None)
+    teacher = load_teacher(models, flags.teacher, info, device, flags.teacher_ckpt, flags.teacher_mean, flags.teacher_std)
+    if not info.reader:  # what is known of the dataset's pixels is how the teacher normalizes them
+        info = replace(info, mean=teacher.normalization.mean, std=teacher.normalization.std)
+    seed_position(run_flags.seed, "student")
+    student = build_classifier(models, flags.student, info, device)
+
+    def training_split():
+        if processes.main:
+            print(f"{name} opens the training images of {info.name}: a control, not a data-free method")
+        with allow_train_split():
+            return load_split(info, "train", device)
+
+    task = Task(
+        info=info,
+        device=device,
+        random_view=Views(info.crop_padding, info.flip),
+        precision=precision,
+        kd_steps=schedule.kd_steps,
+        training_split=training_split if method_class.reads_train_split else None,
+        average_gradients=processes.average_gradients,
+    )
+    return method_class(config, teacher, student, task)

@@ -32,14 +32,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from datafree.base import ImageBatch, LowestLoss, Method, Synthesizer, Task, balanced_labels
-from datafree.bn_statistics import BNStatistics, bn_loss, collected
 from datafree.generators import Generator, reset
-from datafree.losses import feature_loss, kd_loss, one_hot_loss, rotation_labels, rotations, weighted_sum
+from datafree.losses import (
+    BNStatistics,
+    bn_loss,
+    collected,
+    feature_loss,
+    kd_loss,
+    one_hot_loss,
+    rotation_labels,
+    rotations,
+    weighted_sum,
+)
 from engine.loops.session import Stage
-from engine.loops.state import begin_momentum
 from engine.runtime.compilation import Hot
 from engine.runtime.errors import UserError
 from engine.runtime.flags import flag
+from engine.runtime.precision import begin_momentum
 from models.classifier import eval_mode
 
 BOTH = ("synthesize", "distill")

@@ -46,14 +46,13 @@ import torch
 from torch import Tensor, nn
 
 from datafree.base import Task
-from datafree.bn_statistics import layers_with_statistics
 from datafree.csd import CSD, CSDConfig
-from datafree.diffusion.augmenter import Augmenter, denoising_steps
-from datafree.diffusion.guidance import Guidance
+from datafree.diffusion.guidance import Guidance, Judgement
 from datafree.diffusion.hub import DTYPES, diffusion_dtype, pipeline_config, prior_name
-from datafree.diffusion.judgement import Judgement
 from datafree.diffusion.patch_unet import load_patch_prior, shipped_prior
+from datafree.diffusion.variation import Augmenter, denoising_steps
 from datafree.filter import DEFAULT_MODELS, EMBEDDINGS, CosineFilter, build_embedding, check_embedding
+from datafree.losses import layers_with_statistics
 from engine.loops.session import Stage
 from engine.loops.stages import Augment, Distill
 from engine.runtime.errors import UserError

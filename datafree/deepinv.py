@@ -30,8 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from datafree.base import ImageBatch, LowestLoss, Method, Synthesizer, Task, balanced_labels
-from datafree.bn_statistics import BNStatistics, bn_loss, collected
-from datafree.losses import KLDistillation, Terms, one_hot_loss, weighted_sum
+from datafree.losses import BNStatistics, KLDistillation, Terms, bn_loss, collected, one_hot_loss, weighted_sum
 from engine.runtime.compilation import Hot
 from engine.runtime.flags import flag
 

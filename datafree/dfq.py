@@ -18,8 +18,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from datafree.base import Task
-from datafree.bn_statistics import BNStatistics, bn_loss, collected
-from datafree.losses import adversarial_loss, balance_loss, one_hot_loss, weighted_sum
+from datafree.losses import BNStatistics, adversarial_loss, balance_loss, bn_loss, collected, one_hot_loss, weighted_sum
 from datafree.stream import DISTILL, GeneratorStream, StreamConfig, StreamingMethod
 from engine.runtime.flags import flag
 

@@ -79,7 +79,7 @@ from datafree.diffusion.priors import CLASSES
 from datafree.diffusion.sampling import RULES
 from datafree.losses import kd_loss
 from engine.data.crops import resized_crop_flip
-from engine.loops.generate import GuidedMaker, Order
+from engine.loops.makers import GuidedMaker, Order
 from engine.loops.session import Session, Stage
 from engine.loops.stages import Distill, FillBank
 from engine.runtime.errors import UserError

@@ -46,9 +46,17 @@ import torch
 from torch import Tensor, nn
 
 from datafree.base import ImageBatch, LowestLoss, Method, Synthesizer, Task, balanced_labels
-from datafree.bn_statistics import BNStatistics, Stats, bn_loss, collected
 from datafree.generators import Generator, reset
-from datafree.losses import KLDistillation, adversarial_loss, one_hot_loss, weighted_sum
+from datafree.losses import (
+    BNStatistics,
+    KLDistillation,
+    Stats,
+    adversarial_loss,
+    bn_loss,
+    collected,
+    one_hot_loss,
+    weighted_sum,
+)
 from engine.loops.session import Stage
 from engine.runtime.compilation import Hot
 from engine.runtime.errors import UserError

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from datafree.diffusion.guidance import Judgement
 from datafree.diffusion.hub import hub_errors, quiet_libraries
-from datafree.diffusion.judgement import Judgement
 from engine.runtime.errors import UserError
 
 Embedding = Callable[[Tensor], Tensor]
@@ -130,13 +130,13 @@ class _PretrainedEmbedding:
 
 @dataclass(frozen=True)
 class CosineFilter:
-    """The filter of a run: ``engine.loops.augment`` calls it.
+    """The filter of a run: ``engine.loops.makers`` calls it.
 
     Args:
         name: of the embedding, for the file of the cosines.
         omega: the least cosine that stays; None: ``calibrated_omega``.
         build: makes the embedding, when it is first needed.
-        judge: what the teacher says of images, ``datafree.diffusion.judgement.Judgement``.
+        judge: what the teacher says of images, ``datafree.diffusion.guidance.Judgement``.
         agree: whether only variants stay to which the teacher gives their source's label.
         check: raises a UserError where it could not be built.
     """

@@ -27,8 +27,8 @@ from engine.report import markdown, replace_table
 from engine.runtime.errors import UserError, run_command
 from engine.runtime.files import atomic_path, weights_digest
 from engine.runtime.flags import Parser
+from engine.runtime.processes import seed_position
 from engine.runtime.run import progress
-from engine.runtime.seeding import seed_position
 from registry import DATASETS, MODELS
 
 BATCH = 100

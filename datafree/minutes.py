@@ -18,7 +18,7 @@ from engine.loops.pace import duration
 from engine.loops.preflight import synthesis_steps
 from engine.runtime.errors import UserError
 from engine.runtime.files import read_json
-from engine.runtime.seeding import seed_position
+from engine.runtime.processes import seed_position
 from engine.runtime.stage_record import show
 from models.classifier import eval_mode, weights_fixed
 

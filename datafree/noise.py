@@ -21,10 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from datafree.base import ImageBatch, Method, Synthesizer, Task
-from datafree.bn_statistics import normalizing_by_batch
-from datafree.losses import KLDistillation
+from datafree.losses import KLDistillation, normalizing_by_batch
 from datafree.stream import unlabelled
-from engine.data.image_files import SUFFIXES, decode_image, image_files, read_images, tell_of_cropping
+from engine.data.pictures import SUFFIXES, decode_image, image_files, read_images, tell_of_cropping
 from engine.data.readers import read_npz_images
 from engine.data.splits import resized
 from engine.data.transfer_set import TransferSet

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from datafree.base import ImageBatch, Method, Synthesizer, Task
 from datafree.losses import KLDistillation
 from datafree.stream import unlabelled
-from engine.data.image_files import read_picture
+from engine.data.pictures import read_picture
 from engine.runtime.errors import UserError
 from engine.runtime.flags import flag
 

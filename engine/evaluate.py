@@ -16,13 +16,12 @@ import torch
 from torch import Tensor
 
 from engine.data.datasets import DatasetInfo, dataset_info
-from engine.data.image_files import image_files
+from engine.data.pictures import image_files
 from engine.data.splits import load_split, read_split
-from engine.loops.evaluate import predict
-from engine.loops.measures import calibration_error, class_accuracy, confusion
+from engine.loops.evaluate import calibration_error, class_accuracy, confusion, predict
 from engine.networks.build import wrap
-from engine.networks.normalization import choose_normalization
 from engine.networks.trained import Trained, open_trained
+from engine.networks.weights import choose_normalization
 from engine.runtime.errors import UserError, run_command
 from engine.runtime.files import atomic_path, write_json
 from engine.runtime.flags import Parser

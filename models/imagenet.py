@@ -21,3 +21,12 @@ vgg11_bn = _factory("vgg11_bn")
 efficientnet_b0 = _factory("efficientnet_b0")
 convnext_tiny = _factory("convnext_tiny")
 vit_b_16 = _factory("vit_b_16")  # 224 px only: its position embedding is fixed
+
+
+# MobileNetV2 (Sandler et al. 2018, arXiv 1801.04381) as this field's CIFAR tables use it.
+#
+# That is torchvision's ImageNet network unchanged, strides included: at 32 px its last feature map is 1x1.
+
+
+def mobilenetv2(num_classes: int) -> nn.Module:
+    return torchvision.models.mobilenet_v2(weights=None, num_classes=num_classes)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from engine.runtime.names import resolve
+from engine.runtime.errors import resolve
 from registry import METHODS
 from tests.conftest import ROOT, TINY, TINY_TASK, build_network, outcome
 

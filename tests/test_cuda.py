@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from datafree.bn_statistics import BNStatistics, bn_loss
+from datafree.losses import BNStatistics, bn_loss
 from engine.runtime.files import load_checkpoint
 from tests.conftest import CPU, TINY, make_classifier
 from tests.tiny_pipelines import patch_prior, stable_diffusion

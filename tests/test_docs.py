@@ -12,7 +12,7 @@ import pytest
 import datafree_kd
 import registry
 import train_scratch
-from datafree.benchmark import loops
+from datafree.benchmark.__main__ import parse as parse_benchmark
 from engine import report
 from engine.runtime.files import load_checkpoint, weights_digest
 from engine.runtime.flags import Parser, add_flags
@@ -78,7 +78,7 @@ def parse(program, arguments):
     elif program == "engine.report":
         report.parse(arguments)
     elif program == "datafree.benchmark":
-        loops.parse(arguments)
+        parse_benchmark(arguments)
     else:
         assert importlib.util.find_spec(program), program
 

@@ -8,7 +8,7 @@ import pytest
 
 import registry
 from engine.loops.settings import DistillFlags, RunFlags, TaskFlags
-from engine.runtime.names import resolve
+from engine.runtime.errors import resolve
 from tests.conftest import ROOT
 
 SOURCES = {p: p.read_text() for room in ("engine", "datafree", "models") for p in ROOT.glob(f"{room}/**/*.py")}

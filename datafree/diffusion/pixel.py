@@ -3,7 +3,7 @@
 A variant is a bank image, noised to time ``strength`` and denoised again (SDEdit, Meng et al. 2021, arXiv 2108.01073) by
 deterministic DDIM, with classifier-free guidance where ``guidance_scale`` is more than 1. At every step the teacher may pull
 it towards its source's label and towards the teacher's BN statistics (``datafree.diffusion.guidance``). Network and formulas
-are those of ``datafree.diffusion.patch_unet``; how it learns stands in ``datafree.diffusion.denoising``.
+are those of ``datafree.diffusion.patch_unet``; how it learns stands in ``datafree.diffusion.sampling``.
 
 Deviations from DDA (Li et al. 2024), which varies images with a pretrained Stable Diffusion and has no teacher in it. The
 prior of ``PixelAugmenter`` knows only what the teacher's bank holds, so it mixes and redraws what was inverted and adds
@@ -25,12 +25,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from datafree.diffusion.augmenter import Augmenter, denoising_steps, seeded_noise
-from datafree.diffusion.denoising import Denoising, Diverged
 from datafree.diffusion.guidance import Guidance
 from datafree.diffusion.patch_unet import PatchUNet
 from datafree.diffusion.priors import PatchPrior
-from datafree.diffusion.variation import resize
+from datafree.diffusion.sampling import Denoising, Diverged
+from datafree.diffusion.variation import Augmenter, denoising_steps, resize, seeded_noise
 from engine.runtime.errors import UserError
 
 WARMUP_STEPS = 100

@@ -7,7 +7,7 @@ takes the file, by its path or, if it lies in ``checkpoints/priors``, by its nam
 it can be used while the training goes on. To resume, run the same command again; a larger --images goes on after the end.
 ``--start FILE`` begins with the weights of such a file.
 
-Loss, network and average are those of ``datafree.diffusion.patch_unet`` and ``datafree.diffusion.denoising``. The learning
+Loss, network and average are those of ``datafree.diffusion.patch_unet`` and ``datafree.diffusion.sampling``. The learning
 rate is constant after a warm-up: how long a machine can be had is often not known, and the average (see there) does what a
 falling rate would do.
 
@@ -35,21 +35,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from datafree.diffusion.augmenter import seeded_noise
-from datafree.diffusion.denoising import Denoising, Diverged
 from datafree.diffusion.patch_unet import PatchUNet, add_noise, denoise, load_patch_prior, save_patch_prior, velocity
-from datafree.diffusion.quality import frechet_distance
+from datafree.diffusion.sampling import Denoising, Diverged
+from datafree.diffusion.variation import seeded_noise
 from engine.data.datasets import DatasetInfo, dataset_info
 from engine.data.pictures import grid
 from engine.data.splits import Split, load_split
-from engine.loops.measures import density_coverage
+from engine.loops.evaluate import density_coverage, frechet_distance
 from engine.networks.build import load_teacher
 from engine.runtime.errors import UserError, run_command
 from engine.runtime.files import load_checkpoint, save_checkpoint
 from engine.runtime.flags import Parser, add_flags, flag, from_args, stage_flags
 from engine.runtime.precision import Precision, choose_amp, choose_device
+from engine.runtime.processes import position_seed, seed_position
 from engine.runtime.run import Run, earlier_value, progress
-from engine.runtime.seeding import position_seed, seed_position
 from models.classifier import Classifier
 from registry import DATASETS, MODELS
 

@@ -1,14 +1,148 @@
-"""Image grids for people."""
+"""Pictures: image files that are read, and grids of images for people."""
 
+import os
+import struct
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.nn import functional as F
+from tqdm import tqdm
 
 from engine.data.bank import to_uint8
+from engine.runtime.errors import UserError
+from engine.runtime.processes import is_main
+
+# Image files in folders, as uint8 tensors: which files are images, and the one function that opens one.
+
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff")
+MOST_PIXELS = 2**26  # of an image file: decoded and converted it takes half a GB
+LONGEST = 8  # times the shorter side; what is beyond is cut off before anything is resized
+
+
+def is_image(name: str) -> bool:
+    """Whether a file of this name is taken for an image; hidden files are not."""
+    return os.path.splitext(name)[1].lower() in SUFFIXES and not name.startswith(".")
+
+
+def image_files(folder: Path | str) -> list[str]:
+    """Every image file below ``folder``, in a fixed order."""
+    found = []
+    for parent, folders, files in os.walk(folder):
+        folders.sort()
+        found += [os.path.join(parent, file) for file in sorted(files) if is_image(file)]
+    return found
+
+
+def read_picture(path: str | Path) -> Tensor:
+    """An image file as it is, (3, H, W) uint8 RGB; of a very long one the middle.
+
+    Raises:
+        UserError: the file is missing, damaged or too large.
+    """
+    return torch.from_numpy(np.array(_open_rgb(path))).permute(2, 0, 1).contiguous()
+
+
+def _open_rgb(path: str | Path) -> Image.Image:
+    """Decoded, RGB, cut to at most ``LONGEST`` times its shorter side."""
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            if width * height > MOST_PIXELS:
+                raise UserError(f"image {path} has {width} x {height} pixels, at most {MOST_PIXELS} wanted; make it smaller")
+            most = LONGEST * min(width, height)
+            if max(width, height) > most:
+                left, top = max(0, width - most) // 2, max(0, height - most) // 2
+                image = image.crop((left, top, left + min(width, most), top + min(height, most)))
+            return image.convert("RGB")
+    except FileNotFoundError:
+        raise UserError(f"image {path} does not exist") from None
+    except (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as error:
+        raise UserError(f"image {path} cannot be decoded: {error}") from None
+
+
+def decode_image(path: str | Path, size: int, crop_fraction: float = 1.0) -> Tensor:
+    """(size, size, 3) uint8 RGB: shorter side to size / crop_fraction, bilinear antialiased, centre crop.
+
+    Raises:
+        UserError: the file is missing, damaged or too large.
+    """
+    image = _open_rgb(path)
+    width, height = image.size
+    scale = max(size, round(size / crop_fraction)) / min(width, height)
+    width, height = max(size, round(width * scale)), max(size, round(height * scale))
+    if image.size != (width, height):
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+    left, top = (width - size) // 2, (height - size) // 2
+    return torch.from_numpy(np.array(image.crop((left, top, left + size, top + size))))
+
+
+def read_images(files: list[str], image_size: int) -> Tensor:
+    """Image files as (N, 3, H, W) uint8; see ``decode_image``.
+
+    Raises:
+        UserError: one cannot be read.
+    """
+    images = torch.empty(len(files), image_size, image_size, 3, dtype=torch.uint8)
+    for row, file in zip(images, tqdm(files, "read images", unit="img", delay=2)):
+        row.copy_(decode_image(file, image_size))
+    return images.permute(0, 3, 1, 2).contiguous()
+
+
+def tell_of_cropping(what: str, size: int, images: np.ndarray | list[str]) -> None:
+    """Prints one line if images are not square: of an array all, of files up to 32 are looked at."""
+    if isinstance(images, np.ndarray):
+        shapes = [(images.shape[2], images.shape[1])]
+    else:
+        shapes = [shape for file in images[:: max(1, len(images) // 32)] if (shape := _image_size(file))]
+    wide = next((shape for shape in shapes if shape[0] != shape[1]), None)
+    if wide and is_main():
+        tqdm.write(
+            f"{what}: images are not square (one has {wide[0]} x {wide[1]} px); each is resized to {size} px on its shorter "
+            "side, and its middle is kept"
+        )
+
+
+def _image_size(file: str) -> tuple[int, int] | None:
+    """(width, height) by the file's header; None where it has none: decoding it will say what is wrong."""
+    try:
+        with Image.open(file) as image:
+            return image.size
+    except (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError):
+        return None
+
+
+def class_files(folder: Path | str, class_names: tuple[str, ...] = ()) -> tuple[list[str], Tensor]:
+    """The files below class folders and their labels (N,).
+
+    A folder's name is the label itself where all names are numbers, so that a class without images leaves its label free.
+    Other names are looked for in ``class_names``; without it they count in alphabetical order.
+
+    Raises:
+        UserError: no class folder, no image in any, or a folder that is no class.
+    """
+    entries = list(Path(folder).iterdir()) if Path(folder).is_dir() else []
+    folders = [f for f in entries if f.is_dir() and not f.name.startswith(".")]
+    names = [f.name for f in folders]
+    if all(name.isdecimal() for name in names):
+        labels = {name: int(name) for name in names}
+    elif set(names) <= set(class_names):
+        labels = {name: class_names.index(name) for name in names}
+    elif class_names:
+        stranger = min(set(names) - set(class_names))
+        known = ", ".join(class_names[:10]) + (", ..." if len(class_names) > 10 else "")
+        raise UserError(f"{folder} has a folder '{stranger}', which is no class; wanted class numbers or names: {known}")
+    else:
+        labels = {name: label for label, name in enumerate(sorted(names))}
+    found = [(file, labels[f.name]) for f in sorted(folders, key=lambda f: labels[f.name]) for file in image_files(f)]
+    if not found:
+        raise UserError(f"{folder} has no class folders with images; wanted {folder}/<class>/<name>.png")
+    return [file for file, _ in found], torch.tensor([label for _, label in found])
+
 
 SHOWN = 64  # px an image is enlarged to, if it is smaller
 LINE = 13  # px of a line of text

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from engine.data.image_files import class_files, image_files
-from engine.data.memory import memory_limit
+from engine.data.bank import memory_limit
+from engine.data.pictures import class_files, image_files
 from engine.runtime.errors import UserError
 
 if TYPE_CHECKING:

@@ -6,9 +6,8 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from engine.data.mapped import MappedImages, prefetch
-from engine.data.memory import home_of
-from engine.data.views import KeyedViews
+from engine.data.bank import MappedImages, home_of, prefetch
+from engine.data.crops import KeyedViews
 
 COPIED_AT_ONCE = 256  # images on their way from the shards to memory
 

@@ -18,21 +18,19 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
+from engine.data.crops import KeyedViews
 from engine.data.pictures import grid
-from engine.data.views import KeyedViews
 from engine.loops.evaluate import check_finite
 from engine.loops.memo import STEPS, Memo
 from engine.loops.pace import StepPace
-from engine.loops.state import DOES_NOT_FIT, OPTIMIZER, begin_momentum, load_optimizer
 from engine.networks.weights import first_line
 from engine.runtime.errors import UserError
 from engine.runtime.files import load_checkpoint, save_checkpoint
 from engine.runtime.flags import Range
-from engine.runtime.precision import Precision
-from engine.runtime.processes import Processes
+from engine.runtime.precision import DOES_NOT_FIT, OPTIMIZER, Precision, begin_momentum, load_optimizer
+from engine.runtime.processes import Processes, position_seed, seed_position
 from engine.runtime.run import Run, Stopwatch, progress
 from engine.runtime.schema import SECONDS, require
-from engine.runtime.seeding import position_seed, seed_position
 from engine.runtime.stage_record import StageRecord
 from models.classifier import Output, weights_fixed
 

@@ -11,8 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from engine.data.datasets import DatasetInfo
-from engine.data.identity import data_identity
-from engine.data.splits import allow_train_split, load_split
+from engine.data.splits import allow_train_split, data_identity, load_split
 from engine.loops.distill import Schedule
 from engine.loops.evaluate import evaluate
 from engine.loops.session import Session, Stage, settle

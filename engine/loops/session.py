@@ -15,9 +15,8 @@ from engine.runtime import sums
 from engine.runtime.compilation import Compiler
 from engine.runtime.errors import UserError
 from engine.runtime.files import delete_files
-from engine.runtime.processes import Processes
+from engine.runtime.processes import Processes, seed_position
 from engine.runtime.run import Run
-from engine.runtime.seeding import seed_position
 from engine.runtime.stage_record import StageRecord, read_record
 
 INITIAL = ("synthesize", "generate")  # the stages that fill the initial bank; a method has one of them or none

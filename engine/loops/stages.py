@@ -8,21 +8,20 @@ import torch
 from torch import Tensor
 
 from engine.data.bank import ImageBank, to_uint8
+from engine.data.crops import KeyedViews, Views
 from engine.data.splits import load_split
 from engine.data.transfer_set import TransferSet
-from engine.data.views import KeyedViews, Views
-from engine.loops import augment, distill
-from engine.loops.evaluate import Accuracy, Agreement, predict
+from engine.loops import distill, makers
+from engine.loops.evaluate import Accuracy, Agreement, confusion, predict
 from engine.loops.fill import STATE, Maker, fill, load_state
-from engine.loops.measures import confusion
 from engine.loops.memo import Memo, check_memo, memo_rows
 from engine.loops.session import Finished, Session, Stage
 from engine.runtime import sums
 from engine.runtime.errors import UserError
 from engine.runtime.files import load_tensors, save_checkpoint, save_tensors, write_json
 from engine.runtime.precision import Precision
+from engine.runtime.processes import position_seed, seed_position
 from engine.runtime.run import peak_memory
-from engine.runtime.seeding import position_seed, seed_position
 
 STREAMED, STREAMED_BYTES = "images.safetensors", 2**25  # of a method that keeps no bank: some of its last images
 
@@ -64,7 +63,7 @@ class Augment(Stage):
 
     Args:
         initial: name of the stage that fills the bank.
-        augmenter: builds ``datafree.diffusion.augmenter.Augmenter``.
+        augmenter: builds ``datafree.diffusion.variation.Augmenter``.
         variants: V, of each image.
         batch_size: images varied together.
         filter: ``datafree.filter.CosineFilter``.
@@ -90,15 +89,15 @@ class Augment(Stage):
 
         def maker() -> Maker:
             device, run = session.device, session.run
-            made = augment.VariantMaker(self.augmenter(), sources, self.variants, self.batch_size, session.seed, device, run)
+            made = makers.VariantMaker(self.augmenter(), sources, self.variants, self.batch_size, session.seed, device, run)
             session.compiler.compile_hot(made.hot(), rounds)
             return made
 
         bank = session.new_bank("variants", self.external_prior)
-        rounds = -(-self.variants * len(sources["labels"]) // augment.SHARD)
+        rounds = -(-self.variants * len(sources["labels"]) // makers.SHARD)
         fill(session.run, session.record, bank, self.name, rounds, maker, session.processes)
         if session.processes.main:
-            augment.filter_variants(session.run, bank.path, sources, bank.read("augment"), self.filter)
+            makers.filter_variants(session.run, bank.path, sources, bank.read("augment"), self.filter)
 
 
 @dataclass(frozen=True)
@@ -144,7 +143,7 @@ class Distill(Stage):
         variants = session.finished("augment", "init_variants", "variants")
         if self.initial not in before:
             self._sources_and_variants(session)
-        stored = augment.stored_scores(session.path, variants.bank.path, self.filter)
+        stored = makers.stored_scores(session.path, variants.bank.path, self.filter)
         if stored is None:
             self.filter.check()
         elif self.filter.omega is not None:
@@ -155,7 +154,7 @@ class Distill(Stage):
             session.new_bank("bank", self.external_prior if self.filter is None else "none")
         if self.filter is not None:
             path = session.finished("augment", "init_variants", "variants").bank.path
-            augment.filter_variants(session.run, path, *self._sources_and_variants(session), self.filter)
+            makers.filter_variants(session.run, path, *self._sources_and_variants(session), self.filter)
 
     def run(self, session: Session) -> None:
         method, run, record, processes, device = (
@@ -287,13 +286,13 @@ class Distill(Stage):
             parts.append((images, labels))
             counts["bank_images"] += len(labels)
         if variants:
-            filtered, columns = load_tensors(augment.filter_file(session.path, self.filter)), variants.columns
+            filtered, columns = load_tensors(makers.filter_file(session.path, self.filter)), variants.columns
             keep = filtered["keep"]
             labels = filtered["teacher_labels"] if self.variant_labels == "teacher" else columns["labels"]
             parts.append((columns["images"][keep], labels[keep]))
             omega = round(filtered["omega"].item(), 4)
             counts |= {"variants": len(keep), "variants_kept": int(keep.sum()), "omega": omega}
-            counts |= {f"variants_{name}": value for name, value in augment.stored_figures(filtered).items()}
+            counts |= {f"variants_{name}": value for name, value in makers.stored_figures(filtered).items()}
         return TransferImages(initial, variants, tuple(parts), counts)
 
     def _synthesizer(self, session: Session, initial: Finished | None) -> Any:

@@ -9,16 +9,15 @@ from torch.nn import functional as F
 
 from engine.data.crops import crop_flip
 from engine.loops.evaluate import check_finite, evaluate
-from engine.loops.state import DOES_NOT_FIT, OPTIMIZER, begin_momentum, load_optimizer
 from engine.networks.weights import first_line
 from engine.runtime.compilation import Compiler
 from engine.runtime.errors import UserError
 from engine.runtime.files import load_checkpoint, save_checkpoint
 from engine.runtime.flags import Range, flag
-from engine.runtime.precision import Precision
+from engine.runtime.precision import DOES_NOT_FIT, OPTIMIZER, Precision, begin_momentum, load_optimizer
+from engine.runtime.processes import seed_position
 from engine.runtime.run import Run, progress
 from engine.runtime.schema import require
-from engine.runtime.seeding import seed_position
 from engine.runtime.stage_record import StageRecord
 
 TRAIN = ("train",)

@@ -14,11 +14,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from engine.networks import public
-from engine.networks.normalization import Normalization, choose_normalization
-from engine.networks.weights import WrongNetwork, first_line, load_weights
-from engine.runtime.errors import UserError
+from engine.networks.weights import Normalization, WrongNetwork, choose_normalization, first_line, load_weights
+from engine.runtime.errors import UserError, lookup, resolve
 from engine.runtime.files import shipped
-from engine.runtime.names import lookup, resolve
 from models.classifier import Classifier, frozen
 
 PRETRAINED = Path("checkpoints/pretrained")

@@ -20,9 +20,8 @@ import torch
 from torch import nn
 
 from engine.networks.weights import first_line, load_weights
-from engine.runtime.errors import UserError
+from engine.runtime.errors import UserError, lookup
 from engine.runtime.files import read_json
-from engine.runtime.names import lookup
 from engine.runtime.schema import SIZE, require
 
 SOURCES = ("timm:", "hf-hub:", "torchvision:", "local-dir:")

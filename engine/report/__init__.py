@@ -1,8 +1,7 @@
 """Results -> tables, and a page to look at. Every table of results is made here; none is typed."""
 
 from engine.report.command import main, parse, table
-from engine.report.layout import markdown, replace_table
 from engine.report.results import collect, group, published, write_lines
-from engine.report.tables import rows_of
+from engine.report.tables import markdown, replace_table, rows_of
 
 __all__ = ["collect", "group", "main", "markdown", "parse", "published", "replace_table", "rows_of", "table", "write_lines"]

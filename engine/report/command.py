@@ -16,10 +16,18 @@ import csv
 from pathlib import Path
 from typing import Any
 
-from engine.report.layout import aligned, markdown, replace_table
-from engine.report.plot import AXES, plot
+from engine.report.curves import AXES, plot
 from engine.report.results import collect, group, warn_of_repeated_seeds, write_lines
-from engine.report.tables import brief_rows, image_rows, rounds_rows, rows_of, what_all_share
+from engine.report.tables import (
+    aligned,
+    brief_rows,
+    image_rows,
+    markdown,
+    replace_table,
+    rounds_rows,
+    rows_of,
+    what_all_share,
+)
 from engine.runtime.errors import UserError
 from engine.runtime.files import atomic_path
 from engine.runtime.flags import Parser

@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from engine.data.bank import ImageBank, find_bank, read_manifest
 from engine.data.datasets import dataset_info
 from engine.data.splits import load_split
-from engine.loops.measures import density_coverage
+from engine.loops.evaluate import density_coverage
 from engine.loops.session import INITIAL
 from engine.loops.stages import STREAMED
 from engine.networks.build import load_teacher, own_weights

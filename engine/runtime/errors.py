@@ -1,6 +1,8 @@
 """How a command ends: the one exception for mistakes that the user can mend, and the wrapper of every entry point."""
 
+import difflib
 import errno
+import importlib
 import logging
 import os
 import re
@@ -11,7 +13,7 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
-from typing import NoReturn
+from typing import Any, NoReturn
 
 EXIT_USER_ERROR = 2
 PATIENCE = 5  # s; see ``follow``
@@ -132,3 +134,25 @@ def run_command(main: Callable[[], None], leave: Callable[[], None] = lambda: No
             end_process(EXIT_USER_ERROR)
         traceback.print_exc()
         end_process(1)
+
+
+# Tables of names, like those of ``registry.py``: finding a row, and importing what it names.
+
+
+def lookup(table: dict[str, Any], name: str, kind: str) -> Any:
+    """The entry ``name`` of a table.
+
+    Raises:
+        UserError: there is none; the message lists the nearest names, or all.
+    """
+    if name in table:
+        return table[name]
+    near = difflib.get_close_matches(name, table, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    raise UserError(f"unknown {kind} '{name}'; {hint}known: {', '.join(sorted(table))}")
+
+
+def resolve(path: str) -> Any:
+    """Imports ``"package.module:attribute"``."""
+    module, _, attribute = path.partition(":")
+    return getattr(importlib.import_module(module), attribute)

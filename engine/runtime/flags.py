@@ -59,7 +59,7 @@ def flag(
 
     Args:
         affects: the stages whose results depend on it. Changing it after one of them has begun is an error.
-        scales: it is a length of a run, which ``--scale`` changes (``engine.loops.lengths``).
+        scales: it is a length of a run, which ``--scale`` changes (``engine.loops.settings``).
         least, above, most, below: the legal values of a number, or of each of a list; see ``Range``.
         distinct: of a list: none may come twice.
     """

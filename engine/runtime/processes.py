@@ -1,5 +1,6 @@
 """Several processes that share a run's work: ``accelerate launch`` or ``torchrun`` start them, on one machine or more."""
 
+import hashlib
 import os
 import warnings
 from collections.abc import Iterable
@@ -147,3 +148,16 @@ def local_rank() -> int:
 def is_main() -> bool:
     """Whether this is the process that prints and writes."""
     return launched_rank() == 0
+
+
+# Randomness as a function of position: what step a run is at decides its numbers, not how it got there.
+
+
+def position_seed(*position: int | str) -> int:
+    """A 63-bit seed that is the same wherever and whenever ``position``, like ("distill", round), is reached."""
+    return int.from_bytes(hashlib.sha256(repr(position).encode()).digest()[:8], "big") >> 1
+
+
+def seed_position(*position: int | str) -> None:
+    """Seeds torch's global random streams (CPU and every GPU) for ``position``."""
+    torch.manual_seed(position_seed(*position))

@@ -26,8 +26,7 @@ from pathlib import Path
 import torch
 
 from engine.loops.settings import DistillFlags, RunFlags, TaskFlags
-from engine.runtime.errors import run_command
-from engine.runtime.names import resolve
+from engine.runtime.errors import resolve, run_command
 from registry import METHODS
 from tests.campaign import readers
 from tests.campaign.sandbox import ACCEPTED, EQUAL, GOOD, MEMORY, ROOM, Outcome, Silent, run_all

@@ -28,7 +28,7 @@ from datafree.diffusion import patch_unet
 from engine import report
 from engine.data import splits
 from engine.data.bank import ImageBank, read_manifest
-from engine.data.image_files import decode_image
+from engine.data.pictures import decode_image
 from engine.networks.trained import open_trained
 from engine.runtime.files import load_checkpoint, weights_digest
 from engine.runtime.run import Run, earlier_value, read_lines
@@ -220,7 +220,7 @@ def build(root: Path, slow: bool = True) -> dict[str, Reader]:
     report.write_lines(lines / "results.jsonl", report.collect([whole]))
     exported = root / "exported"
     with patch.object(sys, "argv", ["export", str(whole), str(exported)]):
-        import engine.export.__main__ as export
+        from engine import export
 
         export.main()
     readers |= {

@@ -14,9 +14,8 @@ import torch
 
 from datafree import bank as bank_module
 from datafree.bank import export_folders
-from engine.data.bank import ImageBank, Manifest, read_manifest, to_uint8
-from engine.data.image_files import class_files, read_images
-from engine.data.mapped import MappedImages, prefetch
+from engine.data.bank import ImageBank, Manifest, MappedImages, prefetch, read_manifest, to_uint8
+from engine.data.pictures import class_files, read_images
 from engine.data.transfer_set import TransferSet
 from engine.runtime.errors import UserError, explain_os_error
 from engine.runtime.files import save_tensors
@@ -243,7 +242,7 @@ def test_a_shard_of_another_size_is_named(tmp_path):
 
 def served(bank, home, monkeypatch, steps=9, **shares):
     """Labels and images of some batches; the last shard joins as a round's would."""
-    monkeypatch.setattr("engine.data.memory.memory_limit", lambda device: 0 if home == "mapped" else 2**40)
+    monkeypatch.setattr("engine.data.bank.memory_limit", lambda device: 0 if home == "mapped" else 2**40)
     transfer = TransferSet(14, 8, torch.device("cpu"))
     assert transfer.mapped == (home == "mapped") and transfer.description.endswith(
         "in mapped shards" if home == "mapped" else "in host memory"
@@ -303,7 +302,7 @@ def test_batches_for_another_device_are_pinned_in_the_thread(limit, monkeypatch)
     """With a device that stands for a GPU."""
     pinned = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(threading.current_thread().name) or self)
-    monkeypatch.setattr("engine.data.memory.memory_limit", lambda device: limit)
+    monkeypatch.setattr("engine.data.bank.memory_limit", lambda device: limit)
     transfer = TransferSet(6, 4, torch.device("meta"))
     transfer.add(torch.zeros(6, 3, 4, 4, dtype=torch.uint8), torch.arange(6))
     images, labels = next(transfer.batches(4, lambda images: images, seed=0))

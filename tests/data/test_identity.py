@@ -5,8 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from engine.data.identity import data_identity
-from engine.data.splits import forbid_train_split
+from engine.data.splits import data_identity, forbid_train_split
 from tests.conftest import dataset_info
 from tests.data.trees import fails, write_folders, write_image, write_npz
 

@@ -3,7 +3,7 @@
 import numpy as np
 from PIL import Image
 
-from engine.data.image_files import class_files, decode_image, image_files
+from engine.data.pictures import class_files, decode_image, image_files
 from tests.conftest import dataset_info
 from tests.data.trees import fails, load, write_folders, write_image, write_npz
 

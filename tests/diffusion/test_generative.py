@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from datafree.diffusion.augmenter import seeded_noise
 from datafree.diffusion.priors import PIPELINES, load_prior
+from datafree.diffusion.variation import seeded_noise
 from engine.runtime.errors import UserError
 from tests import tiny_pipelines
 

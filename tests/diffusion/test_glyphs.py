@@ -10,10 +10,10 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from datafree.diffusion import glyphs
-from datafree.diffusion.augmenter import seeded_noise
 from datafree.diffusion.glyphs import find_fonts, render
 from datafree.diffusion.patch_unet import SHIPPED as FOLDER
 from datafree.diffusion.patch_unet import PatchUNet, denoise, load_patch_prior
+from datafree.diffusion.variation import seeded_noise
 from engine.data.splits import load_split
 from engine.runtime.errors import UserError
 from engine.runtime.files import load_tensors, save_tensors

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from datafree.bn_statistics import BNStatistics, bn_loss
-from datafree.diffusion.augmenter import seeded_generators, seeded_noise
 from datafree.diffusion.guidance import BACKPROP, Guidance, memory_errors
 from datafree.diffusion.guided_sampler import Competitor, GuidedSampler
 from datafree.diffusion.priors import load_prior
+from datafree.diffusion.variation import seeded_generators, seeded_noise
+from datafree.losses import BNStatistics, bn_loss
 from engine.runtime.errors import UserError
 from models.classifier import frozen
 from tests import tiny_pipelines

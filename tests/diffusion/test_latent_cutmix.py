@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from datafree.diffusion.augmenter import seeded_generators
 from datafree.diffusion.guidance import lca_steps
-from datafree.diffusion.latent_cutmix import LARGEST_SHARE, draw_cutmix, seams
+from datafree.diffusion.guided_sampler import LARGEST_SHARE, draw_cutmix, seams
+from datafree.diffusion.variation import seeded_generators
 
 
 def test_cutmix_pastes_boxes_of_partners():

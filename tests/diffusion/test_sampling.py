@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from datafree.diffusion import patch_unet as pixel
-from datafree.diffusion.augmenter import seeded_generators
 from datafree.diffusion.sampling import RULES, Trajectory, cosine_trajectory, own_rule, scheduler_trajectory
+from datafree.diffusion.variation import seeded_generators
 
 
 def trajectories():

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from datafree.benchmark import loops as benchmark
-from datafree.benchmark import measuring
-from datafree.benchmark.loops import Ceilings, Measured
+from datafree.benchmark import __main__ as benchmark
+from datafree.benchmark import loops, measuring
+from datafree.benchmark.measuring import Ceilings, Measured
 from datafree.generators import Generator, reset
 from engine.data.bank import ImageBank, Manifest
 from engine.runtime.errors import UserError
@@ -58,7 +58,7 @@ def test_wrong_flags_are_refused(flags):
 def test_the_plain_generator_is_the_same_map():
     torch.manual_seed(0)
     ours = reset(Generator(8, 16)).eval()
-    plain = benchmark._apart(Generator(8, 16)).eval()
+    plain = loops._apart(Generator(8, 16)).eval()
     plain.load_state_dict(dict(zip(plain.state_dict(), ours.state_dict().values())))
     z = torch.randn(2, 8)
     assert torch.allclose(ours(z), plain(z), atol=1e-5)
@@ -74,7 +74,7 @@ def test_the_compiler_is_given_four_functions_and_what_it_gives_runs(tmp_path):
     before = copy.deepcopy(student.state_dict())
     bank = ImageBank(tmp_path / "bank", Manifest(info.name, info.num_classes, info.image_size))
     bank.append("synthesize", 0, torch.rand(8, 3, 16, 16), torch.zeros(8, dtype=torch.long))
-    ours = benchmark.Ours(info, frozen(teacher), student, bank.read("synthesize"), 4, Precision("no", CPU), compiler)
+    ours = loops.Ours(info, frozen(teacher), student, bank.read("synthesize"), 4, Precision("no", CPU), compiler)
     ours.sample()
     assert calls == []
     ours.distillation()

@@ -12,10 +12,9 @@ import torch
 from PIL import Image
 
 from engine.evaluate import main as evaluate_main
-from engine.export import folder as exported
-from engine.export.__main__ import main as export_main
-from engine.export.onnx_file import TOLERANCE
-from engine.loops.measures import calibration_error, class_accuracy, confusion
+from engine.export import TOLERANCE, network_source
+from engine.export import main as export_main
+from engine.loops.evaluate import calibration_error, class_accuracy, confusion
 from engine.networks.trained import open_trained
 from engine.runtime.errors import UserError
 from engine.runtime.files import load_checkpoint
@@ -170,7 +169,7 @@ def test_an_exported_folder_is_a_teacher(runs, export, command, tmp_path):
 
 @pytest.mark.parametrize("name", [n for n, target in MODELS.items() if not target.startswith("models.imagenet:")])
 def test_the_source_of_every_network_stands_alone(name, tmp_path):
-    text = exported.network_source(MODELS, name)
+    text = network_source(MODELS, name)
     assert not re.search(r"^\s*(from|import) (models|engine|datafree|registry)\b", text, re.MULTILINE)
     (tmp_path / "network.py").write_text(text)
     with torch.device("meta"):
@@ -190,7 +189,7 @@ def test_a_folder_is_whole_or_absent(runs, export, tmp_path, monkeypatch):
     (tmp_path / "mine/notes.txt").write_text("mine")
     with pytest.raises(UserError, match="is there already and is not an empty folder"):
         export(runs["resnet8"], tmp_path / "mine")
-    monkeypatch.setattr("engine.export.onnx_file.TOLERANCE", -1.0)
+    monkeypatch.setattr("engine.export.TOLERANCE", -1.0)
     with pytest.raises(UserError, match=r"differ from PyTorch's by .*at most -1 wanted"):
         export(runs["resnet8"], tmp_path / "student", "--onnx")
     assert [file.name for file in tmp_path.iterdir()] == ["mine"] and len(list((tmp_path / "mine").iterdir())) == 1

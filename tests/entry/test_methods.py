@@ -7,9 +7,8 @@ import pytest
 import torch
 
 import registry
-from engine.runtime.errors import UserError
+from engine.runtime.errors import UserError, resolve
 from engine.runtime.files import load_checkpoint, weights_digest
-from engine.runtime.names import resolve
 from tests.conftest import CPU, TINY, TINY_TASK, build_classifier, dataset_info, load_teacher, make_task, outcome
 
 METHODS = sorted(registry.METHODS)
@@ -86,7 +85,7 @@ def test_stopped_anywhere_it_goes_on_to_the_same_bits(point, distill, tmp_path, 
     """Raises at the n-th write of a shard or a checkpoint, then runs the same command again."""
     expected = outcome(finished("dda"))
     name, n = point.split(":")
-    module = "engine.data.bank" if name == "save_tensors" else "engine.loops.augment" if n == "1" else "engine.loops.distill"
+    module = "engine.data.bank" if name == "save_tensors" else "engine.loops.makers" if n == "1" else "engine.loops.distill"
     with monkeypatch.context() as patch:
         stop_at(patch, module, name, int(n) if module != "engine.loops.distill" else 2)
         with pytest.raises(KeyboardInterrupt):
@@ -143,7 +142,7 @@ def test_every_method_is_one_graph_a_step(method, distill, finished, monkeypatch
 def test_images_that_stay_in_their_shards_make_the_same_student(distill, tmp_path, monkeypatch, finished):
     """Where no memory is free: bank, kept variants and the images of the rounds alike."""
     expected = outcome(finished("dda"))
-    monkeypatch.setattr("engine.data.memory.memory_limit", lambda device: 0)
+    monkeypatch.setattr("engine.data.bank.memory_limit", lambda device: 0)
     distill("dda", tmp_path)
     log = (tmp_path / "log.txt").read_text()
     assert outcome(tmp_path) == expected and "in mapped shards" in log and "peak memory" in log.splitlines()[-1]

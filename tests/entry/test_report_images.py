@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from datafree.bn_statistics import batch_statistics, bn_loss
-from engine.report import images, plot
+from datafree.losses import batch_statistics, bn_loss
+from engine.report import curves, images
 from engine.report.command import main
 from engine.runtime.errors import UserError
 from engine.runtime.files import load_tensors
@@ -125,7 +125,7 @@ def test_lines_are_means_over_seeds_the_best_first():
         [about | {"method": "b", "seed": 0, "history": history(50, 60)}],
         [about | {"method": "c", "seed": 0, "history": [{"acc1": 3.0}]}],
     ]
-    lines = plot.lines_of(groups, "student_steps", folders=False)
+    lines = curves.lines_of(groups, "student_steps", folders=False)
     assert lines == [("b", [10, 20], [50, 60], [50, 60], [50, 60]), ("a", [10, 20], [15, 30], [10, 20], [20, 40])]
 
 

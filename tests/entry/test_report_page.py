@@ -8,12 +8,10 @@ import subprocess
 import pytest
 import torch
 
-from engine.loops.evaluate import predict
-from engine.loops.measures import confusion
+from engine.loops.evaluate import confusion, predict
 from engine.report import command as report_command
-from engine.report.cautions import cautions, cautions_of_all
 from engine.report.curves import bars, curves
-from engine.report.page import contents, one_flag_a_line, sort_key
+from engine.report.page import cautions, cautions_of_all, contents, one_flag_a_line, sort_key
 from engine.report.results import collect, group
 from engine.runtime.run import Run
 from tests.conftest import ROOT

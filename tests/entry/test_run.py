@@ -10,9 +10,8 @@ from PIL import Image
 
 import registry
 from engine.data.splits import load_split
-from engine.runtime.errors import UserError
+from engine.runtime.errors import UserError, resolve
 from engine.runtime.files import load_tensors
-from engine.runtime.names import resolve
 from engine.runtime.run import Run
 from tests import tiny_pipelines
 from tests.conftest import CPU, ROOT, build_network, dataset_info, outcome

@@ -10,7 +10,7 @@ import pytest
 import datafree_kd
 import registry
 from engine.loops.settings import DistillFlags
-from engine.runtime.names import resolve
+from engine.runtime.errors import resolve
 from tests.conftest import ROOT, TINY, TINY_TASK, script_commands
 
 SCRIPTS = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("scripts/*/*.sh"))

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from datafree.base import ImageBatch
 from engine.data.bank import ImageBank, Manifest
 from engine.loops.fill import fill
-from engine.loops.generate import GuidedMaker, Order
+from engine.loops.makers import GuidedMaker, Order
 from engine.runtime.errors import UserError
 from engine.runtime.processes import Processes
 from engine.runtime.run import Run

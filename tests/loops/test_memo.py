@@ -5,8 +5,8 @@ import shutil
 import pytest
 import torch
 
+from engine.data.crops import KeyedViews, Views
 from engine.data.transfer_set import TransferSet
-from engine.data.views import KeyedViews, Views
 from engine.loops import memo as module
 from engine.loops.memo import Memo, check_memo, memo_rows, repeated
 from engine.runtime.errors import UserError
@@ -131,7 +131,7 @@ def test_the_share_of_questions_that_come_again():
 @pytest.mark.parametrize("limit", [0, 2**40])
 def test_a_key_stands_for_the_image_that_came_with_it(limit, monkeypatch):
     """From memory and from shards alike; all that a round will ask is told before it is shown."""
-    monkeypatch.setattr("engine.data.memory.memory_limit", lambda device: limit)
+    monkeypatch.setattr("engine.data.bank.memory_limit", lambda device: limit)
     transfer = TransferSet(9, 6, CPU)
     transfer.add(torch.randint(0, 256, (9, 3, 6, 6), dtype=torch.uint8), torch.arange(9))
     views, told = KeyedViews(Views(1, True), 9), []

@@ -11,10 +11,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from datafree import cmi
-from datafree.bn_statistics import BNStatistics, bn_loss
 from datafree.cmi import CMI, CMIConfig, crop_resize, info_nce, local_views
 from datafree.generators import reset
-from datafree.losses import adversarial_loss, one_hot_loss
+from datafree.losses import BNStatistics, adversarial_loss, bn_loss, one_hot_loss
 from engine.data.crops import crop_flip
 from engine.runtime.errors import UserError
 from tests.conftest import make_task

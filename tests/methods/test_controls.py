@@ -10,7 +10,7 @@ from torch import nn
 from torchvision.transforms import functional as library
 
 from datafree import noise, one_image
-from datafree.bn_statistics import normalizing_by_batch
+from datafree.losses import normalizing_by_batch
 from engine.runtime.errors import UserError
 from tests.conftest import make_classifier, make_task
 from tests.plain_network import plain

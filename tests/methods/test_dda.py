@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from engine.loops import augment
+from engine.loops import makers
 from engine.runtime.errors import UserError
 from engine.runtime.files import load_tensors
 from tests import tiny_pipelines
@@ -28,7 +28,7 @@ def result(folder):
 
 @pytest.mark.parametrize("prior", ["pixel", "natural"])
 def test_a_guided_run_stopped_between_shards_goes_on_to_the_same_bits(prior, natural, distill, tmp_path, monkeypatch):
-    monkeypatch.setattr(augment, "SHARD", 10)
+    monkeypatch.setattr(makers, "SHARD", 10)
     extra = f"{natural if prior == 'natural' else ''} {GUIDED} --diffusion_batch_size 4"
     distill("dda", tmp_path / "whole", extra)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):

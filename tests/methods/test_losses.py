@@ -8,9 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from datafree.base import balanced_labels
-from datafree.bn_statistics import BNStatistics, batch_statistics, bn_loss
 from datafree.generators import Generator, UpsampleConv2d, reset
-from datafree.losses import kd_loss, one_hot_loss, rotation_labels, rotations
+from datafree.losses import BNStatistics, batch_statistics, bn_loss, kd_loss, one_hot_loss, rotation_labels, rotations
 from engine.runtime.errors import UserError
 
 

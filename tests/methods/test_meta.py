@@ -15,15 +15,14 @@ from datafree.diffusion.guidance import Guidance
 from datafree.diffusion.guided_sampler import Competitor, GuidedSampler
 from datafree.diffusion.pixel import PixelAugmenter
 from datafree.diffusion.priors import load_prior
-from engine.data.crops import crop_flip
+from engine.data.crops import KeyedViews, Views, crop_flip
 from engine.data.splits import Split
 from engine.data.transfer_set import TransferSet
-from engine.data.views import KeyedViews, Views
 from engine.loops.distill import Distillation, Schedule
 from engine.loops.memo import Memo
 from engine.loops.settings import DistillFlags
+from engine.runtime.errors import resolve
 from engine.runtime.flags import Parser, add_flags, from_args
-from engine.runtime.names import resolve
 from engine.runtime.precision import Precision
 from models.classifier import frozen, weights_fixed
 from tests import tiny_pipelines

@@ -57,7 +57,7 @@ COMMANDS = {method: (lambda words, _: datafree_kd.parse(words), f"--method {meth
     "export": (main_of("datafree.bank"), "export bank folder"),
     "import": (main_of("datafree.bank"), "import folder bank --dataset digits"),
     "int8": (main_of("datafree.int8"), "--dataset digits --teacher resnet8 --bank b --lines l"),
-    "loops": (main_of("datafree.benchmark.loops"), ""),
+    "loops": (main_of("datafree.benchmark.__main__"), ""),
     "evaluate": (main_of("engine.evaluate"), "m --dataset digits"),
     "report": (main_of("engine.report.command"), "r"),
 }

@@ -6,10 +6,9 @@ import shutil
 import pytest
 import torch
 
-from engine.loops.state import begin_momentum
 from engine.runtime.errors import UserError
 from engine.runtime.files import load_checkpoint, weights_digest
-from engine.runtime.precision import Precision, choose_amp
+from engine.runtime.precision import Precision, begin_momentum, choose_amp
 
 CPU = torch.device("cpu")
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from engine.runtime.seeding import position_seed, seed_position
+from engine.runtime.processes import position_seed, seed_position
 
 
 def test_seeds_are_functions_of_position():

@@ -1,0 +1,327 @@
+"""The command ``python -m engine.export``: a run's student as a folder that needs this project no more.
+
+python -m engine.export RUN OUT                          model.safetensors, config.json, README.md, network.py
+python -m engine.export RUN OUT --onnx                   and model.onnx, checked against PyTorch
+python -m engine.export RUN OUT --push_to_hub ORG/NAME   and all of it to the Hugging Face hub
+"""
+
+import logging
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import models
+from engine.data.bank import ImageBank, find_bank, read_manifest
+from engine.networks import public
+from engine.networks.build import exported_spec, split_arguments
+from engine.networks.trained import Trained, open_trained, weights_of_run
+from engine.networks.weights import first_line
+from engine.runtime.errors import UserError, run_command
+from engine.runtime.files import atomic_folder, read_json, require_new, save_tensors, write_json
+from engine.runtime.flags import Parser
+from registry import MODELS
+
+# The model card of an exported student, from what its run has written down.
+
+
+FRONT = """---
+license: other  # fill in: the student's; mind the teacher's and the prior's
+library_name: {library}
+pipeline_tag: image-classification
+tags: [image-classification, {tag}]
+---
+"""
+TEXT = """
+# {student} for {dataset}
+
+{made}
+
+| | |
+|---|---|
+{rows}
+
+Images are RGB, {size} x {size} px, in [0, 1]; subtract the mean {mean}, divide by the standard deviation {std}
+(model.onnx does both itself). Out come logits of {classes} classes{names}.
+
+{honesty}
+
+## To repeat it
+
+```
+{command}
+```
+
+at commit {commit} of this project, {versions}.
+
+## Licences
+
+Fill in before you publish: of the student (`license` above), of the teacher ({teacher}), of the data that the teacher was
+trained on, of the external prior ({prior}).
+"""
+
+
+def model_card(library: str, student: Trained, result: dict[str, Any]) -> str:
+    """README.md of the folder.
+
+    Args:
+        library: ``library_name`` of its configuration.
+        result: the run's result.json.
+    """
+    about, scratch = student.about, "teacher_digest" not in result
+    names, prior, teacher = about.get("class_names"), result.get("external_prior", "none"), result.get("teacher", "none")
+    known = {
+        "method": result.get("method"),
+        "teacher": None if scratch else f"{teacher}, weights {result['teacher_digest']}",
+        "teacher's accuracy": _percent(result.get("teacher_acc1")),
+        "external prior": None if scratch else prior,
+        "accuracy, last epoch": _percent(result.get("acc1_last")),
+        "accuracy, best epoch on the test split": _percent(result.get("acc1_best")),
+        "measured on": result.get("dataset_identity"),
+        "seed": result.get("seed"),
+    }
+    made = "Trained on real images." if scratch else "Distilled from a teacher without its training data."
+    best = "The best epoch was chosen on the test split itself: compare by the last one. "
+    if not scratch and prior != "none":
+        best += f"Besides the teacher, a pretrained model was used ({prior}): what it has seen is part of this student. "
+    listed = ", ".join(f"{label} {name}" for label, name in enumerate(names[:20])) if names else ""
+    more = f", and {len(names) - 20} more in config.json" if names and len(names) > 20 else ""
+    mean, std = (", ".join(f"{value:g}" for value in about[key]) for key in ("mean", "std"))
+    return FRONT.format(library=library, tag="classifier" if scratch else "data-free-distillation") + TEXT.format(
+        student=result.get("student", student.spec),
+        dataset=result.get("dataset", "unknown data"),
+        made=made,
+        rows="\n".join(f"| {name} | {value} |" for name, value in known.items() if value is not None),
+        size=about["image_size"],
+        mean=mean,
+        std=std,
+        classes=about["num_classes"],
+        names=f": {listed}{more}" if names else ", whose names are not known",
+        honesty=best + "One seed alone says little; python -m engine.report gives mean and spread over several.",
+        command=result.get("command", "unknown"),
+        commit=result.get("commit", "unknown"),
+        versions=", ".join(f"{name} {version}" for name, version in result.get("versions", {}).items())
+        or "versions unknown",
+        teacher=teacher,
+        prior=prior,
+    )
+
+
+def _percent(value: float | None) -> str | None:
+    return None if value is None else f"{value:.2f} %"
+
+
+# What an exported folder holds: weights, configuration, the network's source, a model card.
+
+
+SOURCE = "network.py"
+
+
+def write_folder(folder: Path, table: dict[str, str], student: Trained, result: dict[str, Any]) -> None:
+    """Writes everything but model.onnx.
+
+    A network of timm gets timm's configuration, with the same plain figures beside it, so that timm loads the folder.
+
+    Args:
+        table: ``registry.MODELS``.
+        student: with image_size, mean and std among what is known of it.
+        result: the run's result.json.
+    """
+    library, architecture, arguments = origin_of(table, student.spec)
+    about, names = student.about, student.about.get("class_names")
+    size = about["image_size"]
+    figures = {"class_names": names, "input_size": [3, size, size], "mean": about["mean"], "std": about["std"]}
+    if library == "timm":
+        _write_timm(folder, student.network, figures)
+    else:
+        named = {"library_name": library, "architecture": architecture, "model_args": arguments}
+        write_json(folder / public.FILES[0], named | {"num_classes": about["num_classes"]} | figures)
+        save_tensors(folder / public.FILES[1], student.network.state_dict(), {"format": "pt"})
+    if library == public.OWN and (source := network_source(table, architecture)):
+        (folder / SOURCE).write_text(source)
+    (folder / "README.md").write_text(model_card(library, student, result))
+
+
+def _write_timm(folder: Path, network: nn.Module, figures: dict[str, Any]) -> None:
+    import timm
+
+    data = {"input_size": tuple(figures["input_size"]), "mean": tuple(figures["mean"]), "std": tuple(figures["std"])}
+    names = {"label_names": figures["class_names"]} if figures["class_names"] else {}
+    about = {"library_name": "timm"} | names | figures
+    timm.models.save_for_hf(network, folder, safe_serialization=True, data_config=data, model_config=about)
+
+
+def origin_of(table: dict[str, str], spec: str) -> tuple[str, str, dict[str, Any]]:
+    """(library, name of the network there, arguments of its factory): of timm, of torchvision, or else of this project."""
+    place, arguments = split_arguments(spec)
+    if (config := public.own_config(place)) is not None:
+        return origin_of(table, exported_spec(table, config, place))
+    if place.startswith("torchvision:"):
+        return "torchvision", place.removeprefix("torchvision:").partition(".")[0], arguments
+    if public.is_public(place):
+        return "timm", place, arguments
+    module, _, name = table.get(place, "").partition(":")
+    return ("torchvision", name, arguments) if module == "models.imagenet" else (public.OWN, place, arguments)
+
+
+def network_source(table: dict[str, str], architecture: str) -> str | None:
+    """One Python file that makes the network and imports nothing of this project; None where it is in a package.
+
+    Args:
+        architecture: a name of ``table``, or ``path/to/file.py:factory``.
+    """
+    if architecture in table:
+        return _inlined(table[architecture].partition(":")[0], set())
+    file = Path(architecture.rpartition(":")[0])
+    return file.read_text() if file.suffix == ".py" else None
+
+
+def _inlined(module: str, seen: set[str]) -> str:
+    """A module of ``models``, with those that it imports from in place of the import."""
+    seen.add(module)
+    text = Path(models.__path__[0], f"{module.rpartition('.')[2]}.py").read_text()
+
+    def source(match: re.Match) -> str:
+        return "" if match[1] in seen else _inlined(match[1], seen)
+
+    return re.sub(r"^from (models\.\w+) import .*\n", source, text, flags=re.MULTILINE)
+
+
+# An exported folder on the Hugging Face hub.
+
+
+def check_name(repository: str) -> None:
+    """Raises a UserError unless this is ORG/NAME."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
+        raise UserError(f"--push_to_hub {repository}: wanted ORG/NAME")
+
+
+def push(folder: Path, repository: str) -> str:
+    """Uploads a folder to a repository, which is made if it is missing; returns its address.
+
+    Raises:
+        UserError: there is no network, or the hub refuses.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        api = HfApi()
+        address = api.create_repo(repository, exist_ok=True)
+        api.upload_folder(folder_path=folder, repo_id=repository, commit_message="Upload a distilled student")
+    except Exception as error:  # the hub's own types and those of its HTTP client
+        raise UserError(
+            f"--push_to_hub {repository}: the hub cannot be written ({first_line(error)}); {folder} is whole: where there is a "
+            f"network and a login (hf auth login), run hf upload {repository} {folder}"
+        ) from None
+    return str(address)
+
+
+# A student as an ONNX file that normalizes its images itself, checked against PyTorch.
+
+
+CHECKED = 64  # images
+TOLERANCE = 1e-3  # largest difference of a logit
+
+
+class Normalizing(nn.Module):
+    """Images (B, 3, H, W) in [0, 1] -> logits (B, C)."""
+
+    def __init__(self, network: nn.Module, mean: list[float], std: list[float]):
+        super().__init__()
+        self.network = network
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network((images - self.mean) / self.std)
+
+
+def images_of_run(run: Path, image_size: int) -> tuple[Tensor, str]:
+    """``CHECKED`` images (N, 3, H, W) in [0, 1], and what they are: the first of the run's bank, else random pixels."""
+    path = find_bank(run)
+    if path != run and (path / "manifest.json").is_file():
+        images = ImageBank(path, read_manifest(path), create=False).read_all()["images"]
+        if len(images) >= CHECKED and images.shape[-1] == image_size:
+            return images[:CHECKED].float() / 255, "of the run's bank"
+    return torch.rand(CHECKED, 3, image_size, image_size, generator=torch.Generator().manual_seed(0)), "random pixels"
+
+
+def write_onnx(file: Path, student: Trained, images: Tensor) -> float:
+    """Writes the file and returns the largest difference of a logit between onnxruntime and PyTorch.
+
+    Args:
+        images: (N, 3, H, W) in [0, 1].
+    Raises:
+        UserError: a package is missing, the network cannot be written, or the difference is above ``TOLERANCE``.
+    """
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"--onnx needs the package {error.name}; run pip install -r requirements.txt") from None
+    model = Normalizing(student.network, student.about["mean"], student.about["std"]).eval()
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            torch.onnx.export(
+                model,
+                (images[:2],),
+                str(file),
+                dynamo=True,
+                input_names=["images"],
+                output_names=["logits"],
+                dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
+                external_data=False,
+                verbose=False,
+            )
+            wanted = model(images)
+        session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+        found = [torch.from_numpy(session.run(None, {"images": part.numpy()})[0]) for part in (images, images[:1])]
+    except Exception as error:  # the exporter and the runtime raise types of their own
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{student.spec} cannot be written as ONNX: {reason[:300]}; leave out --onnx") from None
+    difference = max(float((part - wanted[: len(part)]).abs().max()) for part in found)
+    if not difference <= TOLERANCE:
+        raise UserError(
+            f"the logits of model.onnx differ from PyTorch's by {difference:.2g}, at most {TOLERANCE:g} wanted; leave out --onnx"
+        )
+    return difference
+
+
+def main() -> None:
+    parser = Parser(
+        prog="python -m engine.export", description="A run's student as a folder that needs this project no more."
+    )
+    parser.add_argument("run", type=Path, help="run folder of datafree_kd.py or train_scratch.py")
+    parser.add_argument("out", type=Path, help="new or empty folder")
+    parser.add_argument(
+        "--onnx", action="store_true", help="model.onnx too: images in [0, 1] in, logits out, any batch size"
+    )
+    parser.add_argument("--arch", metavar="NAME", help="the student's network, where its code is not of this project")
+    parser.add_argument("--push_to_hub", metavar="ORG/NAME", help="upload the folder to this repository of the hub")
+    args = parser.parse_args()
+    require_new(args.out)
+    if args.push_to_hub:
+        check_name(args.push_to_hub)
+    weights_of_run(args.run)
+    student = open_trained(MODELS, str(args.run), arch=args.arch)
+    if missing := [key for key in ("image_size", "mean", "std") if key not in student.about]:
+        raise UserError(f"{student.origin} does not say its {' and '.join(missing)}; give a run of this version")
+    with atomic_folder(args.out) as unfinished:
+        write_folder(unfinished, MODELS, student, read_json(args.run / "result.json"))
+        if args.onnx:
+            images, what = images_of_run(args.run, student.about["image_size"])
+            difference = write_onnx(unfinished / "model.onnx", student, images)
+            print(f"model.onnx: logits differ from PyTorch's by at most {difference:.2g} on {len(images)} images ({what})")
+    print(f"{args.run} -> {args.out}: {', '.join(sorted(file.name for file in args.out.iterdir()))}")
+    if args.push_to_hub:
+        print(f"{args.out} -> {push(args.out, args.push_to_hub)}")
+
+
+if __name__ == "__main__":
+    run_command(main)
