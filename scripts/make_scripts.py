@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent
 sys.path.insert(0, str(ROOT.parent))
 
 from datafree_kd import parse  # noqa: E402
-from engine.report.results import read_lines  # noqa: E402
+from engine.report.results import collect  # noqa: E402
 from engine.report.results import settings as settings_of  # noqa: E402
 from engine.report.tables import spread  # noqa: E402
 from engine.runtime.flags import stage_flags  # noqa: E402
@@ -135,7 +135,7 @@ def published(method: str, dataset: str, pair: tuple[str, str]) -> str:
 def results() -> list[dict[str, Any]]:
     """All results of this repository."""
     files = sorted(ROOT.parent.glob("checkpoints/results/*.jsonl"))
-    return [result for file in files if file.name != "int8.jsonl" for result in read_lines(file)]  # that one is of no runs
+    return collect([file for file in files if file.name != "int8.jsonl"])  # that one is of no runs
 
 
 def measured(results: list[dict[str, Any]], command: str, bank_command: str) -> str:
