@@ -143,14 +143,18 @@ class DistillFlags:
         0, "student steps an epoch; 0: kd_steps, so that an epoch is a round", affects=DISTILL, scales=True, least=0
     )
     batch_size: int = flag(256, "images a student step", affects=DISTILL, short="-b", least=1, most=1_000_000)
-    optimizer: str = flag(
-        "sgd", "muon: SGD, with Muon's steps for the filters of convolutions", choices=("sgd", "muon"), affects=DISTILL
+    optimizer: str | None = flag(
+        None,
+        "muon: SGD, but Muon's steps for the filters of convolutions; unset: sgd",
+        choices=("sgd", "muon"),
+        affects=DISTILL,
     )
     lr: float = flag(0.1, "SGD learning rate at its highest", affects=DISTILL, above=0)
     lr_min: float = flag(0.0, "and at its end", affects=DISTILL, least=0)
-    lr_schedule: str = flag(
-        "cosine",
-        "cosine: after warmup_epochs; one_cycle: linear up in the first fifth of the run, then linear down",
+    lr_schedule: str | None = flag(
+        None,
+        "cosine: from lr to lr_min, after warmup_epochs; one_cycle: linear up in the first fifth of the run, then linear down; "
+        "unset: cosine",
         choices=("cosine", "one_cycle"),
         affects=DISTILL,
     )
@@ -194,8 +198,8 @@ class DistillFlags:
             self.weight_decay,
             self.warmup_epochs,
             self.lr_min,
-            self.lr_schedule,
-            self.optimizer,
+            self.lr_schedule or "cosine",
+            self.optimizer or "sgd",
         )
 
 

@@ -1,6 +1,7 @@
 """--recipe: which flags it sets, the one-cycle learning rate, Muon's steps."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -131,3 +132,14 @@ def test_a_fast_run_goes_on_to_the_same_bits(method, distill, finished, tmp_path
     assert outcome(tmp_path) == expected
     with pytest.raises(UserError, match="optimizer|lr"):
         distill(method, tmp_path, "--recipe published")
+
+
+def test_a_run_of_before_there_were_recipes_goes_on(copied, distill):
+    folder = copied("kd")
+    record = json.loads((folder / "stages.json").read_text())
+    for name in ("optimizer", "lr_schedule"):
+        assert record["distill"]["depends_on"].pop(name) is None
+    (folder / "stages.json").write_text(json.dumps(record))
+    distill("kd", folder)
+    with pytest.raises(UserError, match="earlier version"):
+        distill("kd", folder, "--optimizer muon")
