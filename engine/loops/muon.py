@@ -13,7 +13,7 @@ BatchNorm, the last layer, and filters of up to three channels (images' and dept
 import torch
 from torch import Tensor
 
-RATE = 0.1  # of the filters, in learning rates of the rest
+RATE = 0.25  # of the filters, in learning rates of the rest
 COEFFICIENTS, ITERATIONS = (3.4445, -4.7750, 2.0315), 5  # of the Newton-Schulz iteration, as published
 
 

@@ -18,8 +18,8 @@ DISTILL = ("distill",)
 RECIPES: dict[str, dict[str, Any]] = {
     "published": {},
     "fast": {
-        "optimizer": "muon", "lr_schedule": "one_cycle", "lr": 0.2, "lr_min": 0.0, "warmup_epochs": 0, "momentum": 0.9,
-        "weight_decay": 5e-4, "T": 4.0,
+        "batch_size": 128, "optimizer": "muon", "lr_schedule": "one_cycle", "lr": 0.2, "lr_min": 0.0, "warmup_epochs": 0,
+        "momentum": 0.9, "weight_decay": 5e-4,
     },
 }  # fmt: skip
 

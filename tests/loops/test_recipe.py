@@ -31,8 +31,8 @@ def test_fast_sets_what_it_says_and_nothing_else(method):
 
 
 def test_a_flag_that_the_command_gives_wins():
-    given = flags("--method nayer --recipe fast --optimizer sgd --lr .05 --T 20 --scale .01")
-    assert (given["optimizer"], given["lr"], given["T"], given["lr_schedule"]) == ("sgd", 0.05, 20, "one_cycle")
+    given = flags("--method nayer --recipe fast --optimizer sgd --lr .05 -b 64 --scale .01")
+    assert (given["optimizer"], given["lr"], given["batch_size"], given["lr_schedule"]) == ("sgd", 0.05, 64, "one_cycle")
     assert given["epochs"] == 30
 
 
