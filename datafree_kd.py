@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from engine import report
-from engine.loops.settings import DistillFlags, RunFlags, TaskFlags, for_seed, scaled
+from engine.loops.settings import DistillFlags, RunFlags, TaskFlags, for_seed, scaled, with_recipe
 from engine.runtime.errors import lookup, resolve, run_command
 from engine.runtime.flags import Parser, add_flags, add_list, from_args, given_flags, stage_flags
 from engine.runtime.processes import is_main, leave_processes
@@ -38,7 +38,9 @@ def parse(argv: list[str]):
     for group in groups:
         add_flags(parser, group, group.__doc__.rstrip("."), method.defaults if method else {})
     args = parser.parse_args(argv)
-    return name, method, scaled([from_args(group, args) for group in groups], args.scale, given_flags(parser, argv))
+    given = given_flags(parser, argv)
+    groups = with_recipe([from_args(group, args) for group in groups], given)
+    return name, method, scaled(groups, args.scale, given)
 
 
 def main() -> None:

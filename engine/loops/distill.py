@@ -22,6 +22,7 @@ from engine.data.crops import KeyedViews
 from engine.data.pictures import grid
 from engine.loops.evaluate import check_finite
 from engine.loops.memo import STEPS, Memo
+from engine.loops.muon import Muon
 from engine.loops.pace import StepPace
 from engine.networks.weights import first_line
 from engine.runtime.errors import UserError
@@ -38,6 +39,7 @@ CHECKPOINT = {
     "student": {str: torch.Tensor}, "objective": {str: torch.Tensor}, "optimizer": OPTIMIZER, "synthesizer": dict,
     "precision": dict, "accuracies": [float], "synthesis_seconds": SECONDS,
 }  # fmt: skip
+UP = 0.2  # share of a one-cycle run in which the learning rate grows
 ADVICE = "lower --lr, --lr_g or the loss weights, and run again"
 
 
@@ -54,6 +56,8 @@ class Schedule:
     weight_decay: float
     warmup_epochs: int
     lr_min: float = 0.0
+    lr_schedule: str = "cosine"
+    optimizer: str = "sgd"
 
     @property
     def rounds_per_epoch(self) -> int:
@@ -64,13 +68,18 @@ class Schedule:
         return self.epochs * self.rounds_per_epoch
 
     def learning_rate(self, step: int) -> float:
-        """Linear warm-up over ``warmup_epochs``, then cosine to ``lr_min``; a function of the student step alone."""
+        """Linear warm-up over ``warmup_epochs``, then cosine to ``lr_min``; a function of the student step alone.
+
+        Of one cycle: linear over the first fifth of the run, then linear to ``lr_min``.
+        """
         total = self.rounds * self.kd_steps
-        warmup = self.warmup_epochs * self.rounds_per_epoch * self.kd_steps
+        one_cycle = self.lr_schedule == "one_cycle"
+        warmup = round(total * UP) if one_cycle else self.warmup_epochs * self.rounds_per_epoch * self.kd_steps
         if step < warmup:
             return self.lr * (step + 1) / warmup
-        cosine = math.cos(math.pi * (step - warmup) / max(1, total - warmup))
-        return self.lr_min + (self.lr - self.lr_min) * 0.5 * (1 + cosine)
+        passed = (step - warmup) / max(1, total - warmup)
+        left = 1 - passed if one_cycle else 0.5 * (1 + math.cos(math.pi * passed))
+        return self.lr_min + (self.lr - self.lr_min) * left
 
 
 class StudentStep(nn.Module):
@@ -116,10 +125,10 @@ class Distillation:
         step.forward = compile(step.forward, steps, "student step")
         self.step = processes.parallel(step)
         self.parameters = [*student.parameters(), *objective.parameters()]
+        rates = {"lr": schedule.lr, "momentum": schedule.momentum, "weight_decay": schedule.weight_decay}
         fused = {"fused": True} if precision.device.type in ("cuda", "cpu") else {}
-        self.optimizer = torch.optim.SGD(
-            self.parameters, lr=schedule.lr, momentum=schedule.momentum, weight_decay=schedule.weight_decay, **fused
-        )
+        muon = schedule.optimizer == "muon"
+        self.optimizer = Muon(self.parameters, **rates) if muon else torch.optim.SGD(self.parameters, **rates, **fused)
         begin_momentum(self.optimizer)
         self.views: KeyedViews | None = None
         self.memo: Memo | None = None

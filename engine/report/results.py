@@ -130,9 +130,10 @@ def settings(result: dict[str, Any]) -> dict[str, Any]:
     """The flags and inputs on which a result depends, but for the seed.
 
     A teacher goes by its digest, a bank by its path; where the path has the seed in it (``{seed}`` or ``seed0``), each seed
-    has its own, and it goes by the path with ``{seed}`` in place of the number.
+    has its own, and it goes by the path with ``{seed}`` in place of the number. A flag that is unset counts as one that the
+    version of a run did not have.
     """
-    found = {name: value for name, value in result.get("settings", {}).items() if name != "seed"}
+    found = {name: value for name, value in result.get("settings", {}).items() if name != "seed" and value is not None}
     return found | {name: path for name in PATHS if (path := path_of_every_seed(result, name))}
 
 
