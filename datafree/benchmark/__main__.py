@@ -29,7 +29,7 @@ import torch
 from datafree.bank import export_folders
 from datafree.benchmark.loops import RUN_ROUNDS, Ours, Plain, repeat
 from datafree.benchmark.measuring import Ceilings, Measured, Step, ceilings, clock, flops, in_turns
-from engine.data.bank import ImageBank, Manifest
+from engine.data.bank import ImageBank, Manifest, MappedImages
 from engine.data.crops import Views
 from engine.data.datasets import DatasetInfo, dataset_info
 from engine.data.transfer_set import TransferSet
@@ -38,6 +38,7 @@ from engine.networks.build import build_classifier
 from engine.report import markdown, replace_table
 from engine.runtime.compilation import CHOICES, Compiler
 from engine.runtime.errors import UserError, lookup, run_command
+from engine.runtime.files import load_tensors, save_tensors
 from engine.runtime.flags import Parser
 from engine.runtime.precision import AMP, Precision, choose_amp, choose_device
 from engine.runtime.run import machine, progress
@@ -56,7 +57,7 @@ LOOPS = {
 }
 KNOWN = (0.5, 0.9, 1.0)  # shares of the questions that the teacher has answered before
 RUN_VIEWS = {"all views": None, "16 views": 16}
-GROWING = (4096, 16384, 65536)  # images
+GROWING, SHARDS = (10**3, 10**4, 10**5), 10  # images, and so many times the last number, mapped
 Kept = list[tuple[str, str, float, Measured, Measured]]  # loop, which, share of the teacher's answers known, ours, plain
 
 
@@ -170,25 +171,38 @@ class Benchmark:
         return [("run", f", {name}", known[name], measured[name], measured["plain"]) for name in RUN_VIEWS]
 
     def growth(self) -> str:
-        """The table of sampling from banks of growing size: what a batch costs should not grow with them."""
+        """The table of sampling from banks of growing size: what a batch costs should not grow with them.
+
+        The largest stays in its mapped shards, all of which are one file.
+        """
         self.bar.set_postfix_str(LOOPS["growth"])
-        size, steps = self.info.image_size, {}
+        size, sets = self.info.image_size, {}
         view = Views(self.info.crop_padding, self.info.flip)
         for stored in GROWING:
-            transfer = TransferSet(stored, size, self.device)
             images = torch.randint(0, 256, (stored, 3, size, size), dtype=torch.uint8)
-            transfer.add(images, torch.zeros(stored, dtype=torch.long))
-            steps[str(stored)] = transfer.batches(self.args.batch_size, view, seed=0).__next__
-            steps[str(stored)]()
-        times = {stored: 1000 * self.args.batch_size / m.rate for stored, m in self.in_turns(steps).items()}
+            sets[stored, "in memory"] = TransferSet(stored, size, self.device)
+            sets[stored, "in memory"].add(images, torch.zeros(stored, dtype=torch.long))
+        file = self.png.parent / "shard.safetensors"
+        save_tensors(file, {"images": images})
+        shard = MappedImages.of([load_tensors(file)["images"]])
+        sets[SHARDS * stored, "mapped"] = TransferSet(SHARDS * stored, size, self.device, mapped=True)
+        for _ in range(SHARDS):
+            sets[SHARDS * stored, "mapped"].add(shard, torch.zeros(stored, dtype=torch.long))
+        drawn = {which: transfer.batches(self.args.batch_size, view, seed=0) for which, transfer in sets.items()}
+        for batches in drawn.values():
+            next(batches)
+        measured = self.in_turns({which: batches.__next__ for which, batches in drawn.items()})
+        for batches in drawn.values():
+            batches.close()  # and with it the thread that reads ahead
+        times = {which: 1000 * self.args.batch_size / found.rate for which, found in measured.items()}
         rows = [
             {
-                "images in the bank": stored,
-                "MiB": f"{int(stored) * 3 * size**2 / 2**20:.0f}",
+                "images in the bank": f"{stored}, {where}",
+                "MiB": f"{stored * 3 * size**2 / 2**20:.0f}",
                 "sampling, ms a batch": f"{value:.2f}",
-                "against the smallest": f"{value / times[str(GROWING[0])]:.2f}",
+                "against the smallest": f"{value / times[GROWING[0], 'in memory']:.2f}",
             }
-            for stored, value in times.items()
+            for (stored, where), value in times.items()
         ]
         return f"{machine()}; bank sampling, {size} px, batch {self.args.batch_size}\n\n{markdown(rows)}"
 

@@ -22,12 +22,13 @@ class TransferSet:
     Args:
         capacity: number of images it will hold in the end.
         device: where the networks are.
+        mapped: in the shards, whatever there is room for.
     """
 
-    def __init__(self, capacity: int, image_size: int, device: torch.device):
+    def __init__(self, capacity: int, image_size: int, device: torch.device, mapped: bool = False):
         self.capacity, self.device, self.count = capacity, device, 0
         self.bytes = capacity * 3 * image_size**2
-        home = home_of(self.bytes, device)
+        home = None if mapped else home_of(self.bytes, device)
         self.mapped, self.home = home is None, home or torch.device("cpu")
         self.labels = torch.empty(capacity, dtype=torch.long, device=self.home)
         if self.mapped:

@@ -37,7 +37,7 @@ def test_it_prints_a_table_a_pair_and_rewrites_the_file(run, monkeypatch, tmp_pa
     page.write_text("<!-- table:benchmark -->\n<!-- /table:benchmark -->\n")
     out, err = run(f"--pairs resnet8:resnet8,resnet8:wrn16_1 --into {page}")
     assert out.count("| inversion step |") == out.count("| bank sampling |") == 2 and "resnet8 -> wrn16_1, 16 px" in out
-    assert "ceilings: 1 TFLOP/s (float32), 10 GB/s" in out and "amp no, not compiled" in out and "| 32 |" in out
+    assert "ceilings: 1 TFLOP/s (float32), 10 GB/s" in out and "amp no, not compiled" in out and "| 320, mapped |" in out
     assert out.strip() in page.read_text()
     assert "export" not in err and "benchmark:" in err
 
