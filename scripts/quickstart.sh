@@ -11,23 +11,22 @@ source scripts/environment.sh
 seed="${SEED:-0}"
 out="${OUT:-checkpoints/quickstart}/seed$seed"
 task=(--dataset digits --seed "$seed")
-kd=("${task[@]}" --teacher resnet20 --teacher_ckpt "$out/teacher.pth" --student resnet8 --batch_size 128 --epochs 6 --kd_steps 50)
+kd=("${task[@]}" --teacher resnet20 --teacher_ckpt "$out/teacher.pth" --student resnet8 --recipe fast --epochs 6 --kd_steps 20)
 
 echo "== 1/5  teacher: resnet20 on 1195 real digits"
 python train_scratch.py --model resnet20 "${task[@]}" --epochs 30 --save_dir "$out/teacher" --output "$out/teacher.pth"
 if [ "$part" = all ]; then
   echo "== 2/5  for comparison: the student, resnet8, on the same real digits, as many steps as below"
-  python train_scratch.py --model resnet8 "${task[@]}" --epochs 34 --save_dir "$out/real" --output "$out/real.pth"
+  python train_scratch.py --model resnet8 "${task[@]}" --epochs 13 --save_dir "$out/real" --output "$out/real.pth"
   inversion=(--g_steps 20 --synthesis_batch_size 100 --oh 5 --lr_g 2e-3)
   echo "== 3/5  CSD: an image bank inverted from the teacher, and a student that has seen no digit"
-  python datafree_kd.py --method csd "${kd[@]}" "${inversion[@]}" --save_dir "$out/csd" --init_rounds 6 --init_g_steps 60
+  python datafree_kd.py --method csd "${kd[@]}" "${inversion[@]}" --save_dir "$out/csd" --init_rounds 4 --init_g_steps 60
   echo "== 4/5  DDA: the same bank, varied by a diffusion model trained on it, filtered, and distilled"
   python datafree_kd.py --method dda "${kd[@]}" "${inversion[@]}" --save_dir "$out/dda" --init_bank "$out/csd/bank" \
     --variants 2 --strength 0.6 --fit_passes 21 --fit_lr 4e-3
 fi
 echo "== 5/5  DiffDFKD: a diffusion model that knows printed digits draws what the teacher asks for"
-python datafree_kd.py --method diffdfkd "${kd[@]}" --save_dir "$out/diffdfkd" --images_per_class 60 --num_inference_steps 10 \
-  --bn 0.03 --lr 0.1 --warmup_epochs 0 --weight_decay 1e-4
+python datafree_kd.py --method diffdfkd "${kd[@]}" --save_dir "$out/diffdfkd" --images_per_class 60 --num_inference_steps 10 --bn 0.03
 
 echo
 python -m engine.report "$out" --rounds
