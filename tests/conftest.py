@@ -7,11 +7,14 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 import dataclasses
 import functools
+import hashlib
 import shutil
 import subprocess
+from collections.abc import Callable
 
 import pytest
 import torch
+from filelock import FileLock
 
 from datafree.base import Task
 from engine.data import datasets
@@ -102,13 +105,32 @@ def no_hub(monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def teacher_file(tmp_path_factory):
+def common(tmp_path_factory):
+    """common(name, make): a path that ``make(path)`` writes once, whichever of pytest's worker processes wants it first."""
+    worker = "PYTEST_XDIST_WORKER" in os.environ
+    root = tmp_path_factory.getbasetemp().parent / "common" if worker else tmp_path_factory.mktemp("common")
+
+    def call(name: str, make: Callable[[Path], None]) -> Path:
+        path, done = root / name, root / f"{name}.done"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock"):
+            if not done.exists():
+                make(path)
+                done.touch()
+        return path
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def teacher_file(common):
     """Weights of a resnet8 for ten classes."""
-    torch.manual_seed(0)
-    network = build_network("resnet8", 10)
-    path = tmp_path_factory.mktemp("teacher") / "digits_resnet8.pth"
-    torch.save({"state_dict": network.state_dict(), "arch": "resnet8"}, path)
-    return path
+
+    def make(path: Path) -> None:
+        torch.manual_seed(0)
+        torch.save({"state_dict": build_network("resnet8", 10).state_dict(), "arch": "resnet8"}, path)
+
+    return common("digits_resnet8.pth", make)
 
 
 @pytest.fixture
@@ -142,21 +164,23 @@ def distill(command, teacher_file):
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory, teacher_file):
+def finished(common, teacher_file):
     """finished("csd", flags): the folder of a tiny run, made once; to look at, compare with or copy, never to change."""
     folders: dict[tuple[str, str], Path] = {}
 
     def call(method: str, extra: str = "") -> Path:
-        if (method, extra) not in folders:
+        def make(folder: Path) -> None:
             import datafree_kd
 
-            folder = tmp_path_factory.mktemp("finished") / method
             with pytest.MonkeyPatch.context() as patch:
                 patch.chdir(ROOT)
                 patch.setattr("engine.data.splits._train_split_forbidden", False)
                 patch.setattr("sys.argv", ["datafree_kd.py", *tiny_flags(method, teacher_file, folder, extra).split()])
                 datafree_kd.main()
-            folders[method, extra] = folder
+
+        if (method, extra) not in folders:
+            flags = hashlib.sha256(extra.encode()).hexdigest()[:8] if extra else "plain"
+            folders[method, extra] = common(f"{flags}/{method}", make)
         return folders[method, extra]
 
     return call

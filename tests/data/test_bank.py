@@ -327,14 +327,14 @@ import re, sys
 from itertools import islice
 from pathlib import Path
 import torch
-from engine.data import bank as module, memory, transfer_set
+from engine.data import bank as module, transfer_set
 
 def anonymous():
     return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) // 1024
 
 bank = module.ImageBank(sys.argv[1], module.Manifest("digits", 10, 64))
 for limit in (0, 2**40):
-    memory.memory_limit = lambda device: limit
+    module.memory_limit = lambda device: limit
     before = anonymous()
     columns = bank.read("synthesize")
     transfer = transfer_set.TransferSet(len(columns["labels"]), 64, torch.device("cpu"))
