@@ -18,7 +18,7 @@ from engine.loops.settings import DistillFlags, RunFlags, TaskFlags, for_seed, s
 from engine.runtime.errors import lookup, resolve, run_command
 from engine.runtime.flags import Parser, add_flags, add_list, from_args, given_flags, stage_flags
 from engine.runtime.processes import is_main, leave_processes
-from registry import DATASETS, METHODS, MODELS, PAIRS, PUBLISHED
+from registry import DATASETS, METHODS, MODELS, PAIRS, PUBLISHED, RECIPES
 
 
 def parse(argv: list[str]):
@@ -30,16 +30,19 @@ def parse(argv: list[str]):
     groups = [TaskFlags, RunFlags, DistillFlags, *([method.Config] if method else [])]
 
     known = f"one of {', '.join(METHODS)}; --method NAME --help shows its flags too"
+    sets = {name: " ".join(f"--{flag} {value}" for flag, value in flags.items()) for name, flags in RECIPES.items()}
+    epilog = "".join(f"--recipe {name} sets {flags}. " for name, flags in sets.items() if flags)
     parser = Parser(
-        prog="datafree_kd.py", description=__doc__.splitlines()[0], epilog="To resume, run the same command again."
+        prog="datafree_kd.py", description=__doc__.splitlines()[0], epilog=f"{epilog}To resume, run the same command again."
     )
     parser.add_argument("--method", required=True, metavar="NAME", help=known)
-    add_list(parser, models=MODELS, datasets=DATASETS, methods=METHODS)
+    add_list(parser, models=MODELS, datasets=DATASETS, methods=METHODS, recipes=RECIPES)
     for group in groups:
         add_flags(parser, group, group.__doc__.rstrip("."), method.defaults if method else {})
     args = parser.parse_args(argv)
-    given = given_flags(parser, argv)
-    groups = with_recipe([from_args(group, args) for group in groups], given)
+    groups, given = [from_args(group, args) for group in groups], given_flags(parser, argv)
+    distill_flags = groups[2]
+    groups = with_recipe(groups, lookup(RECIPES, distill_flags.recipe, "recipe"), given)
     return name, method, scaled(groups, args.scale, given)
 
 

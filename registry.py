@@ -1,4 +1,4 @@
-"""Every network, dataset and method by name, as flat literal tables: the only place where a method is named.
+"""Every network, dataset, method and recipe by name, as flat literal tables: the only place where a method is named.
 
 Values are ``"module:attribute"``, imported when chosen, so that ``--help`` loads neither networks nor diffusers.
 """
@@ -20,6 +20,15 @@ METHODS = {
     "dda": "datafree.dda:DDA",
     "diffdfkd": "datafree.diffdfkd:DiffDFKD",
 }
+
+# What --recipe sets of the student's training: nothing but what the method's paper does, or the most accuracy in short runs.
+RECIPES = {
+    "published": {},
+    "fast": {
+        "batch_size": 128, "optimizer": "muon", "lr_schedule": "one_cycle", "lr": 0.2, "lr_min": 0.0, "warmup_epochs": 0,
+        "momentum": 0.9, "weight_decay": 5e-4,
+    },
+}  # fmt: skip
 
 # Factories are called as factory(num_classes=...). Names without a suffix are the field's CIFAR networks.
 MODELS = {

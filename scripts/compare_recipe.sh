@@ -2,7 +2,7 @@
 # What --recipe fast does at equal CPU time and --views K at equal steps, CIFAR-10, resnet20 -> wrn16_1: tables of docs/speed.md.
 #   TEACHER=cifar10_resnet20.pth BANK=checkpoints/protocol_c/nayer/seed0 DATA_ROOT=data bash scripts/compare_recipe.sh
 #   RUNS="kd_plain kd_fast" SEEDS="0 1 2" bash scripts/compare_recipe.sh     some of it; run it again to go on
-# Recipes: 2.5 CPU-minutes of student and teacher each, by 1.23 and .53 ms an image (times LENGTH). Views: 1,000 steps of 256.
+# Recipes: 2.5 CPU-minutes of student and teacher each, by 1.23 and .53 ms an image (times LENGTH). Views: 1,000 steps of 128.
 # kd learns from the real images, bank from those of a finished run, of which nothing is made anew. TEACHER: RepDistiller's.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -11,15 +11,15 @@ data="${DATA_ROOT:-data}" out="${OUT:-checkpoints/compare_recipe}" length="${LEN
 bank="--method noise --images $out/images"
 plain="--batch_size 256 --lr .2 --weight_decay 5e-4 --epochs 1 --kd_steps $((333 * length))"
 fast="--recipe fast --epochs 1 --kd_steps $((650 * length))"
-views="--batch_size 256 --lr .2 --weight_decay 5e-4 --epochs 2 --kd_steps 500"
+views="$bank --recipe fast --epochs 1 --kd_steps 1000"
 declare -A flags=(
   [kd_plain]="--method kd $plain"
   [kd_fast]="--method kd $fast"
   [bank_plain]="$bank $plain"
   [bank_fast]="$bank $fast"
-  [views_all]="--method kd $views"
+  [views_all]="$views"
 )
-for few in 4 8 16 32; do flags[views_$few]="--method kd $views --views $few"; done
+for few in 4 8 16 32; do flags[views_$few]="$views --views $few"; done
 if [ ! -e "$out/images" ]; then
   python -m datafree.bank export "${BANK:-checkpoints/protocol_c/nayer/seed0}" "$out/images"
 fi

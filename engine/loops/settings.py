@@ -14,14 +14,6 @@ from engine.runtime.precision import AMP
 
 ALL = ("synthesize", "augment", "generate", "distill")
 DISTILL = ("distill",)
-# What --recipe sets, of the flags that a command does not give and the method has.
-RECIPES: dict[str, dict[str, Any]] = {
-    "published": {},
-    "fast": {
-        "batch_size": 128, "optimizer": "muon", "lr_schedule": "one_cycle", "lr": 0.2, "lr_min": 0.0, "warmup_epochs": 0,
-        "momentum": 0.9, "weight_decay": 5e-4,
-    },
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -125,13 +117,7 @@ class DistillFlags:
 
     recipe: str = flag(
         "published",
-        "how the student is trained, as far as the command does not say: as the method's paper does, or for most accuracy in "
-        "short runs: "
-        + ", ".join(
-            f"--{name} {value:g}" if isinstance(value, float) else f"--{name} {value}"
-            for name, value in RECIPES["fast"].items()
-        ),
-        choices=tuple(RECIPES),
+        "how the student is trained, as far as the command does not say: a name of registry.RECIPES; what each sets stands below",
     )
     epochs: int = flag(
         200, "epochs of ep_steps student steps; accuracy is measured after each", affects=DISTILL, scales=True, least=1
@@ -203,17 +189,16 @@ class DistillFlags:
         )
 
 
-def with_recipe(groups: list, given: Collection[str]) -> list:
-    """The flags of a run with what its ``--recipe`` sets.
+def with_recipe(groups: list, recipe: dict[str, Any], given: Collection[str]) -> list:
+    """The flags of a run with those of a recipe, as far as the run has them.
 
     Args:
-        groups: frozen dataclasses of flags, ``DistillFlags`` among them.
+        groups: frozen dataclasses of flags.
+        recipe: {name of a flag: value}.
         given: names of flags that the command gives, which stay.
     """
-    recipe = next(group.recipe for group in groups if isinstance(group, DistillFlags))
-    wanted = {name: value for name, value in RECIPES[recipe].items() if name not in given}
     return [
-        dataclasses.replace(group, **{f.name: wanted[f.name] for f in dataclasses.fields(group) if f.name in wanted})
+        dataclasses.replace(group, **{name: recipe[name] for name in vars(group).keys() & recipe.keys() - set(given)})
         for group in groups
     ]
 

@@ -88,6 +88,12 @@ def test_runs_that_differ_in_a_flag_are_apart_and_say_so(tmp_path):
     assert [(r["method"], r["seeds"]) for r in rows(tmp_path)] == [("m --bn 0.0", "0,1"), ("m --bn 10.0", "2")]
 
 
+def test_an_unset_flag_counts_as_one_that_an_earlier_version_did_not_have(tmp_path):
+    for seed, settings in enumerate(({"bn": 1.0}, {"bn": 1.0, "views": None}, {"bn": 1.0, "views": 4})):
+        write_result(tmp_path / str(seed), seed=seed, settings=settings)
+    assert [(r["method"], r["seeds"]) for r in rows(tmp_path)] == [("m", "0,1"), ("m --views 4", "2")]
+
+
 @pytest.mark.parametrize("name, one, other", [
     ("data_root", "(pics: 2 classes ab, 16 px, 40 test images cd)", "(pics: 2 classes ab, 16 px, 40 test images ef)"),
     ("teacher_ckpt", "(weights ab)", "(weights cd)"),

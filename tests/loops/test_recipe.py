@@ -9,10 +9,10 @@ import torch
 from datafree_kd import parse
 from engine.loops.distill import Schedule
 from engine.loops.muon import RATE, Muon, orthogonalized
-from engine.loops.settings import RECIPES
 from engine.runtime.errors import UserError
 from engine.runtime.flags import stage_flags
 from engine.runtime.precision import begin_momentum, load_optimizer
+from registry import RECIPES
 from tests.conftest import make_classifier, outcome
 from tests.entry.test_methods import stop_at
 
@@ -34,6 +34,15 @@ def test_a_flag_that_the_command_gives_wins():
     given = flags("--method nayer --recipe fast --optimizer sgd --lr .05 -b 64 --scale .01")
     assert (given["optimizer"], given["lr"], given["batch_size"], given["lr_schedule"]) == ("sgd", 0.05, 64, "one_cycle")
     assert given["epochs"] == 30
+
+
+def test_help_shows_what_a_recipe_sets_and_an_unknown_one_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert all(f"--{name} {value}" in shown for name, value in RECIPES["fast"].items())
+    with pytest.raises(UserError, match="slow.*published"):
+        parse("--method kd --recipe slow".split())
 
 
 def test_its_flags_are_of_stage_distill_and_no_other():

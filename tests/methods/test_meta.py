@@ -20,6 +20,7 @@ from engine.data.splits import Split
 from engine.data.transfer_set import TransferSet
 from engine.loops.distill import Distillation, Schedule
 from engine.loops.memo import Memo
+from engine.loops.muon import Muon
 from engine.loops.settings import DistillFlags
 from engine.runtime.errors import resolve
 from engine.runtime.flags import Parser, add_flags, from_args
@@ -128,6 +129,12 @@ def test_synthesis_student_steps_and_what_follows_them(method, extra, on_meta):
     assert losses and all(loss.device == META for loss in losses.values())
     if pieces.streams or pieces.images_per_round:
         distillation.synthesize()
+
+
+def test_muon(on_meta):
+    pieces, distillation = build("kd")
+    distillation.optimizer = Muon(distillation.parameters, lr=0.1, momentum=0.9, weight_decay=0)
+    assert all(loss.device == META for loss in round_of(pieces, distillation).values())
 
 
 @pytest.mark.parametrize("method", ["fast", "nayer", "cmi", "csd", "dda"])
