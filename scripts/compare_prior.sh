@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What a prior of natural images does for DDA and DiffDFKD on CIFAR-10, resnet20 -> wrn16_1: a table of docs/results.md.
 #   TEACHER=cifar10_resnet20.pth DATA_ROOT=data bash scripts/compare_prior.sh     4,000 student steps of 256; run it again to go on
-#   SHORT=yes bash scripts/compare_prior.sh                                       1,000, and a bank of 3,000 images for 5,000
+#   SHORT=yes bash scripts/compare_prior.sh                                       1,000 of 128 by --recipe fast, a bank of 3,000 images for 5,000
 #   RUNS="csd dda_natural_guided" SEEDS="0 1 2" bash scripts/compare_prior.sh     some of it
 # csd and all of dda start from one image bank a seed. TEACHER: RepDistiller's public resnet20. CIFAR-100 is wanted for pictures.
 set -euo pipefail
@@ -9,13 +9,13 @@ cd "$(dirname "$0")/.."
 source scripts/environment.sh
 data="${DATA_ROOT:-data}"
 if [ -n "${SHORT:-}" ]; then
-  out="${OUT:-checkpoints/compare_prior_short}" lengths="--epochs 10 --kd_steps 100" rounds=15 steps=60 images=300
+  out="${OUT:-checkpoints/compare_prior_short}" lengths="--recipe fast --epochs 10 --kd_steps 100" rounds=15 steps=60 images=300 warmup=
 else
-  out="${OUT:-checkpoints/compare_prior}" lengths="--epochs 10 --kd_steps 400" rounds=25 steps=100 images=500
+  out="${OUT:-checkpoints/compare_prior}" lengths="--batch_size 256 --epochs 10 --kd_steps 400" rounds=25 steps=100 images=500 warmup="--warmup_epochs 1"
 fi
 inversion="--g_steps 20 --synthesis_batch_size 200"
 variants="$inversion --init_bank $out/bank/seed{seed} --variants 2 --strength .6 --diffusion_batch_size 200 --diffusion_dtype bf16"
-draw="--warmup_epochs 1 --diffusion_model natural_32 --diffusion_dtype bf16 --scheduler ancestral --lca_every 0 --images_per_class $images
+draw="$warmup --diffusion_model natural_32 --diffusion_dtype bf16 --scheduler ancestral --lca_every 0 --images_per_class $images
   --synthesis_batch_size 500 --diffusion_batch_size 250 --num_inference_steps 20"
 declare -A flags=(
   [bank]="--method csd --stages synthesize --init_rounds $rounds --init_g_steps $steps"
@@ -31,7 +31,7 @@ declare -A flags=(
 for seed in ${SEEDS:-0}; do
   for run in bank ${RUNS:-csd dda_natural_guided dda_natural dda_pixel diffdfkd dm_kd pictures kd}; do
     python datafree_kd.py ${flags[$run]} --dataset cifar10 --data_root "$data" --teacher resnet20 --teacher_ckpt "${TEACHER:-cifar10_resnet20.pth}" \
-      --teacher_std .2470,.2435,.2616 --student wrn16_1 --batch_size 256 $lengths --seed "$seed" --save_dir "$out/$run/seed{seed}" "$@"
+      --teacher_std .2470,.2435,.2616 --student wrn16_1 $lengths --seed "$seed" --save_dir "$out/$run/seed{seed}" "$@"
   done
 done
 python -m engine.report "$out" --folders
