@@ -29,11 +29,13 @@ from engine import report
 from engine.data import splits
 from engine.data.bank import ImageBank, read_manifest
 from engine.data.image_files import decode_image
+from engine.networks.build import fitting
 from engine.networks.trained import open_trained
 from engine.runtime.files import load_checkpoint, weights_digest
-from engine.runtime.run import Run, earlier_value, read_lines
+from engine.runtime.names import resolve
+from engine.runtime.run import Run, commit, earlier_value, read_lines, versions
 from engine.runtime.stage_record import StageRecord
-from registry import DATASETS, MODELS
+from registry import DATASETS, METHODS, MODELS
 from tests.campaign.mutators import mutate
 from tests.campaign.sandbox import ACCEPTED, EQUAL, Silent
 from tests.conftest import CPU, TINY, TINY_TASK, build_network, dataset_info, load_teacher
@@ -259,6 +261,20 @@ def build(root: Path, slow: bool = True) -> dict[str, Reader]:
     digest = weights_digest(load_checkpoint(root / "scratch_whole/out/weights.pth")["state_dict"])
     readers["train_scratch, going on"] = Reader(root / "scratch", kept, go_on_training, digest)
     return readers
+
+
+def warm() -> None:
+    """Imports and computes, for the processes that are forked, what each of them would else do again."""
+    import diffusers.models.unets.unet_2d  # noqa: F401
+    import matplotlib.backends.backend_svg  # noqa: F401
+    import timm  # noqa: F401
+    import torch.utils.tensorboard  # noqa: F401
+
+    import engine.report.page  # noqa: F401
+
+    for place in METHODS.values():
+        resolve(place)
+    fitting(MODELS, {}, 10), versions(), commit(), Image.init()
 
 
 def changed_file(reader: Reader, folder: Path, seed: int) -> Callable[[], str]:
