@@ -9,12 +9,13 @@ else is printed with the command that repeats it, and the exit code is 1.
 
 import argparse
 import contextlib
-import io
 import gc
+import io
 import json
 import os
 import random
 import shlex
+import signal
 import sys
 import tempfile
 import time
@@ -130,7 +131,9 @@ class Campaign:
 
     def batch(self, row: str, inputs: list[tuple[str, Callable[[], str]]], seconds: float = 5, memory: int = MEMORY) -> None:
         """Runs named inputs, each with so many seconds of processor time."""
-        self.note(row, [(name, o) for (name, _), o in zip(inputs, run_all(inputs, seconds, self.canary, self.shown, memory))])
+        self.note(
+            row, [(name, o) for (name, _), o in zip(inputs, run_all(inputs, seconds, self.canary, self.shown, memory))]
+        )
 
     def files(self, number: int) -> Iterator[None]:
         """Changed files for every reader; for those that are whole commands one, every third time."""
@@ -233,6 +236,9 @@ def main() -> None:
     parser.add_argument("--shown", action="store_true", help="show what the inputs print")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a shell's "&" has it ignored, also in what is started from here
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
     log = args.log and args.log.resolve()
     os.chdir(ROOT)

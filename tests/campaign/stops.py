@@ -112,8 +112,9 @@ class Stops:
             prepare: called in it before the command; None: a new interpreter in place of a fork, as users begin it.
             rank: the launcher's variables.
         """
-        module, words = datafree_kd, f"{readers.flags_of(command, self.teacher, folder)} {LONGER}"
-        if command == "train_scratch":
+        if command in METHODS:
+            module, words = datafree_kd, f"{readers.flags_of(command, self.teacher, folder)} {LONGER}"
+        else:
             module, words = train_scratch, f"{readers.SCRATCH} --save_dir {folder} --output {folder}/weights.pth"
         words = [f"{module.__name__}.py", *words.split()]
         if prepare is None:
