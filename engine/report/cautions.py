@@ -18,7 +18,9 @@ def cautions(runs: list[dict[str, Any]], lines: list[dict[str, Any]], classes: i
         found.append(f"One seed ({first['seed']}): nothing is known of the spread. Run more with --seeds.")
     elif len(runs) < 3:
         found.append("Two seeds: the spread is hardly known.")
-    above = max(run["acc1_best"] - run["acc1_last"] for run in runs)
+    above = max(
+        run["acc1_best"] - run["acc1_last"] if "acc1_last" in run else 0 for run in runs
+    )  # with --no_test there is none
     if above >= CLOSE:
         found.append(
             f"The best epoch on the test set is up to {above:.2f} points above the last. It was chosen on the test set, as "
@@ -37,7 +39,7 @@ def cautions(runs: list[dict[str, Any]], lines: list[dict[str, Any]], classes: i
 
 def _unmoved(history: list[dict[str, Any]], lines: list[dict[str, Any]], classes: int | None) -> list[str]:
     """Accuracies and losses that are at the end where they were at the start."""
-    found, accuracies = [], [line["acc1"] for line in history]
+    found, accuracies = [], [line["acc1"] for line in history if "acc1" in line]
     if classes and accuracies and max(accuracies) < 150 / classes:
         found.append(f"The accuracy never rose above chance ({100 / classes:.3g} %) by more than half.")
     elif len(accuracies) > 2 and max(accuracies) - min(accuracies) < 0.5:

@@ -86,7 +86,7 @@ def table_rows(groups: Groups) -> list[dict[str, str]]:
     """The rows of the brief table, the best epoch's accuracy beside the last one's."""
     rows = []
     for runs, line in zip(groups, brief_rows(groups)):
-        best = {"best": spread([run["acc1_best"] for run in runs])}
+        best = {"best": spread([run.get("acc1_best") for run in runs])}
         names = list(line)
         before = {name: line[name] for name in names[: names.index("acc1") + 1]}
         rows.append(before | best | {name: line[name] for name in names[names.index("acc1") + 1 :]})
@@ -103,7 +103,9 @@ def accuracy_curves(groups: Groups, size: tuple[float, float]) -> dict[str, str]
     """The accuracy on the way, {axis: SVG}: by student steps the mean over seeds, by minutes the first seed."""
     lines: dict[str, list] = {axis: [] for axis, _ in AXES}
     for number, runs in enumerate(groups):
-        histories = [run["history"] for run in runs if run["history"] and "student_steps" in run["history"][0]]
+        histories = [
+            run["history"] for run in runs if run["history"] and {"student_steps", "acc1"} <= run["history"][0].keys()
+        ]
         if histories:
             length = min(map(len, histories))
             mean = [statistics.fmean(history[k]["acc1"] for history in histories) for k in range(length)]
