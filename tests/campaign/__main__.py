@@ -33,7 +33,7 @@ from tests.campaign.sandbox import ACCEPTED, EQUAL, GOOD, MEMORY, ROOM, Outcome,
 from tests.conftest import ROOT
 
 KINDS = ("files", "flags", "payloads", "full", "kills")
-AT_ONCE = 40  # inputs a process
+MOST = 120  # inputs a process
 ODD_TEXT = (
     "",
     "x",
@@ -138,12 +138,13 @@ class Campaign:
     def files(self, number: int) -> Iterator[None]:
         """Changed files for every reader; for those that are whole commands one, every third time."""
         for name, reader in self.readers.items():
-            whole_run = reader.expected is not None or name == "page"
-            first = (self.seed << 40) + number * AT_ONCE
-            numbers = range(first, first + (number % 3 == 0 if whole_run else AT_ONCE))
-            inputs = [(f"input {k}", readers.changed_file(reader, self.root / "changed", k)) for k in numbers]
-            if inputs:
-                yield self.batch(name, inputs, 10 if whole_run else 5)
+            first, whole_command = (self.seed << 40) + number * MOST, reader.many == 1
+            inputs = [
+                (f"input {k}", readers.changed_file(reader, self.root / "changed", k))
+                for k in range(first, first + reader.many)
+            ]
+            if not (whole_command and number % 3):
+                yield self.batch(name, inputs, 10 if whole_command else 5)
 
     def repeat(self, name: str, number: int) -> None:
         """One changed file again."""

@@ -47,12 +47,14 @@ class Reader(NamedTuple):
 
     folder: holds whole files. files: patterns of those that are changed. read: (a changed copy of the folder) -> what was read.
     expected: (shards, weights) that reading must end in; None: it must end in finite numbers.
+    many: inputs a process; fewer of those that take longer.
     """
 
     folder: Path
     files: tuple[str, ...]
     read: Callable[[Path], Any]
     expected: Any = None
+    many: int = 120
 
 
 def is_finite(value: Any) -> bool:
@@ -192,9 +194,9 @@ def build(root: Path, slow: bool = True) -> dict[str, Reader]:
     """
     teacher = make_teacher(root / "teachers")
     readers = {
-        "teacher": Reader(teacher.parent, ("teacher.pth",), lambda folder: read_teacher(folder / "teacher.pth")),
+        "teacher": Reader(teacher.parent, ("teacher.pth",), lambda folder: read_teacher(folder / "teacher.pth"), many=40),
         "teacher, safetensors": Reader(
-            teacher.parent, ("teacher.safetensors",), lambda folder: read_teacher(folder / "teacher.safetensors")
+            teacher.parent, ("teacher.safetensors",), lambda folder: read_teacher(folder / "teacher.safetensors"), many=40
         ),
     }
     whole = root / "csd"
@@ -230,12 +232,12 @@ def build(root: Path, slow: bool = True) -> dict[str, Reader]:
 
         export.main()
     readers |= {
-        "student": Reader(whole, ("student.pth",), lambda folder: read_any(folder / "student.pth")),
+        "student": Reader(whole, ("student.pth",), lambda folder: read_any(folder / "student.pth"), many=40),
         "bank": Reader(whole / "bank", ("manifest.json", "*.safetensors", "sha256.txt"), read_bank),
         "run folder": Reader(whole, ("stages.json", "args.json", "metrics.jsonl", "times.jsonl"), read_run),
         "report": Reader(whole, ("result.json", "metrics.jsonl"), write_report),
         "result lines": Reader(lines, ("results.jsonl",), lambda folder: write_report(folder / "results.jsonl")),
-        "prior": Reader(prior, ("prior.safetensors",), lambda folder: read_prior(folder / "prior.safetensors")),
+        "prior": Reader(prior, ("prior.safetensors",), lambda folder: read_prior(folder / "prior.safetensors"), many=40),
         "npz": Reader(data, ("mine.npz",), read_data("mine")),
         "images": Reader(
             pictures, ("*.png",), lambda folder: [decode_image(file, 8) for file in sorted(folder.glob("*.png"))]
@@ -243,13 +245,13 @@ def build(root: Path, slow: bool = True) -> dict[str, Reader]:
         "tree": Reader(root / "tree", ("test/a/*.png", "train/b/*.png"), read_data("folder")),
         "list": Reader(domains, ("domainnet/*.txt",), read_data("domainnet_sketch")),
         "exported folder": Reader(
-            exported, ("config.json", "model.safetensors"), lambda folder: read_any(Path(f"local-dir:{folder}"))
+            exported, ("config.json", "model.safetensors"), lambda folder: read_any(Path(f"local-dir:{folder}")), many=40
         ),
     }
     if not slow:
         return readers
     readers["page"] = Reader(
-        whole, ("result.json", "confusion.json", "metrics.jsonl", "args.json", "bank/*.safetensors"), write_page
+        whole, ("result.json", "confusion.json", "metrics.jsonl", "args.json", "bank/*.safetensors"), write_page, many=1
     )
     kept = ("bank/*", "variants/*", "*.json", "*.pth", "*.jsonl", "*.safetensors", "sha256.txt")
     for method, number in (("dda", 1), ("fast", 1), ("cmi", 1), ("dafl", 1)):
@@ -257,13 +259,13 @@ def build(root: Path, slow: bool = True) -> dict[str, Reader]:
         command(datafree_kd, flags_of(method, teacher, end))
         with stopped_at(engine.loops.distill, number):
             command(datafree_kd, flags_of(method, teacher, broken))
-        readers[f"{method}, going on"] = Reader(broken, kept, go_on(method, teacher), end_of(end))
-    readers["csd, done"] = Reader(whole, kept, go_on("csd", teacher), end_of(whole))
+        readers[f"{method}, going on"] = Reader(broken, kept, go_on(method, teacher), end_of(end), 1)
+    readers["csd, done"] = Reader(whole, kept, go_on("csd", teacher), end_of(whole), 1)
     for folder, number in (("scratch_whole", 99), ("scratch", 2)):
         with stopped_at(engine.loops.train, number):
             go_on_training(root / folder)
     digest = weights_digest(load_checkpoint(root / "scratch_whole/out/weights.pth")["state_dict"])
-    readers["train_scratch, going on"] = Reader(root / "scratch", kept, go_on_training, digest)
+    readers["train_scratch, going on"] = Reader(root / "scratch", kept, go_on_training, digest, 1)
     return readers
 
 

@@ -36,8 +36,10 @@ LONGER = "--epochs 4"
 KILLED = 3  # times at most, before a run is left in peace
 TWO, INTERPRETER = 0.15, 0.04  # shares of the kills: two processes; a new interpreter in place of a fork
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
-BY_SIGNAL = {-signal.SIGKILL, -signal.SIGXFSZ, 128 + signal.SIGTERM, 128 + signal.SIGINT}  # exit codes
-OF_OTHERS = BY_SIGNAL | {-signal.SIGTERM, -signal.SIGINT, 2}  # of two processes, one of which is killed
+# Exit codes: of a run that is killed, of a new interpreter that still imports, of two processes, one of which is killed.
+BY_SIGNAL = {-signal.SIGKILL, -signal.SIGXFSZ, 128 + signal.SIGTERM, 128 + signal.SIGINT}
+EARLY = BY_SIGNAL | {-signal.SIGTERM, -signal.SIGINT}
+OF_OTHERS = EARLY | {2}
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir")  # as ``sys.addaudithook`` names them
 PATIENCE = 20  # s that a launcher gives the other processes before it kills them
 HANG = 300  # s: the machine may be shared with others
@@ -224,7 +226,7 @@ class Stops:
             row, count = "kills, two processes", 2
         elif ways == KILLS and draw.random() < INTERPRETER:
             row, ways = "kills, new interpreter", ("interpreter",)
-        wanted = {2} if ways == FULL else BY_SIGNAL if count == 1 else OF_OTHERS
+        wanted = {2} if ways == FULL else OF_OTHERS if count == 2 else BY_SIGNAL if ways == KILLS else EARLY
         expected, found = self.unbroken(command, count).end, []
         folder, way, codes = self.root / "stopped", "", [0]
         try:
