@@ -27,12 +27,12 @@ from engine.runtime.processes import leave_processes
 from registry import METHODS
 from tests.campaign import readers
 from tests.campaign.sandbox import EQUAL, Outcome
-from tests.conftest import ROOT
+from tests.conftest import ROOT, TINY
 from tests.kill_and_resume import by_name, stage_now
 
 KILLS, FULL = ("time", "operation", "write"), ("size limit", "tmpfs")
 COMMANDS = (*METHODS, "train_scratch")
-LONGER = "--epochs 4"
+LONGER, SMALLER = "--epochs 4", "--image_size 8 --batch_size 32"  # the latter but for diffusion priors, which have a size
 KILLED = 3  # times at most, before a run is left in peace
 TWO, INTERPRETER = 0.15, 0.04  # shares of the kills: two processes; a new interpreter in place of a fork
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
@@ -115,7 +115,8 @@ class Stops:
             rank: the launcher's variables.
         """
         if command in METHODS:
-            module, words = datafree_kd, f"{readers.flags_of(command, self.teacher, folder)} {LONGER}"
+            smaller = "" if "num_inference_steps" in TINY[command] else SMALLER
+            module, words = datafree_kd, f"{readers.flags_of(command, self.teacher, folder)} {LONGER} {smaller}"
         else:
             module, words = train_scratch, f"{readers.SCRATCH} --save_dir {folder} --output {folder}/weights.pth"
         words = [f"{module.__name__}.py", *words.split()]
