@@ -35,50 +35,23 @@ from tests.conftest import ROOT
 KINDS = ("files", "flags", "payloads", "full", "kills")
 MOST = 120  # inputs a process
 ODD_TEXT = (
-    "",
-    "x",
-    "x" * 300,
-    "a\nb",
-    "../../..",
-    "/dev/null",
-    "{seed}",
-    "é\u2028",
-    "-",
-    "nan",
-    "1,2",
-    ",",
-    "/proc/self/mem",
-    "x:y(z=1)",
-)
+    "", "x", "x" * 300, "a\nb", "../../..", "/dev/null", "{seed}", "é\u2028", "-", "nan", "1,2", ",", "/proc/self/mem", "x:y(z=1)",
+)  # fmt: skip
 ODD_NUMBERS = (
-    "0",
-    "-1",
-    "1",
-    "2",
-    "3",
-    "0.5",
-    "1e-30",
-    "1e12",
-    "999999999999",
-    "4096",
-    "nan",
-    "inf",
-    "1e999",
-    "0x10",
-    " 1",
-    "1_0",
-)
+    "0", "-1", "1", "2", "3", "0.5", "1e-30", "1e12", "999999999999", "4096", "nan", "inf", "1e999", "0x10", " 1", "1_0",
+)  # fmt: skip
 
 
 class Campaign:
     """Runs inputs until the time is over.
 
     Args:
+        files: the readers' files are made, also (``slow``) those of readers that are whole commands.
         shown: the inputs' own output is shown.
         log: a file that gets a line a batch; what is in it counts, and the inputs go on behind it.
     """
 
-    def __init__(self, root: Path, seed: int, minutes: float, slow: bool, shown: bool = False, log: Path | None = None):
+    def __init__(self, root: Path, seed: int, minutes: float, files: bool, slow: bool, shown: bool, log: Path | None):
         self.root, self.seed, self.shown, self.log = root, seed, shown, log
         self.canary, self.counts, self.bad, self.stops = root / "executed", {}, [], None
         self.seconds, self.next, self.turn = 0.0, Counter(), ("", 0)
@@ -91,7 +64,8 @@ class Campaign:
             contextlib.nullcontext() if shown else contextlib.redirect_stdout(io.StringIO()),
             contextlib.redirect_stderr(sys.stderr if shown else io.StringIO()),
         ):
-            self.readers = readers.build(root / "whole", slow)
+            self.teacher = readers.make_teacher(root / "teachers")
+            self.readers = readers.build(root / "whole", self.teacher, slow) if files else {}
             if slow:
                 readers.warm()
         gc.freeze()  # so that forks do not copy what they only look through
@@ -100,7 +74,6 @@ class Campaign:
             (outcome,) = run_all([(name, lambda: reader.read(folder) is not None and ACCEPTED)], 60, self.canary, shown)
             assert outcome.kind == ACCEPTED, (name, outcome)
             readers.shutil.rmtree(folder)
-        self.teacher = root / "whole/teachers/teacher.pth"
         self.begun = self.noted = time.monotonic()
         self.end = self.begun + 60 * minutes
 
@@ -126,8 +99,11 @@ class Campaign:
         self.seconds, self.noted = self.seconds + now - before, now
         if self.log:
             line = {"kind": self.turn[0], "number": self.turn[1], "row": row, "outcomes": counts, "bad": bad}
+            line |= {"seconds": round(now - before, 2)} | (
+                {} if wanted == GOOD else {"stops": [name for name, _ in outcomes]}
+            )
             with open(self.log, "a") as file:
-                file.write(json.dumps(line | {"seconds": round(now - before, 2)}) + "\n")
+                file.write(json.dumps(line) + "\n")
 
     def batch(self, row: str, inputs: list[tuple[str, Callable[[], str]]], seconds: float = 5, memory: int = MEMORY) -> None:
         """Runs named inputs, each with so many seconds of processor time."""
@@ -182,7 +158,7 @@ class Campaign:
             os.chdir(folder)
             import datafree_kd
 
-            flags = readers.flags_of(method, self.teacher, Path("run")).replace(f"--image {ROOT}", f"--image {ROOT}")
+            flags = readers.flags_of(method, self.teacher, Path("run"))
             sys.argv = ["datafree_kd.py", *flags.split(), *words]
             readers.splits._train_split_forbidden = False
             datafree_kd.main()
@@ -237,14 +213,13 @@ def main() -> None:
     parser.add_argument("--shown", action="store_true", help="show what the inputs print")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # a shell's "&" has it ignored, also in what is started from here
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's "&" has it ignored, in what it starts too
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
     log = args.log and args.log.resolve()
     os.chdir(ROOT)
     with tempfile.TemporaryDirectory(prefix="campaign") as folder:
-        campaign = Campaign(Path(folder).resolve(), args.seed, args.minutes, not args.fast, args.shown, log)
+        files = "files" in args.only or bool(args.repeat)
+        campaign = Campaign(Path(folder).resolve(), args.seed, args.minutes, files, not args.fast, args.shown, log)
         campaign.repeat(args.repeat[0], int(args.repeat[1])) if args.repeat else campaign.run(tuple(args.only))
     print(f"\npython -m tests.campaign {shlex.join(sys.argv[1:])}: {campaign.seconds / 60:.1f} minutes")
     print(campaign.table())

@@ -186,13 +186,13 @@ def go_on_training(folder: Path) -> Any:
 SCRATCH = "--model resnet8 --dataset digits --epochs 3 --batch_size 256 --gpu -1 --amp no"
 
 
-def build(root: Path, slow: bool = True) -> dict[str, Reader]:
+def build(root: Path, teacher: Path, slow: bool = True) -> dict[str, Reader]:
     """Every reader, its files made below ``root``.
 
     Args:
+        teacher: ``make_teacher``'s.
         slow: also the readers that are whole commands.
     """
-    teacher = make_teacher(root / "teachers")
     readers = {
         "teacher": Reader(teacher.parent, ("teacher.pth",), lambda folder: read_teacher(folder / "teacher.pth"), many=40),
         "teacher, safetensors": Reader(
@@ -289,6 +289,7 @@ def changed_file(reader: Reader, folder: Path, seed: int) -> Callable[[], str]:
     def call() -> str:
         draw = random.Random(seed)
         shutil.rmtree(folder, ignore_errors=True)
+        assert reader.folder.is_dir()  # else each input would count as one line
         shutil.copytree(reader.folder, folder, ignore=shutil.ignore_patterns("events.*", "pictures"))
         files = sorted({file for pattern in reader.files for file in folder.glob(pattern) if file.is_file()})
         file = draw.choice(files)

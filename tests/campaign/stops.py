@@ -34,7 +34,7 @@ KILLS, FULL = ("time", "operation", "write"), ("size limit", "tmpfs")
 COMMANDS = (*METHODS, "train_scratch")
 LONGER, SMALLER = "--epochs 4", "--image_size 8 --batch_size 32"  # the latter but for diffusion priors, which have a size
 KILLED = 3  # times at most, before a run is left in peace
-TWO, INTERPRETER = 0.15, 0.04  # shares of the kills: two processes; a new interpreter in place of a fork
+TWO, INTERPRETER = 0.15, 0.03  # shares of the kills: two processes; a new interpreter in place of a fork
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 # Exit codes: of a run that is killed, of a new interpreter that still imports, of two processes, one of which is killed.
 BY_SIGNAL = {-signal.SIGKILL, -signal.SIGXFSZ, 128 + signal.SIGTERM, 128 + signal.SIGINT}
@@ -247,7 +247,7 @@ class Stops:
                 mount(self.disk, 2**16, again=True)
             if any(codes):
                 codes, errors = self.run(command, folder, count, lambda: None)
-            if any(codes) or end_of(command, folder) != expected:
+            if any(codes) or "Traceback" in errors or end_of(command, folder) != expected:
                 unequal = Outcome(f"no end: exit codes {codes}" if any(codes) else "unequal", errors[-2000:])
                 found = [(how, unequal) for how, _ in found or [(f"{command}, round {number}: no stop", unequal)]]
         finally:
