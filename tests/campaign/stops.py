@@ -221,26 +221,28 @@ class Stops:
 
     def check(self, command: str, number: int, ways: tuple[str, ...]) -> tuple[str, list[tuple[str, Outcome]]]:
         """Stops a run, at times again, and lets it come to its end: row of the table, and how each stop was and became."""
-        draw = random.Random(f"{self.seed} {ways} {command} {number}")
-        row, count = f"kills of {command}" if ways == KILLS else f"full disk of {command}", 1
-        if ways == KILLS and draw.random() < TWO and command != "train_scratch":
-            row, count = "kills, two processes", 2
-        elif ways == KILLS and draw.random() < INTERPRETER:
-            row, ways = "kills, new interpreter", ("interpreter",)
-        wanted = {2} if ways == FULL else OF_OTHERS if count == 2 else BY_SIGNAL if ways == KILLS else EARLY
-        expected, found = self.unbroken(command, count).end, []
-        folder, way, codes = self.root / "stopped", "", [0]
+        draw, full = random.Random(f"{self.seed} {ways} {command} {number}"), ways == FULL
+        way, row, count, wanted = "", f"kills of {command}", 1, BY_SIGNAL
+        if full:
+            ways, wanted = (way := draw.choice(self.full),), {2}
+            row = f"full disk, {way}"
+        elif command in METHODS and draw.random() < TWO:
+            row, count, wanted = "kills, two processes", 2, OF_OTHERS
+        elif draw.random() < INTERPRETER:
+            row, ways, wanted = "kills, new interpreter", ("interpreter",), EARLY
+        folder, expected, found, codes = self.root / "stopped", self.unbroken(command, count).end, [], [0]
+        if way == "tmpfs":
+            folder = self.disk / "run"
         try:
-            for _ in range(1 if ways == FULL else draw.randrange(1, KILLED + 1)):
-                way = draw.choice(self.full if ways == FULL else ways)
-                folder = self.disk / "run" if way == "tmpfs" else folder
+            for _ in range(1 if full else draw.randrange(1, KILLED + 1)):
+                way = draw.choice(ways)
                 how, codes, errors = self.stop(command, folder, count, way, draw)
                 if not any(codes):
                     break
                 how = f"{command}, round {number}: {how}, in {stage_now(folder)}"
-                last = errors.strip().splitlines()[-14:]
+                last = errors.strip().splitlines()[-14:] or [""]
                 good = wanted.issuperset({*codes} - {0}) and not any(word in errors for word in ("Traceback", "no end"))
-                good = good and (ways != FULL or last[-1].startswith("error: no space left"))
+                good = good and (not full or last[-1].startswith("error: no space left"))
                 kind = EQUAL if good else "traceback" if "Traceback" in errors else f"exit codes {codes}"
                 found.append((how, Outcome(kind, "" if good else "\n".join(last))))
             if way == "tmpfs":
