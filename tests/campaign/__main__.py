@@ -67,7 +67,7 @@ class Campaign:
             self.teacher = readers.make_teacher(root / "teachers")
             self.readers = readers.build(root / "whole", self.teacher, slow) if files else {}
             if slow:
-                readers.warm()
+                readers.warm(files)
         gc.freeze()  # so that forks do not copy what they only look through
         for name, reader in self.readers.items():  # what is whole is accepted
             folder = readers.shutil.copytree(reader.folder, root / "changed")

@@ -1,6 +1,7 @@
 """Everything that reads a file, each with whole files to begin from: names -> (folder of files, which to change, how to read)."""
 
 import contextlib
+import functools
 import io
 import math
 import os
@@ -269,18 +270,28 @@ def build(root: Path, teacher: Path, slow: bool = True) -> dict[str, Reader]:
     return readers
 
 
-def warm() -> None:
-    """Imports and computes, for the processes that are forked, what each of them would else do again."""
-    import diffusers.models.unets.unet_2d  # noqa: F401
-    import matplotlib.backends.backend_svg  # noqa: F401
-    import timm  # noqa: F401
-    import torch.utils.tensorboard  # noqa: F401
+def warm(files: bool) -> None:
+    """Imports and computes, for the processes that are forked, what each of them would else do again.
 
-    import engine.report.page  # noqa: F401
+    Args:
+        files: also what only readers of files need.
+    """
+    import diffusers.models.unets.unet_2d  # noqa: F401
+    import sklearn.datasets
+    import torch.utils.tensorboard  # noqa: F401
 
     for place in METHODS.values():
         resolve(place)
-    fitting(MODELS, {}, 10), versions(), commit(), Image.init()
+    versions(), commit()
+    sklearn.datasets.load_digits = functools.cache(sklearn.datasets.load_digits)
+    splits.load_split(dataset_info("digits"), "test", CPU)
+    if files:
+        import matplotlib.backends.backend_svg  # noqa: F401
+        import timm  # noqa: F401
+
+        import engine.report.page  # noqa: F401
+
+        fitting(MODELS, {}, 10), Image.init()
 
 
 def changed_file(reader: Reader, folder: Path, seed: int) -> Callable[[], str]:
