@@ -78,14 +78,14 @@ class Campaign:
         self.end = self.begun + 60 * minutes
 
     def run(self, kinds: tuple[str, ...]) -> None:
-        """Each kind in turn, until the time is over."""
+        """Each kind in turn, until the time is over; each has one batch at least."""
         while time.monotonic() < self.end:
             for kind in kinds:
                 self.turn = kind, self.next[kind]
                 self.next[kind] += 1
                 for _ in getattr(self, kind)(self.turn[1]):
                     if time.monotonic() > self.end:
-                        return
+                        break
 
     def note(self, row: str, outcomes: list[tuple[str, Outcome]], wanted: tuple[str, ...] = GOOD) -> None:
         """Counts the outcomes of named inputs; those that are not wanted are printed."""
