@@ -7,6 +7,12 @@
 To resume, run the same command again. Of the real data only the test split is opened, only to report accuracy.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+    # Who stops it while it imports wants no traceback; ``run_command`` takes over.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import dataclasses
 import sys
 from collections.abc import Callable

@@ -7,6 +7,12 @@ The weights go to checkpoints/pretrained/<dataset>_<model>.pth, where datafree_k
 the same command again.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+    # Who stops it while it imports wants no traceback; ``run_command`` takes over.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import dataclasses
 import os
 from dataclasses import dataclass

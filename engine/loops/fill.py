@@ -164,6 +164,8 @@ def _make_rounds(
             if not (bank.path / STATE).exists():
                 raise UserError(f"{bank.path / STATE}, from which round {start} goes on, is gone; use --redo {stage}")
             maker.load_state_dict(load_state(bank.path / STATE)["synthesizer"])
+        elif not maker.independent:  # who is killed between the first round's images and its state makes that round again
+            save_checkpoint(bank.path / STATE, {"round": 0, "synthesizer": {}})
     sizes = [maker.size(round) for round in range(rounds)]
     bar = progress(sum(sizes), stage, maker.unit, sum(sizes[:start]))
     step = processes.count if maker.independent else 1

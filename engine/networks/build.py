@@ -1,6 +1,7 @@
 """Teachers and students as a run uses them: built by name, weights checked, normalization on board."""
 
 import ast
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -278,10 +279,12 @@ def fitting(table: dict[str, str], shapes: dict[str, torch.Size], num_classes: i
     Args:
         shapes: of the state dict, without BN's batch counters.
     """
-    names = []
-    for name in table:
-        with torch.device("meta"):
-            state = build_network(table, name, num_classes).state_dict()
-        if shapes == {key: tensor.shape for key, tensor in state.items() if not key.endswith("num_batches_tracked")}:
-            names.append(name)
-    return names
+    return [name for name, place in table.items() if _shapes(name, place, num_classes) == shapes]
+
+
+@functools.cache
+def _shapes(name: str, place: str, num_classes: int) -> dict[str, torch.Size]:
+    """What a network's state dict holds, without BN's batch counters; it is built once a process, in a second for all."""
+    with torch.device("meta"):
+        state = build_network({name: place}, name, num_classes).state_dict()
+    return {key: tensor.shape for key, tensor in state.items() if not key.endswith("num_batches_tracked")}

@@ -32,7 +32,9 @@ def cautions(runs: list[dict[str, Any]], lines: list[dict[str, Any]], classes: i
         found.append(f"One seed ({first['seed']}): nothing is known of the spread. Run more with --seeds.")
     elif len(runs) < 3:
         found.append("Two seeds: the spread is hardly known.")
-    above = max(run["acc1_best"] - run["acc1_last"] for run in runs)
+    above = max(
+        run["acc1_best"] - run["acc1_last"] if "acc1_last" in run else 0 for run in runs
+    )  # with --no_test there is none
     if above >= CLOSE:
         found.append(
             f"The best epoch on the test set is up to {above:.2f} points above the last. It was chosen on the test set, as "
@@ -51,7 +53,7 @@ def cautions(runs: list[dict[str, Any]], lines: list[dict[str, Any]], classes: i
 
 def _unmoved(history: list[dict[str, Any]], lines: list[dict[str, Any]], classes: int | None) -> list[str]:
     """Accuracies and losses that are at the end where they were at the start."""
-    found, accuracies = [], [line["acc1"] for line in history]
+    found, accuracies = [], [line["acc1"] for line in history if "acc1" in line]
     if classes and accuracies and max(accuracies) < 150 / classes:
         found.append(f"The accuracy never rose above chance ({100 / classes:.3g} %) by more than half.")
     elif len(accuracies) > 2 and max(accuracies) - min(accuracies) < 0.5:
@@ -160,7 +162,7 @@ def table_rows(groups: Groups) -> list[dict[str, str]]:
     """The rows of the brief table, the best epoch's accuracy beside the last one's."""
     rows = []
     for runs, line in zip(groups, brief_rows(groups)):
-        best = {"best": spread([run["acc1_best"] for run in runs])}
+        best = {"best": spread([run.get("acc1_best") for run in runs])}
         names = list(line)
         before = {name: line[name] for name in names[: names.index("acc1") + 1]}
         rows.append(before | best | {name: line[name] for name in names[names.index("acc1") + 1 :]})
@@ -177,7 +179,9 @@ def accuracy_curves(groups: Groups, size: tuple[float, float]) -> dict[str, str]
     """The accuracy on the way, {axis: SVG}: by student steps the mean over seeds, by minutes the first seed."""
     lines: dict[str, list] = {axis: [] for axis, _ in AXES}
     for number, runs in enumerate(groups):
-        histories = [run["history"] for run in runs if run["history"] and "student_steps" in run["history"][0]]
+        histories = [
+            run["history"] for run in runs if run["history"] and {"student_steps", "acc1"} <= run["history"][0].keys()
+        ]
         if histories:
             length = min(map(len, histories))
             mean = [statistics.fmean(history[k]["acc1"] for history in histories) for k in range(length)]

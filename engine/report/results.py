@@ -58,19 +58,27 @@ def _read_folders(place: Path) -> list[dict[str, Any]]:
         name = str(folder) if folder.parts else place.resolve().name
         history = [line for line in metrics(file.parent) if "acc1" in line or "agreement" in line]
         result = read_json(file)
-        require_result(result | {"history": history} if isinstance(result, dict) else result, str(file))
-        results.append({"folder": name} | result | {"history": history, "path": str(file.parent)})
+        result = checked(result | {"history": history} if isinstance(result, dict) else result, str(file))
+        results.append({"folder": name} | result | {"path": str(file.parent)})
     return results
 
 
-def require_result(result: Any, what: str, also: dict[str, Any] = {}) -> None:
-    """Raises a UserError unless this is the result of a run, whose name is ``what``, with these fields besides."""
-    measured = "agreement" if isinstance(result, dict) and "acc1_last" not in result else "acc1"
-    of_a_method = {} if isinstance(result, dict) and result.get("method") == "scratch" else OF_A_METHOD
+def checked(result: Any, what: str, also: dict[str, Any] = {}) -> dict[str, Any]:
+    """The result of a run, without those fields that are null and may be missing.
+
+    Raises:
+        UserError: ``what``, its name, is no result with these fields besides.
+    """
     advice = "wanted a run's result.json, or a file that python -m engine.report --lines wrote"
-    require(result, RESULT | also | of_a_method | {f"{measured}_last": PERCENT}, what, advice)
+    require(result, RESULT | also, what, advice)
+    result = {name: value for name, value in result.items() if value is not None or f"{name}?" not in RESULT}
+    measured = "acc1" if "acc1_last" in result else "agreement"
+    of_a_method = {} if result["method"] == "scratch" else OF_A_METHOD
+    kept = {"variants_kept": COUNT} if result.get("variants") else {}
+    require(result, {f"{measured}_last": PERCENT, f"{measured}_best": PERCENT} | of_a_method | kept, what, advice)
     steps = {"student_steps": int} if of_a_method else {}
     require(result, {"history?": [{measured: PERCENT} | steps]}, what, advice)
+    return result
 
 
 def _read_file(file: Path) -> list[dict[str, Any]]:
@@ -87,7 +95,7 @@ def _read_file(file: Path) -> list[dict[str, Any]]:
             raise UserError(
                 f"line {number} of {file} is no result of a run ({error}); wanted a file that python -m engine.report --lines wrote"
             ) from None
-        require_result(result, f"line {number} of {file}", OF_A_LINE)
+        result = checked(result, f"line {number} of {file}", OF_A_LINE)
         results.append(result | {"path": f"{file}, {result['folder']}"})
     return results
 

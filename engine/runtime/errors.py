@@ -120,6 +120,8 @@ def run_command(main: Callable[[], None], leave: Callable[[], None] = lambda: No
         leave()
 
     signal.signal(signal.SIGTERM, on_sigterm)
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # a shell's "&" has it ignored
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.excepthook = quiet_on_os_errors
     rank = launched_rank()
     try:

@@ -8,6 +8,7 @@ events.*       TensorBoard                                     confusion.json te
 """
 
 import fcntl
+import functools
 import json
 import platform
 import resource
@@ -217,6 +218,7 @@ class Stopwatch:
         return self.seconds
 
 
+@functools.cache
 def versions() -> dict[str, str]:
     """Versions of the packages that results depend on."""
     names = ("torch", "torchvision", "diffusers", "transformers", "numpy")
@@ -230,6 +232,7 @@ def machine() -> str:
     return f"{torch.get_num_threads()} CPU threads"
 
 
+@functools.cache
 def commit() -> str:
     """The commit of this checkout, with "+" behind it if files have changed since; "unknown" outside git."""
     folder = Path(__file__).parent

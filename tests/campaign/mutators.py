@@ -3,6 +3,7 @@
 Every mutator takes the file's bytes and a ``random.Random`` and returns other bytes. ``of`` names those that fit a file.
 """
 
+import functools
 import io
 import json
 import random
@@ -147,11 +148,15 @@ def odd_value(value: Any, draw: random.Random) -> Any:
     return odd_tensor(value, draw)
 
 
+@functools.lru_cache(maxsize=8)
+def torch_state(data: bytes) -> Any:
+    return torch.load(io.BytesIO(data), weights_only=True)
+
+
 def torch_value(data: bytes, draw: random.Random) -> bytes:
     """A file of ``torch.save`` with one value or tensor of another kind."""
-    state = torch.load(io.BytesIO(data), weights_only=True)
     file = io.BytesIO()
-    torch.save(change(state, draw, lambda value: odd_value(value, draw)), file)
+    torch.save(change(torch_state(data), draw, lambda value: odd_value(value, draw)), file)
     return file.getvalue()
 
 

@@ -1,6 +1,7 @@
 """Everything that reads a file, each with whole files to begin from: names -> (folder of files, which to change, how to read)."""
 
 import contextlib
+import functools
 import io
 import math
 import os
@@ -29,11 +30,13 @@ from engine import report
 from engine.data import splits
 from engine.data.bank import ImageBank, read_manifest
 from engine.data.pictures import decode_image
+from engine.networks.build import fitting
 from engine.networks.trained import open_trained
+from engine.runtime.errors import resolve
 from engine.runtime.files import load_checkpoint, weights_digest
-from engine.runtime.run import Run, earlier_value, read_lines
+from engine.runtime.run import Run, commit, earlier_value, read_lines, versions
 from engine.runtime.stage_record import StageRecord
-from registry import DATASETS, MODELS
+from registry import DATASETS, METHODS, MODELS
 from tests.campaign.mutators import mutate
 from tests.campaign.sandbox import ACCEPTED, EQUAL, Silent
 from tests.conftest import CPU, TINY, TINY_TASK, build_network, dataset_info, load_teacher
@@ -45,12 +48,14 @@ class Reader(NamedTuple):
 
     folder: holds whole files. files: patterns of those that are changed. read: (a changed copy of the folder) -> what was read.
     expected: (shards, weights) that reading must end in; None: it must end in finite numbers.
+    many: inputs a process; fewer of those that take longer.
     """
 
     folder: Path
     files: tuple[str, ...]
     read: Callable[[Path], Any]
     expected: Any = None
+    many: int = 120
 
 
 def is_finite(value: Any) -> bool:
@@ -182,24 +187,28 @@ def go_on_training(folder: Path) -> Any:
 SCRATCH = "--model resnet8 --dataset digits --epochs 3 --batch_size 256 --gpu -1 --amp no"
 
 
-def build(root: Path, slow: bool = True) -> dict[str, Reader]:
+def build(root: Path, teacher: Path, slow: bool = True) -> dict[str, Reader]:
     """Every reader, its files made below ``root``.
 
     Args:
+        teacher: ``make_teacher``'s.
         slow: also the readers that are whole commands.
     """
-    teacher = make_teacher(root / "teachers")
     readers = {
-        "teacher": Reader(teacher.parent, ("teacher.pth",), lambda folder: read_teacher(folder / "teacher.pth")),
+        "teacher": Reader(teacher.parent, ("teacher.pth",), lambda folder: read_teacher(folder / "teacher.pth"), many=40),
         "teacher, safetensors": Reader(
-            teacher.parent, ("teacher.safetensors",), lambda folder: read_teacher(folder / "teacher.safetensors")
+            teacher.parent, ("teacher.safetensors",), lambda folder: read_teacher(folder / "teacher.safetensors"), many=40
         ),
     }
     whole = root / "csd"
     command(datafree_kd, flags_of("csd", teacher, whole))
     prior = root / "prior"
     prior.mkdir()
-    shutil.copy(patch_unet.SHIPPED / "glyphs_digits_16.safetensors", prior / "prior.safetensors")
+    about = {"num_classes": 10, "image_size": 16, "patch": 2, "channels": (8, 16), "attention": True}
+    network = patch_unet.PatchUNet(*about.values())
+    patch_unet.save_patch_prior(
+        prior / "prior.safetensors", network, about | {"class_names": list("0123456789"), "name": "small"}
+    )
     data = root / "data"
     data.mkdir()
     write_npz(data, "mine", classes=np.array(["a", "b", "c"]))
@@ -224,12 +233,12 @@ def build(root: Path, slow: bool = True) -> dict[str, Reader]:
 
         export.main()
     readers |= {
-        "student": Reader(whole, ("student.pth",), lambda folder: read_any(folder / "student.pth")),
+        "student": Reader(whole, ("student.pth",), lambda folder: read_any(folder / "student.pth"), many=40),
         "bank": Reader(whole / "bank", ("manifest.json", "*.safetensors", "sha256.txt"), read_bank),
         "run folder": Reader(whole, ("stages.json", "args.json", "metrics.jsonl", "times.jsonl"), read_run),
         "report": Reader(whole, ("result.json", "metrics.jsonl"), write_report),
         "result lines": Reader(lines, ("results.jsonl",), lambda folder: write_report(folder / "results.jsonl")),
-        "prior": Reader(prior, ("prior.safetensors",), lambda folder: read_prior(folder / "prior.safetensors")),
+        "prior": Reader(prior, ("prior.safetensors",), lambda folder: read_prior(folder / "prior.safetensors"), many=40),
         "npz": Reader(data, ("mine.npz",), read_data("mine")),
         "images": Reader(
             pictures, ("*.png",), lambda folder: [decode_image(file, 8) for file in sorted(folder.glob("*.png"))]
@@ -237,13 +246,13 @@ def build(root: Path, slow: bool = True) -> dict[str, Reader]:
         "tree": Reader(root / "tree", ("test/a/*.png", "train/b/*.png"), read_data("folder")),
         "list": Reader(domains, ("domainnet/*.txt",), read_data("domainnet_sketch")),
         "exported folder": Reader(
-            exported, ("config.json", "model.safetensors"), lambda folder: read_any(Path(f"local-dir:{folder}"))
+            exported, ("config.json", "model.safetensors"), lambda folder: read_any(Path(f"local-dir:{folder}")), many=40
         ),
     }
     if not slow:
         return readers
     readers["page"] = Reader(
-        whole, ("result.json", "confusion.json", "metrics.jsonl", "args.json", "bank/*.safetensors"), write_page
+        whole, ("result.json", "confusion.json", "metrics.jsonl", "args.json", "bank/*.safetensors"), write_page, many=1
     )
     kept = ("bank/*", "variants/*", "*.json", "*.pth", "*.jsonl", "*.safetensors", "sha256.txt")
     for method, number in (("dda", 1), ("fast", 1), ("cmi", 1), ("dafl", 1)):
@@ -251,14 +260,38 @@ def build(root: Path, slow: bool = True) -> dict[str, Reader]:
         command(datafree_kd, flags_of(method, teacher, end))
         with stopped_at(engine.loops.distill, number):
             command(datafree_kd, flags_of(method, teacher, broken))
-        readers[f"{method}, going on"] = Reader(broken, kept, go_on(method, teacher), end_of(end))
-    readers["csd, done"] = Reader(whole, kept, go_on("csd", teacher), end_of(whole))
+        readers[f"{method}, going on"] = Reader(broken, kept, go_on(method, teacher), end_of(end), 1)
+    readers["csd, done"] = Reader(whole, kept, go_on("csd", teacher), end_of(whole), 1)
     for folder, number in (("scratch_whole", 99), ("scratch", 2)):
         with stopped_at(engine.loops.train, number):
             go_on_training(root / folder)
     digest = weights_digest(load_checkpoint(root / "scratch_whole/out/weights.pth")["state_dict"])
-    readers["train_scratch, going on"] = Reader(root / "scratch", kept, go_on_training, digest)
+    readers["train_scratch, going on"] = Reader(root / "scratch", kept, go_on_training, digest, 1)
     return readers
+
+
+def warm(files: bool) -> None:
+    """Imports and computes, for the processes that are forked, what each of them would else do again.
+
+    Args:
+        files: also what only readers of files need.
+    """
+    import diffusers.models.unets.unet_2d  # noqa: F401
+    import sklearn.datasets
+    import torch.utils.tensorboard  # noqa: F401
+
+    for place in METHODS.values():
+        resolve(place)
+    versions(), commit()
+    sklearn.datasets.load_digits = functools.cache(sklearn.datasets.load_digits)
+    splits.load_split(dataset_info("digits"), "test", CPU)
+    if files:
+        import matplotlib.backends.backend_svg  # noqa: F401
+        import timm  # noqa: F401
+
+        import engine.report.page  # noqa: F401
+
+        fitting(MODELS, {}, 10), Image.init()
 
 
 def changed_file(reader: Reader, folder: Path, seed: int) -> Callable[[], str]:
@@ -267,6 +300,7 @@ def changed_file(reader: Reader, folder: Path, seed: int) -> Callable[[], str]:
     def call() -> str:
         draw = random.Random(seed)
         shutil.rmtree(folder, ignore_errors=True)
+        assert reader.folder.is_dir()  # else each input would count as one line
         shutil.copytree(reader.folder, folder, ignore=shutil.ignore_patterns("events.*", "pictures"))
         files = sorted({file for pattern in reader.files for file in folder.glob(pattern) if file.is_file()})
         file = draw.choice(files)

@@ -73,6 +73,20 @@ def test_a_bank_without_its_synthesizer_is_no_bank_to_start_from(distill, copied
         distill("fast", tmp_path / "other", f"--init_bank {folder}")
 
 
+def test_a_kill_between_the_first_images_and_their_state_is_made_good(distill, finished, tmp_path, monkeypatch):
+    def killed(path, state):
+        if state["round"] == 1:
+            raise KeyboardInterrupt
+        save_checkpoint(path, state)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("engine.loops.fill.save_checkpoint", killed)
+        distill("fast", tmp_path / "run")
+    assert (tmp_path / "run/bank/synthesize-000000.safetensors").exists()
+    distill("fast", tmp_path / "run")
+    assert outcome(tmp_path / "run") == outcome(finished("fast"))
+
+
 def test_a_shorter_bank_made_again_misses_nothing(distill, copied):
     folder = copied("csd")
     distill("csd", folder, "--init_rounds 1 --redo synthesize")

@@ -7,6 +7,8 @@ import pytest
 
 import registry
 from engine import report
+from engine.report.page import contents
+from engine.report.results import RESULT
 from engine.runtime.errors import UserError
 
 
@@ -41,6 +43,25 @@ def test_report_takes_mean_and_spread_over_seeds(tmp_path, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "91.00 ± 1.41" in out and "| 0,1 |" in out and "10 (40)" in out and "| m | 50.0 ± 0.0 | 51.0 ± 0.0 |" in out
     assert "training s" not in out and table.read_text().count("\n") == 3 and "published" not in out
+
+
+def test_a_field_that_is_null_counts_as_missing(tmp_path):
+    """Of those that may be missing; a result line with such a command once ended in a traceback."""
+    kept = {"folder", "history", "teacher", "external_prior", "acc1_last", "acc1_best"}
+    optional = {name[:-1] for name in RESULT if name.endswith("?")} - kept
+    write_result(tmp_path / "a", **dict.fromkeys(optional))
+    (result,) = report.collect([tmp_path])
+    assert not optional & result.keys()
+    page = str(contents(report.group([result])))
+    assert "90.0" in report.table(report.parse([str(tmp_path), "--wide"])) and "90.0" in page
+
+
+def test_a_run_without_a_test_has_a_row_and_a_page(tmp_path):
+    write_result(tmp_path / "a", agreement_last=3.0, agreement_best=4.0, acc1_last=None, acc1_best=None, acc1_mean=None)
+    lines = [{"stage": "distill", "round": k, "agreement": 3.0, "student_steps": 50 * (k + 1)} for k in range(3)]
+    (tmp_path / "a/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    shown = contents(report.group(report.collect([tmp_path])))
+    assert shown["rows"][0]["figures"]["agreement best"] == "4.00" and shown["curves"] == {}
 
 
 def test_report_tells_times_budgets_and_targets(tmp_path):

@@ -1,6 +1,7 @@
 """How a command ends: one line and an exit code."""
 
 import errno
+import os
 import signal
 import subprocess
 import sys
@@ -33,3 +34,20 @@ def test_a_terminated_run_says_how_to_go_on(tmp_path):
         time.sleep(0.1)
         process.send_signal(number)
         assert process.wait(20) == expected and "same command again" in process.stderr.read()
+
+
+@pytest.mark.parametrize("script", ["datafree_kd.py", "train_scratch.py"])
+def test_stopped_while_it_imports_it_prints_no_traceback(script, tmp_path):
+    (tmp_path / "torch.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(30)\n")
+    process = subprocess.Popen(
+        [sys.executable, ROOT / script, "--help"],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    assert process.stdout.readline() == "importing\n"
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode in (-signal.SIGINT, 130) and "Traceback" not in errors

@@ -1,0 +1,258 @@
+"""Runs that are killed at any moment, or whose disk is full, and run again: they must end as the unbroken one."""
+
+import fcntl
+import itertools
+import mmap
+import os
+import random
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datafree_kd
+import train_scratch
+from engine.data import splits
+from engine.runtime.errors import run_command
+from engine.runtime.files import load_checkpoint, weights_digest
+from engine.runtime.processes import leave_processes
+from registry import METHODS
+from tests.campaign import readers
+from tests.campaign.sandbox import EQUAL, Outcome
+from tests.conftest import ROOT, TINY
+from tests.kill_and_resume import by_name, stage_now
+
+KILLS, FULL = ("time", "operation", "write"), ("size limit", "tmpfs")
+COMMANDS = (*METHODS, "train_scratch")
+LONGER, SMALLER = "--epochs 4", "--image_size 8 --batch_size 32"  # the latter but for diffusion priors, which have a size
+KILLED = 3  # times at most, before a run is left in peace
+TWO, INTERPRETER = 0.15, 0.03  # shares of the kills: two processes; a new interpreter in place of a fork
+SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+# Exit codes: of a run that is killed, of a new interpreter that still imports, of two processes, one of which is killed.
+BY_SIGNAL = {-signal.SIGKILL, -signal.SIGXFSZ, 128 + signal.SIGTERM, 128 + signal.SIGINT}
+EARLY = BY_SIGNAL | {-signal.SIGTERM, -signal.SIGINT}
+OF_OTHERS = EARLY | {2}
+CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir")  # as ``sys.addaudithook`` names them
+PATIENCE = 20  # s that a launcher gives the other processes before it kills them
+HANG = 300  # s: the machine may be shared with others
+
+
+class Whole(NamedTuple):
+    """An unbroken run: what it ends in, how long it took (s), how many files it changed, and their bytes in the end."""
+
+    end: Any
+    seconds: float
+    changes: int
+    bytes: int
+
+
+def end_of(command: str, folder: Path) -> Any:
+    """What must be equal; None: the run did not come to its end."""
+    if command == "train_scratch":
+        weights = folder / "weights.pth"
+        return weights_digest(load_checkpoint(weights)["state_dict"]) if weights.exists() else None
+    return by_name(folder) if (folder / "student.pth").exists() else None
+
+
+def at_each_change(call: Callable[[int], None]) -> None:
+    """Calls ``call(k)`` before the k-th time that this process opens a file to write, renames, removes or makes one."""
+    numbers = itertools.count()
+
+    def hook(event: str, arguments: tuple) -> None:
+        if event in CHANGES or event == "open" and (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR):
+            call(next(numbers))
+
+    sys.addaudithook(hook)
+
+
+def limit_files(size: int, kill: bool) -> None:
+    """The write that would make a file of this process larger fails, or kills the process when a part is written."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL if kill else signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+
+def mount(folder: Path, pages: int, again: bool = False) -> bool:
+    """A file system of so many pages of memory; whether that is allowed here."""
+    folder.mkdir(exist_ok=True)
+    words = ["mount", "-t", "tmpfs", "-o", f"{'remount,' * again}size={pages * 4}k", "none", str(folder)]
+    with suppress(FileNotFoundError):
+        return subprocess.run(words, capture_output=True).returncode == 0
+    return False
+
+
+class Stops:
+    """Stops of tiny runs of every command.
+
+    Args:
+        root: an empty folder. teacher: weights of a resnet8.
+    """
+
+    def __init__(self, root: Path, teacher: Path, seed: int):
+        root.mkdir()
+        self.root, self.teacher, self.seed = root, teacher, seed
+        self.disk, self.whole = root / "disk", {}
+        self.full = FULL if mount(self.disk, 1) else FULL[:1]
+        if self.full == FULL:
+            self.unmount()
+
+    def unmount(self) -> None:
+        subprocess.run(["umount", str(self.disk)], capture_output=True)
+
+    def start(self, command: str, folder: Path, errors: int, prepare=None, rank: dict[str, str] | None = None) -> int:
+        """Begins a command, in a fork of this process that has all imported; returns the process's number.
+
+        Args:
+            errors: the file descriptor that it takes for its stderr.
+            prepare: called in it before the command; None: a new interpreter in place of a fork, as users begin it.
+            rank: the launcher's variables.
+        """
+        if command in METHODS:
+            smaller = "" if "num_inference_steps" in TINY[command] else SMALLER
+            module, words = datafree_kd, f"{readers.flags_of(command, self.teacher, folder)} {LONGER} {smaller}"
+        else:
+            module, words = train_scratch, f"{readers.SCRATCH} --save_dir {folder} --output {folder}/weights.pth"
+        words = [f"{module.__name__}.py", *words.split()]
+        if prepare is None:
+            return subprocess.Popen([sys.executable, *words], stdout=subprocess.DEVNULL, stderr=errors, cwd=ROOT).pid
+        if child := os.fork():
+            return child
+        try:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1), os.dup2(errors, 2)
+            sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
+            os.environ |= rank or {}
+            sys.argv = words
+            splits._train_split_forbidden = False
+            prepare()
+            run_command(module.main, leave_processes)
+        except SystemExit as end:
+            os._exit(end.code or 0)
+        finally:
+            os._exit(3)
+
+    def run(self, command, folder, count=1, prepare=None, after=None, number=0, victims=()) -> tuple[list[int], str]:
+        """Exit codes of the processes of one run, negative where a signal ended them, and what was printed as errors.
+
+        When one of several fails, the others are ended, as a launcher does it.
+
+        Args:
+            after: s, when signal ``number`` is sent to the ``victims`` among the processes; None: never.
+        """
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = str(free.getsockname()[1])
+        reader, writer = os.pipe()
+        fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 2**20)
+        os.set_blocking(reader, False), os.set_blocking(writer, False)
+        shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+        ranks = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if count > 1 else {} for rank in range(count)]
+        running = {self.start(command, folder, writer, prepare, rank): k for k, rank in enumerate(ranks)}
+        os.close(writer)
+        codes, now, everyone, errors = [0] * count, time.monotonic(), range(count), ""
+        hang, due = now + HANG, [] if after is None else [(now + after, number, victims)]
+        while running:
+            for process, place in list(running.items()):
+                ended, status = os.waitpid(process, os.WNOHANG)
+                if ended:
+                    del running[process]
+                    if status and not any(codes):
+                        due += [(now, signal.SIGTERM, everyone), (now + PATIENCE, signal.SIGKILL, everyone)]
+                    codes[place] = os.waitstatus_to_exitcode(status)
+            now = time.monotonic()
+            if now > hang:
+                errors, hang = f"no end after {HANG} s\n", now + HANG
+                due.append((now, signal.SIGKILL, everyone))
+            for moment in [moment for moment in due if moment[0] <= now]:
+                due.remove(moment)
+                for process in [process for process, place in running.items() if place in moment[2]]:
+                    os.kill(process, moment[1])
+            time.sleep(0.005)
+        with suppress(BlockingIOError):
+            while part := os.read(reader, 2**20):
+                errors += part.decode(errors="replace")
+        os.close(reader)
+        return codes, errors
+
+    def unbroken(self, command: str, count: int) -> Whole:
+        """The run that others of so many processes must equal; made once."""
+        if (command, count) not in self.whole:
+            folder, changes = self.root / f"whole {command} {count}".replace(" ", "_"), mmap.mmap(-1, 8)
+
+            def note(number: int) -> None:
+                if os.environ.get("RANK", "0") == "0":
+                    changes[:] = number.to_bytes(8, "little")
+
+            begun = time.monotonic()
+            codes, errors = self.run(command, folder, count, lambda: at_each_change(note))
+            assert not any(codes), (command, codes, errors)
+            seconds, sizes = time.monotonic() - begun, [f.stat().st_size for f in folder.rglob("*") if f.is_file()]
+            end = end_of(command, folder)
+            assert end, command
+            self.whole[command, count] = Whole(end, seconds, int.from_bytes(changes[:], "little"), sum(sizes))
+            shutil.rmtree(folder)
+        return self.whole[command, count]
+
+    def stop(self, command: str, folder: Path, count: int, way: str, draw: random.Random) -> tuple[str, list[int], str]:
+        """A run that is stopped in one way, unless it ends before: how, its exit codes, and what it printed as errors."""
+        whole, number = self.unbroken(command, count), draw.choice(SIGNALS)
+        run, name = partial(self.run, command, folder, count), signal.Signals(number).name
+        if way in ("time", "interpreter"):
+            victims = draw.choice(((0,), (count - 1,), tuple(range(count))))
+            prepare, start = (None, 6) if way == "interpreter" else (lambda: None, 0)
+            after = draw.uniform(0, 1) * (whole.seconds + start)
+            return f"{name} to {victims} after {after:.2f} s", *run(prepare, after, number, victims)
+        if way == "operation":
+            last = draw.randrange(whole.changes)
+            kill = lambda k: k == last and os.environ.get("RANK", "0") == "0" and os.kill(os.getpid(), number)  # noqa: E731
+            return f"{name} before file operation {last}", *run(lambda: at_each_change(kill))
+        if way == "tmpfs":
+            pages = draw.randrange(1, whole.bytes // 4096 + 2)
+            mount(self.disk, pages)
+            return f"tmpfs of {pages} pages", *run(lambda: None)
+        size = int(10 ** draw.uniform(1, 5.5))
+        return f"{way} beyond {size} bytes", *run(lambda: limit_files(size, kill=way == "write"))
+
+    def check(self, command: str, number: int, ways: tuple[str, ...]) -> tuple[str, list[tuple[str, Outcome]]]:
+        """Stops a run, at times again, and lets it come to its end: row of the table, and how each stop was and became."""
+        draw, full = random.Random(f"{self.seed} {ways} {command} {number}"), ways == FULL
+        way, row, count, wanted = "", f"kills of {command}", 1, BY_SIGNAL
+        if full:
+            ways, wanted = (way := draw.choice(self.full),), {2}
+            row = f"full disk, {way}"
+        elif command in METHODS and draw.random() < TWO:
+            row, count, wanted = "kills, two processes", 2, OF_OTHERS
+        elif draw.random() < INTERPRETER:
+            row, ways, wanted = "kills, new interpreter", ("interpreter",), EARLY
+        folder, expected, found, codes = self.root / "stopped", self.unbroken(command, count).end, [], [0]
+        if way == "tmpfs":
+            folder = self.disk / "run"
+        try:
+            for _ in range(1 if full else draw.randrange(1, KILLED + 1)):
+                way = draw.choice(ways)
+                how, codes, errors = self.stop(command, folder, count, way, draw)
+                if not any(codes):
+                    break
+                how = f"{command}, round {number}: {how}, in {stage_now(folder)}"
+                last = errors.strip().splitlines()[-14:] or [""]
+                good = wanted.issuperset({*codes} - {0}) and not any(word in errors for word in ("Traceback", "no end"))
+                good = good and (not full or last[-1].startswith("error: no space left"))
+                kind = EQUAL if good else "traceback" if "Traceback" in errors else f"exit codes {codes}"
+                found.append((how, Outcome(kind, "" if good else "\n".join(last))))
+            if way == "tmpfs":
+                mount(self.disk, 2**16, again=True)
+            if any(codes):
+                codes, errors = self.run(command, folder, count, lambda: None)
+            if any(codes) or "Traceback" in errors or end_of(command, folder) != expected:
+                unequal = Outcome(f"no end: exit codes {codes}" if any(codes) else "unequal", errors[-2000:])
+                found = [(how, unequal) for how, _ in found or [(f"{command}, round {number}: no stop", unequal)]]
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+            self.unmount()
+        return row, found
