@@ -10,8 +10,7 @@ To resume, run the same command again. Of the real data only the test split is o
 import signal
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
-    # Who stops it while it imports wants no traceback; ``run_command`` takes over.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while it imports; ``run_command`` takes over
 
 import dataclasses
 import sys
@@ -47,8 +46,7 @@ def parse(argv: list[str]):
         add_flags(parser, group, group.__doc__.rstrip("."), method.defaults if method else {})
     args = parser.parse_args(argv)
     groups, given = [from_args(group, args) for group in groups], given_flags(parser, argv)
-    distill_flags = groups[2]
-    groups = with_recipe(groups, lookup(RECIPES, distill_flags.recipe, "recipe"), given)
+    groups = with_recipe(groups, lookup(RECIPES, groups[2].recipe, "recipe"), given)
     return name, method, scaled(groups, args.scale, given)
 
 

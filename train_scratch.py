@@ -10,8 +10,7 @@ the same command again.
 import signal
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
-    # Who stops it while it imports wants no traceback; ``run_command`` takes over.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while it imports; ``run_command`` takes over
 
 import dataclasses
 import os

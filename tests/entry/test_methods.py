@@ -129,7 +129,7 @@ def test_every_method_is_one_graph_a_step(method, distill, finished, monkeypatch
 
     monkeypatch.setattr("torch.compile", whole_graph)
     torch._dynamo.reset()
-    distill(method, tmp_path, "--compile yes --epochs 1")
+    distill(method, tmp_path, "--compile yes")
     log = (tmp_path / "log.txt").read_text()
     assert "compile: the student step" in log and "uncompiled" not in log, log
     assert "compile" not in (folder / "log.txt").read_text()
