@@ -2,6 +2,7 @@
 
 import fcntl
 import itertools
+import json
 import mmap
 import os
 import random
@@ -27,8 +28,7 @@ from engine.runtime.processes import leave_processes
 from registry import METHODS
 from tests.campaign import readers
 from tests.campaign.sandbox import EQUAL, Outcome
-from tests.conftest import ROOT, TINY
-from tests.kill_and_resume import by_name, stage_now
+from tests.conftest import ROOT, TINY, outcome
 
 KILLS, FULL = ("time", "operation", "write"), ("size limit", "tmpfs")
 COMMANDS = (*METHODS, "train_scratch")
@@ -52,6 +52,19 @@ class Whole(NamedTuple):
     seconds: float
     changes: int
     bytes: int
+
+
+def by_name(folder: Path) -> dict[str, str | bytes]:
+    """Every shard's bytes, the student's weights and the accuracies."""
+    shards, student, metrics = outcome(folder)
+    return {**{str(path): content for path, content in shards.items()}, "student": student, "metrics": metrics}
+
+
+def stage_now(folder: Path) -> str:
+    """The stage that is under way in a run folder."""
+    file = folder / "stages.json"
+    record = json.loads(file.read_text()) if file.exists() else {}
+    return next((name for name, entry in record.items() if entry["status"] != "done"), "between stages")
 
 
 def end_of(command: str, folder: Path) -> Any:

@@ -25,7 +25,7 @@ def flip(file, at=-1):
 
 def test_a_campaign_of_seconds_finds_nothing():
     """``python -m tests.campaign`` does it for as long as you like, and whole runs too."""
-    words = "-m tests.campaign --minutes 0.2 --seed 1 --fast --only payloads files"
+    words = "-m tests.campaign --minutes 0.2 --seed 1 --fast --only payloads files kills"
     done = subprocess.run([sys.executable, *words.split()], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert int(done.stdout.splitlines()[-1].split()[1]) > 80
