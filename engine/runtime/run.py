@@ -63,7 +63,9 @@ def _json_object(file: Path) -> dict[str, Any]:
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl or times.jsonl; [] where there is no such file. A last one cut off by a kill is passed over.
+    """The lines of metrics.jsonl or times.jsonl; [] where there is no such file.
+
+    A last one cut off by a kill is passed over. A field that is null counts as missing.
 
     Raises:
         UserError: a line is no line of metrics.
@@ -73,10 +75,11 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
         if number == len(texts):  # what is not ended is not whole
             break
         try:
-            lines.append(parse_json(text))
+            line = parse_json(text)
         except ValueError as error:
             raise UserError(f"line {number} of {file} is not readable JSON ({error}); delete that line") from None
-        require(lines[-1], LINE, f"line {number} of {file}", "delete that line")
+        require(line, LINE, f"line {number} of {file}", "delete that line")
+        lines.append({name: value for name, value in line.items() if value is not None})
     return lines
 
 

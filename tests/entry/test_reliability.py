@@ -13,6 +13,7 @@ from engine.data.bank import ImageBank, Manifest
 from engine.runtime import sums
 from engine.runtime.errors import UserError, explain, one_line
 from engine.runtime.files import load_checkpoint, parse_json, read_json, save_checkpoint, save_tensors
+from engine.runtime.run import read_lines
 from engine.runtime.schema import require
 from tests.conftest import ROOT, outcome
 
@@ -29,6 +30,11 @@ def test_a_campaign_of_seconds_finds_nothing():
     done = subprocess.run([sys.executable, *words.split()], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert int(done.stdout.splitlines()[-1].split()[1]) > 80
+
+
+def test_a_null_in_a_line_counts_as_missing(tmp_path):
+    (tmp_path / "times.jsonl").write_text('{"stage": "distill", "round": 0, "seconds": null}\n')
+    assert read_lines(tmp_path / "times.jsonl") == [{"stage": "distill", "round": 0}]
 
 
 def test_what_a_run_writes_is_on_the_list(finished):
