@@ -11,7 +11,7 @@ source scripts/environment.sh
 seed="${SEED:-0}"
 out="${OUT:-checkpoints/quickstart}/seed$seed"
 task=(--dataset digits --seed "$seed")
-kd=("${task[@]}" --teacher resnet20 --teacher_ckpt "$out/teacher.pth" --student resnet8 --recipe fast --epochs 6 --kd_steps 20)
+kd=("${task[@]}" --teacher resnet20 --teacher_ckpt "$out/teacher.pth" --student resnet8 --recipe fast --epochs 5 --kd_steps 24)
 
 echo "== 1/5  teacher: resnet20 on 1195 real digits"
 python train_scratch.py --model resnet20 "${task[@]}" --epochs 30 --save_dir "$out/teacher" --output "$out/teacher.pth"
