@@ -147,7 +147,7 @@ def load_patch_prior(path: Path) -> tuple[PatchUNet, dict[str, Any]]:
     try:
         about = {name: json.loads(value) for name, value in metadata.items()}
         sizes = [about["num_classes"], about["image_size"], about["patch"], *about["channels"]]
-        if not all(type(size) is int and 0 < size <= 4096 for size in sizes) or len(about["channels"]) > 8:
+        if not all(type(size) is int and 0 < size <= 4096 for size in sizes) or not 0 < len(about["channels"]) <= 8:
             raise ValueError(f"sizes {sizes} are out of range")
         if len(about["class_names"]) != about["num_classes"]:
             raise ValueError(f"{len(about['class_names'])} names for {about['num_classes']} classes")
