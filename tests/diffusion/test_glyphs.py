@@ -189,6 +189,7 @@ def test_files_that_are_no_prior(shipped, tmp_path):
         ({"channels": [48, 96, 96]}, "Missing key"),
         ({"channels": [10**9, 96]}, "out of range"),
         ({"channels": "48,96"}, "out of range"),
+        ({"channels": []}, "out of range"),
         ({"image_size": 15}, "do not fit"),
         ({"patch": 0}, "out of range"),
         ({"num_classes": 9, "class_names": list("012345678")}, "size mismatch"),
