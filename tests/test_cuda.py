@@ -43,6 +43,12 @@ def test_kept_answers_and_views(distill, tmp_path):
     look_at(tmp_path / "run")
 
 
+@pytest.mark.parametrize("flags", ["--amp no", "--amp bf16", "--amp fp16", "--amp bf16 --compile graphs", "--amp bf16 --views 4"])
+def test_fast_recipe(distill, tmp_path, flags):
+    distill("nayer", tmp_path / "run", f"--gpu 0 --recipe fast {flags}")
+    look_at(tmp_path / "run")
+
+
 def test_latent_diffusion(distill, tmp_path):
     model = stable_diffusion(tmp_path / "model")
     distill("diffdfkd", tmp_path / "run", f"--gpu 0 --amp bf16 --diffusion_model {model}")

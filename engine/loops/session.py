@@ -80,6 +80,9 @@ class Session:
             raise UserError(f"stage {stage} in {path.parent} is {'incomplete' if entry else 'not begun'}; {advice}")
         bank = ImageBank(path, self.manifest, create=False)
         entry = entry or {"seconds": None, "depends_on": {}, "facts": {}}
+        wanted, found = noted_files(entry["facts"], f"{folder}/{stage}-*.safetensors"), len(bank.rounds(stage))
+        if found < wanted:
+            raise UserError(f"{path} has {found} of its {wanted} shards {stage}-*; restore the others, or make it again")
         return Finished(stage, bank, entry["seconds"], entry["depends_on"], entry["facts"])
 
     def check_shared(self) -> None:
@@ -186,8 +189,8 @@ def settle(path: Path, record: StageRecord, stages: Iterable[Stage]) -> list[str
     for stage in stages:
         if record.status(stage.name) != "done":
             continue
-        gone = sums.missing(path, stage.outputs)
-        names = ", ".join(str(file.relative_to(path)) for file in gone[:3])
+        gone = sums.missing(path, stage.outputs) or fewer(path, stage.outputs, record.record[stage.name]["facts"])
+        names = ", ".join(("some of " if "*" in file.name else "") + str(file.relative_to(path)) for file in gone[:3])
         again = {path / name for name in stage.outputs if "*" not in name and name != stage.checkpoint}
         if gone and not (stage.checkpoint and set(gone) <= again and (path / stage.checkpoint).exists()):
             advice = f"restore it from a copy, or make it again with --redo {stage.name}"
@@ -198,6 +201,16 @@ def settle(path: Path, record: StageRecord, stages: Iterable[Stage]) -> list[str
             record.reopen(stage.name)
             said.append(f"{stage.name}: {names} is gone; it is made again from {stage.checkpoint}")
     return said
+
+
+def noted_files(facts: dict[str, Any], pattern: str) -> int:
+    """How many files of that pattern a done stage had written; 0 where that is not known."""
+    return (facts.get("files") or {}).get(pattern, 0)
+
+
+def fewer(path: Path, patterns: Iterable[str], facts: dict[str, Any]) -> list[Path]:
+    """Outputs of which there are fewer than a done stage had written: what is gone together with its list of digests."""
+    return [path / each for each in patterns if len(list(path.glob(each))) < noted_files(facts, each)]
 
 
 def run_stages(session: Session, stages: tuple[Stage, ...], selected: list[str], redo: str | None) -> None:
@@ -215,6 +228,8 @@ def run_stages(session: Session, stages: tuple[Stage, ...], selected: list[str],
         session.check_shared()
         seed_position(session.seed, stage.name)
         stage.run(session)
+        if processes.main:
+            session.record.update(stage.name, files={each: len(list(session.path.glob(each))) for each in stage.outputs})
 
 
 def _plan(session: Session, stages: tuple[Stage, ...], selected: list[str], redo: str | None) -> dict[str, str]:

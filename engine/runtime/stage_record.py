@@ -10,7 +10,8 @@ from engine.runtime.errors import UserError
 from engine.runtime.files import read_json, write_json
 from engine.runtime.schema import COUNT, SECONDS, require
 
-RECORD = {str: {"status": str, "depends_on": dict, "seconds": SECONDS, "facts": dict, "threads?": COUNT}}
+FACTS = {"files?": {str: COUNT}}  # of a done stage: pattern of its outputs -> files; and whatever else is to be remembered
+RECORD = {str: {"status": str, "depends_on": dict, "seconds": SECONDS, "facts": FACTS, "threads?": COUNT}}
 
 
 def read_record(path: Path) -> dict[str, dict[str, Any]]:

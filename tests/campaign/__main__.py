@@ -77,13 +77,17 @@ class Campaign:
         self.begun = self.noted = time.monotonic()
         self.end = self.begun + 60 * minutes
 
-    def run(self, kinds: tuple[str, ...]) -> None:
-        """Each kind in turn, until the time is over; each has one batch at least."""
+    def run(self, kinds: tuple[str, ...], batches: int | None = None) -> None:
+        """Each kind in turn, until the time is over, or so many batches are done; each has one batch at least."""
+        done = 0
         while time.monotonic() < self.end:
             for kind in kinds:
                 self.turn = kind, self.next[kind]
                 self.next[kind] += 1
                 for _ in getattr(self, kind)(self.turn[1]):
+                    done += 1
+                    if done == batches:
+                        return
                     if time.monotonic() > self.end:
                         break
 
@@ -205,6 +209,7 @@ class Campaign:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.campaign", description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=1)
+    parser.add_argument("--batches", type=int, help="stop after so many batches: a reader's inputs, or a command's stops")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=KINDS, nargs="+", default=KINDS, help="some kinds of input")
     parser.add_argument("--fast", action="store_true", help="without the readers that are whole commands")
@@ -220,7 +225,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="campaign") as folder:
         files = "files" in args.only or bool(args.repeat)
         campaign = Campaign(Path(folder).resolve(), args.seed, args.minutes, files, not args.fast, args.shown, log)
-        campaign.repeat(args.repeat[0], int(args.repeat[1])) if args.repeat else campaign.run(tuple(args.only))
+        campaign.repeat(args.repeat[0], int(args.repeat[1])) if args.repeat else campaign.run(tuple(args.only), args.batches)
     print(f"\npython -m tests.campaign {shlex.join(sys.argv[1:])}: {campaign.seconds / 60:.1f} minutes")
     print(campaign.table())
     sys.exit(bool(campaign.bad))

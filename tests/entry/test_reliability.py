@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -24,9 +25,9 @@ def flip(file, at=-1):
     file.write_bytes(data)
 
 
-def test_a_campaign_of_seconds_finds_nothing():
+def test_a_short_campaign_finds_nothing():
     """``python -m tests.campaign`` does it for as long as you like, and whole runs too."""
-    words = "-m tests.campaign --minutes 0.2 --seed 1 --fast --only payloads files kills"
+    words = "-m tests.campaign --minutes 9 --batches 18 --seed 1 --fast --only payloads files kills"
     done = subprocess.run([sys.executable, *words.split()], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert int(done.stdout.splitlines()[-1].split()[1]) > 80
@@ -64,12 +65,26 @@ def test_a_lost_end_is_made_again_from_the_checkpoint(name, distill, copied, fin
     assert (folder / name).exists() and outcome(folder) == outcome(finished("csd"))
 
 
+@pytest.mark.parametrize("listed", [True, False])
 @pytest.mark.parametrize("name", ["distill.pth", "bank/synthesize-000001.safetensors", "bank/distill-000000.safetensors"])
-def test_a_lost_file_of_a_done_stage_is_one_line(name, distill, copied):
+def test_a_lost_file_of_a_done_stage_is_one_line(name, listed, distill, copied):
     folder = copied("csd")
     (folder / name).unlink()
+    if not listed:
+        ((folder / name).parent / sums.LIST).unlink()
+        name = re.sub(r"(bank/\w+)-\d+(.*)", r"some of \1-\\*\2", name)
     with pytest.raises(UserError, match=f"is done, but {name} is gone; .*--redo (synthesize|distill)$"):
         distill("csd", folder)
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_a_bank_that_lost_images_is_no_bank_to_start_from(listed, distill, copied, tmp_path):
+    folder = copied("csd")
+    (folder / "bank/synthesize-000001.safetensors").unlink()
+    if not listed:
+        (folder / "bank" / sums.LIST).unlink()
+    with pytest.raises(UserError, match=r"000001.safetensors is missing|has \d+ of its \d+ shards synthesize-\*"):
+        distill("csd", tmp_path / "other", f"--init_bank {folder}")
 
 
 def test_a_bank_without_its_synthesizer_is_no_bank_to_start_from(distill, copied, tmp_path):
