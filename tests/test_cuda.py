@@ -43,7 +43,9 @@ def test_kept_answers_and_views(distill, tmp_path):
     look_at(tmp_path / "run")
 
 
-@pytest.mark.parametrize("flags", ["--amp no", "--amp bf16", "--amp fp16", "--amp bf16 --compile graphs", "--amp bf16 --views 4"])
+@pytest.mark.parametrize(
+    "flags", ["--amp no", "--amp bf16", "--amp fp16", "--amp bf16 --compile graphs", "--amp bf16 --views 4"]
+)
 def test_fast_recipe(distill, tmp_path, flags):
     distill("nayer", tmp_path / "run", f"--gpu 0 --recipe fast {flags}")
     look_at(tmp_path / "run")
