@@ -1,4 +1,7 @@
-"""What a GPU must do as the CPU does: every method, every precision, a stop and a start. Skipped where there is none."""
+"""What a GPU must do as the CPU does: every method, every precision, a stop and a start. Skipped where there is none.
+
+The tests hide GPUs from themselves: CUDA_VISIBLE_DEVICES=0 python -m pytest tests/test_cuda.py
+"""
 
 import json
 import math
@@ -11,7 +14,7 @@ from engine.runtime.files import load_checkpoint
 from tests.conftest import CPU, TINY, make_classifier
 from tests.tiny_pipelines import patch_prior, stable_diffusion
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that torch can use")
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU and CUDA_VISIBLE_DEVICES=0")
 
 
 def look_at(folder) -> dict:

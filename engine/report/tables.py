@@ -115,7 +115,7 @@ def steps_to(runs: list[dict[str, Any]], target: float) -> str:
 def row(
     runs: list[dict[str, Any]], flags: str = "", budget: int | None = None, target: float | None = None, hours: bool = False
 ) -> dict[str, str]:
-    """One line of the table: the runs of one group.
+    """One line of the table: the runs of one group. Times are not averaged over several machines.
 
     Args:
         flags: what to say behind the method's name.
@@ -130,8 +130,10 @@ def row(
     def over(name: str) -> str:
         return spread([run.get(name) for run in runs])
 
+    machines = sorted({run["machine"] for run in runs if run.get("machine")})
+
     def times(values: list[float | None]) -> str:
-        return spread([None if v is None else v / scale for v in values], digits)
+        return spread([v / scale for v in values if v is not None and len(machines) < 2], digits)
 
     making, learning = zip(*(((None, None) if real else synthesis_and_distillation(run)) for run in runs))
     kept = spread([100 * r["variants_kept"] / r["variants"] for r in runs if r.get("variants")], 0)
@@ -172,7 +174,8 @@ def row(
         f"synthesis {unit}": times(making),
         f"distillation {unit}": times(learning),
         f"training {unit}": times([run["seconds"].get("train") for run in runs]),
-        "CPU min": spread([run["cpu_seconds"] / 60 for run in runs if "cpu_seconds" in run], 1),
+        "CPU min": spread([run["cpu_seconds"] / 60 for run in runs if "cpu_seconds" in run and len(machines) < 2], 1),
+        "machine": ", ".join(machines),
     }
 
 
@@ -186,14 +189,14 @@ def rows_of(
 def brief_rows(
     groups: Groups, budget: int | None = None, target: float | None = None, folders: bool = False
 ) -> list[dict[str, str]]:
-    """The same with the columns that matter most, and what the rows differ in; the time is that of the whole run."""
+    """The same with the columns that matter most, and what the rows differ in; the time of the whole run, if all had one machine."""
     pairs = _runs_and_rows(groups, budget, target, folders)
     shared = _shared(pairs)
     rows = []
     for runs, line in pairs:
         hours = "synthesis h" in line
         seconds = [sum(run["seconds"].values()) for run in runs if None not in run["seconds"].values()]
-        time = statistics.fmean(seconds) / (3600 if hours else 1) if seconds else None
+        time = statistics.fmean(seconds) / (3600 if hours else 1) if seconds and not line["machine"] else None
         named = {"run": line["run"]} if folders else {}
         if line["teacher"]:
             named |= {name: line[name] for name in ("method", *FACTS) if name not in shared}
@@ -234,6 +237,8 @@ def _runs_and_rows(
     known = [t for runs in groups for run in runs if run["method"] != "scratch" for t in synthesis_and_distillation(run)]
     hours = any(t is not None and t >= 3600 for t in known)
     pairs = [(runs, row(runs, text, budget, target, hours)) for runs, text in zip(groups, differing_flags(groups))]
+    if len({line["machine"] for _, line in pairs}) == 1:
+        pairs = [(r, line | {"machine": ""}) for r, line in pairs]
     if folders:
         pairs = [(r, {"run": folder_of_every_seed(r[0])} | line | {"method": r[0]["method"]}) for r, line in pairs]
         pairs.sort(key=lambda pair: pair[1]["run"])
