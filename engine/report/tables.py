@@ -189,7 +189,7 @@ def rows_of(
 def brief_rows(
     groups: Groups, budget: int | None = None, target: float | None = None, folders: bool = False
 ) -> list[dict[str, str]]:
-    """The same with the columns that matter most, and what the rows differ in; the time of the whole run, if all had one machine."""
+    """The same with the columns that matter most, and what the rows differ in; the whole run's time, if one machine ran all."""
     pairs = _runs_and_rows(groups, budget, target, folders)
     shared = _shared(pairs)
     rows = []
