@@ -106,7 +106,7 @@ def open_npz(path: Path) -> Iterator[np.lib.npyio.NpzFile]:
             raise ValueError("it is a single array")
         with archive:
             yield archive
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error, NotImplementedError, *OF_A_HEADER) as error:
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error, RuntimeError, *OF_A_HEADER) as error:
         reason = "it holds Python objects, which are never loaded" if "pickle" in str(error) else str(error)
         raise UserError(
             f"{path} cannot be read: {reason}; wanted a whole .npz with x_train, y_train, x_test, y_test"

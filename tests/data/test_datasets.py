@@ -1,5 +1,6 @@
 """Real data: every layout as a tiny tree, exact batches, the closed train split, and one line for every mistake."""
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -105,11 +106,14 @@ def test_wrong_archives(arrays, words, tmp_path):
         load(dataset_info("cifar10", tmp_path))
 
 
-@pytest.mark.parametrize("content", [b"", b"not an archive", b"half"])
+@pytest.mark.parametrize("content", [b"", b"not an archive", b"half", b"encrypted"])
 def test_damaged_archives(content, tmp_path):
     write_npz(tmp_path, "foo")
     path = tmp_path / "foo.npz"
-    path.write_bytes(path.read_bytes()[:900] if content == b"half" else content)
+    whole = path.read_bytes()
+    said = re.sub(rb"(PK\x01\x02....)\x00", rb"\1\x01", whole)  # by the flags in its directory
+    path.write_bytes({b"half": whole[:900], b"encrypted": said}.get(content, content))
+    assert path.read_bytes() != whole
     with fails("foo.npz cannot be read", "wanted a whole .npz"):
         dataset_info("foo", tmp_path)
 
