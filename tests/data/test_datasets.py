@@ -111,7 +111,7 @@ def test_damaged_archives(content, tmp_path):
     write_npz(tmp_path, "foo")
     path = tmp_path / "foo.npz"
     whole = path.read_bytes()
-    said = re.sub(rb"(PK\x01\x02....)\x00", rb"\1\x01", whole)  # by the flags in its directory
+    said = re.sub(rb"(PK\x01\x02....)\x00", lambda found: found[1] + b"\x01", whole, flags=re.DOTALL)  # by its directory
     path.write_bytes({b"half": whole[:900], b"encrypted": said}.get(content, content))
     assert path.read_bytes() != whole
     with fails("foo.npz cannot be read", "wanted a whole .npz"):
