@@ -67,6 +67,7 @@ class CSDConfig:
     synthesis_batch_size: int = flag(200, "images a round while distilling", affects=("distill",), least=1, most=1_000_000)
     lr_g: float = flag(1e-3, "Adam learning rate of generator and noise", affects=BOTH, above=0)
     nz: int = flag(256, "length of the generator's noise vector", affects=BOTH, least=1)
+    warm_generator: bool = flag(False, "begin a round with the last round's generator, not with a fresh one", affects=BOTH)
     bn: float = flag(1.0, "weight of the BN-statistics loss", affects=BOTH, least=0)
     oh: float = flag(1.0, "weight of the one-hot loss", affects=BOTH, least=0)
     csd: float = flag(
@@ -96,7 +97,7 @@ class RotationHead(nn.Module):
 
 
 class CSDSynthesizer(Synthesizer):
-    """Inverts the teacher by a fresh generator each round; with ``csd > 0`` against the student's rotation head."""
+    """Inverts the teacher by one generator a round; with ``csd > 0`` against the student's rotation head."""
 
     def __init__(
         self, config: CSDConfig, teacher: nn.Module, task: Task, *, feature_dim: int, g_steps: int, images: int, csd: float
@@ -106,7 +107,7 @@ class CSDSynthesizer(Synthesizer):
         self.generator = Generator(config.nz, task.info.image_size).to(task.device, memory_format=torch.channels_last)
         self.statistics = BNStatistics(teacher) if config.bn else None
         self.steps = 0
-        self.independent = not csd
+        self.independent, self.trained = not (csd or config.warm_generator), False
         if csd:
             self.head = RotationHead(feature_dim, task.info.num_classes).to(task.device)
             self.shared = self.head
@@ -124,7 +125,10 @@ class CSDSynthesizer(Synthesizer):
     def synthesize(self, student: nn.Module) -> ImageBatch:
         """One inverted batch, the best of ``g_steps`` steps by total loss."""
         config, device = self.config, self.task.device
-        reset(self.generator).train()
+        if not (config.warm_generator and self.trained):
+            reset(self.generator)
+        self.generator.train()
+        self.trained = True
         z = torch.randn(self.images, config.nz, device=device, requires_grad=True)
         labels = balanced_labels(self.images, self.task.info.num_classes, device)
         optimizer = torch.optim.Adam([*self.generator.parameters(), z], lr=config.lr_g, betas=(0.5, 0.999), fused=True)
@@ -170,14 +174,19 @@ class CSDSynthesizer(Synthesizer):
         return F.cross_entropy(self.head(features.float()), rotation_labels(labels))
 
     def state_dict(self) -> dict:
-        """The rotation head, which the next round's images are made against, and its momentum."""
-        if not self.csd:
-            return {}
-        return {"steps": self.steps, "head": self.head.state_dict(), "head_optimizer": self.head_optimizer.state_dict()}
+        """What the next round's images are made by and against: the generator, where it stays; the head and its momentum."""
+        state = {"generator": self.generator.state_dict()} if self.config.warm_generator and self.trained else {}
+        if self.csd:
+            state |= {"steps": self.steps, "head": self.head.state_dict()}
+            state |= {"head_optimizer": self.head_optimizer.state_dict()}
+        return state
 
     def load_state_dict(self, state: dict) -> None:
-        """Undoes ``state_dict``."""
-        if self.csd:
+        """Undoes ``state_dict``; the initial bank leaves a generator alone."""
+        if self.config.warm_generator and "generator" in state:
+            self.generator.load_state_dict(state["generator"])
+            self.trained = True
+        if self.csd and state.keys() - {"generator"}:
             self.steps = state["steps"]
             self.head.load_state_dict(state["head"])
             self.head_optimizer.load_state_dict(state["head_optimizer"])

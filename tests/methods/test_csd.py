@@ -13,7 +13,7 @@ from torch import nn
 from datafree.csd import CSD, AlignedDistillation, CSDConfig
 from datafree.generators import reset
 from models.classifier import Output, frozen
-from tests.conftest import TINY, build_network, make_classifier, make_task
+from tests.conftest import TINY, build_network, make_classifier, make_task, outcome
 from tests.methods.test_adi import classifier, inversion_loss, network_of
 
 LABELS = torch.arange(8) % 4
@@ -174,6 +174,27 @@ def test_the_heads_momentum_survives_a_stop():
         synthesizer.after_step(pieces.student, images, LABELS)
     heads = [torch.cat([p.detach().flatten() for p in s.head.parameters()]) for s in (unbroken, resumed, without)]
     assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
+
+
+def test_a_warm_generator_goes_on_where_the_last_round_left_it(distill, tmp_path):
+    """In memory, and through the files of a run that was stopped in its initial bank and before its rounds."""
+    torch.manual_seed(0)
+    weights = []
+    for warm in (False, True):
+        synthesizer = method(warm_generator=warm).initial_synthesizer()
+        assert synthesizer.independent != warm and not synthesizer.state_dict()
+        for _ in range(2):
+            synthesizer.synthesize(None)
+            weights.append(synthesizer.generator.project.weight.detach().clone())
+        assert bool(synthesizer.state_dict()) == warm
+    moved = [float((second - first).abs().mean()) for first, second in (weights[:2], weights[2:])]
+    assert moved[1] < 0.2 * moved[0]
+    flags = "--warm_generator --init_rounds 2"
+    for name, stops in (("unbroken", ("",)), ("stopped", ("--stages synthesize", ""))):
+        for stop in stops:
+            distill("csd", tmp_path / name, f"{flags} {stop}")
+    assert (tmp_path / "unbroken/bank/synthesizer.pth").exists()
+    assert outcome(tmp_path / "unbroken") == outcome(tmp_path / "stopped")
 
 
 @pytest.mark.parametrize("sizes", [((5, 4, 4), (6, 4, 4)), ((5, 8, 8), (6, 4, 4)), ((5, 4, 4), (6, 8, 8))])
