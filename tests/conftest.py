@@ -17,7 +17,7 @@ import torch
 from filelock import FileLock
 
 from datafree.base import Task
-from engine.data import datasets
+from engine.data import datasets, readers
 from engine.networks import build
 from engine.runtime.files import load_checkpoint, weights_digest
 from engine.runtime.precision import Precision
@@ -30,6 +30,17 @@ build_network, build_classifier, load_teacher = (
 )
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
+all_digits = readers.read_digits
+
+
+@functools.cache
+def few_digits(split: str) -> readers.RawSplit:
+    """The digits, read once a process; of the test split every sixth, as no tiny run asks for more than that there are some."""
+    found = all_digits(None, split)
+    return found._replace(images=found.images[::6], labels=found.labels[::6]) if split == "test" else found
+
+
+readers.read_digits = lambda info, split: few_digits(split)
 
 
 def make_task(**changes) -> Task:
