@@ -5,9 +5,11 @@ from pathlib import Path
 
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -19,6 +21,7 @@ from filelock import FileLock
 from datafree.base import Task
 from engine.data import datasets, readers
 from engine.networks import build
+from engine.runtime.errors import resolve
 from engine.runtime.files import load_checkpoint, weights_digest
 from engine.runtime.precision import Precision
 from models.classifier import Classifier
@@ -201,6 +204,26 @@ def finished(common, teacher_file):
 def copied(finished, tmp_path):
     """copied("csd", flags): a copy of such a run, to go on from."""
     return lambda method, extra="": shutil.copytree(finished(method, extra), tmp_path / "copied")
+
+
+@pytest.fixture
+def interrupted(monkeypatch):
+    """``with interrupted("module.function", n):`` the n-th call of that function stops what is done within, as Ctrl-C does."""
+
+    @contextlib.contextmanager
+    def within(place: str, call: int):
+        original, calls = resolve(":".join(place.rsplit(".", 1))), itertools.count(1)
+
+        def failing(*args, **kwargs):
+            if next(calls) == call:
+                raise KeyboardInterrupt
+            return original(*args, **kwargs)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(place, failing)
+            yield
+
+    return within
 
 
 def outcome(folder: Path) -> tuple[dict[Path, bytes], str, str]:

@@ -1,7 +1,6 @@
 """Every method on the debug task: finite, reproducible, resumable, and clear about what it refuses."""
 
 import json
-import sys
 
 import pytest
 import torch
@@ -80,43 +79,24 @@ def test_the_student_changes_and_the_teacher_does_not(method, teacher_file):
     assert not any(p.requires_grad for p in teacher.parameters()) and not teacher.training
 
 
-@pytest.mark.parametrize("point", ["save_tensors:2", "save_checkpoint:1", "save_checkpoint:4", "save_tensors:3"])
-def test_stopped_anywhere_it_goes_on_to_the_same_bits(point, distill, tmp_path, monkeypatch, finished):
-    """Raises at the n-th write of a shard or a checkpoint, then runs the same command again."""
-    expected = outcome(finished("dda"))
-    name, n = point.split(":")
-    module = "engine.data.bank" if name == "save_tensors" else "engine.loops.makers" if n == "1" else "engine.loops.distill"
-    with monkeypatch.context() as patch:
-        stop_at(patch, module, name, int(n) if module != "engine.loops.distill" else 2)
-        with pytest.raises(KeyboardInterrupt):
-            distill("dda", tmp_path)
+@pytest.mark.parametrize(
+    "place, call", [("data.bank.save_tensors", 2), ("data.bank.save_tensors", 3), ("loops.makers.save_checkpoint", 1)]
+)
+def test_stopped_anywhere_it_goes_on_to_the_same_bits(place, call, distill, tmp_path, interrupted, finished):
+    """Stops at the n-th write of a shard or a checkpoint, then runs the same command again."""
+    with interrupted(f"engine.{place}", call):
+        distill("dda", tmp_path)
     distill("dda", tmp_path)
-    assert outcome(tmp_path) == expected
+    assert outcome(tmp_path) == outcome(finished("dda"))
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_goes_on_after_its_first_epoch(method, distill, tmp_path, monkeypatch, finished):
+def test_every_method_goes_on_after_its_first_epoch(method, distill, tmp_path, interrupted, finished):
     """Stops before the checkpoint of the second epoch, then runs the same command again; all bits are an unbroken run's."""
-    expected = outcome(finished(method))
-    with monkeypatch.context() as patch:
-        stop_at(patch, "engine.loops.distill", "save_checkpoint", 2)
-        with pytest.raises(KeyboardInterrupt):
-            distill(method, tmp_path)
+    with interrupted("engine.loops.distill.save_checkpoint", 2):
+        distill(method, tmp_path)
     distill(method, tmp_path)
-    assert outcome(tmp_path) == expected
-
-
-def stop_at(patch, module, name, call):
-    """Makes the ``call``-th call of a module's function raise."""
-    original, calls = getattr(sys.modules[module], name), []
-
-    def failing(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == call:
-            raise KeyboardInterrupt
-        return original(*args, **kwargs)
-
-    patch.setattr(f"{module}.{name}", failing)
+    assert outcome(tmp_path) == outcome(finished(method))
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -98,7 +98,9 @@ def test_without_a_real_image_a_bank_tells_of_agreement(distill, teacher_file, t
     assert report.write_lines(lines, report.collect([tmp_path / "runs"])) == 3 == len(report.collect([lines]))
 
 
-def test_without_a_real_image_a_stream_tells_of_agreement_and_goes_on(distill, teacher_file, tmp_path, monkeypatch):
+def test_without_a_real_image_a_stream_tells_of_agreement_and_goes_on(
+    distill, teacher_file, tmp_path, monkeypatch, interrupted
+):
     """How the teacher's checkpoint says that it normalizes is how the student does."""
     monkeypatch.setattr(Agreement, "MOST", 20)
     stored = load_checkpoint(teacher_file) | {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.4, 0.4]}
@@ -108,20 +110,8 @@ def test_without_a_real_image_a_stream_tells_of_agreement_and_goes_on(distill, t
     student = load_checkpoint(tmp_path / "whole" / "student.pth")
     assert student["mean"] == pytest.approx([0.1, 0.2, 0.3]) and student["dataset"] == "pens"
 
-    import engine.loops.distill as module
-
-    original, calls = module.save_checkpoint, []
-
-    def failing(*args):
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return original(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "save_checkpoint", failing)
-        with pytest.raises(KeyboardInterrupt):
-            distill("dafl", tmp_path / "run", flags)
+    with interrupted("engine.loops.distill.save_checkpoint", 2):
+        distill("dafl", tmp_path / "run", flags)
     distill("dafl", tmp_path / "run", flags)
     lines = (tmp_path / "whole" / "metrics.jsonl").read_text()
     assert lines == (tmp_path / "run" / "metrics.jsonl").read_text() and lines.count('"agreement"') == 2

@@ -10,7 +10,6 @@ from engine.runtime.errors import UserError
 from engine.runtime.files import load_tensors
 from tests import tiny_pipelines
 from tests.conftest import outcome
-from tests.entry.test_methods import stop_at
 
 GUIDED = "--strength .8 --guidance_oh 5 --guidance_bn .1 --guidance_max_step 3 --agree --variant_labels teacher"
 
@@ -27,12 +26,13 @@ def result(folder):
 
 
 @pytest.mark.parametrize("prior", ["pixel", "natural"])
-def test_a_guided_run_stopped_between_shards_goes_on_to_the_same_bits(prior, natural, distill, tmp_path, monkeypatch):
+def test_a_guided_run_stopped_between_shards_goes_on_to_the_same_bits(
+    prior, natural, distill, tmp_path, monkeypatch, interrupted
+):
     monkeypatch.setattr(makers, "SHARD", 10)
     extra = f"{natural if prior == 'natural' else ''} {GUIDED} --diffusion_batch_size 4"
     distill("dda", tmp_path / "whole", extra)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        stop_at(patch, "engine.data.bank", "save_tensors", 4)
+    with interrupted("engine.data.bank.save_tensors", 4):
         distill("dda", tmp_path / "broken", extra)
     assert len(list((tmp_path / "broken" / "variants").glob("augment-*"))) == 1
     distill("dda", tmp_path / "broken", extra)
