@@ -12,6 +12,7 @@ import hashlib
 import itertools
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -204,6 +205,31 @@ def finished(common, teacher_file):
 def copied(finished, tmp_path):
     """copied("csd", flags): a copy of such a run, to go on from."""
     return lambda method, extra="": shutil.copytree(finished(method, extra), tmp_path / "copied")
+
+
+@pytest.fixture
+def forked(tmp_path):
+    """forked(function): the exit code, stdout and stderr of a process that calls it, a copy of this one: all is imported."""
+
+    def call(function: Callable[[], None]) -> tuple[int, str, str]:
+        files = [tmp_path / "forked.out", tmp_path / "forked.err"]
+        sys.stdout.flush(), sys.stderr.flush()
+        process = os.fork()
+        if not process:
+            try:
+                for number, file in enumerate(files, 1):
+                    os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+                sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
+                function()
+                os._exit(0)
+            except SystemExit as end:
+                os._exit(end.code or 0)
+            finally:
+                os._exit(3)
+        code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+        return code, *(file.read_text() for file in files)
+
+    return call
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from PIL import Image
 
 import registry
 from engine.data.splits import load_split
-from engine.runtime.errors import UserError, resolve
+from engine.runtime.errors import UserError, resolve, run_command
 from engine.runtime.files import load_tensors
 from engine.runtime.run import Run
 from tests import tiny_pipelines
@@ -216,10 +216,9 @@ def test_a_foreign_checkpoint_is_refused(distill, tmp_path):
         distill("csd", tmp_path / "run", f"--teacher_ckpt {tmp_path / 'foreign.pth'}")
 
 
-def test_exit_code_and_one_line_in_a_real_process():
-    python = [sys.executable, "datafree_kd.py", "--method", "csd", "--dataset", "nonsense"]
-    done = subprocess.run(python, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and not done.stdout
+def test_exit_code_and_one_line_in_a_real_process(command, forked):
+    code, out, errors = forked(lambda: run_command(lambda: command("datafree_kd", "--method csd --dataset nonsense")))
+    assert code == 2 and errors.startswith("error: ") and errors.count("\n") == 1 and not out
 
 
 def test_an_unwritable_save_dir_is_refused(distill, tmp_path):
