@@ -21,6 +21,7 @@ from filelock import FileLock
 
 from datafree.base import Task
 from engine.data import datasets, readers
+from engine.loops import stages
 from engine.networks import build
 from engine.runtime.errors import resolve
 from engine.runtime.files import load_checkpoint, weights_digest
@@ -45,6 +46,10 @@ def few_digits(split: str) -> readers.RawSplit:
 
 
 readers.read_digits = lambda info, split: few_digits(split)
+STREAMED_BYTES, stages.STREAMED_BYTES = (
+    stages.STREAMED_BYTES,
+    3 * 16**2 * 100,
+)  # 100 images of a stream for its record, not 1000
 
 
 def make_task(**changes) -> Task:

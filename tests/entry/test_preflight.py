@@ -1,6 +1,7 @@
 """Before the first stage: what is wrong is said then, without a folder; and runs without any real image."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -60,7 +61,7 @@ def test_the_teacher_is_told_of_once_before_the_first_stage(distill, tmp_path):
     assert f": {acc1:.2f} % on the 101" in first[0]
 
 
-def test_without_a_real_image_a_bank_tells_of_agreement(distill, teacher_file, tmp_path, capsys):
+def test_without_a_real_image_a_bank_tells_of_agreement(distill, finished, teacher_file, tmp_path, capsys):
     """The student is the one of a run with its test split; what is measured of it is recomputed here."""
     distill("csd", tmp_path / "runs" / "pens", UNSEEN)
     run = tmp_path / "runs" / "pens"
@@ -84,7 +85,7 @@ def test_without_a_real_image_a_bank_tells_of_agreement(distill, teacher_file, t
     assert 0 <= result["agreement_last"] <= result["agreement_best"] <= 100
 
     for name, flags in (("tested", ""), ("untested", "--no_test")):
-        distill("csd", tmp_path / "runs" / name, flags)
+        shutil.copytree(finished("csd", flags), tmp_path / "runs" / name)
     digests = [
         weights_digest(load_checkpoint(tmp_path / "runs" / n / "student.pth")["state_dict"]) for n in ("tested", "untested")
     ]
@@ -117,9 +118,9 @@ def test_without_a_real_image_a_stream_tells_of_agreement_and_goes_on(
     assert lines == (tmp_path / "run" / "metrics.jsonl").read_text() and lines.count('"agreement"') == 2
 
 
-def test_a_test_split_that_comes_later_is_of_another_result(distill, tmp_path):
-    distill("csd", tmp_path, "--no_test")
+def test_a_test_split_that_comes_later_is_of_another_result(distill, copied):
+    folder = copied("csd", "--no_test")
     with pytest.raises(UserError, match=r"is done with --data_root \(digits: 10 classes \w+, 16 px\), now .* test images"):
-        distill("csd", tmp_path)
-    distill("csd", tmp_path, "--redo distill")
-    assert "acc1_last" in json.loads((tmp_path / "result.json").read_text())
+        distill("csd", folder)
+    distill("csd", folder, "--redo distill")
+    assert "acc1_last" in json.loads((folder / "result.json").read_text())
