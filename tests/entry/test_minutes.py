@@ -38,7 +38,7 @@ def test_seconds_are_rates_times_steps():
 @pytest.mark.parametrize(
     "method, extra", [("csd", "--nz 8 --init_batch_size 6 --synthesis_batch_size 6"), ("dfq", "--nz 8"), ("kd", "")]
 )
-@pytest.mark.usefixtures("slow_machine")
+@pytest.mark.usefixtures("slow_clock")
 def test_every_kind_of_method_is_measured_and_runs_for_no_longer(method, extra, command, teacher_file, tmp_path, capsys):
     line = f"--method {method} {TASK} --teacher_ckpt {teacher_file} {extra} --save_dir {tmp_path / 'run'} --minutes .1"
     began = time.monotonic()
@@ -53,7 +53,7 @@ def test_every_kind_of_method_is_measured_and_runs_for_no_longer(method, extra, 
     assert f"--minutes 0.1: --scale {args['scale']:g}" in capsys.readouterr().out
 
 
-@pytest.mark.usefixtures("slow_machine")
+@pytest.mark.usefixtures("slow_clock")
 def test_a_resume_keeps_the_scale(command, teacher_file, tmp_path, monkeypatch):
     line = f"--method noise {TASK} --teacher_ckpt {teacher_file} --save_dir {tmp_path / 'run'} --minutes "
     command("datafree_kd", line + ".05")
