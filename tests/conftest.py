@@ -3,7 +3,8 @@
 import os
 from pathlib import Path
 
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+for name, value in {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}.items():
+    os.environ.setdefault(name, value)
 
 import contextlib
 import dataclasses

@@ -13,10 +13,9 @@ TASK = "--dataset digits --teacher resnet8 --student resnet8 --batch_size 8 --gp
 
 
 @pytest.fixture
-def slow_machine(monkeypatch):
-    """Measures ten times what it takes, so that a run takes a tenth of what is asked for."""
-    measured = minutes.seconds_of
-    monkeypatch.setattr(minutes, "seconds_of", lambda *args: 10 * measured(*args))
+def slow_clock(monkeypatch):
+    """This process's own seconds, whatever else runs, ten times as many: a run takes a tenth of what is asked for."""
+    monkeypatch.setattr(minutes, "_now", lambda device: 10 * time.process_time())
 
 
 def test_the_largest_scale_that_fits():
@@ -41,11 +40,9 @@ def test_seconds_are_rates_times_steps():
 @pytest.mark.usefixtures("slow_clock")
 def test_every_kind_of_method_is_measured_and_runs_for_no_longer(method, extra, command, teacher_file, tmp_path, capsys):
     line = f"--method {method} {TASK} --teacher_ckpt {teacher_file} {extra} --save_dir {tmp_path / 'run'} --minutes .1"
-    began = time.monotonic()
+    began = time.process_time()
     command("datafree_kd", line)
-    assert (
-        time.monotonic() - began < 60
-    )  # 6 s asked for, measured as if it took a tenth of that, and the machine may be busy
+    assert time.process_time() - began < 6
     args = json.loads((tmp_path / "run/args.json").read_text())["args"]
     result = json.loads((tmp_path / "run/result.json").read_text())
     assert 0 < args["scale"] < 1 and args["minutes"] == 0.1 and result["scale"] == args["scale"]
