@@ -29,6 +29,7 @@ from engine.runtime.files import load_checkpoint, weights_digest
 from engine.runtime.precision import Precision
 from models.classifier import Classifier
 from registry import DATASETS, MODELS
+from tests import tiny_pipelines
 
 dataset_info = functools.partial(datasets.dataset_info, DATASETS)
 build_network, build_classifier, load_teacher = (
@@ -152,6 +153,18 @@ def teacher_file(common):
         torch.save({"state_dict": build_network("resnet8", 10).state_dict(), "arch": "resnet8"}, path)
 
     return common("digits_resnet8.pth", make)
+
+
+@pytest.fixture(scope="session")
+def miniature(common):
+    """miniature("sdxl"): the path of a random miniature of that kind, made once; to read or copy, never to change."""
+    return lambda kind: str(common(f"{kind}.safetensors" if kind == "patch_prior" else kind, getattr(tiny_pipelines, kind)))
+
+
+@pytest.fixture(scope="session")
+def generative(miniature):
+    """{kind: path} of every kind of prior that stage generate draws with."""
+    return {kind: miniature(kind) for kind in tiny_pipelines.GENERATIVE}
 
 
 @pytest.fixture

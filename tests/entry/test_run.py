@@ -13,7 +13,6 @@ from engine.data.splits import load_split
 from engine.runtime.errors import UserError, resolve, run_command
 from engine.runtime.files import load_tensors
 from engine.runtime.run import Run
-from tests import tiny_pipelines
 from tests.conftest import CPU, ROOT, build_network, dataset_info, outcome
 
 
@@ -108,20 +107,18 @@ PRETRAINED = {
 
 
 @pytest.mark.parametrize("prior", PRETRAINED)
-def test_pretrained_priors_make_the_variants(prior, distill, tmp_path):
+def test_pretrained_priors_make_the_variants(prior, distill, miniature, tmp_path):
     """A whole DDA run with a pipeline saved by save_pretrained, and CLIP for the filter; the table names both."""
     builder, extra = PRETRAINED[prior]
-    model = getattr(tiny_pipelines, builder)(tmp_path / "tiny-diffusion")
-    clip = tiny_pipelines.clip(tmp_path / "tiny-clip")
     kind = prior if prior in ("image_variation", "image_to_image") else "image_to_image"
     distill(
         "dda",
         tmp_path / "run",
-        f"--prior {kind} --diffusion_model {model} --variants 1 --num_inference_steps 2 --embedding clip --embedding_model {clip} {extra}",
+        f"--prior {kind} --diffusion_model {miniature(builder)} --variants 1 --num_inference_steps 2 --embedding clip --embedding_model {miniature('clip')} {extra}",
     )
     result = json.loads((tmp_path / "run" / "result.json").read_text())
-    assert result["external_prior"] == "tiny-clip + tiny-diffusion" and result["variants"] == 12
-    assert (tmp_path / "run" / "filter_clip-tiny-clip.safetensors").exists()
+    assert result["external_prior"] == f"clip + {builder}" and result["variants"] == 12
+    assert (tmp_path / "run" / "filter_clip-clip.safetensors").exists()
 
 
 def test_a_hub_that_cannot_be_reached_is_one_line(distill, tmp_path):
