@@ -229,11 +229,11 @@ def test_a_schema_names_the_place():
             require(value, schema, "f")
 
 
-def test_messages_are_one_line_whatever_is_in_a_name(tmp_path):
+def test_messages_are_one_line_whatever_is_in_a_name(command, forked):
     assert one_line("a\nb\u2028c\x1b[31m\udc80é") == r"a\nb\u2028c\x1b[31m\udc80é"
-    words = [sys.executable, "datafree_kd.py", "--method", "csd\nx", "--gpu", "-1"]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and r"csd\nx" in done.stderr
+    words = ["--method", "csd\nx", "--gpu", "-1"]
+    code, _, errors = forked(lambda: run_command(lambda: command("datafree_kd", words)))
+    assert code == 2 and errors.count("\n") == 1 and r"csd\nx" in errors
 
 
 def test_memory_that_cannot_be_had_is_one_line():
