@@ -46,7 +46,7 @@ def data(tmp_path_factory):
 def train_in(folder, root, name="prior", extra="", dataset="greys"):
     output = folder / f"{name}.safetensors"
     arguments = f"{TINY} --dataset {dataset} --data_root {root} --output {output} --save_dir {folder / name} {extra}"
-    with mock.patch("sys.argv", ["train_prior", *arguments.split()]):
+    with mock.patch("sys.argv", ["train_prior", *arguments.split()]), mock.patch.object(train_prior, "SAMPLING_STEPS", 3):
         train_prior.main()
     return output
 

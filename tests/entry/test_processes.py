@@ -143,7 +143,7 @@ def folder(tmp_path_factory, teacher_file):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    context = torch.multiprocessing.get_context("fork")  # which has imported all they need
+    context = torch.multiprocessing.get_context("spawn")
     started = [context.Process(target=work, args=(rank, port, folder, teacher_file)) for rank in range(2)]
     for process in started:
         process.start()
