@@ -3,13 +3,19 @@
 import os
 from pathlib import Path
 
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+# torch.compile generates plain code: to find out which vector instructions work here takes it seven processes.
+COMPILER = {"TORCHINDUCTOR_COMPILE_THREADS": "1", "TORCHINDUCTOR_VEC_ISA_OK": "0"}
+for name, value in ({"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"} | COMPILER).items():
+    os.environ.setdefault(name, value)
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -17,12 +23,15 @@ import torch
 from filelock import FileLock
 
 from datafree.base import Task
-from engine.data import datasets
+from engine.data import datasets, readers
+from engine.loops import stages
 from engine.networks import build
+from engine.runtime.errors import resolve
 from engine.runtime.files import load_checkpoint, weights_digest
 from engine.runtime.precision import Precision
 from models.classifier import Classifier
 from registry import DATASETS, MODELS
+from tests import tiny_pipelines
 
 dataset_info = functools.partial(datasets.dataset_info, DATASETS)
 build_network, build_classifier, load_teacher = (
@@ -30,6 +39,21 @@ build_network, build_classifier, load_teacher = (
 )
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
+all_digits = readers.read_digits
+
+
+@functools.cache
+def few_digits(split: str) -> readers.RawSplit:
+    """The digits, read once a process; of the test split every sixth, as no tiny run asks for more than that there are some."""
+    found = all_digits(None, split)
+    return found._replace(images=found.images[::6], labels=found.labels[::6]) if split == "test" else found
+
+
+readers.read_digits = lambda info, split: few_digits(split)
+STREAMED_BYTES, stages.STREAMED_BYTES = (
+    stages.STREAMED_BYTES,
+    3 * 16**2 * 100,
+)  # 100 images of a stream for its record, not 1000
 
 
 def make_task(**changes) -> Task:
@@ -133,6 +157,18 @@ def teacher_file(common):
     return common("digits_resnet8.pth", make)
 
 
+@pytest.fixture(scope="session")
+def miniature(common):
+    """miniature("sdxl"): the path of a random miniature of that kind, made once; to read or copy, never to change."""
+    return lambda kind: str(common(f"{kind}.safetensors" if kind == "patch_prior" else kind, getattr(tiny_pipelines, kind)))
+
+
+@pytest.fixture(scope="session")
+def generative(miniature):
+    """{kind: path} of every kind of prior that stage generate draws with."""
+    return {kind: miniature(kind) for kind in tiny_pipelines.GENERATIVE}
+
+
 @pytest.fixture
 def command(monkeypatch, teacher_file):
     """Runs an entry point in this process: command("datafree_kd", "--method csd ..."), or with a list of arguments."""
@@ -190,6 +226,51 @@ def finished(common, teacher_file):
 def copied(finished, tmp_path):
     """copied("csd", flags): a copy of such a run, to go on from."""
     return lambda method, extra="": shutil.copytree(finished(method, extra), tmp_path / "copied")
+
+
+@pytest.fixture
+def forked(tmp_path):
+    """forked(function): the exit code, stdout and stderr of a process that calls it, a copy of this one: all is imported."""
+
+    def call(function: Callable[[], None]) -> tuple[int, str, str]:
+        files = [tmp_path / "forked.out", tmp_path / "forked.err"]
+        sys.stdout.flush(), sys.stderr.flush()
+        process = os.fork()
+        if not process:
+            try:
+                for number, file in enumerate(files, 1):
+                    os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+                sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
+                function()
+                os._exit(0)
+            except SystemExit as end:
+                os._exit(end.code or 0)
+            finally:
+                os._exit(3)
+        code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+        return code, *(file.read_text() for file in files)
+
+    return call
+
+
+@pytest.fixture
+def interrupted(monkeypatch):
+    """``with interrupted("module.function", n):`` the n-th call of that function stops what is done within, as Ctrl-C does."""
+
+    @contextlib.contextmanager
+    def within(place: str, call: int):
+        original, calls = resolve(":".join(place.rsplit(".", 1))), itertools.count(1)
+
+        def failing(*args, **kwargs):
+            if next(calls) == call:
+                raise KeyboardInterrupt
+            return original(*args, **kwargs)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(place, failing)
+            yield
+
+    return within
 
 
 def outcome(folder: Path) -> tuple[dict[Path, bytes], str, str]:

@@ -1,16 +1,19 @@
-"""A classifier without BatchNorm layers."""
+"""A small classifier, without BatchNorm layers unless they are asked for."""
+
+from functools import partial
 
 from torch import nn
 
 
-def plain(num_classes: int = 10) -> nn.Module:
-    """Two convolutions with group norms, pooled, and a linear layer."""
+def plain(num_classes: int = 10, batch_norm: bool = False) -> nn.Module:
+    """Two convolutions with norms, pooled, and a linear layer."""
+    norm = nn.BatchNorm2d if batch_norm else partial(nn.GroupNorm, 2)
     return nn.Sequential(
         nn.Conv2d(3, 8, 3, 2, 1),
-        nn.GroupNorm(2, 8),
+        norm(8),
         nn.ReLU(),
         nn.Conv2d(8, 16, 3, 2, 1),
-        nn.GroupNorm(2, 16),
+        norm(16),
         nn.ReLU(),
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),

@@ -233,9 +233,3 @@ def patch_prior(file: Path, classes: int = 10, size: int = 16) -> str:
 
 # Every kind of prior that stage generate draws with.
 GENERATIVE = ("stable_diffusion", "sdxl", "turbo", "dit", "pixel_unet", "patch_prior")
-
-
-def generative(root: Path) -> dict[str, str]:
-    """{kind: path} of one of each in ``GENERATIVE``."""
-    builders = {kind: globals()[kind] for kind in GENERATIVE}
-    return {kind: build(root / (kind + ".safetensors" * (kind == "patch_prior"))) for kind, build in builders.items()}

@@ -17,7 +17,6 @@ from datafree.diffusion.variation import ImageToImage, ImageVariation, denoising
 from engine.data.bank import to_uint8
 from engine.runtime.errors import UserError
 from models.classifier import frozen
-from tests import tiny_pipelines
 from tests.conftest import make_classifier
 
 NAMES = ("ant", "bee", "cat", "dog")
@@ -25,9 +24,8 @@ KINDS = ("image_variation", "stable_diffusion", "sdxl", "turbo")
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    root = tmp_path_factory.mktemp("pipelines")
-    return {kind: getattr(tiny_pipelines, kind)(root / kind) for kind in (*KINDS, "clip")}
+def folders(miniature):
+    return {kind: miniature(kind) for kind in (*KINDS, "clip")}
 
 
 @pytest.fixture(scope="module")
@@ -156,14 +154,14 @@ def test_the_teacher_guides_a_variant(trained, weights):
     assert difference < 1e-4 if weights["oh"] else difference > 1e-3
 
 
-def test_a_prior_of_a_file_varies_images_of_any_size_and_number_of_classes(tmp_path):
-    file = Path(tiny_pipelines.patch_prior(tmp_path / "tiny.safetensors"))
+def test_a_prior_of_a_file_varies_images_of_any_size_and_number_of_classes(miniature):
+    file = Path(miniature("patch_prior"))
     images, labels = torch.rand(3, 3, 24, 24), torch.tensor([0, 2, 1])
     for classes, expected in ((10, "same"), (3, "none")):
         prior = PatchPrior.load(file, "cpu", torch.float32, num_classes=classes)
         augmenter = PriorAugmenter(prior, classes, 0.5, 4)
         whole = augmenter.augment(images, labels, [1, 2, 1])
-        assert prior.classes == expected and augmenter.external_prior == "tiny" and augmenter.fit_rounds == 0
+        assert prior.classes == expected and augmenter.external_prior == "patch_prior" and augmenter.fit_rounds == 0
         assert whole.shape == images.shape and 0 <= whole.min() and whole.max() <= 1
         assert (one_by_one(augmenter, images, labels, [1, 2, 1], 1) - whole).abs().max() < 1e-5
 

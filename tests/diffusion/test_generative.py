@@ -12,17 +12,6 @@ NAMES = tuple("abcdefghij")
 KINDS = tiny_pipelines.GENERATIVE
 
 
-@pytest.fixture(scope="module")
-def paths(tmp_path_factory):
-    return tiny_pipelines.generative(tmp_path_factory.mktemp("priors"))
-
-
-@pytest.fixture(scope="module")
-def priors(paths):
-    scale = {"turbo": 0.0}
-    return {k: load_prior(p, num_classes=10, class_names=NAMES, guidance_scale=scale.get(k, 3.0)) for k, p in paths.items()}
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_classifier_free_guidance(priors, kind, monkeypatch):
     prior = priors[kind]
@@ -54,9 +43,9 @@ def test_unguided_latents_are_those_of_the_library_s_pipeline(priors, kind):
     assert condition == ["a photo of a c"] and (latents - theirs).norm() < 0.03 * theirs.norm()
 
 
-def test_templates_take_turns_and_are_encoded_once(paths):
+def test_templates_take_turns_and_are_encoded_once(generative):
     prior = load_prior(
-        paths["stable_diffusion"], num_classes=10, class_names=NAMES, prompts=("a {label}", "one {label}", "thing")
+        generative["stable_diffusion"], num_classes=10, class_names=NAMES, prompts=("a {label}", "one {label}", "thing")
     )
     prompts = prior.condition(torch.tensor([0, 1, 0, 0]), [0, 0, 1, 2])
     assert prompts == ["a a", "a b", "one a", "thing"]
@@ -68,30 +57,30 @@ def test_templates_take_turns_and_are_encoded_once(paths):
     assert prior.encoded["a a"] is first
 
 
-def test_class_map(paths):
-    prior = load_prior(paths["dit"], num_classes=2, class_map=(7, 3))
+def test_class_map(generative):
+    prior = load_prior(generative["dit"], num_classes=2, class_map=(7, 3))
     assert prior.condition(torch.tensor([0, 1, 1]), [0] * 3).tolist() == [7, 3, 3]
     assert prior._with_null(prior.condition(torch.tensor([1]), [0])).tolist() == [10, 3]
 
 
-def test_a_prior_s_own_classes_take_turns_or_it_is_told_none(paths):
+def test_a_prior_s_own_classes_take_turns_or_it_is_told_none(generative):
     """A file of ten classes for a dataset of five: by default no class, else all ten in turn, each label beginning elsewhere."""
     labels = torch.arange(5).repeat(10)
     turns = [k // 5 for k in range(50)]
-    prior = load_prior(paths["patch_prior"], num_classes=5, guidance_scale=2.0, classes="own")
+    prior = load_prior(generative["patch_prior"], num_classes=5, guidance_scale=2.0, classes="own")
     condition = prior.condition(labels, turns)
     assert prior.classes == "own" and prior.guidance_scale == 2
     assert condition[:5].tolist() == [0, 2, 4, 6, 8]
     assert all(condition[labels == label].sort().values.tolist() == list(range(10)) for label in range(5))
-    prior = load_prior(paths["patch_prior"], num_classes=5, guidance_scale=2.0)
+    prior = load_prior(generative["patch_prior"], num_classes=5, guidance_scale=2.0)
     assert prior.condition(labels, turns).tolist() == [10] * 50 and prior.guidance_scale == 1
-    assert load_prior(paths["patch_prior"], num_classes=10).classes == "same"
-    assert load_prior(paths["patch_prior"], num_classes=5, class_map=(5, 4, 3, 2, 1)).condition(
+    assert load_prior(generative["patch_prior"], num_classes=10).classes == "same"
+    assert load_prior(generative["patch_prior"], num_classes=5, class_map=(5, 4, 3, 2, 1)).condition(
         labels[:2], [0] * 2
     ).tolist() == [5, 4]
-    own = load_prior(paths["pixel_unet"], num_classes=5, null_class=0, classes="own")
+    own = load_prior(generative["pixel_unet"], num_classes=5, null_class=0, classes="own")
     assert sorted(own.condition(labels, turns).unique().tolist()) == list(range(1, 11))
-    assert load_prior(paths["dit"], num_classes=5).classes == "same"
+    assert load_prior(generative["dit"], num_classes=5).classes == "same"
 
 
 BAD = {
@@ -116,14 +105,14 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_priors_are_one_line(case, paths, tmp_path):
+def test_bad_priors_are_one_line(case, generative, tmp_path):
     settings, pattern = BAD[case]
     settings = {"num_classes": 10, "class_names": NAMES} | settings
     kind, model = settings.pop("kind", None), settings.pop("model", None)
     if kind == "image_variation":
         model = tiny_pipelines.image_variation(tmp_path / kind)
     with pytest.raises(UserError, match=pattern) as caught:
-        load_prior(model or paths[kind], **settings)
+        load_prior(model or generative[kind], **settings)
     assert "\n" not in str(caught.value)
 
 

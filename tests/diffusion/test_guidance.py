@@ -23,17 +23,6 @@ LABELS, SEEDS = torch.tensor([3, 1, 4, 1, 5]), [11, 5, 11, 7, 2]
 
 
 @pytest.fixture(scope="module")
-def paths(tmp_path_factory):
-    return tiny_pipelines.generative(tmp_path_factory.mktemp("priors"))
-
-
-@pytest.fixture(scope="module")
-def priors(paths):
-    scale = {"turbo": 0.0}
-    return {k: load_prior(p, num_classes=10, class_names=NAMES, guidance_scale=scale.get(k, 3.0)) for k, p in paths.items()}
-
-
-@pytest.fixture(scope="module")
 def teacher():
     torch.manual_seed(0)
     return frozen(make_classifier())
@@ -92,8 +81,8 @@ def surer(student):
     student.network.fc.bias.mul_(3)
 
 
-def test_another_resolution_and_half_precision(paths, teacher, task):
-    prior = load_prior(paths["sdxl"], num_classes=10, class_names=NAMES, resolution=16, dtype=torch.bfloat16)
+def test_another_resolution_and_half_precision(generative, teacher, task):
+    prior = load_prior(generative["sdxl"], num_classes=10, class_names=NAMES, resolution=16, dtype=torch.bfloat16)
     prior.checkpoint_gradients()
     batch = GuidedSampler(prior, Guidance(teacher, 16, bn=0.1), task, steps=2).draw(LABELS, SEEDS, [0] * 5)
     assert prior.shape == (4, 8, 8) and batch.full.shape == (5, 3, 16, 16)
@@ -108,10 +97,10 @@ def test_grey_pixels_become_three_channels(tmp_path, teacher, task):
 
 @pytest.mark.parametrize("kind", ["stable_diffusion", "pixel_unet", "patch_prior"])
 @pytest.mark.parametrize("backprop", BACKPROP)
-def test_gradient_is_that_of_finite_differences(paths, kind, backprop, monkeypatch):
+def test_gradient_is_that_of_finite_differences(generative, kind, backprop, monkeypatch):
     torch.manual_seed(1)
     monkeypatch.setattr(torch.Tensor, "float", lambda tensor: tensor)  # all of it in float64
-    prior = load_prior(paths[kind], num_classes=10, class_names=NAMES, guidance_scale=2.0, dtype=torch.float64)
+    prior = load_prior(generative[kind], num_classes=10, class_names=NAMES, guidance_scale=2.0, dtype=torch.float64)
     teacher = frozen(make_classifier().double())
     student = make_classifier().double().eval()
     student.load_state_dict(teacher.state_dict())
@@ -284,9 +273,9 @@ def test_micro_batches_change_nothing_but_rounding(priors, teacher, task, backpr
     assert (images(2) - images(0)).abs().max() < 1e-4
 
 
-def test_checkpointed_gradients_are_the_same(paths, teacher, task):
+def test_checkpointed_gradients_are_the_same(generative, teacher, task):
     def images(checkpoint):
-        prior = load_prior(paths["stable_diffusion"], num_classes=10, class_names=NAMES)
+        prior = load_prior(generative["stable_diffusion"], num_classes=10, class_names=NAMES)
         if checkpoint:
             prior.checkpoint_gradients()
             assert prior.network.is_gradient_checkpointing and prior.vae.is_gradient_checkpointing
@@ -359,8 +348,8 @@ def test_measured_figures(priors, teacher, task):
 
 
 @pytest.mark.parametrize("classes", ["own", "none"])
-def test_images_that_nothing_was_told_the_class_of_carry_the_teacher_s_label(paths, teacher, task, classes):
-    prior = load_prior(paths["patch_prior"], num_classes=10, classes=classes)
+def test_images_that_nothing_was_told_the_class_of_carry_the_teacher_s_label(generative, teacher, task, classes):
+    prior = load_prior(generative["patch_prior"], num_classes=10, classes=classes)
     images_u8 = torch.randint(0, 256, (6, 3, 16, 16), dtype=torch.uint8)
     unguided = GuidedSampler(prior, Guidance(teacher, 16, oh=0.0), task, steps=2)
     batch = unguided.draw(LABELS, SEEDS, [0] * 5)

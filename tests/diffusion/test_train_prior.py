@@ -1,6 +1,8 @@
 """Training a diffusion prior: from an npz and from class folders, stopped and gone on, started from a file, and misuse."""
 
 import json
+import shutil
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -41,16 +43,24 @@ def data(tmp_path_factory):
     return root
 
 
-@pytest.fixture
-def train(monkeypatch, data, tmp_path):
-    def call(name="prior", extra="", dataset="greys", root=data):
-        output = tmp_path / f"{name}.safetensors"
-        arguments = f"{TINY} --dataset {dataset} --data_root {root} --output {output} --save_dir {tmp_path / name} {extra}"
-        monkeypatch.setattr("sys.argv", ["train_prior", *arguments.split()])
+def train_in(folder, root, name="prior", extra="", dataset="greys"):
+    output = folder / f"{name}.safetensors"
+    arguments = f"{TINY} --dataset {dataset} --data_root {root} --output {output} --save_dir {folder / name} {extra}"
+    with mock.patch("sys.argv", ["train_prior", *arguments.split()]), mock.patch.object(train_prior, "SAMPLING_STEPS", 3):
         train_prior.main()
-        return output
+    return output
 
-    return call
+
+@pytest.fixture
+def train(data, tmp_path):
+    """train("name", flags): a prior of that name."""
+    return lambda *args, root=data, **kwargs: train_in(tmp_path, root, *args, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory):
+    """One by the flags of all, beside its run folder; to look at, never to change."""
+    return train_in(tmp_path_factory.mktemp("trained"), data)
 
 
 def lines(folder):
@@ -62,34 +72,28 @@ def same(one, other):
     return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_a_tiny_prior_from_end_to_end(train, tmp_path, data):
-    file = train()
-    network, about = load_patch_prior(file)
+def test_a_tiny_prior_from_end_to_end(trained):
+    network, about = load_patch_prior(trained)
     assert (about["num_classes"], about["image_size"], about["class_names"]) == (3, 8, ("dark", "grey", "light"))
     assert (about["name"], about["dataset"], about["images_drawn"], about["training_images"]) == ("prior", "greys", 32, 30)
-    assert about["settings"]["lr"] == 1e-3 and {t.dtype for t in load_tensors(file).values()} == {torch.float16}
-    figures = lines(tmp_path / "prior")
+    assert about["settings"]["lr"] == 1e-3 and {t.dtype for t in load_tensors(trained).values()} == {torch.float16}
+    figures, folder = lines(trained.with_suffix("")), trained.with_suffix("")
     assert [line["images"] for line in figures] == [8, 16, 24, 32]
     assert ["held_out" in line for line in figures] == [False, True, False, True] and "frechet" not in figures[-1]
-    assert sorted(p.name for p in (tmp_path / "prior" / "pictures").iterdir()) == [
-        "samples_000000016.png",
-        "samples_000000032.png",
-    ]
-    assert list((tmp_path / "prior").glob("events.*"))
+    assert sorted(p.name for p in (folder / "pictures").iterdir()) == ["samples_000000016.png", "samples_000000032.png"]
+    assert list(folder.glob("events.*"))
 
 
-def test_class_folders_give_the_same_prior_as_an_npz(train, data):
-    npz = train("npz")
-    folders = train("folders", "--image_size 8", "folder", data / "greys")
+def test_class_folders_give_the_same_prior_as_an_npz(train, trained, data):
+    folders = train("folders", "--image_size 8", "folder", root=data / "greys")
     # The order of images differs (class by class), so the weights do; what the files say does not.
-    (_, ours), (_, theirs) = (load_patch_prior(file) for file in (npz, folders))
+    (_, ours), (_, theirs) = (load_patch_prior(file) for file in (trained, folders))
     assert theirs["dataset"] == "greys" and all(
         ours[k] == theirs[k] for k in ("class_names", "image_size", "training_images")
     )
 
 
-def test_a_stopped_training_goes_on_bit_for_bit(train, tmp_path, monkeypatch):
-    whole = train("whole")
+def test_a_stopped_training_goes_on_bit_for_bit(train, trained, tmp_path, monkeypatch):
     fit, calls = Denoising.fit, []
 
     def stopping(self, *args):
@@ -104,21 +108,21 @@ def test_a_stopped_training_goes_on_bit_for_bit(train, tmp_path, monkeypatch):
     assert load_patch_prior(tmp_path / "stopped.safetensors")[1]["images_drawn"] == 16  # of use before the end
     torch.rand(5)
     resumed = train("stopped")
-    assert len(calls) == 5 and same(whole, resumed)
+    assert len(calls) == 5 and same(trained, resumed)
     timeless = [
-        [{k: v for k, v in line.items() if "per" not in k} for line in lines(tmp_path / name)]
-        for name in ("whole", "stopped")
+        [{k: v for k, v in line.items() if "per" not in k} for line in lines(file.with_suffix(""))]
+        for file in (trained, resumed)
     ]
     assert timeless[0] == timeless[1]
     longer = train("stopped", "--images 40")
-    assert load_patch_prior(longer)[1]["images_drawn"] == 40 and not same(whole, longer)
+    assert load_patch_prior(longer)[1]["images_drawn"] == 40 and not same(trained, longer)
     assert same(longer, train("at_once", "--images 40"))
 
 
-def test_minutes_stop_a_training_that_can_go_on(train, tmp_path):
+def test_minutes_stop_a_training_that_can_go_on(train, trained):
     file = train("slow", "--minutes 0.0001")
     assert load_patch_prior(file)[1]["images_drawn"] == 8
-    assert same(train("slow"), train("fast"))
+    assert same(train("slow"), trained)
 
 
 def test_changed_flags_are_refused_and_redo_forgets(train):
@@ -130,20 +134,19 @@ def test_changed_flags_are_refused_and_redo_forgets(train):
     assert first.read_bytes() != before
 
 
-def test_start_goes_on_from_a_file(train, tmp_path):
-    first = train("first")
-    second = train("second", f"--start {first} --images 48")
+def test_start_goes_on_from_a_file(train, trained, tmp_path):
+    second = train("second", f"--start {trained} --images 48")
     about = load_patch_prior(second)[1]
     assert about["images_drawn"] == 48 and [line["images"] for line in lines(tmp_path / "second")] == [40, 48]
-    assert about["settings"]["start"] == "first.safetensors" and not same(first, second)
+    assert about["settings"]["start"] == "prior.safetensors" and not same(trained, second)
     with pytest.raises(UserError, match=r"has channels \(8, 8\), this training \(8, 16\)"):
-        train("third", f"--start {first} --channels 8,16 --images 48")
+        train("third", f"--start {trained} --channels 8,16 --images 48")
     with pytest.raises(UserError, match="missing.safetensors does not exist"):
         train("third", "--start missing.safetensors")
 
 
-def test_a_file_may_be_renewed_from_itself_stopped_or_not(train, tmp_path, monkeypatch):
-    first = train("first")
+def test_a_file_may_be_renewed_from_itself_stopped_or_not(train, trained, tmp_path):
+    first = shutil.copy(trained, tmp_path / "first.safetensors")
     whole = train("whole", f"--start {first} --images 64")
     again = f"--start {first} --output {first} --save_dir {tmp_path / 'renewed'} --report_every 1"
     train("first", f"{again} --images 48")
@@ -152,14 +155,13 @@ def test_a_file_may_be_renewed_from_itself_stopped_or_not(train, tmp_path, monke
     assert same(first, whole)
 
 
-def test_a_judge_compares_samples_with_the_test_split(train, tmp_path, data, monkeypatch):
-
+def test_a_judge_compares_samples_with_the_test_split(train, trained, tmp_path):
     torch.manual_seed(0)
     save_checkpoint(tmp_path / "judge.pth", {"state_dict": build_network("resnet8", 3).state_dict(), "arch": "resnet8"})
-    plain, judged = train("plain"), train("judged", f"--judge {tmp_path / 'judge.pth'}")
+    judged = train("judged", f"--judge {tmp_path / 'judge.pth'}")
     last = lines(tmp_path / "judged")[-1]
     assert last["frechet"] > 0 and 0 <= last["coverage"] <= 1 and 0 <= last["judge_acc1"] <= 100
-    assert same(plain, judged)  # measuring changes nothing
+    assert same(trained, judged)  # measuring changes nothing
     save_checkpoint(tmp_path / "nameless.pth", {"state_dict": build_network("resnet8", 3).state_dict()})
     with pytest.raises(UserError, match="nameless.pth does not say of which network"):
         train("judged", f"--judge {tmp_path / 'nameless.pth'}")
@@ -235,8 +237,7 @@ def test_density_and_coverage():
     assert coverage < 0.05
 
 
-def test_the_file_is_readable_by_safetensors_alone(train):
+def test_the_file_is_readable_by_safetensors_alone(trained):
     from safetensors.torch import load
 
-    file = train()
-    assert load(file.read_bytes()).keys() == load_tensors(file).keys()
+    assert load(trained.read_bytes()).keys() == load_tensors(trained).keys()

@@ -16,7 +16,6 @@ from engine.networks.weights import load_weights
 from engine.runtime.errors import UserError
 from engine.runtime.files import load_checkpoint
 from registry import DATASETS
-from tests import tiny_pipelines
 from tests.conftest import ROOT, build_network, script_commands
 
 PUBLISHED = ("train_from_scratch/domainnet", "generate_data/generate_data_domainNet", "distill/distill")
@@ -100,12 +99,12 @@ def test_the_teacher_script_takes_smaller_flags(command, data_root, tmp_path):
         command("train_scratch", script_command(PUBLISHED[0], small, DOMAIN="scetch"))
 
 
-def test_the_other_scripts_generate_and_distill(command, teacher_file, data_root, tmp_path):
+def test_the_other_scripts_generate_and_distill(command, teacher_file, data_root, miniature, tmp_path):
     small = (
         f"--teacher resnet8 --student resnet8 --image_size 32 --gpu -1 --teacher_ckpt {teacher_file} --data_root {data_root}"
     )
     fewer = "--images_per_class 1 --diffusion_batch_size 5 --num_inference_steps 2 --resolution 32 --adv_steps 1"
-    prior, made = tiny_pipelines.stable_diffusion(tmp_path / "prior"), tmp_path / "generated"
+    prior, made = miniature("stable_diffusion"), tmp_path / "generated"
     command("datafree_kd", script_command(PUBLISHED[1], f"{small} {fewer} --diffusion_model {prior} --save_dir {made}"))
     args = json.loads((made / "args.json").read_text())["args"]
     assert (args["guidance_scale"], args["bn"], args["oh"], args["adv"], args["adv_from"]) == (7, 0.1, 1, 1, 20)

@@ -1,7 +1,6 @@
 """Every method on the debug task: finite, reproducible, resumable, and clear about what it refuses."""
 
 import json
-import sys
 
 import pytest
 import torch
@@ -9,7 +8,7 @@ import torch
 import registry
 from engine.runtime.errors import UserError, resolve
 from engine.runtime.files import load_checkpoint, weights_digest
-from tests.conftest import CPU, TINY, TINY_TASK, build_classifier, dataset_info, load_teacher, make_task, outcome
+from tests.conftest import CPU, TINY, build_classifier, build_network, dataset_info, load_teacher, make_task, outcome
 
 METHODS = sorted(registry.METHODS)
 RESULT_FIELDS = {
@@ -80,63 +79,55 @@ def test_the_student_changes_and_the_teacher_does_not(method, teacher_file):
     assert not any(p.requires_grad for p in teacher.parameters()) and not teacher.training
 
 
-@pytest.mark.parametrize("point", ["save_tensors:2", "save_checkpoint:1", "save_checkpoint:4", "save_tensors:3"])
-def test_stopped_anywhere_it_goes_on_to_the_same_bits(point, distill, tmp_path, monkeypatch, finished):
-    """Raises at the n-th write of a shard or a checkpoint, then runs the same command again."""
-    expected = outcome(finished("dda"))
-    name, n = point.split(":")
-    module = "engine.data.bank" if name == "save_tensors" else "engine.loops.makers" if n == "1" else "engine.loops.distill"
-    with monkeypatch.context() as patch:
-        stop_at(patch, module, name, int(n) if module != "engine.loops.distill" else 2)
-        with pytest.raises(KeyboardInterrupt):
-            distill("dda", tmp_path)
+@pytest.mark.parametrize(
+    "place, call", [("data.bank.save_tensors", 2), ("data.bank.save_tensors", 3), ("loops.makers.save_checkpoint", 1)]
+)
+def test_stopped_anywhere_it_goes_on_to_the_same_bits(place, call, distill, tmp_path, interrupted, finished):
+    """Stops at the n-th write of a shard or a checkpoint, then runs the same command again."""
+    with interrupted(f"engine.{place}", call):
+        distill("dda", tmp_path)
     distill("dda", tmp_path)
-    assert outcome(tmp_path) == expected
+    assert outcome(tmp_path) == outcome(finished("dda"))
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_goes_on_after_its_first_epoch(method, distill, tmp_path, monkeypatch, finished):
+def test_every_method_goes_on_after_its_first_epoch(method, distill, tmp_path, interrupted, finished):
     """Stops before the checkpoint of the second epoch, then runs the same command again; all bits are an unbroken run's."""
-    expected = outcome(finished(method))
-    with monkeypatch.context() as patch:
-        stop_at(patch, "engine.loops.distill", "save_checkpoint", 2)
-        with pytest.raises(KeyboardInterrupt):
-            distill(method, tmp_path)
+    with interrupted("engine.loops.distill.save_checkpoint", 2):
+        distill(method, tmp_path)
     distill(method, tmp_path)
-    assert outcome(tmp_path) == expected
-
-
-def stop_at(patch, module, name, call):
-    """Makes the ``call``-th call of a module's function raise."""
-    original, calls = getattr(sys.modules[module], name), []
-
-    def failing(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == call:
-            raise KeyboardInterrupt
-        return original(*args, **kwargs)
-
-    patch.setattr(f"{module}.{name}", failing)
+    assert outcome(tmp_path) == outcome(finished(method))
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_is_one_graph_a_step(method, distill, finished, monkeypatch, tmp_path):
-    """torch.compile as far as the graph, which must be whole; no code is generated. Its figures are the uncompiled run's."""
-    folder, compile = finished(method), torch.compile
+def test_every_method_is_one_graph_a_step(method, distill, common, monkeypatch, tmp_path):
+    """torch.compile as far as the graph, which must be whole; no code is generated. Its figures are the uncompiled run's.
+
+    Of networks of three layers: tracing takes its time by the layer, and what a residual network asks of it is tested elsewhere.
+    """
+    spec, compile = "tests.plain_network:plain(batch_norm=True)", torch.compile
+
+    def save(file):
+        torch.manual_seed(0)
+        torch.save(build_network(spec, 10).state_dict(), file)
+
+    flags = f"--teacher {spec} --student {spec} --teacher_ckpt {common('three_layers.pth', save)} --epochs 1"
+    distill(method, tmp_path / "plain", flags)
 
     def whole_graph(function, dynamic, options):
         return compile(function, dynamic=dynamic, fullgraph=True, backend="eager")
 
     monkeypatch.setattr("torch.compile", whole_graph)
     torch._dynamo.reset()
-    distill(method, tmp_path, "--compile yes")
-    log = (tmp_path / "log.txt").read_text()
+    distill(method, tmp_path / "compiled", f"{flags} --compile yes")
+    plain, compiled = (tmp_path / name for name in ("plain", "compiled"))
+    log = (compiled / "log.txt").read_text()
     assert "compile: the student step" in log and "uncompiled" not in log, log
-    assert "compile" not in (folder / "log.txt").read_text()
+    assert "compile" not in (plain / "log.txt").read_text()
     # Synthesis of the first round only: runs as wild as these, eight images a step, soon multiply rounding by thousands.
-    plain, compiled = (json.loads((path / "metrics.jsonl").read_text().splitlines()[0]) for path in (folder, tmp_path))
-    for name in [name for name in plain if name.startswith("loss_")]:
-        assert compiled[name] == pytest.approx(plain[name], rel=1e-2, abs=1e-4), name
+    expected, found = (json.loads((path / "metrics.jsonl").read_text().splitlines()[0]) for path in (plain, compiled))
+    for name in [name for name in expected if name.startswith("loss_")]:
+        assert found[name] == pytest.approx(expected[name], rel=1e-2, abs=1e-4), name
 
 
 def test_images_that_stay_in_their_shards_make_the_same_student(distill, tmp_path, monkeypatch, finished):
@@ -149,20 +140,16 @@ def test_images_that_stay_in_their_shards_make_the_same_student(distill, tmp_pat
 
 
 @pytest.mark.parametrize("method", [m for m in METHODS if "bn" in resolve(registry.METHODS[m]).Config.__dataclass_fields__])
-def test_a_teacher_without_batch_norm(method, command, tmp_path):
+def test_a_teacher_without_batch_norm(method, distill, tmp_path):
     """One line that names the methods which need no BN statistics; with --bn 0 the method runs."""
     from tests.plain_network import plain
 
     torch.manual_seed(0)
     torch.save(plain(10).state_dict(), tmp_path / "plain.pth")
-    flags = (
-        f"--method {method} {TINY_TASK} --teacher tests.plain_network:plain --teacher_ckpt {tmp_path / 'plain.pth'} {TINY[method]} "
-        f"--save_dir {tmp_path / 'run'}"
-    )
-    if "--bn 0" not in TINY[method]:
-        with pytest.raises(UserError, match="no BatchNorm layer.*give --bn 0, or a method that works without: .*zskt"):
-            command("datafree_kd", f"{flags} --bn 1")
-    command("datafree_kd", f"{flags} --bn 0")
+    flags = f"--teacher tests.plain_network:plain --teacher_ckpt {tmp_path / 'plain.pth'} --epochs 1"
+    with pytest.raises(UserError, match="no BatchNorm layer.*give --bn 0, or a method that works without: .*zskt"):
+        distill(method, tmp_path / "run", f"{flags} --bn 1")
+    distill(method, tmp_path / "run", f"{flags} --bn 0")
     assert (tmp_path / "run" / "result.json").exists()
 
 

@@ -12,6 +12,12 @@ from tests.conftest import dataset_info
 TASK = "--dataset digits --teacher resnet8 --student resnet8 --batch_size 8 --gpu -1"
 
 
+@pytest.fixture
+def slow_clock(monkeypatch):
+    """This process's own seconds, whatever else runs, ten times as many: a run takes a tenth of what is asked for."""
+    monkeypatch.setattr(minutes, "_now", lambda device: 10 * time.process_time())
+
+
 def test_the_largest_scale_that_fits():
     assert minutes.fitting_scale(lambda scale: 1000 * scale, 50) == pytest.approx(0.05, rel=0.01)
     assert minutes.fitting_scale(lambda scale: 1000 * scale, 2000) == 1  # never longer than published
@@ -31,11 +37,12 @@ def test_seconds_are_rates_times_steps():
 @pytest.mark.parametrize(
     "method, extra", [("csd", "--nz 8 --init_batch_size 6 --synthesis_batch_size 6"), ("dfq", "--nz 8"), ("kd", "")]
 )
-def test_every_kind_of_method_is_measured_and_runs_for_about_so_long(method, extra, command, teacher_file, tmp_path, capsys):
+@pytest.mark.usefixtures("slow_clock")
+def test_every_kind_of_method_is_measured_and_runs_for_no_longer(method, extra, command, teacher_file, tmp_path, capsys):
     line = f"--method {method} {TASK} --teacher_ckpt {teacher_file} {extra} --save_dir {tmp_path / 'run'} --minutes .1"
-    began = time.monotonic()
+    began = time.process_time()
     command("datafree_kd", line)
-    assert time.monotonic() - began < 60  # 6 s asked for, and the machine may be busy
+    assert time.process_time() - began < 6
     args = json.loads((tmp_path / "run/args.json").read_text())["args"]
     result = json.loads((tmp_path / "run/result.json").read_text())
     assert 0 < args["scale"] < 1 and args["minutes"] == 0.1 and result["scale"] == args["scale"]
@@ -43,6 +50,7 @@ def test_every_kind_of_method_is_measured_and_runs_for_about_so_long(method, ext
     assert f"--minutes 0.1: --scale {args['scale']:g}" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("slow_clock")
 def test_a_resume_keeps_the_scale(command, teacher_file, tmp_path, monkeypatch):
     line = f"--method noise {TASK} --teacher_ckpt {teacher_file} --save_dir {tmp_path / 'run'} --minutes "
     command("datafree_kd", line + ".05")

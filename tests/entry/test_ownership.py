@@ -221,14 +221,13 @@ def test_generated_files_go_to_a_folder_of_their_own(tmp_path):
         claim_folder(tmp_path / "new", "b")
 
 
-def test_export_png_overwrites_no_photograph(command, teacher_file, tmp_path):
-    from tests.tiny_pipelines import patch_prior
-
+def test_export_png_overwrites_no_photograph(command, teacher_file, miniature, tmp_path):
     (tmp_path / "png" / "3").mkdir(parents=True)
     (tmp_path / "png" / "3" / "0000000.png").write_text("a photograph")
     before = tree(tmp_path / "png")
-    prior = patch_prior(tmp_path / "prior.safetensors")
-    flags = f"{TINY_TASK} --teacher_ckpt {teacher_file} {TINY['diffdfkd']} --adv 0 --diffusion_model {prior}"
+    flags = (
+        f"{TINY_TASK} --teacher_ckpt {teacher_file} {TINY['diffdfkd']} --adv 0 --diffusion_model {miniature('patch_prior')}"
+    )
     with pytest.raises(UserError, match="png is there already and is not an empty folder"):
         command("datafree_kd", f"--method diffdfkd {flags} --save_dir {tmp_path / 'run'} --export_png {tmp_path / 'png'}")
     assert tree(tmp_path / "png") == before

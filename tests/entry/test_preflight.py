@@ -1,11 +1,13 @@
 """Before the first stage: what is wrong is said then, without a folder; and runs without any real image."""
 
 import json
+import shutil
 
 import pytest
 import torch
 
 from engine import report
+from engine.loops.evaluate import Agreement
 from engine.runtime.errors import UserError
 from engine.runtime.files import load_checkpoint, load_tensors, weights_digest
 from tests.conftest import CPU, dataset_info, load_teacher
@@ -50,16 +52,16 @@ def test_the_teacher_is_told_of_once_before_the_first_stage(distill, tmp_path):
     """Also where images are only made; a teacher that knows nothing is a warning, and a done run is left in peace."""
     distill("csd", tmp_path, "--stages synthesize")
     first = (tmp_path / "log.txt").read_text().splitlines()
-    assert "teacher resnet8 normalizes with mean 0.305" in first[0] and "% on the 602 test images of digits" in first[0]
+    assert "teacher resnet8 normalizes with mean 0.305" in first[0] and "% on the 101 test images of digits" in first[0]
     assert "warning: chance is 10.00 %" in first[1] and "another order of the classes" in first[1]
     distill("csd", tmp_path, "--stages synthesize")
     assert len((tmp_path / "log.txt").read_text().splitlines()) == len(first) + 1, "that it was done before, and no more"
     distill("csd", tmp_path)
     acc1 = json.loads((tmp_path / "result.json").read_text())["teacher_acc1"]
-    assert f": {acc1:.2f} % on the 602" in first[0]
+    assert f": {acc1:.2f} % on the 101" in first[0]
 
 
-def test_without_a_real_image_a_bank_tells_of_agreement(distill, teacher_file, tmp_path, capsys):
+def test_without_a_real_image_a_bank_tells_of_agreement(distill, finished, teacher_file, tmp_path, capsys):
     """The student is the one of a run with its test split; what is measured of it is recomputed here."""
     distill("csd", tmp_path / "runs" / "pens", UNSEEN)
     run = tmp_path / "runs" / "pens"
@@ -83,7 +85,7 @@ def test_without_a_real_image_a_bank_tells_of_agreement(distill, teacher_file, t
     assert 0 <= result["agreement_last"] <= result["agreement_best"] <= 100
 
     for name, flags in (("tested", ""), ("untested", "--no_test")):
-        distill("csd", tmp_path / "runs" / name, flags)
+        shutil.copytree(finished("csd", flags), tmp_path / "runs" / name)
     digests = [
         weights_digest(load_checkpoint(tmp_path / "runs" / n / "student.pth")["state_dict"]) for n in ("tested", "untested")
     ]
@@ -97,8 +99,11 @@ def test_without_a_real_image_a_bank_tells_of_agreement(distill, teacher_file, t
     assert report.write_lines(lines, report.collect([tmp_path / "runs"])) == 3 == len(report.collect([lines]))
 
 
-def test_without_a_real_image_a_stream_tells_of_agreement_and_goes_on(distill, teacher_file, tmp_path, monkeypatch):
+def test_without_a_real_image_a_stream_tells_of_agreement_and_goes_on(
+    distill, teacher_file, tmp_path, monkeypatch, interrupted
+):
     """How the teacher's checkpoint says that it normalizes is how the student does."""
+    monkeypatch.setattr(Agreement, "MOST", 20)
     stored = load_checkpoint(teacher_file) | {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.4, 0.4]}
     torch.save(stored, tmp_path / "t.pth")
     flags = f"{UNSEEN} --teacher_ckpt {tmp_path / 't.pth'}"
@@ -106,28 +111,16 @@ def test_without_a_real_image_a_stream_tells_of_agreement_and_goes_on(distill, t
     student = load_checkpoint(tmp_path / "whole" / "student.pth")
     assert student["mean"] == pytest.approx([0.1, 0.2, 0.3]) and student["dataset"] == "pens"
 
-    import engine.loops.distill as module
-
-    original, calls = module.save_checkpoint, []
-
-    def failing(*args):
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return original(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "save_checkpoint", failing)
-        with pytest.raises(KeyboardInterrupt):
-            distill("dafl", tmp_path / "run", flags)
+    with interrupted("engine.loops.distill.save_checkpoint", 2):
+        distill("dafl", tmp_path / "run", flags)
     distill("dafl", tmp_path / "run", flags)
     lines = (tmp_path / "whole" / "metrics.jsonl").read_text()
     assert lines == (tmp_path / "run" / "metrics.jsonl").read_text() and lines.count('"agreement"') == 2
 
 
-def test_a_test_split_that_comes_later_is_of_another_result(distill, tmp_path):
-    distill("csd", tmp_path, "--no_test")
+def test_a_test_split_that_comes_later_is_of_another_result(distill, copied):
+    folder = copied("csd", "--no_test")
     with pytest.raises(UserError, match=r"is done with --data_root \(digits: 10 classes \w+, 16 px\), now .* test images"):
-        distill("csd", tmp_path)
-    distill("csd", tmp_path, "--redo distill")
-    assert "acc1_last" in json.loads((tmp_path / "result.json").read_text())
+        distill("csd", folder)
+    distill("csd", folder, "--redo distill")
+    assert "acc1_last" in json.loads((folder / "result.json").read_text())

@@ -21,7 +21,7 @@ from tests.conftest import CPU, ROOT, TINY, TINY_TASK, dataset_info, make_classi
 TIMEOUT = 300  # s, for all that the two processes do
 ROUNDS = "--init_rounds 3"  # so that the last one has no partner
 GUIDED = "--images_per_class 2 --epochs 1 --adv 1000 --adv_from 1 --adv_steps 10"  # with a student that competes
-ASKING = "--epochs 2 --kd_steps 40 --ep_steps 40"
+ASKING = "--epochs 2 --kd_steps 20 --ep_steps 20"
 
 
 class Stopped(Exception):

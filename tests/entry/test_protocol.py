@@ -75,6 +75,10 @@ def test_mistakes_are_one_line(words, message):
 
 
 def test_runs_that_fail_are_said(tmp_path):
-    code, lines, error = script("--jobs", "2", "kd", "noise", OUT=str(tmp_path), SEEDS="0", EXTRA="--epochs 0")
+    """By a python that refuses every command."""
+    (tmp_path / "python").write_text('#!/bin/sh\necho "error: $*" >&2\nexit 2\n')
+    (tmp_path / "python").chmod(0o755)
+    variables = {"OUT": str(tmp_path), "SEEDS": "0", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    code, lines, error = script("--jobs", "2", "kd", "noise", **variables)
     assert code == 1 and "some runs stopped" in error and len(lines) == 2
-    assert "error: --epochs 0" in (tmp_path / "console/kd_seed0.txt").read_text()
+    assert "error: datafree_kd.py --method kd" in (tmp_path / "console/kd_seed0.txt").read_text()

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
 
@@ -12,7 +13,7 @@ import torch
 import engine.loops.distill
 from engine.data.bank import ImageBank, Manifest
 from engine.runtime import sums
-from engine.runtime.errors import UserError, explain, one_line
+from engine.runtime.errors import UserError, explain, one_line, run_command
 from engine.runtime.files import load_checkpoint, parse_json, read_json, save_checkpoint, save_tensors
 from engine.runtime.run import read_lines
 from engine.runtime.schema import require
@@ -243,11 +244,11 @@ def test_a_schema_names_the_place():
             require(value, schema, "f")
 
 
-def test_messages_are_one_line_whatever_is_in_a_name(tmp_path):
+def test_messages_are_one_line_whatever_is_in_a_name(command, forked):
     assert one_line("a\nb\u2028c\x1b[31m\udc80é") == r"a\nb\u2028c\x1b[31m\udc80é"
-    words = [sys.executable, "datafree_kd.py", "--method", "csd\nx", "--gpu", "-1"]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and r"csd\nx" in done.stderr
+    words = ["--method", "csd\nx", "--gpu", "-1"]
+    code, _, errors = forked(lambda: run_command(lambda: command("datafree_kd", words)))
+    assert code == 2 and errors.count("\n") == 1 and r"csd\nx" in errors
 
 
 def test_memory_that_cannot_be_had_is_one_line():
@@ -274,14 +275,12 @@ def test_a_failed_import_leaves_nothing(command, tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["images"]
 
 
-FULL = "import resource, sys\nresource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))\nimport runpy\nsys.argv[0] = 'datafree_kd.py'\nrunpy.run_path('datafree_kd.py', run_name='__main__')"
+def test_a_full_disk_is_one_line_that_names_the_file(distill, tmp_path, forked):
+    def run():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+        run_command(lambda: distill("csd", tmp_path / "run"))
 
-
-def test_a_full_disk_is_one_line_that_names_the_file(tmp_path, teacher_file):
-    from tests.conftest import tiny_flags
-
-    words = [sys.executable, "-c", FULL, *tiny_flags("csd", teacher_file, tmp_path / "run").split()]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
-    last = done.stderr.splitlines()[-1]
-    assert done.returncode == 2 and "Traceback" not in done.stderr
+    code, _, errors = forked(run)
+    last = errors.splitlines()[-1]
+    assert code == 2 and "Traceback" not in errors
     assert last.startswith("error: no space left while writing") and str(tmp_path / "run") in last

@@ -34,6 +34,7 @@ def commands():
     return script_commands(SCRIPTS, "--behind")
 
 
+@functools.cache
 def parsed(script, extra=""):
     """(method, its class, flag groups) of a script by the entry point's own parser, with flags behind the script's own."""
     return datafree_kd.parse(commands()[script][1:-1] + extra.split())
@@ -45,6 +46,7 @@ def first_of(script):
     return bank and BANKS[bank.removesuffix("/bank")]
 
 
+@functools.cache
 def shrunk(script):
     """What is left of a script's flags where those of the tiny task stand behind them."""
     method = parsed(script)[0]

@@ -13,7 +13,7 @@ from engine.runtime.errors import UserError
 from engine.runtime.files import load_checkpoint
 from tests.conftest import CPU, ROOT, outcome
 
-LONG = "--epochs 2 --kd_steps 25 --ep_steps 50 --batch_size 16"
+LONG = "--epochs 2 --kd_steps 10 --ep_steps 20 --batch_size 16"
 
 
 def student(folder):
@@ -148,14 +148,14 @@ def test_a_key_stands_for_the_image_that_came_with_it(limit, monkeypatch):
 
 
 SAME = {
-    "fast": "--epochs 4 --kd_steps 25 --ep_steps 50 --batch_size 16", "csd": "--feat 0", "kd": "--amp bf16", "fast --views 2": "",
+    "fast": "--epochs 4 --kd_steps 10 --ep_steps 20 --batch_size 16", "csd": "--feat 0", "kd": "--amp bf16", "fast --views 2": "",
     "diffdfkd": "--epochs 1 --kd_steps 40 --ep_steps 40", "noise": f"--images {ROOT / 'docs' / 'pictures'}",
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("method", SAME)
 def test_the_student_is_the_same_with_and_without(method, distill, tmp_path):
-    """For 200 steps: the teacher sees batches of one shape in both, and an image's answer is its own."""
+    """For 80 steps: the teacher sees batches of one shape in both, and an image's answer is its own."""
     name, *views = method.split(" ", 1)
     flags = " ".join([SAME[method], *views])
     distill(name, tmp_path / "with", f"{flags} --memo 1")
@@ -166,38 +166,25 @@ def test_the_student_is_the_same_with_and_without(method, distill, tmp_path):
         assert torch.allclose(found[name].float(), expected[name].float(), rtol=1e-5, atol=1e-5), name
 
 
-def test_a_killed_run_forgets_its_memo_and_ends_in_the_same_bits(distill, tmp_path, monkeypatch):
-    import engine.loops.distill as loop
-
-    distill("fast", tmp_path / "whole", f"{LONG} --memo 1")
-    save, calls = loop.save_checkpoint, []
-
-    def failing(*args):
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return save(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "save_checkpoint", failing)
-        with pytest.raises(KeyboardInterrupt):
-            distill("fast", tmp_path / "run", f"{LONG} --memo 1")
+def test_a_killed_run_forgets_its_memo_and_ends_in_the_same_bits(distill, finished, tmp_path, interrupted):
+    with interrupted("engine.loops.distill.save_checkpoint", 2):
+        distill("fast", tmp_path / "run", f"{LONG} --memo 1")
     shutil.copytree(tmp_path / "run", tmp_path / "without")
     distill("fast", tmp_path / "run", f"{LONG} --memo 1")
     distill("fast", tmp_path / "without", f"{LONG} --memo no")
-    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole") == outcome(tmp_path / "without")
+    assert outcome(tmp_path / "run") == outcome(finished("fast", f"{LONG} --memo 1")) == outcome(tmp_path / "without")
 
 
-def test_a_small_memo_makes_the_same_student(distill, tmp_path, monkeypatch):
+def test_a_small_memo_makes_the_same_student(distill, finished, tmp_path, monkeypatch):
     """Room for 50 answers of some hundred, the rest is asked again."""
-    distill("fast", tmp_path / "whole", f"{LONG} --memo 1")
+    whole = finished("fast", f"{LONG} --memo 1")
     monkeypatch.setattr("engine.loops.stages.memo_rows", lambda *_: (50, "memo: 50 rows"))
-    distill("fast", tmp_path / "small", f"{LONG} --memo 1")
-    assert outcome(tmp_path / "small") == outcome(tmp_path / "whole") and "50 answers" in log(tmp_path / "small")
+    distill("fast", tmp_path, f"{LONG} --memo 1")
+    assert outcome(tmp_path) == outcome(whole) and "50 answers" in log(tmp_path)
 
 
 def test_losses_of_feature_maps_keep_the_plain_way(distill, tmp_path):
-    distill("csd", tmp_path, "--memo 1")
+    distill("csd", tmp_path, "--memo 1 --epochs 1")
     assert "memo: none, for the student's loss looks at more of the teacher than its logits" in log(tmp_path)
 
 

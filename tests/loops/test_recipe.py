@@ -14,7 +14,6 @@ from engine.runtime.flags import stage_flags
 from engine.runtime.precision import begin_momentum, load_optimizer
 from registry import RECIPES
 from tests.conftest import make_classifier, outcome
-from tests.entry.test_methods import stop_at
 
 
 def flags(command: str) -> dict:
@@ -131,14 +130,11 @@ def by_sgd(network):
 
 
 @pytest.mark.parametrize("method", ["kd", "csd"])
-def test_a_fast_run_goes_on_to_the_same_bits(method, distill, finished, tmp_path, monkeypatch):
-    expected = outcome(finished(method, "--recipe fast"))
-    with monkeypatch.context() as patch:
-        stop_at(patch, "engine.loops.distill", "save_checkpoint", 2)
-        with pytest.raises(KeyboardInterrupt):
-            distill(method, tmp_path, "--recipe fast")
+def test_a_fast_run_goes_on_to_the_same_bits(method, distill, finished, tmp_path, interrupted):
+    with interrupted("engine.loops.distill.save_checkpoint", 2):
+        distill(method, tmp_path, "--recipe fast")
     distill(method, tmp_path, "--recipe fast")
-    assert outcome(tmp_path) == expected
+    assert outcome(tmp_path) == outcome(finished(method, "--recipe fast"))
     with pytest.raises(UserError, match="optimizer|lr"):
         distill(method, tmp_path, "--recipe published")
 

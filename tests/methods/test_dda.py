@@ -8,18 +8,15 @@ import torch
 from engine.loops import makers
 from engine.runtime.errors import UserError
 from engine.runtime.files import load_tensors
-from tests import tiny_pipelines
 from tests.conftest import outcome
-from tests.entry.test_methods import stop_at
 
 GUIDED = "--strength .8 --guidance_oh 5 --guidance_bn .1 --guidance_max_step 3 --agree --variant_labels teacher"
 
 
 @pytest.fixture(scope="module")
-def natural(tmp_path_factory):
+def natural(miniature):
     """Flags of a run with a prior of its own ten classes."""
-    file = tiny_pipelines.patch_prior(tmp_path_factory.mktemp("prior") / "tiny.safetensors")
-    return f"--prior natural --diffusion_model {file}"
+    return f"--prior natural --diffusion_model {miniature('patch_prior')}"
 
 
 def result(folder):
@@ -27,18 +24,19 @@ def result(folder):
 
 
 @pytest.mark.parametrize("prior", ["pixel", "natural"])
-def test_a_guided_run_stopped_between_shards_goes_on_to_the_same_bits(prior, natural, distill, tmp_path, monkeypatch):
+def test_a_guided_run_stopped_between_shards_goes_on_to_the_same_bits(
+    prior, natural, distill, tmp_path, monkeypatch, interrupted
+):
     monkeypatch.setattr(makers, "SHARD", 10)
     extra = f"{natural if prior == 'natural' else ''} {GUIDED} --diffusion_batch_size 4"
     distill("dda", tmp_path / "whole", extra)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        stop_at(patch, "engine.data.bank", "save_tensors", 4)
+    with interrupted("engine.data.bank.save_tensors", 4):
         distill("dda", tmp_path / "broken", extra)
     assert len(list((tmp_path / "broken" / "variants").glob("augment-*"))) == 1
     distill("dda", tmp_path / "broken", extra)
     assert outcome(tmp_path / "broken") == outcome(tmp_path / "whole")
     found = result(tmp_path / "whole")
-    assert found["external_prior"] == {"pixel": "none", "natural": "tiny"}[prior]
+    assert found["external_prior"] == {"pixel": "none", "natural": "patch_prior"}[prior]
     assert found["variants_kept_teacher_acc1"] == 100 and found["variants_kept_loss_bn"] > 0
 
 

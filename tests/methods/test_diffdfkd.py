@@ -83,19 +83,14 @@ KINDS = tiny_pipelines.GENERATIVE
 COMPETING = "--images_per_class 2 --stages generate --adv 1000 --adv_from 1 --adv_steps 10"
 
 
-@pytest.fixture(scope="module")
-def paths(tmp_path_factory):
-    return tiny_pipelines.generative(tmp_path_factory.mktemp("priors"))
-
-
 def shards(folder):
     return {f.name: f.read_bytes() for f in sorted((folder / "bank").glob("*.safetensors"))}
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_prior_makes_a_student(kind, paths, distill, tmp_path):
+def test_every_kind_of_prior_makes_a_student(kind, generative, distill, tmp_path):
     extra = {"turbo": "--guidance_scale 0", "dit": "--guidance_backprop decoder", "sdxl": "--resolution 16"}.get(kind, "")
-    distill("diffdfkd", tmp_path, f"--diffusion_model {paths[kind]} --epochs 1 --bn .1 {extra}")
+    distill("diffdfkd", tmp_path, f"--diffusion_model {generative[kind]} --epochs 1 --bn .1 {extra}")
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["external_prior"] == kind and result["bank_images"] == 10 and result["seconds"]["generate"] > 0
     columns = ImageBank(tmp_path / "bank", Manifest("digits", 10, 16)).read("generate")
@@ -115,8 +110,8 @@ def test_an_unguided_prior_of_other_classes_leaves_the_labels_to_the_teacher(cla
     assert result["external_prior"] == "tiny" and "bank_teacher_acc1" not in result and result["bank_images"] == 10
 
 
-def test_a_run_stopped_at_a_shard_goes_on_to_the_same_bits(paths, distill, finished, tmp_path, monkeypatch):
-    extra = f"--diffusion_model {paths['patch_prior']} {COMPETING}"
+def test_a_run_stopped_at_a_shard_goes_on_to_the_same_bits(generative, distill, finished, tmp_path, monkeypatch):
+    extra = f"--diffusion_model {generative['patch_prior']} {COMPETING}"
     whole = shards(finished("diffdfkd", extra))
     original, calls = fill_module.save_checkpoint, []
 
@@ -137,16 +132,16 @@ def test_a_run_stopped_at_a_shard_goes_on_to_the_same_bits(paths, distill, finis
     assert shards(tmp_path / "plain") != whole
 
 
-def test_what_the_student_sees_does_not_reach_the_generated_images(paths, distill, finished, tmp_path):
+def test_what_the_student_sees_does_not_reach_the_generated_images(generative, distill, finished, tmp_path):
     """Its mixing is a flag of stage distill: the student that competes while images are drawn must not feel it."""
-    extra = f"--diffusion_model {paths['patch_prior']} {COMPETING}"
+    extra = f"--diffusion_model {generative['patch_prior']} {COMPETING}"
     distill("diffdfkd", tmp_path, f"{extra} --mix cutmix")
     assert shards(tmp_path) == shards(finished("diffdfkd", extra))
 
 
 @pytest.mark.parametrize("change", ["--adv_lr .2", "--adv_T 3", "--adv_batch_size 5"])
-def test_the_competitor_s_flags_change_the_images_and_bind_the_bank(change, paths, distill, copied, tmp_path):
-    extra = f"--diffusion_model {paths['patch_prior']} {COMPETING}"
+def test_the_competitor_s_flags_change_the_images_and_bind_the_bank(change, generative, distill, copied, tmp_path):
+    extra = f"--diffusion_model {generative['patch_prior']} {COMPETING}"
     plain = copied("diffdfkd", extra)
     distill("diffdfkd", tmp_path / "changed", f"{extra} {change}")
     assert shards(tmp_path / "changed") != shards(plain)
@@ -154,9 +149,9 @@ def test_the_competitor_s_flags_change_the_images_and_bind_the_bank(change, path
         distill("diffdfkd", plain, f"{extra} {change}")
 
 
-def test_published_settings_and_what_the_student_sees(paths, distill, tmp_path):
+def test_published_settings_and_what_the_student_sees(generative, distill, tmp_path):
     """One class a batch, ancestral steps; resized crops and a cap on each class's images are the student's alone."""
-    extra = f"--diffusion_model {paths['patch_prior']} --images_per_class 3 --scheduler ancestral --batch_classes one"
+    extra = f"--diffusion_model {generative['patch_prior']} --images_per_class 3 --scheduler ancestral --batch_classes one"
     distill("diffdfkd", tmp_path / "run", f"{extra} --lca_every 0 --epochs 1 --student_crop resized")
     labels = ImageBank(tmp_path / "run" / "bank", Manifest("digits", 10, 16)).read("generate")["labels"]
     assert all(len(set(labels[k : k + 3].tolist())) == 1 for k in range(0, 30, 3))
@@ -173,9 +168,9 @@ def test_the_first_images_of_each_class():
     assert first_of_each(labels, 2).tolist() == [True, True, True, False, True, True, False, False]
 
 
-def test_an_unguided_bank_serves_another_student(paths, distill, tmp_path):
+def test_an_unguided_bank_serves_another_student(generative, distill, tmp_path):
     """The baseline's flags, full-size files, and a second run on the bank with the other losses."""
-    extra = f"--diffusion_model {paths['stable_diffusion']} --oh 0 --bn 0 --adv 0 --lca_every 0 --epochs 1"
+    extra = f"--diffusion_model {generative['stable_diffusion']} --oh 0 --bn 0 --adv 0 --lca_every 0 --epochs 1"
     distill("diffdfkd", tmp_path / "a", f"{extra} --stages generate --export_png {tmp_path / 'png'}")
     assert len(list((tmp_path / "png").rglob("*.png"))) == 10
     distill("diffdfkd", tmp_path / "b", f"--init_bank {tmp_path / 'a'} --msarc 1 --mix cutmix --student wrn16_1 --epochs 1")
@@ -184,16 +179,16 @@ def test_an_unguided_bank_serves_another_student(paths, distill, tmp_path):
     assert "msarc" in (tmp_path / "b" / "metrics.jsonl").read_text()
 
 
-def test_a_changed_flag_is_named_and_memory_flags_may_change(paths, distill, tmp_path):
-    extra = f"--diffusion_model {paths['patch_prior']} --stages generate"
+def test_a_changed_flag_is_named_and_memory_flags_may_change(generative, distill, tmp_path):
+    extra = f"--diffusion_model {generative['patch_prior']} --stages generate"
     distill("diffdfkd", tmp_path, extra)
     distill("diffdfkd", tmp_path, f"{extra} --guidance_micro_batch 1 --gradient_checkpointing")
     with pytest.raises(UserError, match="oh"):
         distill("diffdfkd", tmp_path, f"{extra} --oh 2")
 
 
-def test_nan_keeps_what_was_made(paths, distill, tmp_path):
-    extra = f"--diffusion_model {paths['patch_prior']} --stages generate --images_per_class 2"
+def test_nan_keeps_what_was_made(generative, distill, tmp_path):
+    extra = f"--diffusion_model {generative['patch_prior']} --stages generate --images_per_class 2"
     distill("diffdfkd", tmp_path, extra)
     (tmp_path / "bank" / "generate-000003.safetensors").unlink()
     record = json.loads((tmp_path / "stages.json").read_text())
@@ -222,17 +217,17 @@ BAD = {
 
 
 @pytest.mark.parametrize("arguments", BAD)
-def test_bad_input_is_one_line(arguments, paths, distill, tmp_path):
+def test_bad_input_is_one_line(arguments, generative, distill, tmp_path):
     with pytest.raises(UserError) as caught:
-        distill("diffdfkd", tmp_path, arguments.format(**paths))
+        distill("diffdfkd", tmp_path, arguments.format(**generative))
     assert BAD[arguments] in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_the_embedded_prior_is_for_the_dataset_that_it_fits(paths, tmp_path):
+def test_the_embedded_prior_is_for_the_dataset_that_it_fits(generative, tmp_path):
     def task(classes, size, names):
         return make_task(num_classes=classes, image_size=size, class_names=names)
 
-    digits, embedded = tuple("0123456789"), Path(paths["patch_prior"])
+    digits, embedded = tuple("0123456789"), Path(generative["patch_prior"])
     assert default_model(task(10, 16, digits), embedded) == str(embedded)
     for other in (task(10, 32, digits), task(10, 16, tuple("abcdefghij")), task(10, 16, None)):
         assert default_model(other, embedded) == DEFAULT_MODEL

@@ -12,9 +12,8 @@ from tests import tiny_pipelines
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    root = tmp_path_factory.mktemp("embeddings")
-    return {kind: getattr(tiny_pipelines, kind)(root / kind) for kind in ("clip", "dinov2")}
+def folders(miniature):
+    return {kind: miniature(kind) for kind in ("clip", "dinov2")}
 
 
 def flat(images):

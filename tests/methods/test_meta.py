@@ -26,7 +26,6 @@ from engine.runtime.errors import resolve
 from engine.runtime.flags import Parser, add_flags, from_args
 from engine.runtime.precision import Precision
 from models.classifier import frozen, weights_fixed
-from tests import tiny_pipelines
 from tests.conftest import TINY, make_classifier, make_task
 
 META = torch.device("meta")
@@ -152,11 +151,10 @@ GUIDED = [
 
 
 @pytest.mark.parametrize("kind, rule, backprop, micro_batch", GUIDED)
-def test_guided_denoising(kind, rule, backprop, micro_batch, tmp_path, on_meta):
+def test_guided_denoising(kind, rule, backprop, micro_batch, miniature, on_meta):
     """A batch with all terms and latent CutMix, and the steps of the student that competes."""
     teacher, student = networks()
-    path = getattr(tiny_pipelines, kind)(tmp_path / ("prior" + ".safetensors" * (kind == "patch_prior")))
-    prior = load_prior(path, num_classes=10, class_names=tuple("abcdefghij"), device=META)
+    prior = load_prior(miniature(kind), num_classes=10, class_names=tuple("abcdefghij"), device=META)
     guidance = Guidance(frozen(teacher), 16, bn=1.0, adv=1.0, backprop=backprop, micro_batch=micro_batch)
     competitor = Competitor(0, STEPS, 20.0, 4, 0.1)
     sampler = GuidedSampler(

@@ -11,6 +11,7 @@ from torch import nn
 
 from datafree.nayer import NAYER, NAYERConfig, NAYERSynthesizer, grouped_labels, noisy_layers, orthogonal_codes, text_codes
 from engine.runtime.errors import UserError
+from tests import tiny_pipelines
 from tests.conftest import CPU, make_task
 
 NAMES = ("zero", "one", "two", "three")
@@ -38,10 +39,9 @@ def student():
 
 
 @pytest.fixture
-def text_model(tmp_path):
-    from tests import tiny_pipelines
-
-    folder = tiny_pipelines.clip(tmp_path / "tiny-clip")
+def text_model(tmp_path, miniature):
+    """CLIP with its tokenizer, which a test may change."""
+    folder = str(shutil.copytree(miniature("clip"), tmp_path / "tiny-clip"))
     tiny_pipelines._tokenizer().save_pretrained(folder)
     return folder
 
@@ -244,20 +244,14 @@ def test_a_hub_that_cannot_be_reached_is_one_line(distill, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_a_model_of_another_kind_is_refused(distill, tmp_path):
-    from tests import tiny_pipelines
-
-    folder = tiny_pipelines.dinov2(tmp_path / "tiny-dinov2")
-    with pytest.raises(UserError, match="--text_model .*tiny-dinov2 holds a model of type dinov2"):
-        distill("nayer", tmp_path / "run", f"--label_embedding clip --text_model {folder}")
+def test_a_model_of_another_kind_is_refused(distill, tmp_path, miniature):
+    with pytest.raises(UserError, match="--text_model .*dinov2 holds a model of type dinov2"):
+        distill("nayer", tmp_path / "run", f"--label_embedding clip --text_model {miniature('dinov2')}")
 
 
-def test_a_model_without_tokenizer_is_one_line(tmp_path):
-    from tests import tiny_pipelines
-
-    folder = tiny_pipelines.clip(tmp_path / "tiny-clip")
-    with pytest.raises(UserError, match="--text_model .*tiny-clip embeds different classes alike") as caught:
-        text_codes(NAMES, "{label}", folder, CPU)
+def test_a_model_without_tokenizer_is_one_line(miniature):
+    with pytest.raises(UserError, match="--text_model .*clip embeds different classes alike") as caught:
+        text_codes(NAMES, "{label}", miniature("clip"), CPU)
     assert "\n" not in str(caught.value)
 
 

@@ -15,6 +15,7 @@ from tests.networks.test_networks import PUBLISHED, on_meta, shapes
 
 HAS_RELU_MAP = [name for name in MODELS if name.startswith(("wrn", "resnet", "vgg8", "vgg11", "vgg13", "shufflenet"))]
 HAS_RELU_MAP.remove("vgg11_bn_imagenet")  # two hidden layers lie between its map and its features
+SLOW = {"vgg11_bn_imagenet", "vit_b_16_imagenet"}  # hundreds of MB of gradients, and 224 px
 
 
 def wrap(network: nn.Module, num_classes: int = 10, image_size: int = 32) -> Classifier:
@@ -26,7 +27,7 @@ def last_linear(network: nn.Module) -> nn.Linear:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_features_of_every_model(name):
+def test_features_and_gradients_of_every_model(name):
     size = 224 if name.startswith("vit") else 32
     classifier = frozen(wrap(build_network(name, 10), image_size=size))
     images = torch.rand(1, 3, size, size)
@@ -42,6 +43,12 @@ def test_features_of_every_model(name):
     if name in HAS_RELU_MAP:
         assert out.feature_map.min() >= 0
         torch.testing.assert_close(out.feature_map.mean((2, 3)), out.features)
+    if name not in SLOW:
+        network = classifier.network.train().requires_grad_(True)
+        logits = network(torch.rand(2, 3, size, size))
+        assert logits.shape == (2, 10)
+        logits.square().sum().backward()
+        assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in network.parameters())
 
 
 @pytest.mark.parametrize(

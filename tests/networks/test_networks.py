@@ -9,13 +9,9 @@ import torch
 from torch import nn
 
 from engine.runtime.errors import UserError
-from registry import MODELS
 from tests.conftest import build_network, make_classifier
 
 PUBLISHED = json.loads(Path(__file__).with_name("teacher_keys.json").read_text())
-SMALL = [name for name in PUBLISHED if PUBLISHED[name]["parameters"] < 3e6]
-SLOW = {"vgg11_bn_imagenet", "vit_b_16_imagenet"}  # hundreds of MB of gradients, and 224 px
-TRAINED = [(name, 10) for name in MODELS if name not in SLOW] + [(name, 100) for name in SMALL]
 
 
 def shapes(network: nn.Module) -> dict[str, list[int]]:
@@ -32,8 +28,9 @@ def test_keys_and_shapes_are_the_published(name):
     network = on_meta(name, 10)
     assert shapes(network) == PUBLISHED[name]["keys"]
     assert sum(p.numel() for p in network.parameters()) == PUBLISHED[name]["parameters"]
-    heads = {key for key, shape in shapes(on_meta(name, 100)).items() if shape[:1] == [100]}
-    assert len(heads) == 2
+    other = on_meta(name, 100)
+    assert len([key for key, shape in shapes(other).items() if shape[:1] == [100]]) == 2
+    assert other(torch.rand(2, 3, 32, 32, device="meta")).shape == (2, 100)
 
 
 @pytest.mark.parametrize("depth", [20, 32, 44, 56, 110])
@@ -44,15 +41,6 @@ def test_original_resnets_have_no_shortcut_parameters(depth):
     assert {20: 269722, 32: 464154, 44: 658586, 56: 853018, 110: 1727962}[depth] == sum(
         p.numel() for p in on_meta(f"resnet{depth}_he", 10).parameters()
     )
-
-
-@pytest.mark.parametrize(("name", "num_classes"), TRAINED)
-def test_forward_and_backward(name, num_classes):
-    network = build_network(name, num_classes)
-    logits = network(torch.rand(2, 3, 32, 32))
-    assert logits.shape == (2, num_classes)
-    logits.square().sum().backward()
-    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in network.parameters())
 
 
 @pytest.mark.parametrize("name", ["wrn16_1", "resnet8", "resnet20_he", "vgg8", "shufflenetv2", "mobilenetv2", "resnet18"])

@@ -60,23 +60,11 @@ def outcome(folder):
 
 
 @pytest.mark.parametrize("method, count", [("dafl", 1), ("fast", 2), ("nayer", 1), ("csd", 0), ("cmi", 0), ("deepinv", 0)])
-def test_a_run_in_fp16_goes_on_to_the_same_bits(method, count, distill, tmp_path, monkeypatch, overflowing):
-    import engine.loops.distill as module
-
-    original, calls = module.save_checkpoint, []
-
-    def failing(*args):
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return original(*args)
-
+def test_a_run_in_fp16_goes_on_to_the_same_bits(method, count, distill, tmp_path, monkeypatch, interrupted, overflowing):
     distill(method, tmp_path / "whole")
     whole = outcome(tmp_path / "whole")
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "save_checkpoint", failing)
-        with pytest.raises(KeyboardInterrupt):
-            distill(method, tmp_path / "run")
+    with interrupted("engine.loops.distill.save_checkpoint", 2):
+        distill(method, tmp_path / "run")
     shutil.copytree(tmp_path / "run", tmp_path / "forgetful")
     distill(method, tmp_path / "run")
     found = outcome(tmp_path / "run")
