@@ -36,11 +36,12 @@ def test_a_terminated_run_says_how_to_go_on(tmp_path):
         assert process.wait(20) == expected and "same command again" in process.stderr.read()
 
 
-@pytest.mark.parametrize("script", ["datafree_kd.py", "train_scratch.py"])
+@pytest.mark.parametrize("script", ["datafree_kd.py", "train_scratch.py", "-mengine.report", "-mdatafree.bank"])
 def test_stopped_while_it_imports_it_prints_no_traceback(script, tmp_path):
     (tmp_path / "torch.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(30)\n")
     process = subprocess.Popen(
-        [sys.executable, ROOT / script, "--help"],
+        [sys.executable, script, "--help"],
+        cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(tmp_path)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
