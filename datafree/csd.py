@@ -20,8 +20,8 @@ Published settings (CIFAR-10, WRN-40-2): initial bank of 400 rounds x 200 images
 momentum .9, weight decay 1e-4. With few head steps a round (``kd_steps / head_interval`` below some hundreds) the head knows
 nothing and csd does next to nothing.
 
-``--warm_generator``, which the paper does not have, begins a round with the generator that the round before has left: it gets
-as far in a quarter of the steps (docs/speed.md).
+``--warm_generator``, which the paper does not have, begins a round with the generator that the round before has left. It gets as
+far in a quarter of the steps, and the student further (docs/speed.md).
 
 Deviations: labels are drawn class-balanced, not independently. Where maps differ in size the larger is pooled; the script
 brings the student's to the teacher's size. Raw logits in the place of h, tried first, leave -csd * CE without a lower bound:
