@@ -12,6 +12,7 @@ Method        says which stages there are and builds the pieces
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -118,6 +119,22 @@ class Synthesizer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Undoes ``state_dict``."""
+
+
+@contextmanager
+def own_state() -> Iterator[None]:
+    """Within it a state that another method left, or that has other sizes, is one line.
+
+    Raises:
+        UserError: the state does not fit.
+    """
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(
+            "the synthesizer's state beside the image bank was left by another --method or with other flags of size "
+            f"({type(error).__name__}); give an --init_bank of this method and these flags, or none"
+        ) from error
 
 
 class LowestLoss:

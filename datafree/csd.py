@@ -34,7 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from datafree.base import ImageBatch, LowestLoss, Method, Synthesizer, Task, balanced_labels
+from datafree.base import ImageBatch, LowestLoss, Method, Synthesizer, Task, balanced_labels, own_state
 from datafree.generators import Generator, reset
 from datafree.losses import (
     BNStatistics,
@@ -186,13 +186,14 @@ class CSDSynthesizer(Synthesizer):
 
     def load_state_dict(self, state: dict) -> None:
         """Undoes ``state_dict``; the initial bank leaves a generator alone."""
-        if self.config.warm_generator and "generator" in state:
-            self.generator.load_state_dict(state["generator"])
-            self.trained = True
-        if self.csd and state.keys() - {"generator"}:
-            self.steps = state["steps"]
-            self.head.load_state_dict(state["head"])
-            self.head_optimizer.load_state_dict(state["head_optimizer"])
+        with own_state():
+            if self.config.warm_generator and "generator" in state:
+                self.generator.load_state_dict(state["generator"])
+                self.trained = True
+            if self.csd and state.keys() != {"generator"}:
+                self.steps = state["steps"]
+                self.head.load_state_dict(state["head"])
+                self.head_optimizer.load_state_dict(state["head_optimizer"])
 
 
 class AlignedDistillation(nn.Module):

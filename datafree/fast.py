@@ -37,15 +37,14 @@ Left out: the published variants for ImageNet and for segmentation, which have o
 """
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from datafree.base import ImageBatch, LowestLoss, Method, Synthesizer, Task, balanced_labels
+from datafree.base import ImageBatch, LowestLoss, Method, Synthesizer, Task, balanced_labels, own_state
 from datafree.generators import Generator, reset
 from datafree.losses import (
     BNStatistics,
@@ -59,7 +58,6 @@ from datafree.losses import (
 )
 from engine.loops.session import Stage
 from engine.runtime.compilation import Hot
-from engine.runtime.errors import UserError
 from engine.runtime.flags import flag
 
 BOTH = ("synthesize", "distill")
@@ -263,22 +261,6 @@ class FastSynthesizer(Synthesizer):
             self.inversion.load_state_dict(state)
         for group in self.meta_optimizer.param_groups:  # --init_bank of a run with another learning rate
             group["lr"] = self.lr
-
-
-@contextmanager
-def own_state() -> Iterator[None]:
-    """Within it a state that another method left, or that has other sizes, is one line.
-
-    Raises:
-        UserError: the state does not fit.
-    """
-    try:
-        yield
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(
-            "the synthesizer's state beside the image bank was left by another --method or with other flags of size "
-            f"({type(error).__name__}); give an --init_bank of this method and these flags, or none"
-        ) from error
 
 
 class Fast(Method):

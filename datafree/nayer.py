@@ -38,9 +38,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from datafree.base import ImageBatch, Method, Synthesizer, Task
+from datafree.base import ImageBatch, Method, Synthesizer, Task, own_state
 from datafree.diffusion.hub import hub_errors, prior_name, quiet_libraries
-from datafree.fast import BETAS, Inversion, own_state
+from datafree.fast import BETAS, Inversion
 from datafree.generators import Generator, reset
 from datafree.losses import KLDistillation
 from engine.loops.session import Stage

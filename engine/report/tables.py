@@ -237,7 +237,7 @@ def _runs_and_rows(
     known = [t for runs in groups for run in runs if run["method"] != "scratch" for t in synthesis_and_distillation(run)]
     hours = any(t is not None and t >= 3600 for t in known)
     pairs = [(runs, row(runs, text, budget, target, hours)) for runs, text in zip(groups, differing_flags(groups))]
-    if len({line["machine"] for _, line in pairs}) == 1:
+    if len({run.get("machine") for runs, _ in pairs for run in runs}) == 1:
         pairs = [(r, line | {"machine": ""}) for r, line in pairs]
     if folders:
         pairs = [(r, {"run": folder_of_every_seed(r[0])} | line | {"method": r[0]["method"]}) for r, line in pairs]

@@ -12,6 +12,7 @@ from torch import nn
 
 from datafree.csd import CSD, AlignedDistillation, CSDConfig
 from datafree.generators import reset
+from engine.runtime.errors import UserError
 from models.classifier import Output, frozen
 from tests.conftest import TINY, build_network, make_classifier, make_task, outcome
 from tests.methods.test_adi import classifier, inversion_loss, network_of
@@ -195,6 +196,14 @@ def test_a_warm_generator_goes_on_where_the_last_round_left_it(distill, tmp_path
             distill("csd", tmp_path / name, f"{flags} {stop}")
     assert (tmp_path / "unbroken/bank/synthesizer.pth").exists()
     assert outcome(tmp_path / "unbroken") == outcome(tmp_path / "stopped")
+    with pytest.raises(UserError, match="left by another --method or with other flags of size"):
+        distill("csd", tmp_path / "other", f"--warm_generator --nz 9 --init_bank {tmp_path / 'unbroken'}")
+    distill("csd", tmp_path / "cold", f"--nz 9 --init_bank {tmp_path / 'unbroken'}")
+
+
+def test_a_bank_of_another_method_is_one_line(distill, finished, tmp_path):
+    with pytest.raises(UserError, match="left by another --method or with other flags of size"):
+        distill("csd", tmp_path / "run", f"--init_bank {finished('fast')}")
 
 
 @pytest.mark.parametrize("sizes", [((5, 4, 4), (6, 4, 4)), ((5, 8, 8), (6, 4, 4)), ((5, 4, 4), (6, 8, 8))])
