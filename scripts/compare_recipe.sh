@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# What --recipe fast does at equal CPU time and --views K at equal steps, CIFAR-10, resnet20 -> wrn16_1: tables of docs/speed.md.
+# What --recipe fast does at equal CPU time, --views K and bf16 at equal steps, CIFAR-10, resnet20 -> wrn16_1: tables of docs/speed.md.
 #   TEACHER=cifar10_resnet20.pth BANK=checkpoints/protocol_c/nayer/seed0 DATA_ROOT=data bash scripts/compare_recipe.sh
 #   RUNS="kd_plain kd_fast" SEEDS="0 1 2" bash scripts/compare_recipe.sh     some of it; run it again to go on
-# Recipes: 2.5 CPU-minutes of student and teacher each, by 1.23 and .53 ms an image (times LENGTH). Views: 1,000 steps of 128.
+# Recipes: 2.5 CPU-minutes of student and teacher each, by 1.23 and .53 ms an image (times LENGTH). Views, float32: 1,000 steps of 128.
 # kd learns from the real images, bank from those of a finished run, of which nothing is made anew. TEACHER: RepDistiller's.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -18,12 +18,13 @@ declare -A flags=(
   [bank_plain]="$bank $plain"
   [bank_fast]="$bank $fast"
   [views_all]="$views"
+  [float32]="$views --amp no"
 )
 for few in 4 8 16 32; do flags[views_$few]="$views --views $few"; done
 if [ ! -e "$out/images" ]; then
   python -m datafree.bank export "${BANK:-checkpoints/protocol_c/nayer/seed0}" "$out/images"
 fi
-for run in ${RUNS:-kd_plain kd_fast bank_plain bank_fast views_4 views_8 views_16 views_32 views_all}; do
+for run in ${RUNS:-kd_plain kd_fast bank_plain bank_fast views_4 views_8 views_16 views_32 views_all float32}; do
   for seed in ${SEEDS:-0}; do
     python datafree_kd.py ${flags[$run]} --dataset cifar10 --data_root "$data" --teacher resnet20 --teacher_ckpt "${TEACHER:-cifar10_resnet20.pth}" \
       --teacher_std .2470,.2435,.2616 --student wrn16_1 --seed "$seed" --save_dir "$out/$run/seed{seed}" "$@"
