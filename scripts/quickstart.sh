@@ -18,9 +18,9 @@ python train_scratch.py --model resnet20 "${task[@]}" --epochs 30 --save_dir "$o
 if [ "$part" = all ]; then
   echo "== 2/5  for comparison: the student, resnet8, on the same real digits, as many steps as below"
   python train_scratch.py --model resnet8 "${task[@]}" --epochs 13 --save_dir "$out/real" --output "$out/real.pth"
-  inversion=(--g_steps 20 --synthesis_batch_size 100 --oh 5 --lr_g 2e-3)
+  inversion=(--g_steps 20 --synthesis_batch_size 100 --oh 5 --lr_g 2e-3 --warm_generator)
   echo "== 3/5  CSD: an image bank inverted from the teacher, and a student that has seen no digit"
-  python datafree_kd.py --method csd "${kd[@]}" "${inversion[@]}" --save_dir "$out/csd" --init_rounds 4 --init_g_steps 60
+  python datafree_kd.py --method csd "${kd[@]}" "${inversion[@]}" --save_dir "$out/csd" --init_rounds 4 --init_g_steps 20
   echo "== 4/5  DDA: the same bank, varied by a diffusion model trained on it, filtered, and distilled"
   python datafree_kd.py --method dda "${kd[@]}" "${inversion[@]}" --save_dir "$out/dda" --init_bank "$out/csd/bank" \
     --variants 2 --strength 0.6 --fit_passes 21 --fit_lr 4e-3
