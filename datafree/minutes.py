@@ -2,44 +2,59 @@
 
 import dataclasses
 import math
+import sys
 import time
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from datafree.base import Method
+from engine.data.bank import ImageBank, find_bank, read_manifest
 from engine.data.splits import load_split
 from engine.data.transfer_set import TransferSet
 from engine.loops.distill import Distillation, Schedule
+from engine.loops.fill import Share
 from engine.loops.pace import duration
 from engine.loops.preflight import synthesis_steps
+from engine.loops.session import INITIAL
 from engine.runtime.errors import UserError
 from engine.runtime.files import read_json
 from engine.runtime.processes import seed_position
 from engine.runtime.stage_record import show
 from models.classifier import eval_mode, weights_fixed
 
-MEASURED = ("synthesize", "distill")  # stages
-TRIAL = {"g_steps": 5, "init_g_steps": 5, "g_loops": 1, "init_g_loops": 1}  # of a round, at most
-STUDENT_STEPS, TEST_BATCH = 5, 500
+TRIAL = {"g_steps": 5, "init_g_steps": 5, "g_loops": 1, "init_g_loops": 1, "num_inference_steps": 5}  # at most
+STUDENT_STEPS, TEST_BATCH, VARIED, PATIENCE = 5, 500, 16, 20.0
 
 
 @dataclasses.dataclass(frozen=True)
-class Rates:
-    """Seconds a student step, a step of synthesis by stage, and a measurement of accuracy after an epoch."""
+class Rate:
+    """What one of something takes, and how many of it there are in a run.
 
-    student: float
-    synthesis: dict[str, float]
-    epoch: float
+    Args:
+        what: it is, in words.
+        seconds: of one.
+        count: flags of a run and their schedule -> how many.
+    """
 
-    def seconds(self, flags: dict[str, Any], schedule: Schedule, info) -> float:
-        """Of a whole run with these flags."""
-        made = sum(rate * synthesis_steps(flags, schedule, info, stage) for stage, rate in self.synthesis.items())
-        passes = schedule.epochs + 3  # the teacher's before the first round, and both networks' at the end
-        return made + schedule.rounds * schedule.kd_steps * self.student + passes * self.epoch
+    what: str
+    seconds: float
+    count: Callable[[dict[str, Any], Schedule], float]
+
+
+def run_seconds(rates: list[Rate], groups: list) -> float:
+    """Of a whole run with the flags ``groups``."""
+    flags, schedule = flat(groups), groups[2].schedule()
+    return sum(rate.seconds * rate.count(flags, schedule) for rate in rates)
+
+
+def flat(groups: list) -> dict[str, Any]:
+    """All flags by name."""
+    return {name: value for group in groups for name, value in vars(group).items()}
 
 
 def choose_scale(folder: Path, method: Method, groups: list, stages: list[str], at: Callable[[float], list]) -> float:
@@ -67,15 +82,10 @@ def choose_scale(folder: Path, method: Method, groups: list, stages: list[str], 
     rates = measure(method, groups, stages)
 
     def seconds(scale: float) -> float:
-        groups = at(scale)
-        flags = {name: value for group in groups for name, value in vars(group).items()}
-        return rates.seconds(flags, groups[2].schedule(), method.task.info)
+        return run_seconds(rates, at(scale))
 
     chosen = fitting_scale(seconds, 60 * minutes)
-    parts = {"student step": rates.student} | {
-        f"synthesis step of stage {stage}": rate for stage, rate in rates.synthesis.items()
-    }
-    told = ", ".join(f"{1000 * rate:.0f} ms a {what}" for what, rate in parts.items())
+    told = ", ".join(f"{rate.what} {1000 * rate.seconds:.3g} ms" for rate in rates)
     print(
         f"--minutes {minutes:g}: --scale {chosen:g}, by {told}; the published lengths would take about {duration(seconds(1.0))}"
     )
@@ -86,39 +96,97 @@ def trial_groups(groups: list) -> list:
     """The flags of a run with rounds of a few steps."""
     *common, config = groups
     short = {name: min(most, getattr(config, name)) for name, most in TRIAL.items() if getattr(config, name, None)}
+    if hasattr(config, "strength"):  # of which a trial takes all steps: few may leave none
+        short.pop("num_inference_steps", None)
+    if getattr(config, "export_png", None):
+        short["export_png"] = None
     return [*common, dataclasses.replace(config, **short)]
 
 
-def measure(method: Method, groups: list, stages: list[str]) -> Rates:
+def measure(method: Method, groups: list, stages: list[str]) -> list[Rate]:
     """A round of every kind twice, the second by the clock.
 
     Args:
         method: built with ``trial_groups``, which ``groups`` are.
         stages: of the run.
-    Raises:
-        UserError: it has a stage whose length is not known here.
     """
-    if unknown := [stage for stage in stages if stage not in MEASURED]:
-        raise UserError(
-            f"--minutes measures the stages {' and '.join(MEASURED)}, and this run has {unknown[0]}; give --scale instead"
-        )
-    task_flags, run_flags, distill_flags, _ = groups
-    flags = {name: value for group in groups for name, value in vars(group).items()}
-    device, info, student = method.task.device, method.task.info, method.student
-    schedule = dataclasses.replace(distill_flags.schedule(), epochs=1, ep_steps=STUDENT_STEPS, kd_steps=STUDENT_STEPS)
-    one_round = {**flags, "init_rounds": 1}
-    seed_position(run_flags.seed, "minutes")
-    synthesis = {}
-    if "synthesize" in stages:
-        first = method.initial_synthesizer()
-        with weights_fixed(student):
-            synthesis["synthesize"] = seconds_of(lambda: first.synthesize(student), device)
-        synthesis["synthesize"] /= synthesis_steps(one_round, schedule, info, "synthesize")
-    synthesizer = method.synthesizer()
+    flags, device, rates = flat(groups), method.task.device, []
+    seed_position(flags["seed"], "minutes")
+    for stage in method.stages():
+        if stage.name not in stages:
+            continue
+        if stage.name in INITIAL:
+            rates.append(initial_rate(stage, flags, method.task.info, device))
+        elif stage.name == "augment":
+            rates += variant_rates(stage, flags, method.task.info, device)
+        else:
+            rates += distillation_rates(method, groups)
+    return rates
+
+
+def initial_rate(stage, flags: dict[str, Any], info, device: torch.device) -> Rate:
+    """Of a step of inversion or denoising in a stage that fills the initial bank (``engine.loops.stages.FillBank``)."""
+    maker = stage.maker(SimpleNamespace(seed=flags["seed"]))  # of a session, a maker takes the seed
+
+    def first_batch() -> None:
+        maker.make(0, Share(0, sys.maxsize), lambda count: None)
+
+    def count(flags: dict[str, Any], schedule: Schedule) -> int:
+        return synthesis_steps(flags, schedule, info, stage.name)
+
+    generates = stage.name == "generate"
+    steps = flags["num_inference_steps"] if generates else count({**flags, "init_rounds": 1}, None)
+    what = "denoising step of a batch" if generates else "inversion step of the initial bank"
+    return Rate(what, seconds_of(first_batch, device) / steps, count)
+
+
+def variant_rates(stage, flags: dict[str, Any], info, device: torch.device) -> list[Rate]:
+    """Of a variant, of the filter's look at an image, and of an image in the training of a prior that learns from the bank.
+
+    Args:
+        stage: ``engine.loops.stages.Augment``.
+    """
+    augmenter, embed = stage.augmenter(), stage.filter.build()
+    varied = min(VARIED, stage.batch_size)
+    labels = torch.arange(4 * varied) % info.num_classes
+    images = torch.randint(256, (len(labels), 3, info.image_size, info.image_size), dtype=torch.uint8)
+    some, theirs = images[:varied].to(device) / 255, labels[:varied].to(device)
+    given = len(bank_labels(Path(flags["init_bank"]))) if flags["init_bank"] else None
+
+    def sources(flags: dict[str, Any]) -> int:
+        return flags["init_rounds"] * flags["init_batch_size"] if given is None else given
+
+    variant = seconds_of(lambda: augmenter.augment(some, theirs, list(range(varied))), device) / varied
+    embedded = seconds_of(lambda: embed(some), device) / varied
+    rates = [
+        Rate("variant", variant, lambda flags, _: stage.variants * sources(flags)),
+        Rate("image in the filter", embedded, lambda flags, _: (1 + stage.variants) * sources(flags)),
+    ]
+    if augmenter.fit_rounds:
+        fitted = seconds_of(lambda: augmenter.fit(images, labels), device) / len(images)
+        rates.append(Rate("image in the prior's training", fitted, lambda flags, _: flags["fit_passes"] * sources(flags)))
+    return rates
+
+
+def bank_labels(path: Path) -> torch.Tensor:
+    """Of a finished bank."""
+    folder = find_bank(path)
+    return ImageBank(folder, read_manifest(folder), create=False).read_all()["labels"]
+
+
+def distillation_rates(method: Method, groups: list) -> list[Rate]:
+    """Of a student step, a step of synthesis between them, and a measurement of accuracy."""
+    flags, device, info, student = flat(groups), method.task.device, method.task.info, method.student
+    schedule = dataclasses.replace(groups[2].schedule(), epochs=1, ep_steps=STUDENT_STEPS, kd_steps=STUDENT_STEPS)
+    rates, synthesizer = [], method.synthesizer()
+
+    def synthesis(flags: dict[str, Any], schedule: Schedule) -> int:
+        return synthesis_steps(flags, schedule, info, "distill")
+
     if method.streams or method.images_per_round:
         with weights_fixed(student):
-            synthesis["distill"] = seconds_of(lambda: synthesizer.synthesize(student), device)
-        synthesis["distill"] /= max(1, synthesis_steps(one_round, schedule, info, "distill"))
+            seconds = seconds_of(lambda: synthesizer.synthesize(student), device)
+        rates.append(Rate("synthesis step", seconds / max(1, synthesis(flags, schedule)), synthesis))
     distillation = Distillation(
         method.answering_teacher(),
         student,
@@ -128,15 +196,18 @@ def measure(method: Method, groups: list, stages: list[str]) -> Rates:
         method.task.precision.fresh(),
     )
     if method.streams:
-        batches = synthesizer.batches(schedule.batch_size, seed=run_flags.seed)
+        batches = synthesizer.batches(schedule.batch_size, seed=flags["seed"])
     else:
         transfer = TransferSet(schedule.batch_size, info.image_size, device)
         size = schedule.batch_size, 3, info.image_size, info.image_size
         transfer.add(torch.randint(256, size, dtype=torch.uint8), torch.arange(schedule.batch_size) % info.num_classes)
-        batches = transfer.batches(schedule.batch_size, method.student_view, seed=run_flags.seed)
+        batches = transfer.batches(schedule.batch_size, method.student_view, seed=flags["seed"])
     steps = _Counter()
-    per_round = seconds_of(lambda: distillation.student_steps(batches, 0, steps), device)
-    return Rates(per_round / STUDENT_STEPS, synthesis, 0.0 if task_flags.no_test else _seconds_of_a_test(method))
+    per_step = seconds_of(lambda: distillation.student_steps(batches, 0, steps), device) / STUDENT_STEPS
+    rates.append(Rate("student step", per_step, lambda _, schedule: schedule.rounds * schedule.kd_steps))
+    if not flags["no_test"]:  # after each epoch, the teacher's before the first round, and both networks' at the end
+        rates.append(Rate("test", _seconds_of_a_test(method), lambda _, schedule: schedule.epochs + 3))
+    return rates
 
 
 class _Counter:
@@ -159,11 +230,13 @@ def _seconds_of_a_test(method: Method) -> float:
 
 
 def seconds_of(function: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of a second call."""
-    function()
-    began = _now(device)
-    function()
-    return _now(device) - began
+    """Seconds of a second call; of the first where that took longer than ``PATIENCE``."""
+    for _ in range(2):
+        began = _now(device)
+        function()
+        if (seconds := _now(device) - began) > PATIENCE:
+            break
+    return seconds
 
 
 def _now(device: torch.device) -> float:

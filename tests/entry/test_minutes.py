@@ -7,9 +7,9 @@ import pytest
 
 from datafree import minutes
 from engine.runtime.errors import UserError
-from tests.conftest import dataset_info
 
 TASK = "--dataset digits --teacher resnet8 --student resnet8 --batch_size 8 --gpu -1"
+SMALL = "--nz 8 --init_batch_size 6 --synthesis_batch_size 6"
 
 
 @pytest.fixture
@@ -25,17 +25,43 @@ def test_the_largest_scale_that_fits():
         minutes.fitting_scale(lambda scale: 100 + scale, 60)
 
 
-def test_seconds_are_rates_times_steps():
+@pytest.mark.parametrize(
+    "method, extra, counts",
+    [
+        ("csd", SMALL, [200_000, 20_000, 200_000, 103]),  # steps of both kinds of inversion, of the student, tests
+        ("dda", SMALL, [200_000, 2400, 4800, 96_000, 40_000, 400_000, 203]),  # and variants, looks at images, training
+        ("diffdfkd", "", [3125 * 20, 240 * 200, 243]),  # 50,000 images in batches of 16
+        ("diffdfkd", "--no_test --images_per_class 8", [5 * 20, 240 * 200]),
+        ("dfq", "--nz 8", [8000, 80_000, 203]),
+    ],
+)
+def test_what_a_run_has_of_everything(method, extra, counts, teacher_file):
+    """Published lengths, from the flags alone."""
+    from datafree.base import build_method
     from datafree_kd import parse
+    from engine.runtime.processes import join_processes
+    from registry import DATASETS, MODELS
 
-    groups = parse(["--method", "csd"])[2]
-    flags = {name: value for group in groups for name, value in vars(group).items()}
-    rates = minutes.Rates(2.0, {"synthesize": 3.0, "distill": 5.0}, 7.0)
-    assert rates.seconds(flags, groups[2].schedule(), dataset_info("digits")) == 200_000 * (2 + 3) + 20_000 * 5 + 103 * 7
+    line = f"--method {method} {TASK} --teacher_ckpt {teacher_file} {extra}"
+    name, method_class, groups = parse(line.split())
+    trial = minutes.trial_groups(groups)
+    built = build_method(name, method_class, trial, trial[2].schedule(), join_processes(-1), DATASETS, MODELS)
+    rates = minutes.measure(built, trial, [stage.name for stage in built.stages()])
+    assert [rate.count(minutes.flat(groups), groups[2].schedule()) for rate in rates] == counts
+    assert all(rate.seconds > 0 for rate in rates)
+    total = minutes.run_seconds(rates, groups)
+    assert total == pytest.approx(sum(rate.seconds * count for rate, count in zip(rates, counts)))
 
 
 @pytest.mark.parametrize(
-    "method, extra", [("csd", "--nz 8 --init_batch_size 6 --synthesis_batch_size 6"), ("dfq", "--nz 8"), ("kd", "")]
+    "method, extra",
+    [
+        ("csd", SMALL),
+        ("dda", SMALL + " --fit_batch_size 6 --pixel_channels 8 --variants 2 --omega -1"),
+        ("diffdfkd", "--num_inference_steps 2 --diffusion_batch_size 4 --lca_every 0"),
+        ("dfq", "--nz 8"),
+        ("kd", ""),
+    ],
 )
 @pytest.mark.usefixtures("slow_clock")
 def test_every_kind_of_method_is_measured_and_runs_for_no_longer(method, extra, command, teacher_file, tmp_path, capsys):
@@ -63,12 +89,7 @@ def test_a_resume_keeps_the_scale(command, teacher_file, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "method, extra, message",
-    [
-        ("noise", "--minutes 1 --scale .5", "give one of them"),
-        ("noise", "--minutes 0", "above 0"),
-        ("diffdfkd", "--minutes 1", "this run has generate; give --scale"),
-    ],
+    "method, extra, message", [("noise", "--minutes 1 --scale .5", "give one of them"), ("noise", "--minutes 0", "above 0")]
 )
 def test_what_minutes_cannot_do(method, extra, message, command, teacher_file, tmp_path):
     with pytest.raises(UserError, match=message):
