@@ -80,12 +80,14 @@ class Synthesizer:
         independent: a round of the initial bank depends on its number alone, not on the rounds before it.
         shared: what ``batches`` and ``after_step`` need of it. Where several processes train the student, the main one alone
             calls ``synthesize``, and the others get the weights of this module after it.
+        rate: the student's learning rate in this round by ``--lr``, for one that anneals with it; stage distill sets it.
     """
 
     images_total: int | None = None
     pictures: TransferSet | None = None
     independent: bool = True
     shared: nn.Module | None = None
+    rate: float = 1.0
 
     def synthesize(self, student: nn.Module) -> ImageBatch:
         """One round of synthesis against the teacher and, where the method competes, the student.

@@ -7,8 +7,12 @@ Generator and student play for the mean absolute difference of their logits: the
 
 Published settings (CIFAR): 200 epochs of 400 student steps of 256 images, a generator step every 5; SGD lr .1, Adam lr 1e-3.
 
-Deviations: noise of 256 and the large generator, as the other streaming methods here; the published sizes were not at hand.
-The paper lowers the learning rates by steps; here the student's falls as a cosine, the generator's stays.
+Both learning rates fall: a generator that keeps its own (``--lr_g_schedule constant``, as in later scripts of the field) runs
+away from a student that can no longer follow.
+
+Deviations: the large generator, as the other streaming methods here; the authors' has 128 and 64 channels and ends in a BN
+layer. Their code lowers both rates by steps, here they fall as a cosine. There, the student normalizes by the batch while
+the generator learns, and its weight decay is 5e-4.
 """
 
 from dataclasses import dataclass
@@ -17,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from datafree.losses import weighted_sum
-from datafree.stream import DISTILL, GeneratorStream, StreamConfig, StreamingMethod
+from datafree.stream import DISTILL, GeneratorStream, StreamConfig, StreamingMethod, rate_flag
 from engine.runtime.flags import flag
 
 
@@ -26,6 +30,7 @@ class DFADConfig(StreamConfig):
     """Flags of DFAD."""
 
     T: float = flag(1.0, "logits of both are divided by T before they are compared", affects=DISTILL, above=0)
+    lr_g_schedule: str = rate_flag("student")
     adv: float = flag(1.0, "weight of the adversarial loss, - mean |S - T|", affects=DISTILL, least=0)
 
 

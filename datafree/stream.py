@@ -26,6 +26,12 @@ from engine.runtime.flags import flag
 DISTILL = ("distill",)
 
 
+def rate_flag(default: str):
+    """The flag lr_g_schedule."""
+    text = "how the generator's learning rate goes on; student: it falls as the student's does"
+    return flag(default, text, choices=("constant", "student"), affects=DISTILL)
+
+
 @dataclass(frozen=True)
 class StreamConfig:
     """Flags of every method with a streaming generator."""
@@ -33,6 +39,7 @@ class StreamConfig:
     g_steps: int = flag(1, "generator steps a round", affects=DISTILL, least=1)
     synthesis_batch_size: int = flag(256, "images a generator step", affects=DISTILL, least=1, most=1_000_000)
     lr_g: float = flag(1e-3, "Adam learning rate of the generator", affects=DISTILL, above=0)
+    lr_g_schedule: str = rate_flag("constant")
     nz: int = flag(256, "length of the generator's noise vector", affects=DISTILL, least=1)
     T: float = flag(1.0, "temperature of the distillation loss", affects=DISTILL, above=0)
 
@@ -66,6 +73,9 @@ class GeneratorStream(Synthesizer):
 
     def synthesize(self, student: nn.Module) -> ImageBatch:
         """``g_steps`` steps of the generator; the batch returned is that of the last one."""
+        if self.config.lr_g_schedule == "student":
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.config.lr_g * self.rate
         for _ in range(self.config.g_steps):
             images = self.generate(self.config.synthesis_batch_size)
             losses = self.measure(images, student)

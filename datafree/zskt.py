@@ -9,9 +9,18 @@ where its feature maps are active.
 Published settings (CIFAR): 200 epochs of 400 student steps of 256 images, a generator step every 5; noise of 256, the large
 generator; SGD lr .1, Adam lr 1e-3, T 1 (see ``datafree.stream``), adv 1.
 
+The game needs many rounds, and must end in a draw: the generator's learning rate falls as the student's does, as in the paper.
+A generator that keeps its rate, as in the script (``--lr_g_schedule constant``), runs away from a student that can no longer
+follow.
+
 Deviations: the published script of these settings has no attention term; the paper has, with weight 250, and so has this
 (``--attention 0`` is the script). Maps are matched at every size that both networks have, the last map of that size, not at
-layers named by hand, so that any pair of networks will do. The paper takes ten student steps a generator step.
+layers named by hand, so that any pair of networks will do. The authors' own code differs further:
+- Its KL is divided by the number of classes, which makes 250 that many times as much.
+- Both networks learn by Adam, with gradients of norm at most 5.
+- The student takes ten steps on one batch, and normalizes by that batch while the generator learns. 80,000 batches make
+  800,000 student steps.
+- The generator is smaller (noise of 100) and ends in a BN layer.
 """
 
 from dataclasses import dataclass
@@ -20,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from datafree.losses import adversarial_loss, kd_loss, weighted_sum
-from datafree.stream import DISTILL, GeneratorStream, StreamConfig, StreamingMethod
+from datafree.stream import DISTILL, GeneratorStream, StreamConfig, StreamingMethod, rate_flag
 from engine.runtime.errors import UserError
 from engine.runtime.flags import flag
 
@@ -29,6 +38,7 @@ from engine.runtime.flags import flag
 class ZSKTConfig(StreamConfig):
     """Flags of ZSKT."""
 
+    lr_g_schedule: str = rate_flag("student")
     adv: float = flag(1.0, "weight of the adversarial loss, -KL at temperature T", affects=DISTILL, least=0)
     attention: float = flag(250.0, "weight of the student's attention matching", affects=DISTILL, least=0)
 

@@ -136,10 +136,11 @@ class Distillation:
         self.synthesis_clock = Stopwatch(precision.device)
         self.pace: StepPace | None = None
 
-    def synthesize(self):
+    def synthesize(self, round: int):
         """One round of synthesis by the main process, its seconds counted apart; the others get None."""
         if not self.processes.main:
             return None
+        self.synthesizer.rate = self.schedule.learning_rate(round * self.schedule.kd_steps) / self.schedule.lr
         with self.synthesis_clock, weights_fixed(self.student):
             return self.synthesizer.synthesize(self.student)
 
@@ -279,7 +280,7 @@ def distill_epoch(
         share = {"seed": position_seed(seed, "order", round), "rank": processes.rank, "count": processes.count}
         source = synthesizer.pictures if bank is None else transfer
         if makes_images:
-            batch = distillation.synthesize()
+            batch = distillation.synthesize(round)
             made = add(made, batch.scalars if batch else {})
             if bank is not None:
                 keep(distillation, bank, transfer, batch, round)

@@ -92,7 +92,7 @@ def round_of(pieces, distillation, remember=False):
         remember: let a memo answer for the teacher; what it has not been asked it is before the steps, not in them.
     """
     if pieces.streams or pieces.images_per_round:
-        batch = distillation.synthesize()
+        batch = distillation.synthesize(0)
     source = distillation.synthesizer.pictures
     if not pieces.streams:
         source = TransferSet(12, 16, META)
@@ -127,7 +127,7 @@ def test_synthesis_student_steps_and_what_follows_them(method, extra, on_meta):
         losses |= round_of(pieces, distillation, remember=True)
     assert losses and all(loss.device == META for loss in losses.values())
     if pieces.streams or pieces.images_per_round:
-        distillation.synthesize()
+        distillation.synthesize(0)
 
 
 def test_muon(on_meta):

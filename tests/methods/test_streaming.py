@@ -11,6 +11,7 @@ from datafree import dafl, dfad, dfq, zskt
 from datafree.kd import KDObjective
 from datafree.losses import KLDistillation, adversarial_loss, balance_loss, kd_loss
 from datafree.noise import NoiseImages
+from engine.loops.distill import Distillation, Schedule
 from models.classifier import Output
 from tests.conftest import make_classifier, make_task
 
@@ -165,6 +166,19 @@ def test_generator_steps_lower_their_loss(module, name, networks, task):
     assert now() < before and batch.images.shape == (32, 3, 16, 16) and (batch.labels == -1).all()
     images, labels = next(synthesizer.batches(5, seed=0))
     assert len(images) == 5 and not images.requires_grad and 0 <= images.min() and images.max() <= 1
+
+
+@pytest.mark.parametrize("module, name, falls", [(zskt, "ZSKT", True), (dfad, "DFAD", True), (dafl, "DAFL", False)])
+def test_the_generator_s_rate_falls_with_the_student_s(module, name, falls, networks, task):
+    """As a cosine over the rounds, in the methods whose papers lower both."""
+    config = getattr(module, f"{name}Config")(nz=8, synthesis_batch_size=2)
+    synthesizer = getattr(module, f"{name}Synthesizer")(config, networks[0], task)
+    schedule = Schedule(1, 8, 2, batch_size=2, lr=0.3, momentum=0.9, weight_decay=0.0, warmup_epochs=0)
+    distillation = Distillation(*networks, KLDistillation(1.0), synthesizer, schedule, task.precision)
+    for round in range(schedule.rounds):
+        distillation.synthesize(round)
+        share = 0.5 + 0.5 * math.cos(math.pi * round / 4) if falls else 1.0
+        assert synthesizer.optimizer.param_groups[0]["lr"] == pytest.approx(1e-3 * share)
 
 
 def test_a_stream_goes_on_from_its_state(networks, task):
