@@ -7,8 +7,7 @@ Objective     nn.Module: (teacher_out, student_out, labels) -> {"loss": ..., eve
 Augmenter     optional: varies bank images (``datafree.diffusion.variation``)
 Method        says which stages there are and builds the pieces
 
-``docs/new_method.md`` makes one from beginning to end. Shared pieces are in ``losses``, ``bn_statistics``, ``generators`` and
-``stream``.
+``docs/new_method.md`` makes one from beginning to end. Shared pieces are in ``losses``, ``generators`` and ``stream``.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator
