@@ -3,7 +3,7 @@
 #   TEACHER=cifar10_resnet20.pth DATA_ROOT=data bash scripts/compare_prior.sh     4,000 student steps of 256; run it again to go on
 #   SHORT=yes bash scripts/compare_prior.sh                                       1,000 of 128 by --recipe fast, a bank of 3,000 images for 5,000
 #   RUNS="csd dda_natural_guided" SEEDS="0 1 2" bash scripts/compare_prior.sh     some of it
-# csd and all of dda start from one image bank a seed. TEACHER: RepDistiller's public resnet20. CIFAR-100 is wanted for pictures.
+# csd and all of dda start from one image bank a seed. TEACHER: docs/reference.md, Networks. Row pictures wants CIFAR-100.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh

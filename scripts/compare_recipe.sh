@@ -3,7 +3,7 @@
 #   TEACHER=cifar10_resnet20.pth BANK=checkpoints/protocol_c/nayer/seed0 DATA_ROOT=data bash scripts/compare_recipe.sh
 #   RUNS="kd_plain kd_fast" SEEDS="0 1 2" bash scripts/compare_recipe.sh     some of it; run it again to go on
 # Recipes: 2.5 CPU-minutes of student and teacher each, by 1.23 and .53 ms an image (times LENGTH). Views, float32: 1,000 steps of 128.
-# kd learns from the real images, bank from those of a finished run, of which nothing is made anew. TEACHER: RepDistiller's.
+# kd learns from the real images, bank from those of a finished run, of which nothing is made anew. TEACHER: docs/reference.md.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh

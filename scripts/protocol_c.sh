@@ -5,8 +5,8 @@
 #   bash scripts/protocol_c.sh --jobs 8 fast csd                               some of it, eight runs at once (else one a core)
 #   bash scripts/protocol_c.sh --list                                          the commands of what is left, and nothing else
 #   SEEDS="0 1" EXTRA="--compile no" bash scripts/protocol_c.sh                other seeds, further flags of datafree_kd.py
-# TEACHER: RepDistiller's public resnet20, whose normalization has a std of its own. IMAGE: the picture of one_image. PICTURES:
-# unrelated images. A run with a result.json is skipped, one that was stopped goes on. At the end, or at any time,
+# TEACHER: a resnet20 whose normalization has a std of its own (docs/reference.md, Networks). IMAGE: the picture of one_image.
+# PICTURES: unrelated images. A run with a result.json is skipped, one that was stopped goes on. At the end, or at any time,
 #   python -m engine.report checkpoints/protocol_c --lines checkpoints/results/protocol_c.jsonl
 # keeps the results. bf16 where the machine computes in it (AMP=no: never); one CPU thread a run.
 set -euo pipefail

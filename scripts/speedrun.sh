@@ -4,7 +4,7 @@
 #   TEACHER=cifar10_resnet20.pth DATA_ROOT=data bash scripts/speedrun.sh      without data and without any prior
 #   ... bash scripts/speedrun.sh real                                         the bar: the real training images, in the same time
 #   DATASET=cifar100 TEACHER=checkpoints/pretrained/cifar100_resnet20.pth ... bash scripts/speedrun.sh      another dataset, a teacher of train_scratch.py
-# TEACHER: for cifar10 RepDistiller's public resnet20. THREADS: 1. Further flags go behind the name. The log of attempts stands in
+# TEACHER: for cifar10 the one of the tables (docs/reference.md, Networks). THREADS: 1. Further flags go behind the name. The log of attempts stands in
 # docs/results.md: the recipe was chosen by the accuracy on the test split.
 set -euo pipefail
 cd "$(dirname "$0")/.."
