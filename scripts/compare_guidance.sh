@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # What each part of DiffDFKD's guidance does, on digits with the prior of printed digits, three seeds: a table of docs/results.md.
 #   bash scripts/compare_guidance.sh        half an hour on a CPU core; wants the teachers of scripts/compare_digits.sh
+#   RUNS="unguided oh" SEEDS=0 bash scripts/compare_guidance.sh        some of it
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh

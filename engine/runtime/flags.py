@@ -175,7 +175,7 @@ def add_flags(parser: Parser, config: type, title: str, defaults: dict[str, Any]
         if field.metadata.get("short"):
             names[field.metadata["short"]] = None
         shown = ",".join(map(str, default)) if repeated and default is not None else default
-        notes = ["" if default in (None, "", False) else str(shown), str(field.metadata["range"])]
+        notes = ["" if default in (None, "") or default is False else str(shown), str(field.metadata["range"])]
         text = field.metadata["help"].replace("%", "%%") + (f" [{'; '.join(filter(None, notes))}]" if any(notes) else "")
         options: dict[str, Any] = {"dest": field.name, "default": default, "help": text}
         if kind is bool:
