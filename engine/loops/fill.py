@@ -172,6 +172,7 @@ def _make_rounds(
     for first in range(start, rounds, step):
         if first == start or not maker.independent:
             _learn(run, bank, stage, first, maker, processes)
+            bar.unpause()  # its rate is that of the images
         if first == start:
             began = time.monotonic()
         mine, share = (
