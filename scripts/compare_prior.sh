@@ -22,6 +22,7 @@ declare -A flags=(
   [csd]="--method csd $inversion --init_bank $out/bank/seed{seed}"
   [dda_pixel]="--method dda --prior pixel $variants"
   [dda_natural]="--method dda --prior natural $variants"
+  [dda_natural_labels]="--method dda --prior natural --variant_labels teacher $variants"
   [dda_natural_guided]="--method dda --prior natural --guidance_oh 1 --guidance_bn .3 --guidance_max_step 2 --agree $variants"
   [diffdfkd]="--method diffdfkd $draw --oh 1 --bn .3 --guidance_max_step 2"
   [dm_kd]="--method diffdfkd $draw --oh 0 --bn 0 --prior_classes own --guidance_scale 2"
@@ -29,7 +30,7 @@ declare -A flags=(
   [kd]="--method kd"
 )
 for seed in ${SEEDS:-0}; do
-  for run in bank ${RUNS:-csd dda_natural_guided dda_natural dda_pixel diffdfkd dm_kd pictures kd}; do
+  for run in bank ${RUNS:-csd dda_natural_guided dda_natural dda_natural_labels dda_pixel diffdfkd dm_kd pictures kd}; do
     python datafree_kd.py ${flags[$run]} --dataset cifar10 --data_root "$data" --teacher resnet20 --teacher_ckpt "${TEACHER:-cifar10_resnet20.pth}" \
       --teacher_std .2470,.2435,.2616 --student wrn16_1 $lengths --seed "$seed" --save_dir "$out/$run/seed{seed}" "$@"
   done
