@@ -7,8 +7,8 @@ Generator and student play for the mean absolute difference of their logits: the
 
 Published settings (CIFAR): 200 epochs of 400 student steps of 256 images, a generator step every 5; SGD lr .1, Adam lr 1e-3.
 
-Both learning rates fall: a generator that keeps its own (``--lr_g_schedule constant``, as in later scripts of the field) runs
-away from a student that can no longer follow.
+Both learning rates fall: a generator that keeps its own (``--lr_g_schedule constant``, as in later scripts of the field) can
+run away from a student that can no longer follow.
 
 Deviations: the large generator, as the other streaming methods here; the authors' has 128 and 64 channels and ends in a BN
 layer. Their code lowers both rates by steps, here they fall as a cosine. There, the student normalizes by the batch while

@@ -10,8 +10,8 @@ Published settings (CIFAR): 200 epochs of 400 student steps of 256 images, a gen
 generator; SGD lr .1, Adam lr 1e-3, T 1 (see ``datafree.stream``), adv 1.
 
 The game needs many rounds, and must end in a draw: the generator's learning rate falls as the student's does, as in the paper.
-A generator that keeps its rate, as in the script (``--lr_g_schedule constant``), runs away from a student that can no longer
-follow.
+A generator that keeps its rate, as in the script (``--lr_g_schedule constant``), can run away from a student that can no
+longer follow.
 
 Deviations: the published script of these settings has no attention term; the paper has, with weight 250, and so has this
 (``--attention 0`` is the script). Maps are matched at every size that both networks have, the last map of that size, not at

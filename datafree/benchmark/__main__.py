@@ -216,7 +216,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(prog="python -m datafree.benchmark", description=__doc__.splitlines()[0])
     parser.add_argument("--pairs", default=PAIRS, help=f"teacher:student,..., names of registry.MODELS [{PAIRS}]")
     usual = ",".join(name for name in LOOPS if name != "run")
-    parser.add_argument("--loops", default=usual, help=f"what to measure; run, the steps of a whole run, is one more [{usual}]")
+    parser.add_argument(
+        "--loops", default=usual, help=f"what to measure; run, the steps of a whole run, is one more [{usual}]"
+    )
     parser.add_argument("--dataset", default="cifar10", help="for image size and classes; its data are not opened [cifar10]")
     parser.add_argument("--batch_size", type=int, least=1, default=256, help="images a step [256]")
     parser.add_argument("--bank", type=int, least=1, default=4096, help="random images in the bank [4096]")
