@@ -8,6 +8,7 @@ cd "$(dirname "$0")/.."
 part="${1:-all}"
 case "$part" in all | diffdfkd) ;; *) echo "error: '$part' found, all or diffdfkd wanted" >&2; exit 2 ;; esac
 source scripts/environment.sh
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"  # for such small networks more threads are slower
 seed="${SEED:-0}"
 out="${OUT:-checkpoints/quickstart}/seed$seed"
 task=(--dataset digits --seed "$seed")
