@@ -125,7 +125,10 @@ def measure(method: Method, groups: list, stages: list[str]) -> list[Rate]:
 
 
 def initial_rate(stage, flags: dict[str, Any], info, device: torch.device) -> Rate:
-    """Of a step of inversion or denoising in a stage that fills the initial bank (``engine.loops.stages.FillBank``)."""
+    """Of a step of inversion or denoising in a stage that fills the initial bank (``engine.loops.stages.FillBank``).
+
+    What a maker learns between rounds is not counted.
+    """
     maker = stage.maker(SimpleNamespace(seed=flags["seed"]))  # of a session, a maker takes the seed
 
     def first_batch() -> None:
@@ -169,8 +172,14 @@ def variant_rates(stage, flags: dict[str, Any], info, device: torch.device) -> l
 
 
 def bank_labels(path: Path) -> torch.Tensor:
-    """Of a finished bank."""
+    """Of a finished bank.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
     folder = find_bank(path)
+    if not (folder / "manifest.json").exists():
+        raise UserError(f"no image bank at {folder} (it has no manifest.json); give another --init_bank")
     return ImageBank(folder, read_manifest(folder), create=False).read_all()["labels"]
 
 
