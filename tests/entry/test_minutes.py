@@ -89,7 +89,12 @@ def test_a_resume_keeps_the_scale(command, teacher_file, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "method, extra, message", [("noise", "--minutes 1 --scale .5", "give one of them"), ("noise", "--minutes 0", "above 0")]
+    "method, extra, message",
+    [
+        ("noise", "--minutes 1 --scale .5", "give one of them"),
+        ("noise", "--minutes 0", "above 0"),
+        ("dda", "--minutes 1 --init_bank nowhere", "no image bank at nowhere .*; give another --init_bank"),
+    ],
 )
 def test_what_minutes_cannot_do(method, extra, message, command, teacher_file, tmp_path):
     with pytest.raises(UserError, match=message):
