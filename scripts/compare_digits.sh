@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Every method on real handwritten digits, resnet20 -> resnet8, three seeds, 300 student steps each: the first table of docs/results.md.
-#   bash scripts/compare_digits.sh                                    about an hour on two CPU cores; rerun it to go on
-#   METHODS="zskt csd" SEEDS="0" bash scripts/compare_digits.sh       some of it
+# Compares every method on real handwritten digits, resnet20 -> resnet8, three seeds, 300 student steps each. This is the first
+# table of docs/results.md.
+#   bash scripts/compare_digits.sh                                    about an hour on two CPU cores; run it again to resume
+#   METHODS="zskt csd" SEEDS="0" bash scripts/compare_digits.sh       some methods and seeds
 #   OUT=checkpoints/compare_bf16 bash scripts/compare_digits.sh --amp bf16      with further flags of datafree_kd.py
-# Weights of losses are the published ones, but --oh 5 where images are few. The rotation head of csd and dda wants a hundred
-# student steps a round to learn in, so they have 3 rounds where the others have 12.
+# The weights of losses are the published ones, except --oh 5 for methods with few images. The rotation head of csd and dda needs
+# about a hundred student steps per round to learn, so these methods have 3 rounds and the others 12.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh

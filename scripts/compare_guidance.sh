@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# What each part of DiffDFKD's guidance does, on digits with the prior of printed digits, three seeds: a table of docs/results.md.
-#   bash scripts/compare_guidance.sh        half an hour on a CPU core; wants the teachers of scripts/compare_digits.sh
-#   RUNS="unguided oh" SEEDS=0 bash scripts/compare_guidance.sh        some of it
+# Measures the effect of each part of DiffDFKD's guidance, on digits with the prior of printed digits, three seeds. This is a
+# table of docs/results.md.
+#   bash scripts/compare_guidance.sh        half an hour on a CPU core; needs the teachers of scripts/compare_digits.sh
+#   RUNS="unguided oh" SEEDS=0 bash scripts/compare_guidance.sh        some runs and seeds
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh

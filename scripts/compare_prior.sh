@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# What a prior of natural images does for DDA and DiffDFKD on CIFAR-10, resnet20 -> wrn16_1: a table of docs/results.md.
-#   TEACHER=cifar10_resnet20.pth DATA_ROOT=data bash scripts/compare_prior.sh     4,000 student steps of 256; run it again to go on
-#   SHORT=yes bash scripts/compare_prior.sh                                       1,000 of 128 by --recipe fast, a bank of 3,000 images for 5,000
-#   RUNS="csd dda_natural_guided" SEEDS="0 1 2" bash scripts/compare_prior.sh     some of it
-# csd and all of dda start from one image bank a seed. TEACHER: docs/reference.md, Networks. Row pictures wants CIFAR-100.
+# Measures the effect of a prior of natural images on DDA and DiffDFKD, on CIFAR-10, resnet20 -> wrn16_1. This is a table of
+# docs/results.md.
+#   TEACHER=cifar10_resnet20.pth DATA_ROOT=data bash scripts/compare_prior.sh     4,000 student steps of 256; run it again to resume
+#   SHORT=yes bash scripts/compare_prior.sh                                       1,000 steps of 128 with --recipe fast; bank of 3,000 images, not 5,000
+#   RUNS="csd dda_natural_guided" SEEDS="0 1 2" bash scripts/compare_prior.sh     some runs and seeds
+# csd and all dda runs of a seed start from one image bank. TEACHER: see docs/reference.md, Networks. The run pictures needs CIFAR-100.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh

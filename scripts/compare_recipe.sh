@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# What --recipe fast does at equal CPU time, --views K and bf16 at equal steps, CIFAR-10, resnet20 -> wrn16_1: tables of docs/speed.md.
+# Measures the effect of --recipe fast at equal CPU time, and of --views K and bf16 at equal steps, on CIFAR-10, resnet20 -> wrn16_1.
+# These are tables of docs/speed.md.
 #   TEACHER=cifar10_resnet20.pth BANK=checkpoints/protocol_c/nayer/seed0 DATA_ROOT=data bash scripts/compare_recipe.sh
-#   RUNS="kd_plain kd_fast" SEEDS="0 1 2" bash scripts/compare_recipe.sh     some of it; run it again to go on
-# Recipes: 2.5 CPU-minutes of student and teacher each, by 1.23 and .53 ms an image (times LENGTH). Views, float32: 1,000 steps of 128.
-# kd learns from the real images, bank from those of a finished run, of which nothing is made anew. TEACHER: docs/reference.md.
+#   RUNS="kd_plain kd_fast" SEEDS="0 1 2" bash scripts/compare_recipe.sh     some runs and seeds; run it again to resume
+# Recipes: each run has 2.5 CPU-minutes of student and teacher (times LENGTH), at 1.23 and .53 ms per image. Views and float32:
+# 1,000 steps of 128. kd learns from the real images, bank from the images of a finished run, which makes no new ones.
+# TEACHER: see docs/reference.md, Networks.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh

@@ -1,5 +1,5 @@
-# Sourced by the other scripts, from the repository's root: makes .venv once, installs requirements.txt into it (again
-# when that file has changed), and puts it on PATH. With VENV=none the python on PATH is used as it is.
+# Sourced by the other scripts from the repository's root. Creates .venv once, installs requirements.txt into it (again if that
+# file has changed), and puts it on PATH. With VENV=none, the Python on PATH is used as it is.
 VENV="${VENV:-.venv}"
 if [ "$VENV" != none ]; then
   if [ ! -x "$VENV/bin/python" ]; then

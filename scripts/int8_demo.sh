@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Post-training int8 quantization of a teacher, calibrated on noise, an inverted image bank and real images: the table of docs/int8.md.
-#   bash scripts/int8_demo.sh                                                     a digits teacher, trained first
-#   CIFAR_TEACHER=resnet20.pth DATA_ROOT=data bash scripts/int8_demo.sh           and a CIFAR-10 resnet20, with CIFAR-10 in DATA_ROOT
-#   CIFAR_FLAGS="--teacher_std .2470,.2435,.2616"                                 where that teacher's normalization is not the usual one
-#   ROUNDS=6 IMAGES=50 STEPS=25 TEST_IMAGES=1000                                  smaller banks, and fewer images to measure on
-# Run the same command again to resume.
+# Quantizes a teacher to int8 after training, calibrated on noise, on an inverted image bank and on real images. This is the table
+# of docs/int8.md. Run the same command again to resume.
+#   bash scripts/int8_demo.sh                                                     a teacher of digits, trained first
+#   CIFAR_TEACHER=resnet20.pth DATA_ROOT=data bash scripts/int8_demo.sh           also a CIFAR-10 resnet20, with CIFAR-10 in DATA_ROOT
+# Further variables:
+#   CIFAR_FLAGS="--teacher_std .2470,.2435,.2616"                                 if that teacher's normalization is not the usual one
+#   ROUNDS=6 IMAGES=50 STEPS=25 TEST_IMAGES=1000                                  smaller banks, and fewer images for the test
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh

@@ -1,8 +1,8 @@
-"""Writes scripts/<method>/*.sh from the tables below; run it after changing them. A test checks that all are up to date.
+"""Writes scripts/<method>/*.sh from the tables below. Run it after a change; a test compares the scripts with the tables.
 
 python scripts/make_scripts.py
 
-A header tells the paper's accuracy (``registry.PUBLISHED``) and ours, where ``checkpoints/results`` holds runs with the
+A header gives the paper's accuracy (``registry.PUBLISHED``), and ours if ``checkpoints/results`` holds runs with the
 script's settings.
 """
 
@@ -25,9 +25,9 @@ from registry import PAIRS, PUBLISHED  # noqa: E402
 
 CIFAR = ("cifar10", "cifar100")
 METHODS = {
-    "kd": "ordinary distillation on the real training images, the upper bound (arXiv 1503.02531)",
-    "noise": "distillation on noise, the lower bound; --images FOLDER for unrelated pictures",
-    "one_image": "distillation on crops of one picture (arXiv 2112.00725): give --image FILE",
+    "kd": "Ordinary distillation on the real training images, the upper bound (arXiv 1503.02531)",
+    "noise": "Distillation on noise, the lower bound; with --images FOLDER, on unrelated pictures",
+    "one_image": "Distillation on crops of one picture (arXiv 2112.00725); needs --image FILE",
     "dafl": "DAFL, ICCV 2019 (arXiv 1904.01186)",
     "zskt": "ZSKT, NeurIPS 2019 (arXiv 1905.09768)",
     "dfad": "DFAD, 2019 (arXiv 1912.11006)",
@@ -35,21 +35,22 @@ METHODS = {
     "deepinv": "DeepInversion, CVPR 2020 (arXiv 1912.08795)",
     "adi": "Adaptive DeepInversion, CVPR 2020 (arXiv 1912.08795)",
     "cmi": "CMI, IJCAI 2021 (arXiv 2105.08584)",
-    "fast": "Fast-10, AAAI 2022 (arXiv 2112.06253); --g_steps 5 --lr_g 3e-3, or 2 and 5e-3 --lr_z .015, for Fast-5, -2",
-    "nayer": "NAYER, CVPR 2024 (arXiv 2310.00258), prior-free label codes; --label_embedding clip for the paper's",
+    "fast": "Fast-10, AAAI 2022 (arXiv 2112.06253); "
+    "Fast-5: --g_steps 5 --lr_g 3e-3; Fast-2: --g_steps 2 --lr_g 5e-3 --lr_z .015",
+    "nayer": "NAYER, CVPR 2024 (arXiv 2310.00258), with label codes that need no prior; the paper's: --label_embedding clip",
     "csd": "CSD, ICME 2023 (arXiv 2307.04542)",
     "dda": "DDA, ACM MM 2024 (arXiv 2410.17606)",
     "diffdfkd": "DiffDFKD, ICME 2025 (arXiv 2504.00870), Stable Diffusion 1.5",
     "dm_kd": "DM-KD (arXiv 2305.12954), Stable Diffusion 1.5: DiffDFKD without guidance",
 }
-# Scripts of a method under another name; flags make the difference.
+# Scripts under a name of their own that run another method with other flags: {name: method}.
 BASELINES = {"dm_kd": "diffdfkd"}
 CONTROLS = ("kd", "noise", "one_image")
-# Methods whose initial bank is the same for every student of a teacher, made by a script of its own; bank size.
+# Methods whose initial bank has a script of its own, as it is the same for every student of a teacher: {method: images}.
 INITIAL_BANK = {"cmi": 51_200, "csd": 80_000, "dda": 80_000, "diffdfkd": 50_000, "dm_kd": 50_000}
-GENERATED = ("diffdfkd", "dm_kd")  # of them, those whose bank stage generate fills
+GENERATED = ("diffdfkd", "dm_kd")  # the methods of INITIAL_BANK whose bank is filled by stage generate
 DATASETS = dict.fromkeys(("csd", "dda", "diffdfkd", "dm_kd"), (*CIFAR, "tiny_imagenet"))
-# Published settings that differ from the method's defaults, by what they depend on.
+# Published settings that differ from the method's defaults: {(method, dataset or network, ...): flags}.
 FLAGS = {
     ("adi",): "--g_steps 2000",
     ("cmi",): "--epochs 40 --g_steps 200 --synthesis_batch_size 256 --oh 0.5 --cr_T 0.1 \\\n ",
@@ -58,7 +59,7 @@ FLAGS = {
     ("fast", "vgg11"): "--adv 1.0 --oh 0.5",
     ("nayer", "cifar100"): "--g_steps 40",
 }
-# The same for the initial bank alone.
+# Such settings of the initial bank alone.
 BANK_FLAGS = {
     ("dm_kd",): "--oh 0 --bn 0 --adv 0 --lca_every 0 --scheduler ancestral",
     ("diffdfkd",): "--scheduler ancestral --batch_classes one --lca_every 0",
@@ -71,33 +72,33 @@ BANK_FLAGS = {
     ("dm_kd", "tiny_imagenet"): "--images_per_class 250",
     ("cmi",): "--init_rounds 200 --synthesis_batch_size 256 --oh 0.5 --cr_T 0.1",
 }
-# CIFAR-10 on a CPU with the shipped prior of natural images, resnet20 -> wrn16_1: (what it does, flags).
+# Scripts for CIFAR-10 on a CPU with the shipped prior of natural images: {method: (settings in words, flags)}.
 CPU_PAIR = ("resnet20", "wrn16_1")
 STEPS_4000 = "--epochs 10 --kd_steps 400 --batch_size 256"
 CPU_TWINS = {
     "dda": (
-        "4,000 student steps, variants by natural_32 under the teacher's guidance",
+        "4,000 student steps; variants by natural_32 under the teacher's guidance",
         f"--prior natural --strength 0.6 --guidance_oh 1 --guidance_bn 0.3 --guidance_max_step 2 --agree \\\n  {STEPS_4000} "
         "--init_rounds 20 --init_g_steps 100 \\\n  --lr_g 4e-3 --g_steps 40",
     ),
     "diffdfkd": (
-        "4,000 student steps on 2,000 images that the teacher draws with natural_32",
+        "4,000 student steps on 2,000 images drawn by natural_32 under the teacher's guidance",
         f"--diffusion_model natural_32 --scheduler ancestral --bn 0.3 --guidance_max_step 2 --lca_every 0 \\\n"
         f"  --images_per_class 200 --diffusion_batch_size 50 {STEPS_4000} --warmup_epochs 1",
     ),
 }
-# Settings that were published for other datasets than the script's, or not at all.
+# Source of a method's settings, if they were not published for the script's dataset and networks.
 KINDS = {
-    "csd": "settings published for CIFAR-10, wrn40_2 -> wrn16_1",
-    "dda": "CSD's published settings; for the diffusion stage none are, and its prior is trained here",
-    "cmi": "settings published for CIFAR-10, wrn40_2 -> wrn16_1",
-    "adi": "settings published for CIFAR-10, wrn40_2 -> wrn16_1, but for the steps",
-    "deepinv": "ADI's settings without its competition",
-    **dict.fromkeys(CONTROLS, "steps and rates as the methods'"),
-    **{("diffdfkd", dataset): "CIFAR-10's published settings" for dataset in ("cifar100", "tiny_imagenet")},
-    "dm_kd": "DiffDFKD's settings, unguided; DM-KD's images are a DiT's",
+    "csd": "published for CIFAR-10, wrn40_2 -> wrn16_1",
+    "dda": "published for CSD; none are published for the diffusion stage, whose prior is trained here",
+    "cmi": "published for CIFAR-10, wrn40_2 -> wrn16_1",
+    "adi": "published for CIFAR-10, wrn40_2 -> wrn16_1, except the number of steps",
+    "deepinv": "those of ADI without its competition term",
+    **dict.fromkeys(CONTROLS, "student steps and learning rates as for the methods"),
+    **{("diffdfkd", dataset): "published for CIFAR-10" for dataset in ("cifar100", "tiny_imagenet")},
+    "dm_kd": "those of DiffDFKD without guidance; DM-KD itself draws its images with a DiT",
 }
-# Which row of registry.PUBLISHED a method's scripts go for, where that is not its name alone.
+# Row of registry.PUBLISHED that a method's scripts correspond to, if the row is not named after the method alone.
 TABLE_ROW = {
     "adi": "adi --g_steps 2000",
     "fast": "fast --g_steps 10",
@@ -105,12 +106,13 @@ TABLE_ROW = {
     "dm_kd": "diffdfkd --oh 0.0 --bn 0.0 --adv 0.0 --lca_every 0",
 }
 
-# Settings that say which files a run reads, and not what it does with them; and --amp auto, which the machine decides.
+# Flags that are not settings of a script: seed, paths, the teacher's normalization, and --amp, which the machine decides.
 INPUTS = ("seed", "data_root", "teacher_ckpt", "teacher_mean", "teacher_std", "init_bank", "init_variants", "amp")
 
 HEAD = """#!/usr/bin/env bash
-# {paper}:
-# {dataset}, {what}; {kind}.{published}{measured}
+# {paper}.
+# {dataset}, {what}.
+# Settings: {kind}.{published}{measured}
 # {note}
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -121,12 +123,12 @@ python datafree_kd.py --method {method} --dataset {dataset} --teacher {teacher} 
 
 
 def short(network: str) -> str:
-    """As the published scripts write it: wrn40_2 -> wrn402."""
+    """Name of a network in the file names of scripts, as in the published ones: wrn40_2 -> wrn402."""
     return network.replace("_", "")
 
 
 def published(method: str, dataset: str, pair: tuple[str, str]) -> str:
-    """What the paper reports for this script, as a sentence; nothing where its table is not known."""
+    """The header line with the paper's accuracy for this script; "" if the paper's table is not known."""
     table = PUBLISHED.get(dataset, {})
     values = table.get(TABLE_ROW.get(method, method))
     return f"\n# The paper's acc1 (best test epoch): {dict(zip(PAIRS, values))[pair]:.2f} %." if values else ""
@@ -135,14 +137,16 @@ def published(method: str, dataset: str, pair: tuple[str, str]) -> str:
 def results() -> list[dict[str, Any]]:
     """All results of this repository."""
     files = sorted(ROOT.parent.glob("checkpoints/results/*.jsonl"))
-    return collect([file for file in files if file.name != "int8.jsonl"])  # that one is of no runs
+    return collect([file for file in files if file.name != "int8.jsonl"])  # int8.jsonl has no runs
 
 
 def measured(results: list[dict[str, Any]], command: str, bank_command: str) -> str:
-    """What runs with a script's settings came to, as a sentence; nothing where there is none.
+    """The header line with the accuracy of this repository's runs with a script's settings; "" if there is no such run.
 
     Args:
-        command, bank_command: flags of datafree_kd.py, of the script and of the one that makes its initial bank.
+        results: results of this repository's runs.
+        command: flags that the script gives to datafree_kd.py.
+        bank_command: flags of the script that makes its initial bank.
     """
     name, _, groups = parse(shlex.split(command.replace("\\\n", " ")))
     about = {"method": name, "dataset": groups[0].dataset, "teacher": groups[0].teacher, "student": groups[0].student}
@@ -157,26 +161,26 @@ def measured(results: list[dict[str, Any]], command: str, bank_command: str) -> 
     if not runs:
         return ""
     hours = [sum(run["seconds"].values()) / 3600 for run in runs if None not in run["seconds"].values()]
-    time = f", {statistics.fmean(hours):.1f} h" if hours else ""
+    time = f"; {statistics.fmean(hours):.1f} h" if hours else ""
     seeds = ", ".join(str(run["seed"]) for run in runs)
     acc1 = spread([run["acc1_last"] for run in runs])
     return f"\n# Ours (last epoch): {acc1} %, seed{'s' * (len(runs) > 1)} {seeds}{time} on {runs[0]['machine']}."
 
 
 def settings(method: str, *conditions: str, table: dict[tuple[str, ...], str] = FLAGS) -> str:
-    """The flags that hold for this method under these conditions."""
+    """The flags that a table has for this method and these conditions (dataset, networks)."""
     held = [flags for (name, *of), flags in table.items() if name == method and set(of) <= set(conditions)]
     return "".join(f" {flags}" for flags in held)
 
 
 def of_method(method: str, paper: str, results: list[dict[str, Any]]) -> Iterator[tuple[str, str]]:
-    """(path below scripts/, text) of every script of one method; ``results`` are this repository's."""
+    """(path below scripts/, text) of every script of one method; ``results`` are those of this repository's runs."""
     for dataset in DATASETS.get(method, CIFAR):
         for teacher, student in PAIRS:
-            kind = KINDS.get((method, dataset)) or KINDS.get(method, "published settings")
+            kind = KINDS.get((method, dataset)) or KINDS.get(method, "published")
             common = {"paper": paper, "dataset": dataset, "teacher": teacher, "kind": kind}
             common["method"] = BASELINES.get(method, method)
-            note = f"One GPU. Wants checkpoints/pretrained/{dataset}_{teacher}.pth."
+            note = f"Needs one GPU and checkpoints/pretrained/{dataset}_{teacher}.pth."
             flags = f"--student {student}" + settings(method, dataset, teacher, student)
             task = f"--method {common['method']} --dataset {dataset} --teacher {teacher} "
             bank_flags = flags
@@ -191,15 +195,15 @@ def of_method(method: str, paper: str, results: list[dict[str, Any]]) -> Iterato
                     HEAD.format(
                         **common,
                         what=f"initial image bank of {teacher} ({INITIAL_BANK[method]:,} images)",
-                        note=f"One GPU. Wants checkpoints/pretrained/{dataset}_{teacher}.pth; makes {bank}/bank.",
+                        note=f"Needs one GPU and checkpoints/pretrained/{dataset}_{teacher}.pth.\n# Makes {bank}/bank.",
                         published="",
                         measured="",
                         flags=bank_flags,
                     ),
                 )
-                note = f"One GPU. First: bash scripts/{first}"
+                note = f"Needs one GPU. First: bash scripts/{first}"
                 flags += f" --init_bank {bank}/bank"
-            if method in BASELINES:  # not where the method itself keeps its runs
+            if method in BASELINES:  # a folder apart from the runs of the method itself
                 flags += f" \\\n  --save_dir checkpoints/{method}/{dataset}_{teacher}_{student}_seed{{seed}}"
             yield (
                 f"{method}/{method}_{dataset}_{short(teacher)}_{short(student)}.sh",
@@ -215,7 +219,7 @@ def of_method(method: str, paper: str, results: list[dict[str, Any]]) -> Iterato
 
 
 def cpu_twin(method: str, results: list[dict[str, Any]]) -> tuple[str, str]:
-    """(path below scripts/, text) of the script that needs no GPU and downloads no model."""
+    """(path below scripts/, text) of a method's script that needs no GPU and downloads no model."""
     teacher, student = CPU_PAIR
     kind, flags = CPU_TWINS[method]
     flags = f"--student {student} {flags} \\\n  --save_dir checkpoints/{method}/cifar10_{teacher}_{student}_cpu"
@@ -227,7 +231,7 @@ def cpu_twin(method: str, results: list[dict[str, Any]]) -> tuple[str, str]:
         kind=kind,
         published="",
         measured=measured(results, command, command),
-        note=f"One CPU core; not measured yet. Wants checkpoints/pretrained/cifar10_{teacher}.pth.",
+        note=f"Needs one CPU core and checkpoints/pretrained/cifar10_{teacher}.pth. Not measured yet.",
         method=method,
         teacher=teacher,
         flags=flags,

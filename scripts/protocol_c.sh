@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Protocol C: every method and its controls on CIFAR-10, resnet20 -> wrn16_1, 4,000 student steps of 256 images: published
-# settings, all lengths by --scale, synthesis capped at the student's CPU time. A table of docs/results.md.
-#   TEACHER=cifar10_resnet20.pth DATA_ROOT=data bash scripts/protocol_c.sh     all of it; run it again to go on
-#   bash scripts/protocol_c.sh --jobs 8 fast csd                               some of it, eight runs at once (else one a core)
-#   bash scripts/protocol_c.sh --list                                          the commands of what is left, and nothing else
+# Protocol C: every method and control on CIFAR-10, resnet20 -> wrn16_1, 4,000 student steps of 256 images. Settings are published,
+# --scale sets all lengths, and synthesis is capped at the student's CPU time. This is a table of docs/results.md.
+#   TEACHER=cifar10_resnet20.pth DATA_ROOT=data bash scripts/protocol_c.sh     all methods; run it again to resume
+#   bash scripts/protocol_c.sh --jobs 8 fast csd                               some methods, eight runs at once (default: one per core)
+#   bash scripts/protocol_c.sh --list                                          prints the commands that are left to run, and runs none
 #   SEEDS="0 1" EXTRA="--compile no" bash scripts/protocol_c.sh                other seeds, further flags of datafree_kd.py
-# TEACHER: a resnet20 whose normalization has a std of its own (docs/reference.md, Networks). IMAGE: the picture of one_image.
-# PICTURES: unrelated images. A run with a result.json is skipped, one that was stopped goes on. At the end, or at any time,
+# TEACHER: a resnet20 whose normalization has a std of its own (docs/reference.md, Networks). IMAGE: the picture for one_image.
+# PICTURES: unrelated images. A run with a result.json is skipped, and a stopped run is resumed. Each run has one CPU thread, and
+# uses bf16 if the machine computes in it (AMP=no: never). This command keeps the results, at the end or at any time:
 #   python -m engine.report checkpoints/protocol_c --lines checkpoints/results/protocol_c.jsonl
-# keeps the results. bf16 where the machine computes in it (AMP=no: never); one CPU thread a run.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh
@@ -25,9 +25,10 @@ amp="${AMP:-bf16}"
 [ -n "${AMP:-}" ] || grep -qs bf16 /proc/cpuinfo || nvidia-smi -L >/dev/null 2>&1 || amp=no
 image="${IMAGE:-$(python -c 'import sklearn.datasets as d; print(d.__path__[0] + "/images/china.jpg")')}"
 
-# Scale: 4,000 / published student steps; an epoch has whole rounds, so dafl to dfq come to 3,960. A line with further lengths is
-# capped: at the scale alone synthesis would take x times the student's CPU time (measured: docs/results.md), so the steps and
-# the images of synthesis (rounds of the initial bank where there is one, else images a round) are divided by sqrt(x) each.
+# The scale is 4,000 / published student steps. An epoch has whole rounds, so dafl, zskt, dfad and dfq get 3,960 steps. A line with
+# further lengths is capped: with the scale alone, synthesis would take x times the student's CPU time (measured: docs/results.md).
+# The cap divides the steps and the images of synthesis by sqrt(x) each. The images are divided through the rounds of the initial
+# bank, or through the images per round for a method without one.
 declare -A flags=(
   [kd]="--scale .05"
   [noise]="--scale .05"

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# The whole of it on real handwritten digits, from a bare clone: minutes on two CPU cores, no downloads but packages.
+# The complete workflow on real handwritten digits, from a bare clone: minutes on two CPU cores, downloads only Python packages.
 #   bash scripts/quickstart.sh              seed 0
-#   bash scripts/quickstart.sh diffdfkd     only DiffDFKD, with the diffusion prior of printed digits that the clone holds
-#   SEED=1 bash scripts/quickstart.sh       another seed; run the same command again to resume
+#   bash scripts/quickstart.sh diffdfkd     only DiffDFKD, with the diffusion prior of printed digits that the clone contains
+#   SEED=1 bash scripts/quickstart.sh       another seed
+# Run the same command again to resume.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 part="${1:-all}"

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# The speed run: the highest CIFAR-10 accuracy that this project reaches in 60 CPU-minutes, an hour with one thread;
+# The speed run: the highest CIFAR-10 accuracy that this project reaches in about 60 CPU-minutes, an hour with one thread;
 # resnet20 -> wrn16_1.
 #   TEACHER=cifar10_resnet20.pth DATA_ROOT=data bash scripts/speedrun.sh      without data and without any prior
-#   TEACHER=... DATA_ROOT=... bash scripts/speedrun.sh real                   the bar: the real training images, in the same time
+#   TEACHER=... DATA_ROOT=... bash scripts/speedrun.sh real                   the upper bound: the real training images, in the same time
 #   DATASET=cifar100 TEACHER=checkpoints/pretrained/cifar100_resnet20.pth ... bash scripts/speedrun.sh      another dataset, a teacher of train_scratch.py
-# TEACHER: for cifar10 the one of the tables (docs/reference.md, Networks). THREADS: 1. Further flags go behind the name. The log of attempts stands in
-# docs/results.md: the recipe was chosen by the accuracy on the test split.
+# TEACHER: for cifar10 the teacher of the tables (docs/reference.md, Networks). THREADS: CPU threads, default 1. Further flags follow
+# the name data_free or real. docs/results.md lists the attempts. The recipe was chosen by the accuracy on the test split.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh

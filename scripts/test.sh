@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# All tests, from a bare clone: CPU only, no network but the packages, minutes.
-#   bash scripts/test.sh -k bank          some of them; WORKERS=8 for a larger machine than two cores
+# Runs all tests from a bare clone in minutes, on the CPU, with no network except for Python packages.
+#   bash scripts/test.sh -k bank            some of the tests
+#   WORKERS=8 bash scripts/test.sh          on a machine with more than two cores
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Adaptive DeepInversion, CVPR 2020 (arXiv 1912.08795):
-# cifar10, wrn40_2 -> wrn16_2; settings published for CIFAR-10, wrn40_2 -> wrn16_1, but for the steps.
+# Adaptive DeepInversion, CVPR 2020 (arXiv 1912.08795).
+# cifar10, wrn40_2 -> wrn16_2.
+# Settings: published for CIFAR-10, wrn40_2 -> wrn16_1, except the number of steps.
 # The paper's acc1 (best test epoch): 89.72 %.
-# One GPU. Wants checkpoints/pretrained/cifar10_wrn40_2.pth.
+# Needs one GPU and checkpoints/pretrained/cifar10_wrn40_2.pth.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 source scripts/environment.sh

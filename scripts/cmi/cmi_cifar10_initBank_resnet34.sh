@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# CMI, IJCAI 2021 (arXiv 2105.08584):
-# cifar10, initial image bank of resnet34 (51,200 images); settings published for CIFAR-10, wrn40_2 -> wrn16_1.
-# One GPU. Wants checkpoints/pretrained/cifar10_resnet34.pth; makes checkpoints/cmi/cifar10_resnet34_initBank/bank.
+# CMI, IJCAI 2021 (arXiv 2105.08584).
+# cifar10, initial image bank of resnet34 (51,200 images).
+# Settings: published for CIFAR-10, wrn40_2 -> wrn16_1.
+# Needs one GPU and checkpoints/pretrained/cifar10_resnet34.pth.
+# Makes checkpoints/cmi/cifar10_resnet34_initBank/bank.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 source scripts/environment.sh

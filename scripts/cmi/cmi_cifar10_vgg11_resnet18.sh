@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# CMI, IJCAI 2021 (arXiv 2105.08584):
-# cifar10, vgg11 -> resnet18; settings published for CIFAR-10, wrn40_2 -> wrn16_1.
+# CMI, IJCAI 2021 (arXiv 2105.08584).
+# cifar10, vgg11 -> resnet18.
+# Settings: published for CIFAR-10, wrn40_2 -> wrn16_1.
 # The paper's acc1 (best test epoch): 91.13 %.
-# One GPU. First: bash scripts/cmi/cmi_cifar10_initBank_vgg11.sh
+# Needs one GPU. First: bash scripts/cmi/cmi_cifar10_initBank_vgg11.sh
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 source scripts/environment.sh

@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# CSD, ICME 2023 (arXiv 2307.04542):
-# cifar10, initial image bank of wrn40_2 (80,000 images); settings published for CIFAR-10, wrn40_2 -> wrn16_1.
-# One GPU. Wants checkpoints/pretrained/cifar10_wrn40_2.pth; makes checkpoints/csd/cifar10_wrn40_2_initBank/bank.
+# CSD, ICME 2023 (arXiv 2307.04542).
+# cifar10, initial image bank of wrn40_2 (80,000 images).
+# Settings: published for CIFAR-10, wrn40_2 -> wrn16_1.
+# Needs one GPU and checkpoints/pretrained/cifar10_wrn40_2.pth.
+# Makes checkpoints/csd/cifar10_wrn40_2_initBank/bank.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 source scripts/environment.sh

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# CSD, ICME 2023 (arXiv 2307.04542):
-# cifar10, wrn40_2 -> wrn16_1; settings published for CIFAR-10, wrn40_2 -> wrn16_1.
-# One GPU. First: bash scripts/csd/csd_cifar10_initBank_wrn402.sh
+# CSD, ICME 2023 (arXiv 2307.04542).
+# cifar10, wrn40_2 -> wrn16_1.
+# Settings: published for CIFAR-10, wrn40_2 -> wrn16_1.
+# Needs one GPU. First: bash scripts/csd/csd_cifar10_initBank_wrn402.sh
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 source scripts/environment.sh

@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# CSD, ICME 2023 (arXiv 2307.04542):
-# tiny_imagenet, initial image bank of vgg11 (80,000 images); settings published for CIFAR-10, wrn40_2 -> wrn16_1.
-# One GPU. Wants checkpoints/pretrained/tiny_imagenet_vgg11.pth; makes checkpoints/csd/tiny_imagenet_vgg11_initBank/bank.
+# CSD, ICME 2023 (arXiv 2307.04542).
+# tiny_imagenet, initial image bank of vgg11 (80,000 images).
+# Settings: published for CIFAR-10, wrn40_2 -> wrn16_1.
+# Needs one GPU and checkpoints/pretrained/tiny_imagenet_vgg11.pth.
+# Makes checkpoints/csd/tiny_imagenet_vgg11_initBank/bank.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 source scripts/environment.sh

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# DAFL, ICCV 2019 (arXiv 1904.01186):
-# cifar10, resnet34 -> resnet18; published settings.
+# DAFL, ICCV 2019 (arXiv 1904.01186).
+# cifar10, resnet34 -> resnet18.
+# Settings: published.
 # The paper's acc1 (best test epoch): 92.22 %.
-# One GPU. Wants checkpoints/pretrained/cifar10_resnet34.pth.
+# Needs one GPU and checkpoints/pretrained/cifar10_resnet34.pth.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 source scripts/environment.sh

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# DAFL, ICCV 2019 (arXiv 1904.01186):
-# cifar10, wrn40_2 -> wrn16_2; published settings.
+# DAFL, ICCV 2019 (arXiv 1904.01186).
+# cifar10, wrn40_2 -> wrn16_2.
+# Settings: published.
 # The paper's acc1 (best test epoch): 81.55 %.
-# One GPU. Wants checkpoints/pretrained/cifar10_wrn40_2.pth.
+# Needs one GPU and checkpoints/pretrained/cifar10_wrn40_2.pth.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 source scripts/environment.sh

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# DDA, ACM MM 2024 (arXiv 2410.17606):
-# cifar10, resnet20 -> wrn16_1 on a CPU; 4,000 student steps, variants by natural_32 under the teacher's guidance.
-# One CPU core; not measured yet. Wants checkpoints/pretrained/cifar10_resnet20.pth.
+# DDA, ACM MM 2024 (arXiv 2410.17606).
+# cifar10, resnet20 -> wrn16_1 on a CPU.
+# Settings: 4,000 student steps; variants by natural_32 under the teacher's guidance.
+# Needs one CPU core and checkpoints/pretrained/cifar10_resnet20.pth. Not measured yet.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 source scripts/environment.sh

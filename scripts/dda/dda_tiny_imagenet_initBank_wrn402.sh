@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# DDA, ACM MM 2024 (arXiv 2410.17606):
-# tiny_imagenet, initial image bank of wrn40_2 (80,000 images); CSD's published settings; for the diffusion stage none are, and its prior is trained here.
-# One GPU. Wants checkpoints/pretrained/tiny_imagenet_wrn40_2.pth; makes checkpoints/dda/tiny_imagenet_wrn40_2_initBank/bank.
+# DDA, ACM MM 2024 (arXiv 2410.17606).
+# tiny_imagenet, initial image bank of wrn40_2 (80,000 images).
+# Settings: published for CSD; none are published for the diffusion stage, whose prior is trained here.
+# Needs one GPU and checkpoints/pretrained/tiny_imagenet_wrn40_2.pth.
+# Makes checkpoints/dda/tiny_imagenet_wrn40_2_initBank/bank.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 source scripts/environment.sh

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# DDA, ACM MM 2024 (arXiv 2410.17606):
-# tiny_imagenet, vgg11 -> resnet18; CSD's published settings; for the diffusion stage none are, and its prior is trained here.
-# One GPU. First: bash scripts/dda/dda_tiny_imagenet_initBank_vgg11.sh
+# DDA, ACM MM 2024 (arXiv 2410.17606).
+# tiny_imagenet, vgg11 -> resnet18.
+# Settings: published for CSD; none are published for the diffusion stage, whose prior is trained here.
+# Needs one GPU. First: bash scripts/dda/dda_tiny_imagenet_initBank_vgg11.sh
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 source scripts/environment.sh

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# DeepInversion, CVPR 2020 (arXiv 1912.08795):
-# cifar10, wrn40_2 -> wrn16_1; ADI's settings without its competition.
-# One GPU. Wants checkpoints/pretrained/cifar10_wrn40_2.pth.
+# DeepInversion, CVPR 2020 (arXiv 1912.08795).
+# cifar10, wrn40_2 -> wrn16_1.
+# Settings: those of ADI without its competition term.
+# Needs one GPU and checkpoints/pretrained/cifar10_wrn40_2.pth.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 source scripts/environment.sh

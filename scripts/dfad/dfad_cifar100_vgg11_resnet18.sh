@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# DFAD, 2019 (arXiv 1912.11006):
-# cifar100, vgg11 -> resnet18; published settings.
-# One GPU. Wants checkpoints/pretrained/cifar100_vgg11.pth.
+# DFAD, 2019 (arXiv 1912.11006).
+# cifar100, vgg11 -> resnet18.
+# Settings: published.
+# Needs one GPU and checkpoints/pretrained/cifar100_vgg11.pth.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 source scripts/environment.sh

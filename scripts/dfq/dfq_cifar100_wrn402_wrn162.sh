@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# DFQ, CVPRW 2020 (arXiv 2005.04136):
-# cifar100, wrn40_2 -> wrn16_2; published settings.
+# DFQ, CVPRW 2020 (arXiv 2005.04136).
+# cifar100, wrn40_2 -> wrn16_2.
+# Settings: published.
 # The paper's acc1 (best test epoch): 64.79 %.
-# One GPU. Wants checkpoints/pretrained/cifar100_wrn40_2.pth.
+# Needs one GPU and checkpoints/pretrained/cifar100_wrn40_2.pth.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 source scripts/environment.sh

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# DFQ, CVPRW 2020 (arXiv 2005.04136):
-# cifar10, resnet34 -> resnet18; published settings.
+# DFQ, CVPRW 2020 (arXiv 2005.04136).
+# cifar10, resnet34 -> resnet18.
+# Settings: published.
 # The paper's acc1 (best test epoch): 94.61 %.
-# One GPU. Wants checkpoints/pretrained/cifar10_resnet34.pth.
+# Needs one GPU and checkpoints/pretrained/cifar10_resnet34.pth.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 source scripts/environment.sh

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# DFQ, CVPRW 2020 (arXiv 2005.04136):
-# cifar10, vgg11 -> resnet18; published settings.
+# DFQ, CVPRW 2020 (arXiv 2005.04136).
+# cifar10, vgg11 -> resnet18.
+# Settings: published.
 # The paper's acc1 (best test epoch): 90.84 %.
-# One GPU. Wants checkpoints/pretrained/cifar10_vgg11.pth.
+# Needs one GPU and checkpoints/pretrained/cifar10_vgg11.pth.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 source scripts/environment.sh

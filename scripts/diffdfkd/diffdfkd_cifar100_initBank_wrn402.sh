@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# DiffDFKD, ICME 2025 (arXiv 2504.00870), Stable Diffusion 1.5:
-# cifar100, initial image bank of wrn40_2 (50,000 images); CIFAR-10's published settings.
-# One GPU. Wants checkpoints/pretrained/cifar100_wrn40_2.pth; makes checkpoints/diffdfkd/cifar100_wrn40_2_initBank/bank.
+# DiffDFKD, ICME 2025 (arXiv 2504.00870), Stable Diffusion 1.5.
+# cifar100, initial image bank of wrn40_2 (50,000 images).
+# Settings: published for CIFAR-10.
+# Needs one GPU and checkpoints/pretrained/cifar100_wrn40_2.pth.
+# Makes checkpoints/diffdfkd/cifar100_wrn40_2_initBank/bank.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 source scripts/environment.sh

@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# DiffDFKD, ICME 2025 (arXiv 2504.00870), Stable Diffusion 1.5:
-# cifar10, initial image bank of resnet34 (50,000 images); published settings.
-# One GPU. Wants checkpoints/pretrained/cifar10_resnet34.pth; makes checkpoints/diffdfkd/cifar10_resnet34_initBank/bank.
+# DiffDFKD, ICME 2025 (arXiv 2504.00870), Stable Diffusion 1.5.
+# cifar10, initial image bank of resnet34 (50,000 images).
+# Settings: published.
+# Needs one GPU and checkpoints/pretrained/cifar10_resnet34.pth.
+# Makes checkpoints/diffdfkd/cifar10_resnet34_initBank/bank.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 source scripts/environment.sh

@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# DiffDFKD, ICME 2025 (arXiv 2504.00870), Stable Diffusion 1.5:
-# cifar10, initial image bank of vgg11 (50,000 images); published settings.
-# One GPU. Wants checkpoints/pretrained/cifar10_vgg11.pth; makes checkpoints/diffdfkd/cifar10_vgg11_initBank/bank.
+# DiffDFKD, ICME 2025 (arXiv 2504.00870), Stable Diffusion 1.5.
+# cifar10, initial image bank of vgg11 (50,000 images).
+# Settings: published.
+# Needs one GPU and checkpoints/pretrained/cifar10_vgg11.pth.
+# Makes checkpoints/diffdfkd/cifar10_vgg11_initBank/bank.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 source scripts/environment.sh

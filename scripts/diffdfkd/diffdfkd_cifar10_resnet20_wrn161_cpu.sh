@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# DiffDFKD, ICME 2025 (arXiv 2504.00870):
-# cifar10, resnet20 -> wrn16_1 on a CPU; 4,000 student steps on 2,000 images that the teacher draws with natural_32.
-# One CPU core; not measured yet. Wants checkpoints/pretrained/cifar10_resnet20.pth.
+# DiffDFKD, ICME 2025 (arXiv 2504.00870).
+# cifar10, resnet20 -> wrn16_1 on a CPU.
+# Settings: 4,000 student steps on 2,000 images drawn by natural_32 under the teacher's guidance.
+# Needs one CPU core and checkpoints/pretrained/cifar10_resnet20.pth. Not measured yet.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 source scripts/environment.sh

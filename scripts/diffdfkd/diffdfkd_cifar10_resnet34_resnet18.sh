@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# DiffDFKD, ICME 2025 (arXiv 2504.00870), Stable Diffusion 1.5:
-# cifar10, resnet34 -> resnet18; published settings.
-# One GPU. First: bash scripts/diffdfkd/diffdfkd_cifar10_initBank_resnet34.sh
+# DiffDFKD, ICME 2025 (arXiv 2504.00870), Stable Diffusion 1.5.
+# cifar10, resnet34 -> resnet18.
+# Settings: published.
+# Needs one GPU. First: bash scripts/diffdfkd/diffdfkd_cifar10_initBank_resnet34.sh
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 source scripts/environment.sh

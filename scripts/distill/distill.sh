@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# DiffDFKD, ICME 2025 (arXiv 2504.00870): resnet34 -> resnet18 at 224 px on the images of one domain of DomainNet (T 30,
-# batch 256, crops of 8 to 100 %, at most 4,500 images a class); published settings, but a cosine in place of lr steps.
-# One GPU. First: bash scripts/generate_data/generate_data_domainNet.sh
-# DOMAIN=quickdraw bash ... takes another domain than sketch.
+# DiffDFKD, ICME 2025 (arXiv 2504.00870): resnet34 -> resnet18 at 224 px on the images of one domain of DomainNet.
+# Settings: published (T 30, batch 256, crops of 8 to 100 %, at most 4,500 images per class), except a cosine schedule in place of
+# learning rate steps.
+# Needs one GPU. First: bash scripts/generate_data/generate_data_domainNet.sh
+# DOMAIN=quickdraw bash ... uses another domain than sketch.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 source scripts/environment.sh

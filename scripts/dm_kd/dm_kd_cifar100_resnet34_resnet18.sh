@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# DM-KD (arXiv 2305.12954), Stable Diffusion 1.5: DiffDFKD without guidance:
-# cifar100, resnet34 -> resnet18; DiffDFKD's settings, unguided; DM-KD's images are a DiT's.
+# DM-KD (arXiv 2305.12954), Stable Diffusion 1.5: DiffDFKD without guidance.
+# cifar100, resnet34 -> resnet18.
+# Settings: those of DiffDFKD without guidance; DM-KD itself draws its images with a DiT.
 # The paper's acc1 (best test epoch): 76.58 %.
-# One GPU. First: bash scripts/dm_kd/dm_kd_cifar100_initBank_resnet34.sh
+# Needs one GPU. First: bash scripts/dm_kd/dm_kd_cifar100_initBank_resnet34.sh
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 source scripts/environment.sh

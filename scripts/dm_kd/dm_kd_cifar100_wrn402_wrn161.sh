@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# DM-KD (arXiv 2305.12954), Stable Diffusion 1.5: DiffDFKD without guidance:
-# cifar100, wrn40_2 -> wrn16_1; DiffDFKD's settings, unguided; DM-KD's images are a DiT's.
+# DM-KD (arXiv 2305.12954), Stable Diffusion 1.5: DiffDFKD without guidance.
+# cifar100, wrn40_2 -> wrn16_1.
+# Settings: those of DiffDFKD without guidance; DM-KD itself draws its images with a DiT.
 # The paper's acc1 (best test epoch): 56.29 %.
-# One GPU. First: bash scripts/dm_kd/dm_kd_cifar100_initBank_wrn402.sh
+# Needs one GPU. First: bash scripts/dm_kd/dm_kd_cifar100_initBank_wrn402.sh
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 source scripts/environment.sh

@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# DM-KD (arXiv 2305.12954), Stable Diffusion 1.5: DiffDFKD without guidance:
-# cifar10, initial image bank of vgg11 (50,000 images); DiffDFKD's settings, unguided; DM-KD's images are a DiT's.
-# One GPU. Wants checkpoints/pretrained/cifar10_vgg11.pth; makes checkpoints/dm_kd/cifar10_vgg11_initBank/bank.
+# DM-KD (arXiv 2305.12954), Stable Diffusion 1.5: DiffDFKD without guidance.
+# cifar10, initial image bank of vgg11 (50,000 images).
+# Settings: those of DiffDFKD without guidance; DM-KD itself draws its images with a DiT.
+# Needs one GPU and checkpoints/pretrained/cifar10_vgg11.pth.
+# Makes checkpoints/dm_kd/cifar10_vgg11_initBank/bank.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 source scripts/environment.sh

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# DM-KD (arXiv 2305.12954), Stable Diffusion 1.5: DiffDFKD without guidance:
-# cifar10, wrn40_2 -> wrn16_1; DiffDFKD's settings, unguided; DM-KD's images are a DiT's.
-# One GPU. First: bash scripts/dm_kd/dm_kd_cifar10_initBank_wrn402.sh
+# DM-KD (arXiv 2305.12954), Stable Diffusion 1.5: DiffDFKD without guidance.
+# cifar10, wrn40_2 -> wrn16_1.
+# Settings: those of DiffDFKD without guidance; DM-KD itself draws its images with a DiT.
+# Needs one GPU. First: bash scripts/dm_kd/dm_kd_cifar10_initBank_wrn402.sh
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 source scripts/environment.sh

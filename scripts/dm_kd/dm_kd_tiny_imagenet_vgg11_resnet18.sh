@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# DM-KD (arXiv 2305.12954), Stable Diffusion 1.5: DiffDFKD without guidance:
-# tiny_imagenet, vgg11 -> resnet18; DiffDFKD's settings, unguided; DM-KD's images are a DiT's.
-# One GPU. First: bash scripts/dm_kd/dm_kd_tiny_imagenet_initBank_vgg11.sh
+# DM-KD (arXiv 2305.12954), Stable Diffusion 1.5: DiffDFKD without guidance.
+# tiny_imagenet, vgg11 -> resnet18.
+# Settings: those of DiffDFKD without guidance; DM-KD itself draws its images with a DiT.
+# Needs one GPU. First: bash scripts/dm_kd/dm_kd_tiny_imagenet_initBank_vgg11.sh
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 source scripts/environment.sh

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Fast-10, AAAI 2022 (arXiv 2112.06253); --g_steps 5 --lr_g 3e-3, or 2 and 5e-3 --lr_z .015, for Fast-5, -2:
-# cifar10, wrn40_2 -> wrn16_2; published settings.
+# Fast-10, AAAI 2022 (arXiv 2112.06253); Fast-5: --g_steps 5 --lr_g 3e-3; Fast-2: --g_steps 2 --lr_g 5e-3 --lr_z .015.
+# cifar10, wrn40_2 -> wrn16_2.
+# Settings: published.
 # The paper's acc1 (best test epoch): 92.45 %.
-# One GPU. Wants checkpoints/pretrained/cifar10_wrn40_2.pth.
+# Needs one GPU and checkpoints/pretrained/cifar10_wrn40_2.pth.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 source scripts/environment.sh

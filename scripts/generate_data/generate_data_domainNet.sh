@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# DiffDFKD, ICME 2025 (arXiv 2504.00870): 200 images a class for ten classes of one domain of DomainNet, drawn by Stable
-# Diffusion 1.5 under guidance of the teacher (bn 0.1, oh 1, adv 1 from 20 images a class on); published settings. Their
-# prompt leaves the class to the guidance; --prompt "an image of {label}" names it.
-# One GPU (24 GB: add --diffusion_batch_size 4 --gradient_checkpointing). First: bash scripts/train_from_scratch/domainnet.sh
-# DOMAIN=quickdraw bash ... takes another domain than sketch; makes checkpoints/diffdfkd/domainnet_<domain>_generated/bank.
+# DiffDFKD, ICME 2025 (arXiv 2504.00870): 200 images per class for ten classes of one domain of DomainNet, drawn by Stable
+# Diffusion 1.5 under the teacher's guidance (bn 0.1, oh 1, adv 1 from 20 images per class on).
+# Settings: published. Their prompt leaves the class to the guidance; --prompt "an image of {label}" includes it.
+# Needs one GPU (24 GB: add --diffusion_batch_size 4 --gradient_checkpointing).
+# First: bash scripts/train_from_scratch/domainnet.sh
+# DOMAIN=quickdraw bash ... uses another domain than sketch. Makes checkpoints/diffdfkd/domainnet_<domain>_generated/bank.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 source scripts/environment.sh

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# ordinary distillation on the real training images, the upper bound (arXiv 1503.02531):
-# cifar10, wrn40_2 -> wrn40_1; steps and rates as the methods'.
-# One GPU. Wants checkpoints/pretrained/cifar10_wrn40_2.pth.
+# Ordinary distillation on the real training images, the upper bound (arXiv 1503.02531).
+# cifar10, wrn40_2 -> wrn40_1.
+# Settings: student steps and learning rates as for the methods.
+# Needs one GPU and checkpoints/pretrained/cifar10_wrn40_2.pth.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 source scripts/environment.sh

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# NAYER, CVPR 2024 (arXiv 2310.00258), prior-free label codes; --label_embedding clip for the paper's:
-# cifar10, wrn40_2 -> wrn40_1; published settings.
+# NAYER, CVPR 2024 (arXiv 2310.00258), with label codes that need no prior; the paper's: --label_embedding clip.
+# cifar10, wrn40_2 -> wrn40_1.
+# Settings: published.
 # The paper's acc1 (best test epoch): 94.07 %.
-# One GPU. Wants checkpoints/pretrained/cifar10_wrn40_2.pth.
+# Needs one GPU and checkpoints/pretrained/cifar10_wrn40_2.pth.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 source scripts/environment.sh

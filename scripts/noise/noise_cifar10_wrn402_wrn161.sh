@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# distillation on noise, the lower bound; --images FOLDER for unrelated pictures:
-# cifar10, wrn40_2 -> wrn16_1; steps and rates as the methods'.
-# One GPU. Wants checkpoints/pretrained/cifar10_wrn40_2.pth.
+# Distillation on noise, the lower bound; with --images FOLDER, on unrelated pictures.
+# cifar10, wrn40_2 -> wrn16_1.
+# Settings: student steps and learning rates as for the methods.
+# Needs one GPU and checkpoints/pretrained/cifar10_wrn40_2.pth.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 source scripts/environment.sh

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# distillation on crops of one picture (arXiv 2112.00725): give --image FILE:
-# cifar100, resnet34 -> resnet18; steps and rates as the methods'.
-# One GPU. Wants checkpoints/pretrained/cifar100_resnet34.pth.
+# Distillation on crops of one picture (arXiv 2112.00725); needs --image FILE.
+# cifar100, resnet34 -> resnet18.
+# Settings: student steps and learning rates as for the methods.
+# Needs one GPU and checkpoints/pretrained/cifar100_resnet34.pth.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 source scripts/environment.sh

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# distillation on crops of one picture (arXiv 2112.00725): give --image FILE:
-# cifar10, wrn40_2 -> wrn16_1; steps and rates as the methods'.
-# One GPU. Wants checkpoints/pretrained/cifar10_wrn40_2.pth.
+# Distillation on crops of one picture (arXiv 2112.00725); needs --image FILE.
+# cifar10, wrn40_2 -> wrn16_1.
+# Settings: student steps and learning rates as for the methods.
+# Needs one GPU and checkpoints/pretrained/cifar10_wrn40_2.pth.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 source scripts/environment.sh

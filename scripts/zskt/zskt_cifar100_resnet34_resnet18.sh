@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# ZSKT, NeurIPS 2019 (arXiv 1905.09768):
-# cifar100, resnet34 -> resnet18; published settings.
+# ZSKT, NeurIPS 2019 (arXiv 1905.09768).
+# cifar100, resnet34 -> resnet18.
+# Settings: published.
 # The paper's acc1 (best test epoch): 67.74 %.
-# One GPU. Wants checkpoints/pretrained/cifar100_resnet34.pth.
+# Needs one GPU and checkpoints/pretrained/cifar100_resnet34.pth.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 source scripts/environment.sh

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# ZSKT, NeurIPS 2019 (arXiv 1905.09768):
-# cifar10, vgg11 -> resnet18; published settings.
+# ZSKT, NeurIPS 2019 (arXiv 1905.09768).
+# cifar10, vgg11 -> resnet18.
+# Settings: published.
 # The paper's acc1 (best test epoch): 89.46 %.
-# One GPU. Wants checkpoints/pretrained/cifar10_vgg11.pth.
+# Needs one GPU and checkpoints/pretrained/cifar10_vgg11.pth.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 source scripts/environment.sh

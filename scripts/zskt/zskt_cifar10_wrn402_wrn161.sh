@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# ZSKT, NeurIPS 2019 (arXiv 1905.09768):
-# cifar10, wrn40_2 -> wrn16_1; published settings.
+# ZSKT, NeurIPS 2019 (arXiv 1905.09768).
+# cifar10, wrn40_2 -> wrn16_1.
+# Settings: published.
 # The paper's acc1 (best test epoch): 83.74 %.
-# One GPU. Wants checkpoints/pretrained/cifar10_wrn40_2.pth.
+# Needs one GPU and checkpoints/pretrained/cifar10_wrn40_2.pth.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 source scripts/environment.sh

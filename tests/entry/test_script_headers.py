@@ -40,7 +40,7 @@ def test_runs_with_the_settings_of_a_script_are_told(make_scripts):
     command = f"--method fast {TASK}"
     runs = [result(command, seed=k, acc1_last=70.0 + 2 * k) for k in range(2)]
     found = make_scripts.measured(runs, command, command)
-    assert found == "\n# Ours (last epoch): 71.00 ± 1.41 %, seeds 0, 1, 1.5 h on a machine."
+    assert found == "\n# Ours (last epoch): 71.00 ± 1.41 %, seeds 0, 1; 1.5 h on a machine."
 
 
 @pytest.mark.parametrize("other", ["--epochs 2", "--batch_size 8", "--synthesis_batch_size 8"])
