@@ -198,8 +198,7 @@ class Trajectory:
         return clean if self.clip is None else clean.clamp(-self.clip, self.clip)
 
     def renoise(self, latents: Tensor, k: int, noise: Tensor) -> Tensor:
-        """Returns from x_k to x_{k-1} by the forward process with fresh noise (B, C, h, w), as in RePaint (arXiv
-        2201.09865)."""
+        """The latents x_{k-1}, made from x_k by adding fresh noise (B, C, h, w), as in RePaint (arXiv 2201.09865)."""
         ratio = self.alphas[k - 1] / self.alphas[k]
         return ratio * latents + math.sqrt(max(0.0, self.sigmas[k - 1] ** 2 - (ratio * self.sigmas[k]) ** 2)) * noise
 
