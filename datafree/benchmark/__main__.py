@@ -60,7 +60,7 @@ LOOPS = {
 }
 KNOWN = (0.5, 0.9, 1.0)  # shares of a step's images whose teacher logits are cached
 RUN_VIEWS = {"all views": None, "16 views": 16}
-GROWING, SHARDS = ((10**3, 10**4, 10**5), 10)  # images in the banks in memory; the mapped one has SHARDS times the last
+GROWING, SHARDS = (10**3, 10**4, 10**5), 10  # sizes of the banks in memory; the mapped bank has SHARDS times the last size
 Kept = list[tuple[str, str, float, Measured, Measured]]  # (loop, variant, share of cached teacher logits, ours, plain)
 
 
