@@ -1,4 +1,4 @@
-"""Wide ResNets (Zagoruyko and Komodakis 2016, arXiv 1605.07146), pre-activation, without dropout, as the field's teachers."""
+"""Wide ResNets (Zagoruyko and Komodakis 2016, arXiv 1605.07146): pre-activation, no dropout, like the field's teachers."""
 
 from torch import Tensor, nn
 
