@@ -30,7 +30,7 @@ ALWAYS = 10**9  # number of calls, large enough for "auto" to compile
 
 
 class Plain:
-    """A loop like public code of this field; the steps are described in ``datafree.benchmark``.
+    """A loop like public code of this field; see ``datafree.benchmark.__main__`` for its steps.
 
     Args:
         folder: class folders of PNG images.

@@ -99,7 +99,7 @@ def ceilings(device: torch.device, dtype: torch.dtype, seconds: float = 0.7, sca
 
 
 def resident(name: str) -> int:
-    """Memory of this process in MiB on Linux: "VmRSS" is the present, "VmHWM" the peak memory."""
+    """Memory of this process in MiB on Linux: "VmRSS" is the present memory, "VmHWM" the peak."""
     return int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) // 1024
 
 

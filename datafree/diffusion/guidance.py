@@ -50,7 +50,7 @@ AT_ONCE = 512  # batch size of the teacher's forward passes
 
 
 class Judgement:
-    """The teacher's labels for images, its accuracy and losses on them.
+    """The labels that the teacher predicts for images, and the teacher's accuracy and losses on images.
 
     Args:
         teacher: frozen network that maps images (B, 3, H, W) in [0, 1] to logits.
@@ -129,7 +129,7 @@ class Guidance:
 
     @property
     def active(self) -> bool:
-        """Whether the guidance moves latents: ``lr`` and the weight of at least one term are not 0."""
+        """Whether the guidance moves latents: ``lr`` and the weight of a term are not 0, and ``adv`` has its student."""
         return bool(self.lr and (self.bn or self.oh or (self.adv and self.student is not None)))
 
     def steer(

@@ -75,7 +75,7 @@ def draw_cutmix(generators: list[torch.Generator], height: int, width: int, devi
 
 
 def seams(masks: Tensor, width: int = 1) -> Tensor:
-    """(B, 1, h, w) bool, true within ``width`` latent pixels of the edge of a pasted box, on either side."""
+    """Masks (B, 1, h, w) bool that are true within ``width`` latent pixels of the edge of a pasted box, on either side."""
     inside, kernel = masks.float(), 2 * width + 1
     grown = F.max_pool2d(inside, kernel, 1, width)
     shrunk = -F.max_pool2d(-inside, kernel, 1, width)

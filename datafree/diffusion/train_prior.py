@@ -306,8 +306,7 @@ def _rounds(
     output: Path,
     first: int,
 ) -> None:
-    """Trains round by round until --images or --minutes is reached; reports and writes the file at intervals and at the
-    end."""
+    """Trains in rounds until --images or --minutes is reached; reports and writes the file at intervals and at the end."""
     before, a_round = about["images_drawn"], flags.round_steps * flags.batch_size
     rounds = max(0, -(-(flags.images - before) // a_round))
     end = time.monotonic() + 60 * flags.minutes if flags.minutes else float("inf")
