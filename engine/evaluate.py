@@ -1,10 +1,10 @@
-"""The command ``python -m engine.evaluate``: how good a trained model is, and how much it agrees with its teacher.
+"""Evaluates a trained model on a test split or on a folder of images, and compares its predictions with its teacher's.
 
 python -m engine.evaluate MODEL --dataset digits               the test split of a dataset
 python -m engine.evaluate MODEL --images FOLDER                FOLDER/<class>/*, or a folder of unlabelled images
 python -m engine.evaluate MODEL --dataset digits --against TEACHER --csv predictions.csv --json figures.json
 
-MODEL and TEACHER: a run folder, a folder that engine.export wrote, a file of weights (student.pth), a public name
+MODEL and TEACHER are each a run folder, a folder that engine.export wrote, a file of weights (student.pth), a public name
 (timm:NAME, hf-hub:ORG/NAME, torchvision:NAME, local-dir:FOLDER), or a name of registry.MODELS trained on the dataset.
 """
 
@@ -29,42 +29,50 @@ from engine.runtime.precision import choose_device
 from models.classifier import Classifier
 from registry import DATASETS, MODELS
 
-MOST_SHOWN = 20  # classes of which a table is printed; more are told by the worst
+MOST_SHOWN = 20  # largest number of classes in the printed table; with more classes only the worst ones are printed
 
 
 def parse(argv: list[str] | None = None):
-    """The command line.
+    """Parses the command line.
 
     Raises:
         UserError: not exactly one of --dataset and --images is given.
     """
     parser = Parser(prog="python -m engine.evaluate", description=__doc__.splitlines()[0])
-    parser.add_argument("model", help="what to evaluate")
-    parser.add_argument("--against", metavar="TEACHER", help="another model: how often both say the same")
-    parser.add_argument("--dataset", help="a name of registry.DATASETS, or NAME where DATA_ROOT/NAME.npz exists")
-    parser.add_argument("--images", metavar="FOLDER", help="class folders of images, or unlabelled images")
+    parser.add_argument(
+        "model",
+        help="model to evaluate: a run folder, an exported folder, a file of weights, a public name (timm:NAME, "
+        "hf-hub:ORG/NAME, torchvision:NAME, local-dir:FOLDER) or a name of registry.MODELS",
+    )
+    parser.add_argument("--against", metavar="TEACHER", help="second model, whose agreement with the first is reported")
+    parser.add_argument("--dataset", help="dataset: a name of registry.DATASETS, or NAME of DATA_ROOT/NAME.npz")
+    parser.add_argument("--images", metavar="FOLDER", help="folder of unlabelled images, or with one folder per class")
     parser.add_argument("--data_root", default="data", help="folder of the dataset [data]")
-    parser.add_argument("--domain", help="of a dataset that has several")
-    parser.add_argument("--classes", help="of such a dataset: ten or all")
-    parser.add_argument("--image_size", type=int, least=1, most=4096, help="px; unset: the model's own, else the dataset's")
-    parser.add_argument("--arch", metavar="NAME", help="network of a file of weights that does not say it")
-    parser.add_argument("--against_arch", metavar="NAME", help="the same of --against")
+    parser.add_argument("--domain", help="domain of a dataset that has several (domainnet)")
+    parser.add_argument("--classes", help="classes of a dataset with domains: ten or all; unset: ten")
+    parser.add_argument(
+        "--image_size", type=int, least=1, most=4096, help="image size in px; unset: the model's own, else the dataset's"
+    )
+    parser.add_argument("--arch", metavar="NAME", help="network of a file of weights that does not name its network")
+    parser.add_argument("--against_arch", metavar="NAME", help="the same as --arch for the --against model")
     for name in ("mean", "std"):
         parser.add_argument(
-            f"--{name}", type=_numbers, help="normalization r,g,b; unset: the model's own, else the dataset's"
+            f"--{name}",
+            type=_numbers,
+            help=f"{name} r,g,b for the normalization; unset: the model's own, else the dataset's",
         )
-    parser.add_argument("--batch_size", type=int, least=1, default=250, help="images at once [250]")
+    parser.add_argument("--batch_size", type=int, least=1, default=250, help="images per forward pass [250]")
     parser.add_argument(
         "--workers",
         type=int,
         least=0,
         most=1024,
         default=4,
-        help="processes that decode images which do not fit in memory [4]",
+        help="processes that decode images if the images do not fit in memory [4]",
     )
     parser.add_argument("--gpu", type=int, least=-1, help="index of the GPU, -1 for the CPU; unset: GPU 0 if there is one")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the predictions, a line an image")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="file to write the predictions to, one line per image")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="file to write all figures to")
     args = parser.parse_args(argv)
     if bool(args.dataset) == bool(args.images):
         raise UserError("give --dataset NAME or --images FOLDER, one of them")
@@ -106,7 +114,13 @@ def main() -> None:
 
 
 def images_info(folder: str, model: Trained, image_size: int | None) -> tuple[DatasetInfo, bool]:
-    """A folder of images as a dataset of the model's classes, and whether it is labelled: has class folders with images."""
+    """Describes a folder of images as a dataset with the model's classes.
+
+    Returns:
+        The dataset, and whether it is labelled. It is labelled if the folder has subfolders with images.
+    Raises:
+        UserError: there is no such folder, or the image size is unknown.
+    """
     root, about = Path(folder), model.about
     if not root.is_dir():
         raise UserError(f"--images {folder} is no folder; wanted {folder}/<class>/*.png, or a folder of images")
@@ -132,7 +146,12 @@ def images_info(folder: str, model: Trained, image_size: int | None) -> tuple[Da
 
 
 def known_to(info: DatasetInfo, model: Trained, size: int | None, name: str) -> DatasetInfo:
-    """The dataset in the image size and with the class names that come with a model's weights."""
+    """The dataset with the image size and the class names that are stored with a model's weights.
+
+    Args:
+        size: image size in px that goes before the model's, or None.
+        name: the model's name in error messages.
+    """
     about = {"image_size": size or info.image_size} | model.about
     return info.as_known_to(name, about, keep_size=size is not None)
 
@@ -146,7 +165,7 @@ def logits_of(model: Trained, info: DatasetInfo, device: torch.device, args, mea
 
 
 def measures(logits: Tensor, labels: Tensor, num_classes: int) -> dict[str, Any]:
-    """acc1, acc5 and accuracy by class in %, the calibration error, and the confusion matrix, as plain values."""
+    """acc1, acc5 and the accuracy of each class in %, the calibration error and the confusion matrix, as plain values."""
     counts = confusion(labels, logits.argmax(1), num_classes)
     top = logits.topk(min(5, num_classes), 1).indices
     by_class = [None if value != value else round(value, 2) for value in class_accuracy(counts).tolist()]
@@ -164,7 +183,10 @@ def _percent(hits: Tensor) -> float:
 
 
 def write_csv(file: Path, info: DatasetInfo, labels: Tensor | None, predictions: dict[str, Tensor]) -> None:
-    """A line an image: which, its label if it has one, what is predicted; classes by their names where these are known."""
+    """Writes one line per image: its file or number, its label if there is one, and the predictions.
+
+    Classes are written by name if the names are known.
+    """
     raw, _ = read_split(info, "test")
     images = raw.images if isinstance(raw.images, list) else range(len(raw.images))
     names = info.class_names or range(info.num_classes)
@@ -179,7 +201,7 @@ def write_csv(file: Path, info: DatasetInfo, labels: Tensor | None, predictions:
 
 
 def lines(figures: dict[str, Any], info: DatasetInfo) -> list[str]:
-    """What is printed: the figures, and of classes and confusions all, or the worst where they are many."""
+    """The lines to print: the figures, the accuracy of all (or the worst) classes and the most frequent confusions."""
     names = info.class_names or tuple(map(str, range(info.num_classes)))
     found = [f"{figures['images']} images of {figures['on']}"]
     if "acc1" in figures:

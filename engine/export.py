@@ -1,8 +1,8 @@
-"""The command ``python -m engine.export``: a run's student as a folder that needs this project no more.
+"""Exports the student of a run as a folder that can be used without this project.
 
-python -m engine.export RUN OUT                          model.safetensors, config.json, README.md, network.py
-python -m engine.export RUN OUT --onnx                   and model.onnx, checked against PyTorch
-python -m engine.export RUN OUT --push_to_hub ORG/NAME   and all of it to the Hugging Face hub
+python -m engine.export RUN OUT                          writes model.safetensors, config.json, README.md, network.py
+python -m engine.export RUN OUT --onnx                   also writes model.onnx, checked against PyTorch
+python -m engine.export RUN OUT --push_to_hub ORG/NAME   also uploads the folder to the Hugging Face hub
 """
 
 import logging
@@ -25,7 +25,7 @@ from engine.runtime.files import atomic_folder, read_json, require_new, save_ten
 from engine.runtime.flags import Parser
 from registry import MODELS
 
-# The model card of an exported student, from what its run has written down.
+# The model card of an exported student, from the records of its run.
 
 
 FRONT = """---
@@ -65,11 +65,11 @@ trained on, of the external prior ({prior}).
 
 
 def model_card(library: str, student: Trained, result: dict[str, Any]) -> str:
-    """README.md of the folder.
+    """Text of README.md, the model card of an exported folder.
 
     Args:
-        library: ``library_name`` of its configuration.
-        result: the run's result.json.
+        library: ``library_name`` in the folder's configuration.
+        result: content of the run's result.json.
     """
     about, scratch = student.about, "teacher_digest" not in result
     names, prior, teacher = about.get("class_names"), result.get("external_prior", "none"), result.get("teacher", "none")
@@ -114,21 +114,21 @@ def _percent(value: float | None) -> str | None:
     return None if value is None else f"{value:.2f} %"
 
 
-# What an exported folder holds: weights, configuration, the network's source, a model card.
+# The files of an exported folder: weights, configuration, the network's source code and a model card.
 
 
 SOURCE = "network.py"
 
 
 def write_folder(folder: Path, table: dict[str, str], student: Trained, result: dict[str, Any]) -> None:
-    """Writes everything but model.onnx.
+    """Writes all files of an exported folder except model.onnx.
 
-    A network of timm gets timm's configuration, with the same plain figures beside it, so that timm loads the folder.
+    A timm network gets timm's configuration in addition to this project's entries, so that timm can load the folder.
 
     Args:
         table: ``registry.MODELS``.
-        student: with image_size, mean and std among what is known of it.
-        result: the run's result.json.
+        student: network whose ``about`` has image_size, mean and std.
+        result: content of the run's result.json.
     """
     library, architecture, arguments = origin_of(table, student.spec)
     about, names = student.about, student.about.get("class_names")
@@ -155,7 +155,10 @@ def _write_timm(folder: Path, network: nn.Module, figures: dict[str, Any]) -> No
 
 
 def origin_of(table: dict[str, str], spec: str) -> tuple[str, str, dict[str, Any]]:
-    """(library, name of the network there, arguments of its factory): of timm, of torchvision, or else of this project."""
+    """Where the network of ``spec`` comes from: (library, name in the library, arguments of its factory).
+
+    The library is timm, torchvision or this project.
+    """
     place, arguments = split_arguments(spec)
     if (config := public.own_config(place)) is not None:
         return origin_of(table, exported_spec(table, config, place))
@@ -168,10 +171,12 @@ def origin_of(table: dict[str, str], spec: str) -> tuple[str, str, dict[str, Any
 
 
 def network_source(table: dict[str, str], architecture: str) -> str | None:
-    """One Python file that makes the network and imports nothing of this project; None where it is in a package.
+    """Source code of the network as one Python file that imports nothing of this project.
 
     Args:
-        architecture: a name of ``table``, or ``path/to/file.py:factory``.
+        architecture: name in ``table``, or ``path/to/file.py:factory``.
+    Returns:
+        The source code; None if the network's factory is in an installed package.
     """
     if architecture in table:
         return _inlined(table[architecture].partition(":")[0], set())
@@ -180,7 +185,7 @@ def network_source(table: dict[str, str], architecture: str) -> str | None:
 
 
 def _inlined(module: str, seen: set[str]) -> str:
-    """A module of ``models``, with those that it imports from in place of the import."""
+    """Source code of a module of ``models``; the modules of ``models`` that it imports replace the import statements."""
     seen.add(module)
     text = Path(models.__path__[0], f"{module.rpartition('.')[2]}.py").read_text()
 
@@ -190,20 +195,20 @@ def _inlined(module: str, seen: set[str]) -> str:
     return re.sub(r"^from (models\.\w+) import .*\n", source, text, flags=re.MULTILINE)
 
 
-# An exported folder on the Hugging Face hub.
+# Upload of an exported folder to the Hugging Face hub.
 
 
 def check_name(repository: str) -> None:
-    """Raises a UserError unless this is ORG/NAME."""
+    """Raises a UserError unless ``repository`` has the form ORG/NAME."""
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
         raise UserError(f"--push_to_hub {repository}: wanted ORG/NAME")
 
 
 def push(folder: Path, repository: str) -> str:
-    """Uploads a folder to a repository, which is made if it is missing; returns its address.
+    """Uploads a folder to a repository, which is created if it does not exist, and returns the repository's address.
 
     Raises:
-        UserError: there is no network, or the hub refuses.
+        UserError: there is no network connection, or the hub refuses the upload.
     """
     from huggingface_hub import HfApi
 
@@ -211,7 +216,7 @@ def push(folder: Path, repository: str) -> str:
         api = HfApi()
         address = api.create_repo(repository, exist_ok=True)
         api.upload_folder(folder_path=folder, repo_id=repository, commit_message="Upload a distilled student")
-    except Exception as error:  # the hub's own types and those of its HTTP client
+    except Exception as error:  # error types of the hub's client and of its HTTP client
         raise UserError(
             f"--push_to_hub {repository}: the hub cannot be written ({first_line(error)}); {folder} is whole: where there is a "
             f"network and a login (hf auth login), run hf upload {repository} {folder}"
@@ -219,15 +224,15 @@ def push(folder: Path, repository: str) -> str:
     return str(address)
 
 
-# A student as an ONNX file that normalizes its images itself, checked against PyTorch.
+# A student as an ONNX file that includes the normalization, checked against PyTorch.
 
 
-CHECKED = 64  # images
-TOLERANCE = 1e-3  # largest difference of a logit
+CHECKED = 64  # number of images in the check
+TOLERANCE = 1e-3  # largest allowed difference of a logit
 
 
 class Normalizing(nn.Module):
-    """Images (B, 3, H, W) in [0, 1] -> logits (B, C)."""
+    """A network with its normalization: images (B, 3, H, W) in [0, 1] -> logits (B, C)."""
 
     def __init__(self, network: nn.Module, mean: list[float], std: list[float]):
         super().__init__()
@@ -240,7 +245,10 @@ class Normalizing(nn.Module):
 
 
 def images_of_run(run: Path, image_size: int) -> tuple[Tensor, str]:
-    """``CHECKED`` images (N, 3, H, W) in [0, 1], and what they are: the first of the run's bank, else random pixels."""
+    """``CHECKED`` images (N, 3, H, W) in [0, 1] for the ONNX check, and their description for the log.
+
+    They are the first images of the run's bank, or random pixels if the bank is missing, too small or of another image size.
+    """
     path = find_bank(run)
     if path != run and (path / "manifest.json").is_file():
         images = ImageBank(path, read_manifest(path), create=False).read_all()["images"]
@@ -250,12 +258,12 @@ def images_of_run(run: Path, image_size: int) -> tuple[Tensor, str]:
 
 
 def write_onnx(file: Path, student: Trained, images: Tensor) -> float:
-    """Writes the file and returns the largest difference of a logit between onnxruntime and PyTorch.
+    """Writes a student as an ONNX file and returns the largest difference of a logit between onnxruntime and PyTorch.
 
     Args:
-        images: (N, 3, H, W) in [0, 1].
+        images: images (N, 3, H, W) in [0, 1] for the comparison.
     Raises:
-        UserError: a package is missing, the network cannot be written, or the difference is above ``TOLERANCE``.
+        UserError: a package is missing, the network cannot be converted, or the difference is above ``TOLERANCE``.
     """
     try:
         import onnx  # noqa: F401
@@ -282,7 +290,7 @@ def write_onnx(file: Path, student: Trained, images: Tensor) -> float:
             wanted = model(images)
         session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
         found = [torch.from_numpy(session.run(None, {"images": part.numpy()})[0]) for part in (images, images[:1])]
-    except Exception as error:  # the exporter and the runtime raise types of their own
+    except Exception as error:  # the exporter and the runtime have their own error types
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{student.spec} cannot be written as ONNX: {reason[:300]}; leave out --onnx") from None
     difference = max(float((part - wanted[: len(part)]).abs().max()) for part in found)
@@ -295,15 +303,18 @@ def write_onnx(file: Path, student: Trained, images: Tensor) -> float:
 
 def main() -> None:
     parser = Parser(
-        prog="python -m engine.export", description="A run's student as a folder that needs this project no more."
+        prog="python -m engine.export",
+        description="Exports the student of a run as a folder that can be used without this project.",
     )
     parser.add_argument("run", type=Path, help="run folder of datafree_kd.py or train_scratch.py")
-    parser.add_argument("out", type=Path, help="new or empty folder")
+    parser.add_argument("out", type=Path, help="folder to write, new or empty")
     parser.add_argument(
-        "--onnx", action="store_true", help="model.onnx too: images in [0, 1] in, logits out, any batch size"
+        "--onnx", action="store_true", help="also write model.onnx, which maps images in [0, 1] to logits for any batch size"
     )
-    parser.add_argument("--arch", metavar="NAME", help="the student's network, where its code is not of this project")
-    parser.add_argument("--push_to_hub", metavar="ORG/NAME", help="upload the folder to this repository of the hub")
+    parser.add_argument("--arch", metavar="NAME", help="the student's network, if its code is not part of this project")
+    parser.add_argument(
+        "--push_to_hub", metavar="ORG/NAME", help="upload the folder to this repository of the Hugging Face hub"
+    )
     args = parser.parse_args()
     require_new(args.out)
     if args.push_to_hub:

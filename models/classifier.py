@@ -1,4 +1,4 @@
-"""One wrapper around any classification network: it normalizes, and takes features without help from the network."""
+"""A wrapper around any classification network, which normalizes the images and extracts features with forward hooks."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -14,16 +14,17 @@ PASSIVE = (*POOLS, nn.Flatten, nn.Unflatten, nn.Dropout, nn.Dropout2d, nn.AlphaD
 
 
 class Output(NamedTuple):
-    """What a classifier says of a batch. Of answers that were kept there are the logits alone.
+    """Outputs of a classifier for a batch. If the logits come from a cache, the other fields are None.
 
     Attributes:
         logits: (B, C).
         features: (B, D), the input of the last linear layer.
-        feature_map: (B, Cf, h, w), the last feature map before pooling; None where the network has none (ViT), or timm's
-            has channels last (Swin).
-        feature_maps: {(h, w): the last map of that size}, from fine to coarse, ``feature_map`` among them; empty likewise.
-        block_map: (B, Cb, h, w), what the last block makes: ``feature_map``, or in a pre-activation network the map before
-            the last norm and activation.
+        feature_map: (B, Cf, h, w), the last feature map before pooling; None if the network has no such map (ViT) or is a
+            timm network with channels last (Swin).
+        feature_maps: the last feature map of every size, {(h, w): map} from fine to coarse, ``feature_map`` included; empty
+            if ``feature_map`` is None.
+        block_map: (B, Cb, h, w), the output of the last block. This is ``feature_map``, or in a pre-activation network the
+            map before the last norm and activation.
     """
 
     logits: Tensor
@@ -34,21 +35,21 @@ class Output(NamedTuple):
 
 
 class Classifier(nn.Module):
-    """A network that takes images in [0, 1] and gives logits, on demand with its penultimate features.
+    """A network that takes images in [0, 1] and returns logits, on request with its penultimate features.
 
-    Where the features are is found by one run on zeros in eval mode, which changes neither the network nor the
-    global random stream. ``network`` is the bare network: its state dict is what checkpoints hold.
+    One forward pass on zeros in eval mode finds the layers of the features. It changes neither the network nor the global
+    random stream. The attribute ``network`` is the bare network; checkpoints hold its state dict.
 
     Args:
-        network: any module (B, 3, S, S) -> (B, num_classes) that ends in a linear layer or a 1x1 convolution. One whose
-            last block is not what makes its ``feature_map`` names that block's module in an attribute ``last_block``.
-        num_classes: number of logits that the dataset wants.
-        image_size: S, in pixels.
-        mean: of the images in [0, 1], one value a channel, subtracted.
-        std: likewise, divided by.
-        name: what reports call it.
+        network: any module (B, 3, S, S) -> (B, num_classes) that ends in a linear layer or a 1x1 convolution. If the
+            ``feature_map`` is not the output of the last block, the network's attribute ``last_block`` names the block.
+        num_classes: number of classes of the dataset.
+        image_size: S in px.
+        mean: value subtracted from each channel of the images in [0, 1].
+        std: value by which each channel is divided afterwards.
+        name: name in reports.
     Raises:
-        ValueError: the network cannot take such images, gives another number of logits, or has no such last layer.
+        ValueError: the network cannot take such images, returns another number of logits, or has no such last layer.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class Classifier(nn.Module):
         calls = _trace(network, weight.new_zeros(2, self.mean.shape[1], image_size, image_size), num_classes)
         head = _find_head(calls, num_classes)
         before = calls[: calls.index(head)]
-        channels_last = getattr(network, "output_fmt", "NCHW") == "NHWC"  # so timm says that the maps are (B, h, w, Cf)
+        channels_last = getattr(network, "output_fmt", "NCHW") == "NHWC"  # timm's attribute for maps (B, h, w, Cf)
         feature_map = None if channels_last else _find_feature_map(before)
         maps = _find_feature_maps(before, feature_map) if feature_map else []
         self.feature_dim: int = head.shape_in[1]
@@ -85,7 +86,7 @@ class Classifier(nn.Module):
             call.module.register_forward_hook(tap.after)
 
     def forward(self, images: Tensor, return_features: bool = False) -> Tensor | Output:
-        """Logits (B, C), or an Output, of images (B, 3, S, S), float in [0, 1]."""
+        """Logits (B, C), or an Output if ``return_features``, for images (B, 3, S, S), float in [0, 1]."""
         images = (images - self.mean) / self.std
         if not return_features:
             return self.network(images)
@@ -101,10 +102,10 @@ class Classifier(nn.Module):
 
 
 class _Tap:
-    """Keeps one tensor of one forward: the input or the output of a module's ``index``-th call.
+    """Keeps one tensor of a forward pass: the input or the output of a module's ``index``-th call.
 
-    Only an armed tap keeps anything, so that a plain forward holds no graph alive. Its methods are registered as
-    hooks; ``copy.deepcopy`` binds the copy's hooks to the copy's tap.
+    A tap keeps the tensor only after ``arm``. A forward pass without features thus keeps no graph alive. The methods
+    ``before`` and ``after`` are registered as hooks. ``copy.deepcopy`` binds the copy's hooks to the copy's tap.
     """
 
     def __init__(self, index: int):
@@ -132,7 +133,7 @@ class _Tap:
 
 
 class _Call(NamedTuple):
-    """One finished call of a module: the ``index``-th of that module; ``passive`` if it only pools, drops or reshapes."""
+    """A finished call of a module, the ``index``-th of this module; ``passive`` if it only pools, drops or reshapes."""
 
     module: nn.Module
     index: int
@@ -142,7 +143,11 @@ class _Call(NamedTuple):
 
 
 def _trace(network: nn.Module, images: Tensor, num_classes: int) -> list[_Call]:
-    """All module calls of one forward in eval mode, in the order in which they end; checks the logits."""
+    """All module calls of one forward pass in eval mode, in the order in which they end.
+
+    Raises:
+        ValueError: the network cannot take the images or does not return logits (B, num_classes).
+    """
     calls, counts, pooled = [], Counter(), None
 
     def record(module: nn.Module, args: tuple, output) -> None:
@@ -150,7 +155,7 @@ def _trace(network: nn.Module, images: Tensor, num_classes: int) -> list[_Call]:
         index, counts[module] = counts[module], counts[module] + 1
         if not (args and isinstance(args[0], Tensor) and isinstance(output, Tensor)):
             return
-        passive = isinstance(module, PASSIVE) or output is pooled  # a container hands on what its last module made
+        passive = isinstance(module, PASSIVE) or output is pooled  # a container returns the output of its last module
         if passive:
             pooled = output
         calls.append(_Call(module, index, args[0].shape, output.shape, passive))
@@ -175,7 +180,7 @@ def _trace(network: nn.Module, images: Tensor, num_classes: int) -> list[_Call]:
 
 
 def _find_head(calls: list[_Call], num_classes: int) -> _Call:
-    """The last call of a linear layer, or 1x1 convolution, that makes the logits."""
+    """The last call of a linear layer or 1x1 convolution with ``num_classes`` outputs, which computes the logits."""
     for call in reversed(calls):
         module = call.module
         if isinstance(module, nn.Linear) and module.out_features == num_classes and len(call.shape) == 2:
@@ -186,26 +191,29 @@ def _find_head(calls: list[_Call], num_classes: int) -> _Call:
 
 
 def _find_feature_map(calls: list[_Call]) -> _Call | None:
-    """The call that makes the last feature map before pooling, among those before the head; None if there is none."""
+    """The call whose output is the last feature map before pooling, among the calls before the head; None: there is none."""
     pools = [i for i, call in enumerate(calls) if isinstance(call.module, ADAPTIVE_POOLS)]
     if pools:
         size = calls[pools[-1]].shape[2:]
         if all(call.shape[2:] == size for call in calls[pools[-1] :] if len(call.shape) == 4):
-            calls = calls[: pools[-1]]  # what follows, a norm of the pooled features (ConvNeXt), is no map
+            calls = calls[: pools[-1]]  # a norm of the pooled features may follow (ConvNeXt)
     for call in reversed(calls):
         if not call.passive and len(call.shape) >= 3:
-            return call if len(call.shape) == 4 else None  # three dimensions are tokens
+            return call if len(call.shape) == 4 else None  # tokens have three dimensions
     return None
 
 
 def _find_block(network: nn.Module, calls: list[_Call]) -> _Call:
-    """The last call of the module that the network names as its last block."""
+    """The last call of the module that the attribute ``last_block`` of the network names."""
     module = network.get_submodule(network.last_block)
     return next(call for call in reversed(calls) if call.module is module)
 
 
 def _find_feature_maps(calls: list[_Call], last: _Call) -> list[_Call]:
-    """The last call of every size of map up to ``last``, in order; sizes only shrink, as on the way to a pool."""
+    """For every size of feature map, the last call with an output of this size, in order and up to ``last``.
+
+    Sizes smaller than that of ``last`` are left out.
+    """
     chosen: dict[tuple[int, int], _Call] = {}
     for call in calls[: calls.index(last) + 1]:
         if not call.passive and len(call.shape) == 4:
@@ -216,7 +224,7 @@ def _find_feature_maps(calls: list[_Call], last: _Call) -> list[_Call]:
 
 @contextmanager
 def eval_mode(module: nn.Module) -> Iterator[None]:
-    """Eval mode inside the block; afterwards every submodule has the mode that it had before."""
+    """Sets eval mode inside the block; afterwards every submodule has its previous mode again."""
     modes = [(submodule, submodule.training) for submodule in module.modules()]
     module.eval()
     try:
@@ -228,7 +236,10 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def weights_fixed(module: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients to weights inside the block, gradients to inputs as ever; afterwards all as before."""
+    """Sets eval mode and turns off gradients for the weights inside the block; gradients for inputs are not affected.
+
+    Afterwards the modes and ``requires_grad`` are as before.
+    """
     wanted = [p for p in module.parameters() if p.requires_grad]
     with eval_mode(module):
         for parameter in wanted:
@@ -241,5 +252,5 @@ def weights_fixed(module: nn.Module) -> Iterator[None]:
 
 
 def frozen(classifier: nn.Module) -> nn.Module:
-    """The same classifier as a teacher: eval mode, no gradients to its weights, channels-last memory."""
+    """Turns a classifier into a teacher: eval mode, no gradients for its weights, channels-last memory; returns it."""
     return classifier.eval().requires_grad_(False).to(memory_format=torch.channels_last)

@@ -25,7 +25,7 @@ vit_b_16 = _factory("vit_b_16")  # 224 px only: its position embedding is fixed
 
 # MobileNetV2 (Sandler et al. 2018, arXiv 1801.04381) as this field's CIFAR tables use it.
 #
-# That is torchvision's ImageNet network unchanged, strides included: at 32 px its last feature map is 1x1.
+# It is torchvision's ImageNet network with its strides unchanged. At 32 px its last feature map is therefore 1x1.
 
 
 def mobilenetv2(num_classes: int) -> nn.Module:

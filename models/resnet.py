@@ -1,13 +1,14 @@
 """ImageNet-style wide ResNets for CIFAR (He et al. 2015, arXiv 1512.03385): 64 to 512 channels, four stages.
 
-The stem is a 3x3 convolution of stride 1 without max-pooling. Keys are those of the field's published teachers.
+The stem is a 3x3 convolution of stride 1 without max-pooling. The state-dict keys are those of the field's published
+teachers.
 """
 
 from torch import Tensor, nn
 
 
 def init_kaiming(network: nn.Module) -> None:
-    """He et al.'s initialization in place: every convolution N(0, 2 / fan_out), its bias zero."""
+    """Applies He et al.'s initialization in place: convolution weights N(0, 2 / fan_out), biases zero."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -16,19 +17,19 @@ def init_kaiming(network: nn.Module) -> None:
 
 
 def conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
-    """A 3x3 convolution without bias that divides height and width by ``stride``."""
+    """A 3x3 convolution without bias that reduces height and width by the factor ``stride``."""
     return nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
 
 
 def projection(in_channels: int, out_channels: int, stride: int) -> nn.Module:
-    """The shortcut of a residual block: the identity where shapes agree, else a 1x1 convolution and BN."""
+    """The shortcut of a residual block: the identity if the shapes agree, else a 1x1 convolution and BN."""
     if stride == 1 and in_channels == out_channels:
         return nn.Identity()
     return nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels))
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions beside a shortcut: (B, in_channels, H, W) -> (B, channels, H/stride, W/stride)."""
+    """Two 3x3 convolutions and a shortcut: (B, in_channels, H, W) -> (B, channels, H/stride, W/stride)."""
 
     expansion = 1
 
@@ -48,7 +49,7 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3, 1x1 convolutions beside a shortcut: (B, in_channels, H, W) -> (B, 4 channels, H/stride, W/stride)."""
+    """1x1, 3x3, 1x1 convolutions and a shortcut: (B, in_channels, H, W) -> (B, 4 channels, H/stride, W/stride)."""
 
     expansion = 4
 

@@ -1,9 +1,9 @@
-"""The thin CIFAR ResNets of He et al. 2015 (arXiv 1512.03385), depth 6n+2 in three stages, in two published forms.
+"""The thin CIFAR ResNets of He et al. 2015 (arXiv 1512.03385), with depth 6n+2 in three stages, in two published forms.
 
-- ``resnet8`` to ``resnet110``, ``resnet8x4``, ``resnet32x4``: shortcuts by 1x1 convolutions (option B), with the keys
-  of Contrastive Representation Distillation's teachers (Tian et al. 2019, arXiv 1910.10699).
-- ``resnet20_he`` to ``resnet110_he``: the paper's own, shortcuts without parameters (option A: every second pixel,
-  missing channels zero). The zeros go half in front and half behind, as the public checkpoints of this form want.
+- ``resnet8`` to ``resnet110``, ``resnet8x4``, ``resnet32x4``: shortcuts are 1x1 convolutions (option B). State-dict keys are
+  those of the teachers of Contrastive Representation Distillation (Tian et al. 2019, arXiv 1910.10699).
+- ``resnet20_he`` to ``resnet110_he``: the paper's own form. Shortcuts have no parameters (option A): they take every second
+  pixel and set the new channels to zero. Half of the new channels come first and half last, as in the public checkpoints.
 """
 
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ WIDE = (32, 64, 128, 256)
 
 
 class PaddedShortcut(nn.Module):
-    """Option A: (B, C, H, W) -> (B, out_channels, H/stride, W/stride), new channels are zero."""
+    """Shortcut of option A: (B, C, H, W) -> (B, out_channels, H/stride, W/stride); new channels are zero."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int):
         super().__init__()
@@ -28,13 +28,13 @@ class PaddedShortcut(nn.Module):
 
 
 def padding(in_channels: int, out_channels: int, stride: int) -> nn.Module:
-    """The shortcut without parameters: the identity where shapes agree, else option A."""
+    """The shortcut without parameters: the identity if the shapes agree, else option A."""
     same = stride == 1 and in_channels == out_channels
     return nn.Identity() if same else PaddedShortcut(in_channels, out_channels, stride)
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions beside a shortcut: (B, in_channels, H, W) -> (B, channels, H/stride, W/stride)."""
+    """Two 3x3 convolutions and a shortcut: (B, in_channels, H, W) -> (B, channels, H/stride, W/stride)."""
 
     def __init__(self, in_channels: int, channels: int, stride: int, shortcut=projection):
         super().__init__()
@@ -52,10 +52,10 @@ class BasicBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Images (B, 3, H, W) -> logits (B, num_classes); option B, head ``fc``.
+    """CIFAR ResNet with shortcuts of option B: images (B, 3, H, W) -> logits (B, num_classes); the last layer is ``fc``.
 
     Args:
-        depth: 6n+2, n blocks a stage.
+        depth: 6n+2, with n blocks per stage.
         num_classes: number of logits.
         widths: channels of the stem and of the three stages.
     """
@@ -84,7 +84,7 @@ class ResNet(nn.Module):
 
 
 class ResNetHe(ResNet):
-    """The same with option A and head ``linear``."""
+    """CIFAR ResNet with shortcuts of option A; the last layer is ``linear``."""
 
     head = "linear"
     shortcut = staticmethod(padding)

@@ -1,4 +1,7 @@
-"""ShuffleNetV2 1x for CIFAR (Ma et al. 2018, arXiv 1807.11164): 1x1 stem, no max-pooling, keys of the field's teachers."""
+"""ShuffleNetV2 1x for CIFAR (Ma et al. 2018, arXiv 1807.11164), with a 1x1 stem and no max-pooling.
+
+The state-dict keys are those of the field's published teachers.
+"""
 
 import torch
 from torch import Tensor, nn
@@ -13,19 +16,19 @@ def conv1x1(in_channels: int, out_channels: int) -> nn.Conv2d:
 
 
 def depthwise(channels: int, stride: int = 1) -> nn.Conv2d:
-    """A 3x3 convolution of every channel by itself."""
+    """A depthwise 3x3 convolution: one filter per channel, without bias."""
     return nn.Conv2d(channels, channels, 3, stride, padding=1, groups=channels, bias=False)
 
 
 class ShuffledHalves(nn.Module):
-    """Joins two branches and lets their channels alternate: two of (B, C, H, W) -> (B, 2C, H, W)."""
+    """Joins two branches, whose channels alternate in the output: two tensors (B, C, H, W) -> (B, 2C, H, W)."""
 
     def forward(self, left: Tensor, right: Tensor) -> Tensor:
         return torch.stack((left, right), dim=2).flatten(1, 2)
 
 
 class BasicBlock(nn.Module):
-    """One half of the channels passes, the other goes through three convolutions: (B, C, H, W) -> same."""
+    """Passes on one half of the channels and applies three convolutions to the other: (B, C, H, W) -> same shape."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -44,7 +47,7 @@ class BasicBlock(nn.Module):
 
 
 class DownBlock(nn.Module):
-    """Halves the size, both branches see all channels: (B, C, H, W) -> (B, out_channels, H/2, W/2)."""
+    """Halves the size in two branches, both on all channels: (B, in_channels, H, W) -> (B, out_channels, H/2, W/2)."""
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()

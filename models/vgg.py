@@ -1,6 +1,6 @@
-"""VGG with BN for CIFAR (Simonyan and Zisserman 2014, arXiv 1409.1556), with the keys of the field's teachers.
+"""VGG with BN for CIFAR (Simonyan and Zisserman 2014, arXiv 1409.1556), with the state-dict keys of the field's teachers.
 
-At 32 px the published networks have no pool before the last block, so that its map is 4x4; from 64 px on they have.
+At 32 px the published networks do not pool before the last block, whose feature map is 4x4. From 64 px on they do.
 """
 
 from torch import Tensor, nn

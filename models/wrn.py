@@ -1,4 +1,4 @@
-"""Wide ResNets (Zagoruyko and Komodakis 2016, arXiv 1605.07146): pre-activation, no dropout, as the field's teachers."""
+"""Wide ResNets (Zagoruyko and Komodakis 2016, arXiv 1605.07146): pre-activation, no dropout, like the field's teachers."""
 
 from torch import Tensor, nn
 
@@ -6,9 +6,9 @@ from models.resnet import conv3x3, init_kaiming
 
 
 class PreActBlock(nn.Module):
-    """BN, ReLU, convolution, twice: (B, in_channels, H, W) -> (B, channels, H/stride, W/stride).
+    """BN, ReLU and convolution, twice: (B, in_channels, H, W) -> (B, channels, H/stride, W/stride).
 
-    Where the channels change, the shortcut is a 1x1 convolution that starts behind the first BN and ReLU.
+    If the number of channels changes, the shortcut is a 1x1 convolution on the output of the first BN and ReLU.
     """
 
     def __init__(self, in_channels: int, channels: int, stride: int):
@@ -29,7 +29,7 @@ class PreActBlock(nn.Module):
 
 
 class Stage(nn.Module):
-    """``depth`` blocks under the key ``layer``; the first one changes channels and size."""
+    """``depth`` blocks under the state-dict key ``layer``; the first block changes channels and size."""
 
     def __init__(self, in_channels: int, channels: int, depth: int, stride: int):
         super().__init__()
@@ -44,12 +44,12 @@ class WideResNet(nn.Module):
     """Images (B, 3, H, W) -> logits (B, num_classes).
 
     Args:
-        depth: 6n+4, n blocks a stage.
-        widen: factor of the stages' 16, 32, 64 channels.
+        depth: 6n+4, with n blocks per stage.
+        widen: factor by which the 16, 32 and 64 channels of the stages are multiplied.
         num_classes: number of logits.
     """
 
-    last_block = "block3"  # a BN and a ReLU come after it (models.classifier)
+    last_block = "block3"  # followed by a BN and a ReLU; see ``models.classifier``
 
     def __init__(self, depth: int, widen: int, num_classes: int):
         super().__init__()

@@ -1,17 +1,20 @@
-"""What each loop does here: rate, ratio to the plain loop of the field, memory, and share of what this machine can do.
+"""Compares the speed and memory of this project's loops with a plain loop and with the limits of this machine.
 
-    python -m datafree.benchmark                                             four pairs of networks; ten minutes or so on two cores
+    python -m datafree.benchmark        (four pairs of networks; about ten minutes on two cores)
     python -m datafree.benchmark --pairs resnet20:wrn16_1 --loops sample,inversion --amp bf16
 
-The plain loop is what public code of this field does: images as PNG files behind a DataLoader with worker processes,
-contiguous NCHW tensors, mean and variance of every BN input in two passes, upsampling and convolution apart, and a loss
-read back at every step. Both loops compute the same losses on networks of the same weights, in turns in one run.
+The plain loop is written like public code of this field. Images are PNG files behind a DataLoader with worker processes, and
+tensors are contiguous NCHW. Mean and variance of every BN input take two passes. Upsampling and convolution are separate.
+The loss is read back at every step. Both loops compute the same losses on networks with the same weights and are measured in
+turns.
 
-The ceilings are measured, too: arithmetic as the highest rate of matrix products and a large convolution in the number
-format of our loop, memory as the rate of a large copy, before and after every pair of networks; the best so far counts. More
-than 100 % of it says that the machine was busy with something else then, and that the run is worth repeating. A step's
-operations are counted as it runs, those of matrix products and convolutions. Peak memory is that of this process with
-both loops' networks in it, or of the GPU's tensors; the plain loop's workers come on top.
+The limits of the machine ("ceilings") are measured as well. The arithmetic ceiling is the highest rate of matrix products
+and a large convolution in the number format of our loop. The memory ceiling is the rate of a large copy. Both are measured
+before and after every pair of networks, and the highest values so far are used. A share above 100 % means that the machine
+was busy with something else while the ceilings were measured. Repeat such a run.
+
+A step's operations are counted while it runs; only matrix products and convolutions count. Peak memory is that of this
+process with the networks of both loops, or that of the GPU's tensors. The workers of the plain loop are not included.
 """
 
 import argparse
@@ -55,17 +58,18 @@ LOOPS = {
     "inversion": "inversion step",
     "growth": "sampling from banks of growing size",
 }
-KNOWN = (0.5, 0.9, 1.0)  # shares of the questions that the teacher has answered before
+KNOWN = (0.5, 0.9, 1.0)  # shares of a step's images whose teacher logits are cached
 RUN_VIEWS = {"all views": None, "16 views": 16}
-GROWING, SHARDS = (10**3, 10**4, 10**5), 10  # images, and so many times the last number, mapped
-Kept = list[tuple[str, str, float, Measured, Measured]]  # loop, which, share of the teacher's answers known, ours, plain
+GROWING, SHARDS = (10**3, 10**4, 10**5), 10  # sizes of the banks in memory; the mapped bank has SHARDS times the last size
+Kept = list[tuple[str, str, float, Measured, Measured]]  # (loop, variant, share of cached teacher logits, ours, plain)
 
 
 def sampling_bytes(image_size: int) -> int:
-    """Least memory traffic of one image on its way from the bank into a batch, in bytes.
+    """Least memory traffic in bytes for one image on its way from the bank into a batch.
 
-    Of P = 3 * image_size^2 values: gathered as uint8 (read P, write P), augmented as uint8 (read P, write P), made float32
-    (read P, write 4 P); 9 P. Padding and index arithmetic come on top, and caches may serve part of it.
+    An image has P = 3 * image_size^2 values. They are gathered as uint8 (read P, write P), augmented as uint8 (read P, write
+    P) and converted to float32 (read P, write 4 P): 9 P in all. Padding and index arithmetic add traffic; caches may reduce
+    it.
     """
     return 9 * 3 * image_size**2
 
@@ -74,8 +78,11 @@ def line(name: str, ours: Measured, plain: Measured, work: int, best: Ceilings, 
     """One row of the table.
 
     Args:
-        what: to say of the loop besides its name.
-        work: operations an image, or, of bank sampling, bytes.
+        name: key of ``LOOPS``.
+        ours, plain: measurements of the two loops.
+        work: operations per image; for bank sampling bytes per image.
+        best: ceilings of the machine.
+        what: text after the loop's name.
     """
     ratios = [a / b for a, b in zip(ours.rates, plain.rates, strict=True)]
     spread = f" ({min(ratios):.2f} to {max(ratios):.2f})" if len(ratios) > 1 else ""
@@ -93,11 +100,15 @@ def line(name: str, ours: Measured, plain: Measured, work: int, best: Ceilings, 
 
 
 class Benchmark:
-    """The measurements that a command line asks for.
+    """The measurements of one command line.
 
     Args:
-        args: see ``parse``.
-        bank: random images; png: the same as class folders.
+        args: result of ``parse``.
+        bank: image bank of random images.
+        png: folder with the same images as class folders.
+        device: device of both loops.
+        info: dataset that gives the image size, the classes and the augmentation.
+        bar: progress bar.
     """
 
     def __init__(self, args: argparse.Namespace, bank: ImageBank, png: Path, device: torch.device, info: DatasetInfo, bar):
@@ -106,17 +117,17 @@ class Benchmark:
         self.ceilings = Ceilings(0, "", 0)
 
     def look(self) -> None:
-        """Measures the ceilings once more: the higher ones count, so that a busy moment makes none too low."""
+        """Measures the ceilings again and keeps the higher values, so that a busy moment does not make them too low."""
         measured = ceilings(self.device, self.precision.dtype or torch.float32, min(0.7, self.args.seconds))
         self.ceilings = self.ceilings.or_higher(measured)
 
     def in_turns(self, steps: dict[str, Step], batches: int = 1) -> dict[str, Measured]:
-        """``batches``: of a step."""
+        """Measures steps in turns; ``batches`` is the number of batches in one step."""
         args, least = self.args, 2 if batches == 1 else 1
         return in_turns(steps, batches * args.batch_size, args.seconds, args.repeats, self.device, self.bar, least)
 
     def pair(self, teacher: str, student: str, loops: list[str]) -> str:
-        """The table of a pair of networks."""
+        """Measures ``loops`` for a pair of networks and returns the table as text."""
         args, info, notes = self.args, self.info, []
         compiler = Compiler(args.compile, self.device, notes.append)
         networks = [[build_classifier(MODELS, name, info, self.device) for name in (teacher, student)] for _ in range(2)]
@@ -127,7 +138,7 @@ class Benchmark:
         parts = info, frozen(mine), learner, columns, args.batch_size, self.precision
         eager, ours = Ours(*parts, Compiler("no", self.device)), Ours(*parts, compiler)
         plain = Plain(info, frozen(theirs), other, self.png, args.batch_size, args.workers)
-        # Compiled functions show no operations to count.
+        # Operations are counted without compilation, since compiled functions hide them.
         timed = [name for name in loops if name not in ("memo", "run")]
         counted = {"distillation", "teacher_forward", *timed} - {"sample"}
         work = {name: flops(getattr(eager, name)) // args.batch_size for name in counted}
@@ -135,13 +146,13 @@ class Benchmark:
         work["sample"] = sampling_bytes(info.image_size)
         begun = clock(self.device)
         for name in timed:
-            getattr(ours, name)()  # compiled at their first step
+            getattr(ours, name)()  # the first step compiles
         compiling = clock(self.device) - begun
         self.look()
         found = {}
         for name in timed:
             self.bar.set_postfix_str(f"{teacher} -> {student}, {LOOPS[name]}")
-            getattr(plain, name)()  # as ours was, when its operations were counted
+            getattr(plain, name)()  # one step before the measurement, as for our loop
             found[name] = self.in_turns({"ours": getattr(ours, name), "plain": getattr(plain, name)})
         kept = self.memo(ours, plain) if "memo" in loops else []
         kept += self.run(ours, plain) if "run" in loops else []
@@ -157,13 +168,13 @@ class Benchmark:
         return "  \n".join([f"{setting}, {compiled}", *failed, f"{self.ceilings}\n\n{markdown(rows)}"])
 
     def memo(self, ours: Ours, plain: Plain) -> Kept:
-        """Student steps by the share of their questions that was answered before."""
+        """Measures student steps for each share of cached teacher logits in ``KNOWN``."""
         steps: dict[Any, Step] = {known: ours.remembering(known) for known in KNOWN}
         measured = self.in_turns(steps | {"plain": partial(repeat, plain.distillation, STEPS)}, STEPS)
         return [("memo", "", known, measured[known], measured["plain"]) for known in KNOWN]
 
     def run(self, ours: Ours, plain: Plain) -> Kept:
-        """All student steps of a run."""
+        """Measures all student steps of a run, for each entry of ``RUN_VIEWS``."""
         known: dict[str, float] = {}
         steps: dict[Any, Step] = {n: lambda n=n: known.update({n: ours.whole_run(RUN_VIEWS[n])}) for n in RUN_VIEWS}
         count = RUN_ROUNDS * STEPS
@@ -171,9 +182,9 @@ class Benchmark:
         return [("run", f", {name}", known[name], measured[name], measured["plain"]) for name in RUN_VIEWS]
 
     def growth(self) -> str:
-        """The table of sampling from banks of growing size: what a batch costs should not grow with them.
+        """Measures sampling from banks of growing size and returns the table; the time of a batch should not grow.
 
-        The largest stays in its mapped shards, all of which are one file.
+        The largest bank is read from memory-mapped shards. All of its shards are the same file.
         """
         self.bar.set_postfix_str(LOOPS["growth"])
         size, sets = self.info.image_size, {}
@@ -193,7 +204,7 @@ class Benchmark:
             next(batches)
         measured = self.in_turns({which: batches.__next__ for which, batches in drawn.items()})
         for batches in drawn.values():
-            batches.close()  # and with it the thread that reads ahead
+            batches.close()  # stops the thread that reads ahead, too
         times = {which: 1000 * self.args.batch_size / found.rate for which, found in measured.items()}
         rows = [
             {
@@ -208,36 +219,49 @@ class Benchmark:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line; ``pairs`` as a list of (teacher, student), ``loops`` as a list of names.
+    """Parses the command line; ``pairs`` becomes a list of (teacher, student), ``loops`` a list of names.
 
     Raises:
-        UserError: a pair is none, or a loop is not known.
+        UserError: a pair is malformed, a loop is unknown, or the bank is smaller than a batch.
     """
     parser = Parser(prog="python -m datafree.benchmark", description=__doc__.splitlines()[0])
-    parser.add_argument("--pairs", default=PAIRS, help=f"teacher:student,..., names of registry.MODELS [{PAIRS}]")
+    parser.add_argument("--pairs", default=PAIRS, help=f"pairs teacher:student,... of names in registry.MODELS [{PAIRS}]")
     usual = ",".join(name for name in LOOPS if name != "run")
     parser.add_argument(
-        "--loops", default=usual, help=f"what to measure; run, the steps of a whole run, is one more [{usual}]"
+        "--loops",
+        default=usual,
+        help=f"loops to measure, comma-separated; also possible: run, all student steps of a run [{usual}]",
     )
-    parser.add_argument("--dataset", default="cifar10", help="for image size and classes; its data are not opened [cifar10]")
-    parser.add_argument("--batch_size", type=int, least=1, default=256, help="images a step [256]")
-    parser.add_argument("--bank", type=int, least=1, default=4096, help="random images in the bank [4096]")
+    parser.add_argument(
+        "--dataset", default="cifar10", help="dataset that gives image size and classes; its images are not read [cifar10]"
+    )
+    parser.add_argument("--batch_size", type=int, least=1, default=256, help="images per step [256]")
+    parser.add_argument("--bank", type=int, least=1, default=4096, help="number of random images in the bank [4096]")
     parser.add_argument(
         "--workers", type=int, least=0, most=1024, default=2, help="DataLoader processes of the plain loop [2]"
     )
-    parser.add_argument("--seconds", type=float, least=0, default=2.5, help="of each measurement, at least two steps [2.5]")
     parser.add_argument(
-        "--repeats", type=int, least=1, default=3, help="measurements in turn, fewer if slow; medians count [3]"
-    )
-    parser.add_argument("--amp", default="no", choices=AMP, help="of our loop; the plain one is fp32 [no]")
-    parser.add_argument(
-        "--compile", default="auto", choices=CHOICES, help="of our loop, auto as in a long run; the plain one is not [auto]"
+        "--seconds", type=float, least=0, default=2.5, help="duration of a measurement; at least two steps are taken [2.5]"
     )
     parser.add_argument(
-        "--gpu", type=int, least=-1, default=None, help="index, -1 for the CPU; default: GPU 0 if there is one"
+        "--repeats",
+        type=int,
+        least=1,
+        default=3,
+        help="measurements of each loop, in turns; slow loops get fewer; the table shows medians [3]",
     )
-    parser.add_argument("--into", type=Path, help="rewrite a table in this file as well")
-    parser.add_argument("--name", default="benchmark", help="of that table [benchmark]")
+    parser.add_argument("--amp", default="no", choices=AMP, help="mixed precision of our loop; the plain loop is fp32 [no]")
+    parser.add_argument(
+        "--compile",
+        default="auto",
+        choices=CHOICES,
+        help="compilation of our loop; auto: as in a long run; the plain loop is never compiled [auto]",
+    )
+    parser.add_argument(
+        "--gpu", type=int, least=-1, default=None, help="index of the GPU, -1 for the CPU; unset: GPU 0 if there is one"
+    )
+    parser.add_argument("--into", type=Path, help="file in which to replace the table --name by the printed one")
+    parser.add_argument("--name", default="benchmark", help="name of the table in the --into file [benchmark]")
     args = parser.parse_args(argv)
     args.pairs = [tuple(pair.split(":")) for pair in args.pairs.split(",")]
     if wrong := [pair for pair in args.pairs if len(pair) != 2 or not all(pair)]:
@@ -266,7 +290,7 @@ def main() -> None:
         bank = ImageBank(Path(folder, "bank"), Manifest(info.name, info.num_classes, info.image_size))
         images = torch.randint(0, 256, (args.bank, 3, info.image_size, info.image_size), dtype=torch.uint8)
         bank.append("synthesize", 0, images, torch.arange(args.bank) % info.num_classes)
-        with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
+        with contextlib.redirect_stderr(io.StringIO()):  # hides the progress bar of the export
             export_folders(bank, Path(folder, "png"))
         benchmark = Benchmark(args, bank, Path(folder, "png"), device, info, bar)
         for teacher, student in args.pairs if loops else ():

@@ -1,4 +1,4 @@
-"""The two loops that are compared: one as public code of this field has it, and this project's own."""
+"""The two loops that the benchmark compares: a plain loop like public code of this field, and this project's loop."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -22,14 +22,20 @@ from engine.loops.memo import STEPS, Memo
 from engine.runtime.compilation import Compiler
 from engine.runtime.precision import Precision
 
-# A run of Fast as published (20 + 200 rounds of 256 images, 200 x 400 steps of 256) in small: as many questions an image, and a
-# bank that grows as much meanwhile, so that as large a share of the questions comes again.
+# A small copy of a published Fast run, which has 20 + 200 rounds of 256 images and 200 x 400 steps of 256. Each image of the
+# bank is drawn as often as there (RUN_QUESTIONS), and the bank starts with the same share of its images (RUN_BEFORE). The
+# cache of teacher logits therefore has the same share of hits.
 RUN_ROUNDS, RUN_QUESTIONS, RUN_BEFORE = 6, 366, 1 / 11
-ALWAYS = 10**9  # calls, as of a run that is long enough to compile for
+ALWAYS = 10**9  # number of calls, large enough for "auto" to compile
 
 
 class Plain:
-    """The field's loop."""
+    """A loop like public code of this field; see ``datafree.benchmark.__main__`` for its steps.
+
+    Args:
+        folder: class folders of PNG images.
+        workers: number of DataLoader processes.
+    """
 
     def __init__(self, info, teacher, student, folder: Path, batch_size: int, workers: int):
         from torchvision import transforms
@@ -108,10 +114,11 @@ class Plain:
 
 
 class Ours:
-    """This project's loop: that of ``datafree_kd.py`` for student steps, and its pieces for inversion.
+    """This project's loop: student steps as in ``datafree_kd.py``, and inversion steps from the same parts.
 
     Args:
-        compiler: of teacher, student step, generator and synthesis losses.
+        columns: images and labels of the bank.
+        compiler: compiles teacher, student step, generator and synthesis losses.
     """
 
     def __init__(
@@ -138,12 +145,12 @@ class Ours:
         self.synthesis_losses = compiler(self._synthesis_losses, ALWAYS, "synthesis losses")
 
     def _endless(self) -> Iterator[tuple[Tensor, ...]]:
-        """Rounds of a hundred steps."""
+        """Yields batches without end, in rounds of a hundred steps."""
         for round in count():
             yield from self.transfer.viewed(self.batch_size, self.views, seed=round, steps=100)
 
     def _synthesis_losses(self, images: Tensor, labels: Tensor) -> Tensor:
-        """bn + oh of images (B, 3, S, S) that are to be of classes labels (B,), scalar."""
+        """The sum of L_bn and the cross-entropy of images (B, 3, S, S) for labels (B,), scalar."""
         with self.statistics.collect() as stats:
             logits = self.network(images)
         return bn_loss(stats, self.statistics.running) + one_hot_loss(logits, labels)
@@ -158,7 +165,7 @@ class Ours:
         self.loop.student_steps(self.batches, 0, self.bar)
 
     def remembering(self, known: float) -> Step:
-        """``STEPS`` student steps, of whose questions the teacher has answered that share before."""
+        """Returns a function that takes ``STEPS`` student steps; the share ``known`` of their teacher logits is cached."""
         device, block = self.precision.device, self.batch_size
         group, keys = STEPS * block, torch.randperm(len(self.views), device=device)
         old, fresh = keys.split(-(-len(keys) // 2))
@@ -170,7 +177,7 @@ class Ours:
         def step() -> None:
             places = next(starts) * unknown + torch.arange(unknown, device=device)
             new = fresh[places % len(fresh)]
-            memo.row_of[new], memo.used = 0, used  # in the place of those before
+            memo.row_of[new], memo.used = 0, used  # overwrites the rows of the previous call
             asked = torch.cat([new, old[torch.randint(len(old), (group - unknown,), device=device)]])
             asked = asked[torch.randperm(group, device=device)].view(STEPS, block)
             memo.prepare(asked)
@@ -179,10 +186,10 @@ class Ours:
         return step
 
     def whole_run(self, few: int | None) -> float:
-        """All student steps of a run in small, see ``RUN_ROUNDS``; returns the share of questions that came again.
+        """Takes all student steps of a small run (see ``RUN_ROUNDS``) and returns the share of cache hits.
 
         Args:
-            few: ``--views``.
+            few: number of views per image, as ``--views`` of a run; None: all views.
         """
         device, block = self.precision.device, self.batch_size
         images = max(2 * RUN_ROUNDS, RUN_ROUNDS * STEPS * block // RUN_QUESTIONS)
@@ -201,7 +208,7 @@ class Ours:
         return self.loop.ask(transfer.look(views, keys)).logits
 
     def _steps(self, memo: Memo, batches: Iterator[tuple[Tensor, ...]], steps: int) -> None:
-        """Student steps on these batches, for which the memo answers."""
+        """Takes student steps on ``batches`` with the teacher logits that ``memo`` holds."""
         self.loop.memo = memo
         for _ in range(steps):
             self.loop.student_steps(batches, 0, self.bar)
@@ -214,13 +221,13 @@ class Ours:
 
 
 def repeat(step: Step, times: int) -> None:
-    """So many steps."""
+    """Takes ``times`` steps."""
     for _ in range(times):
         step()
 
 
 def _apart(module: nn.Module) -> nn.Module:
-    """Every ``UpsampleConv2d`` as the two layers that it stands for."""
+    """Replaces every ``UpsampleConv2d`` in ``module`` by an upsampling and a convolution layer; returns ``module``."""
     for name, child in module.named_children():
         if isinstance(child, UpsampleConv2d):
             convolution = nn.Conv2d(child.in_channels, child.out_channels, 3, padding=1, bias=False)

@@ -1,4 +1,4 @@
-"""How fast steps are, how much memory they take, what they ask of a machine, and what that does at best."""
+"""Measures the speed, the memory and the operations of steps, and the limits ("ceilings") of the machine."""
 
 import re
 import statistics
@@ -18,14 +18,14 @@ Step = Callable[[], None]
 
 
 def clock(device: torch.device) -> float:
-    """Seconds, when all that was asked of the device is done."""
+    """Waits for the device's pending work and returns the time in seconds."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 def flops(step: Step) -> int:
-    """Floating-point operations of one step, forward and backward: matrix products' and convolutions'."""
+    """Floating-point operations of the matrix products and convolutions in one step, forward and backward."""
     with FlopCounterMode(display=False) as counter:
         step()
     return counter.get_total_flops()
@@ -33,14 +33,20 @@ def flops(step: Step) -> int:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What this machine does at best: FLOP/s, and of what; bytes/s read and written by a large copy."""
+    """Highest measured speeds of this machine.
+
+    Attributes:
+        arithmetic: FLOP/s.
+        kind: operation that reached ``arithmetic``.
+        memory: bytes/s read and written by a large copy.
+    """
 
     arithmetic: float
     kind: str
     memory: float
 
     def or_higher(self, other: "Ceilings") -> "Ceilings":
-        """The higher of each."""
+        """The higher arithmetic and memory speed of the two."""
         best = max(self, other, key=lambda c: c.arithmetic)
         return Ceilings(best.arithmetic, best.kind, max(self.memory, other.memory))
 
@@ -52,17 +58,18 @@ class Ceilings:
 
 
 def ceilings(device: torch.device, dtype: torch.dtype, seconds: float = 0.7, scale: int | None = None) -> Ceilings:
-    """Measures them.
+    """Measures the ceilings of a device.
 
     Args:
-        dtype: of the arithmetic; float32 means what the run makes of it, TF32 on GPUs that have it.
-        seconds: for each of the candidates.
-        scale: side of the smaller matrices; None: 4096 on a GPU, 512 on a CPU: few milliseconds, seldom disturbed.
+        dtype: number format of the arithmetic. float32 is computed as in a run: in TF32 on GPUs that support it.
+        seconds: time for each candidate operation.
+        scale: side of the smaller matrices; None: 4096 on a GPU, 512 on a CPU. An operation of this size takes a few
+            milliseconds and is seldom disturbed.
     """
     scale = scale or (4096 if device.type == "cuda" else 512)
 
     def fastest(step: Step) -> float:
-        """Seconds of the quickest of the calls that fit; the first is not counted."""
+        """Seconds of the fastest call among those that fit into ``seconds``; the first call is not counted."""
         step()
         times, begun = [], clock(device)
         while not times or sum(times) < seconds:
@@ -92,29 +99,29 @@ def ceilings(device: torch.device, dtype: torch.dtype, seconds: float = 0.7, sca
 
 
 def resident(name: str) -> int:
-    """MiB of this process on Linux: "VmRSS" now, "VmHWM" at most."""
+    """Memory of this process in MiB on Linux: "VmRSS" is the present memory, "VmHWM" the peak."""
     return int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) // 1024
 
 
 def reset_peak(device: torch.device) -> bool:
-    """Lets the peak of memory start from what is taken now; False where the system cannot."""
+    """Resets the peak memory to the present memory; returns False if the system cannot do that."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return True
     try:
         Path("/proc/self/clear_refs").write_text("5")
-        return resident("VmHWM") < resident("VmRSS") + 8  # some systems take the write and do nothing
+        return resident("VmHWM") < resident("VmRSS") + 8  # some systems accept the write without effect
     except OSError:
         return False
 
 
 def peak(device: torch.device) -> int:
-    """MiB at most since ``reset_peak``: on a GPU of its tensors, else of this process."""
+    """Peak memory in MiB since ``reset_peak``: of the tensors on a GPU, else of this process."""
     return torch.cuda.max_memory_allocated(device) // 2**20 if device.type == "cuda" else resident("VmHWM")
 
 
 def rate(step: Step, images: int, seconds: float, device: torch.device, least: int = 2) -> float:
-    """Images a second of a step of so many images, over about ``seconds`` and at least so many steps."""
+    """Images per second of a step on ``images`` images, measured for about ``seconds`` and at least ``least`` steps."""
     begun, steps = clock(device), 0
     while (passed := clock(device) - begun) < seconds or steps < least:
         step()
@@ -124,7 +131,7 @@ def rate(step: Step, images: int, seconds: float, device: torch.device, least: i
 
 @dataclass
 class Measured:
-    """Of one kind of loop: images/s, one value a turn, and peak MiB over all turns, 0 where it is not known."""
+    """Measurements of one loop: images/s, one value per turn, and the peak memory of all turns in MiB (0: unknown)."""
 
     rates: list[float]
     peak: int = 0
@@ -137,13 +144,16 @@ class Measured:
 def in_turns(
     steps: dict[str, Step], images: int, seconds: float, repeats: int, device: torch.device, bar, least: int = 2
 ) -> dict[str, Measured]:
-    """Measures steps that were taken once before, in turns: ``repeats`` of them, or fewer where two steps take longer than
-    ``seconds``, so that slow networks cost no more than a few steps."""
+    """Measures several steps in turns, ``repeats`` times each; each step must have been taken once before.
+
+    Slow steps are repeated less often: the turns end when they have taken longer than all measurements of ``seconds``
+    together.
+    """
     measured = {kind: Measured([]) for kind in steps}
     begun = time.perf_counter()
     for turn in range(repeats):
         for kind, step in steps.items():
-            time.sleep(min(seconds, 0.3))  # a DataLoader's workers fill their queue, which is no part of what comes next
+            time.sleep(min(seconds, 0.3))  # lets a DataLoader's workers fill their queue before the measurement
             known = reset_peak(device)
             measured[kind].rates.append(rate(step, images, seconds, device, least))
             measured[kind].peak = max(measured[kind].peak, peak(device)) if known else 0

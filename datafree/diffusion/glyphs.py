@@ -1,25 +1,27 @@
-"""Printed digits, rendered: what the embedded prior of stage generate was trained on.
+"""Renders printed digits, the training images of the prior ``glyphs_digits_16``.
 
     python -m datafree.diffusion.glyphs
     python -m datafree.diffusion.train_prior --dataset glyphs_digits --channels 48,96 --no_attention --no_flip \\
       --batch_size 16 --lr 2e-3 --images 192000 --output checkpoints/priors/glyphs_digits_16.safetensors
 
-That prior plays the part that Stable Diffusion has in DiffDFKD (Qi et al. 2025, arXiv 2504.00870): it knows what the classes
-look like in print, and has seen none of the handwriting that the teacher was trained on.
+On the digits dataset this prior takes the role of Stable Diffusion in DiffDFKD (Qi et al. 2025, arXiv 2504.00870). It has
+learned the classes from printed digits only. It has seen none of the handwriting that the teacher was trained on.
 
-Glyphs come from fonts (Pillow's embedded one and whatever TrueType fonts are installed) and from ``PEN``, polylines and
-splines drawn for this project after typographic variants: the four open and closed, the seven with and without a bar, the
-one with and without flag and foot. Slant, rotation, proportions, stroke width, blur and contrast are random.
+Half of the glyphs come from fonts: Pillow's embedded font and the TrueType fonts that are installed. The other half come
+from ``PEN``: polylines and splines drawn for this project after typographic variants. The variants are an open and a closed
+four, a seven with and without a bar, and a one with and without flag and foot. Slant, rotation, proportions, stroke width,
+blur and contrast are random.
 
-Of the digits dataset only the documented format is used (UCI, "Optical Recognition of Handwritten Digits"): light strokes on
-black, the glyph as high as the image, counts of 4 x 4 blocks of a 32 px bitmap, thus 8 px, enlarged to the size wanted as
-``engine.data.splits`` enlarges them. Stroke widths and contrast were set to the mean and spread that the registry states.
+No image of the digits dataset is used, only its documented format (UCI, "Optical Recognition of Handwritten Digits").
+Strokes are light on black, and the glyph is as high as the image. A 32 px bitmap is counted in blocks of 4 x 4 pixels, which
+gives 8 px. The result is resized to ``image_size`` in the same way as in ``engine.data.splits``. Stroke widths and contrast
+were tuned to the mean and standard deviation that the registry states for the dataset.
 
-The shipped file took 12 minutes of one shared CPU core, with 19 fonts (Pillow's and DejaVu) and a learning rate that fell as a
-cosine, before ``train_prior`` was there. A resnet8 trained on rendered glyphs recognised all of 500 samples at guidance 1, 2
-and 3 and 10 or 20 DDIM steps; the mean distance between samples of a class is 76 to 89 % of that between rendered glyphs, less
-at higher guidance and with fewer steps. With the commands above it recognised all of 500 after 70,400 images already
-(guidance 2, 10 and 20 steps).
+The shipped file took 12 minutes on one shared CPU core, with 19 fonts (Pillow's and DejaVu). It was trained before
+``train_prior`` existed, with a cosine learning rate schedule. A resnet8 trained on rendered glyphs recognised all of 500
+samples, at guidance scales 1, 2 and 3 and with 10 or 20 DDIM steps. The mean distance between samples of a class is 76 to 89
+% of the distance between rendered glyphs. Higher guidance scales and fewer steps reduce it. With the commands above, all of
+500 samples were recognised after only 70,400 training images (guidance scale 2, 10 and 20 steps).
 """
 
 import io
@@ -45,13 +47,14 @@ SYSTEM_FONTS = (
     "/System/Library/Fonts", "/Library/Fonts", "~/Library/Fonts", "C:/Windows/Fonts",
 )  # fmt: skip
 
-CANVAS = 128  # px that a glyph is drawn on; a glyph is BODY px high, so that slant and rotation keep it inside
-BODY = 80
-FITTED = 64  # px of the canvas that it is then stretched to
-CELLS = 8  # px that this is reduced to, whatever the size wanted: the dataset's resolution
-PEN_SHARE = 0.5
+CANVAS = 128  # side of the canvas in px, large enough for a glyph after slant and rotation
+BODY = 80  # height of a glyph on the canvas in px
+FITTED = 64  # side in px of the square to which the glyph is then scaled
+CELLS = 8  # side in px to which this square is reduced: the dataset's resolution, for every ``image_size``
+PEN_SHARE = 0.5  # share of the glyphs that are drawn from PEN
 
-# Variants by class, each a list of strokes in percent of the body, x to the right and y down: "~" splines, "-" polylines.
+# Variants of each class. A variant is a list of strokes: "~" is a spline, "-" a polyline. Coordinates are in percent of the
+# body; x points right and y points down.
 PEN = {
     0: (
         ["~ 50 0 18 16 8 50 18 84 50 100 82 84 92 50 82 16 50 0"],
@@ -109,19 +112,19 @@ PEN = {
 
 @dataclass(frozen=True)
 class Font:
-    """One face: its name, and a mask a digit, mode L, cropped to the ink, the tallest about ``BODY`` px high."""
+    """A font: its name and one mask per digit (PIL mode L), cropped to the ink; the tallest is about ``BODY`` px high."""
 
     name: str
     masks: tuple[Image.Image, ...]
 
 
 def find_fonts(folders: Iterable[str | Path] | None = None) -> list[Font]:
-    """The embedded font, then those below ``folders`` whose digits look like digits, sorted by file name.
+    """Pillow's embedded font, then the fonts below ``folders`` whose digits look like digits, sorted by file name.
 
     Args:
-        folders: where to look for .ttf, .otf and .ttc files; None: where systems keep them, if they have any.
+        folders: folders that are searched for .ttf, .otf and .ttc files; None: the usual font folders of the system.
     Raises:
-        UserError: a folder that was asked for is not there.
+        UserError: one of ``folders`` does not exist.
     """
     embedded = _font("embedded", ImageFont.load_default(BODY * 4 / 3))
     for folder in folders or ():
@@ -133,7 +136,7 @@ def find_fonts(folders: Iterable[str | Path] | None = None) -> list[Font]:
     for name in sorted(files):
         try:
             font = _font(Path(name).stem, ImageFont.truetype(str(files[name]), round(BODY * 4 / 3)))
-        except (OSError, ValueError):  # damaged, or of pictures in fixed sizes
+        except (OSError, ValueError):  # a damaged file, or a bitmap font of fixed sizes
             continue
         if font and _resembles(font, embedded):
             fonts.append(font)
@@ -150,9 +153,10 @@ def _font(name: str, face: ImageFont.FreeTypeFont) -> Font | None:
 
 
 def _resembles(font: Font, reference: Font) -> bool:
-    """Whether most digits are nearest to themselves in ``reference``: not so in fonts of symbols or of empty boxes.
+    """Whether the font's glyphs for 0 to 9 look like digits.
 
-    Fonts whose zero has a dot or a slash inside are left out as well: at so few pixels it is an eight.
+    At least 6 of the 10 must be nearest to the same digit of ``reference``. Fonts of symbols or of empty boxes fail. A font
+    whose zero has a dot or a slash inside fails, too: at 8 px such a zero looks like an eight.
     """
     zero = font.masks[0]
     if zero.getpixel((zero.width // 2, zero.height // 2)) > 127:
@@ -170,13 +174,15 @@ def _resembles(font: Font, reference: Font) -> bool:
 def render(
     count: int, image_size: int, fonts: list[Font], seed: int = 0, pen_share: float = PEN_SHARE, bar: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Glyphs, classes in turn; image k depends on the seed, on k and on the fonts alone.
+    """Renders glyphs with the labels 0, 1, ..., 9, 0, ... in turn.
+
+    Image k depends only on the seed, k, the fonts and ``pen_share``.
 
     Args:
-        image_size: px; the glyphs have the detail of ``CELLS`` px whatever it is.
-        fonts: what print is drawn with, at least one.
-        pen_share: of the glyphs that are drawn from ``PEN`` in place of a font.
-        bar: whether to show progress.
+        image_size: side of the images in px. Glyphs have the detail of ``CELLS`` px at every size.
+        fonts: at least one font.
+        pen_share: share of the glyphs that are drawn from ``PEN`` instead of a font.
+        bar: whether to show a progress bar.
     Returns:
         images (count, 3, image_size, image_size) uint8, white on black with equal channels, and labels (count,) int64.
     """
@@ -193,15 +199,15 @@ def render(
 
 
 def _lean(random: np.random.Generator) -> np.ndarray:
-    """(2, 2): a random rotation after a slant after a change of proportions; columns are where x and y go."""
+    """Random matrix (2, 2) that changes the proportions, then slants, then rotates; it multiplies column vectors (x, y)."""
     turn, slant = math.radians(random.uniform(-12, 12)), random.uniform(-0.15, 0.25)
     rotation = np.array([[math.cos(turn), -math.sin(turn)], [math.sin(turn), math.cos(turn)]])
     return rotation @ np.array([[1, -slant], [0, 1]]) @ np.diag([random.uniform(0.75, 1.1), 1])
 
 
 def _print(random: np.random.Generator, mask: Image.Image) -> Image.Image:
-    """A digit of a font on the canvas, leaning, its strokes made a little thinner or thicker."""
-    back = np.linalg.inv(_lean(random))  # Pillow wants the way from the canvas to the mask
+    """Draws a font's digit on the canvas with a random ``_lean`` and slightly thinner or thicker strokes."""
+    back = np.linalg.inv(_lean(random))  # Pillow takes the map from the canvas to the mask
     shift = np.array(mask.size) / 2 - back @ np.full(2, CANVAS / 2)
     rows = np.column_stack([back, shift]).ravel()
     ink = mask.transform((CANVAS, CANVAS), Image.Transform.AFFINE, tuple(rows), Image.Resampling.BILINEAR)
@@ -210,7 +216,7 @@ def _print(random: np.random.Generator, mask: Image.Image) -> Image.Image:
 
 
 def _pen(random: np.random.Generator, digit: int) -> Image.Image:
-    """A digit of ``PEN`` on the canvas: its points moved by a smooth random field, then leaning, in one stroke width."""
+    """Draws a variant of ``PEN`` on the canvas: a smooth random field moves its points, then a random ``_lean``."""
     variants = PEN[digit]
     lean = _lean(random) @ np.diag([random.uniform(0.6, 0.9), 1])
     width = BODY * random.uniform(0.10, 0.21)
@@ -230,7 +236,7 @@ def _pen(random: np.random.Generator, digit: int) -> Image.Image:
 
 
 def _spline(points: np.ndarray, steps: int = 8) -> np.ndarray:
-    """A Catmull-Rom spline through (N, 2) points, ``steps`` a piece; closed without a kink where the ends meet."""
+    """Catmull-Rom spline through points (N, 2), ``steps`` points per segment; smooth at the joint if the ends coincide."""
     closed = np.array_equal(points[0], points[-1])
     before, after = (points[-2], points[1]) if closed else (2 * points[0] - points[1], 2 * points[-1] - points[-2])
     a, b, c, d = (np.vstack([before, points, after])[k : len(points) - 1 + k, None] for k in range(4))
@@ -240,7 +246,7 @@ def _spline(points: np.ndarray, steps: int = 8) -> np.ndarray:
 
 
 def _reduced(random: np.random.Generator, ink: Image.Image) -> np.ndarray:
-    """The ink scaled to about the height of the image, blurred and reduced: (CELLS, CELLS) float64 in [0, 255]."""
+    """The glyph scaled to about the height of the image, blurred and reduced: (CELLS, CELLS) float64 in [0, 255]."""
     glyph = ink.crop(ink.getbbox())
     scale = FITTED * random.uniform(0.9, 1) / max(glyph.size)
     size = [max(1, round(side * scale)) for side in glyph.size]
@@ -255,20 +261,20 @@ def _reduced(random: np.random.Generator, ink: Image.Image) -> np.ndarray:
 
 @dataclass(frozen=True)
 class GlyphFlags:
-    """What to render, and where to put it."""
+    """Dataset to render."""
 
-    output: str = flag("data/glyphs_digits.npz", "the dataset: x_train, y_train, x_test, y_test, classes")
+    output: str = flag("data/glyphs_digits.npz", "npz file to write, with x_train, y_train, x_test, y_test and classes")
     fonts: tuple[str, ...] | None = flag(
-        None, "folders of TrueType fonts, comma-separated; unset: the system's; Pillow's own is always among them"
+        None, "comma-separated folders of TrueType fonts; unset: the system's font folders; Pillow's own font is always used"
     )
-    image_size: int = flag(16, "px", least=1, most=4096)
-    images: int = flag(20000, "glyphs to train on", least=10)
-    test_images: int = flag(1000, "others to measure on", least=1)
-    seed: int = flag(0, "every glyph is a function of seed, number and fonts", least=0)
+    image_size: int = flag(16, "side of the images in px", least=1, most=4096)
+    images: int = flag(20000, "number of training glyphs", least=10)
+    test_images: int = flag(1000, "number of test glyphs", least=1)
+    seed: int = flag(0, "random seed; a glyph depends only on the seed, its number and the fonts", least=0)
 
 
 def write_dataset(flags: GlyphFlags, fonts: list[Font]) -> None:
-    """Renders both splits and writes them as one npz file, atomically; the test glyphs have the numbers after the others."""
+    """Renders both splits and writes them atomically as one npz file; test glyphs are numbered after the training glyphs."""
     if Path(flags.output).exists():
         raise UserError(f"--output {flags.output} is there already; give another name, or move that file away")
     images, labels = render(flags.images + flags.test_images, flags.image_size, fonts, flags.seed, bar=True)
@@ -283,11 +289,11 @@ def write_dataset(flags: GlyphFlags, fonts: list[Font]) -> None:
 
 
 def main() -> None:
-    """Command line of this module."""
+    """Runs the command line ``python -m datafree.diffusion.glyphs``."""
     parser = Parser(
         prog="python -m datafree.diffusion.glyphs",
-        description="Renders printed digits as a dataset, for the embedded prior of stage generate.",
-        epilog="The prior: python -m datafree.diffusion.train_prior --dataset glyphs_digits",
+        description="Renders printed digits as a dataset, from which a prior for stage generate can be trained.",
+        epilog="To train the prior: python -m datafree.diffusion.train_prior --dataset glyphs_digits",
     )
     add_flags(parser, GlyphFlags, GlyphFlags.__doc__.rstrip("."))
     flags = from_args(GlyphFlags, parser.parse_args())

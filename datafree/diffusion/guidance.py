@@ -1,25 +1,29 @@
-"""Teacher guidance: what DiffDFKD does to a latent at every timestep (Qi et al., IEEE ICME 2025, arXiv 2504.00870).
+"""Guides a diffusion prior by a teacher at every timestep, as in DiffDFKD (Qi et al., IEEE ICME 2025, arXiv 2504.00870).
 
-From latents z_k, with the prior's output o(z_k) under classifier-free guidance:
+The latents z_k are moved along a gradient. The prior's output o(z_k) includes classifier-free guidance. T is the teacher, S
+the student, B the batch size:
 
-    x = resize(clamp(decode(clean(z_k, o))))               the images that the step would end in, in [0, 1]
-    L = bn * L_bn(x) + oh * CE(T(x), y) + adv * L_adv(x)   L_adv = -KL(S || T) where S and T agree, T held fixed
-    z_k <- z_k - lr * B * dL/dz_k                          and then the sampler's step with the same o
+    x = resize(clamp(decode(clean(z_k, o))))               the clean images predicted at step k, in [0, 1]
+    L = bn * L_bn(x) + oh * CE(T(x), y) + adv * L_adv(x)   L_adv = -KL(T(x) || S(x)) where S and T agree, T(x) held constant
+    z_k <- z_k - lr * B * dL/dz_k                          then the sampler's step with the same o
 
-B times the loss, a batch mean, makes an image's step as large as if it were alone: CE and L_adv then do not depend on the
-batch at all. L_bn compares statistics *of the batch*, so with ``bn`` an image depends on those that it is drawn with.
+The loss L is a mean over the batch. The factor B gives each image the same step as in a batch of one. CE and L_adv of an
+image therefore do not depend on the rest of the batch. L_bn compares statistics *of the batch*. With ``bn`` an image thus
+depends on the other images of its batch.
 
-A step may be shortened to ``max_step``. In pixel space the way back through the network now and then has a gradient ten
-times as long as usual, which leads to where the prior was never trained, and the image ends as coloured grain.
+``max_step`` limits the length of a step. In pixel space the gradient through the network is sometimes ten times as long as
+usual. Such a step leads to latents on which the prior was never trained, and the image ends as coloured grain.
 
-Clamped to [0, 1] as the images that are kept, so that the teacher judges what the student will see. The gradient of a pixel
-outside is zero: to move it a little changes nothing. In L_adv the teacher's answer is a constant, so that guidance looks for
-images that the student gets wrong and not for others of which the teacher thinks otherwise.
+The predicted images are clamped to [0, 1] like the final images, so that the teacher sees what the student will see. A
+clamped pixel has a zero gradient. L_adv treats the teacher's logits as a constant. Its gradient therefore leads to images
+that the student gets wrong, and not to images for which the teacher's prediction changes.
 
-The gradient goes through decoder and denoising network (``backprop`` "unet", the paper's), or takes o for a constant
-("decoder"), which spares the way back through the network. It is taken in two halves that meet at the images: the loss's
-gradient at x for the whole batch at once, in float32, and from there to z_k by a product with the Jacobian, which splits
-into micro-batches without changing L_bn and, scaled to 1 image by image, neither over- nor underflows in half precision.
+The gradient goes through the decoder and the denoising network (``backprop`` "unet", as in the paper). With "decoder", o is
+a constant, and there is no backward pass through the denoising network. The gradient is computed in two parts. The first is
+the gradient of the loss with respect to x, for the whole batch at once, in float32. The second multiplies it by the Jacobian
+of x with respect to z_k, in micro-batches, which do not change L_bn. The gradient of each image is scaled to a largest
+absolute value of 1 before the second part and scaled back after it. It therefore neither overflows nor underflows in half
+precision.
 """
 
 import math
@@ -39,19 +43,19 @@ from datafree.diffusion.variation import resize
 from datafree.losses import BNStatistics, adversarial_loss, bn_loss, collected, layers_with_statistics
 from engine.runtime.errors import UserError
 
-# What the teacher says of finished images.
+# The teacher's predictions for finished images.
 
 
-AT_ONCE = 512  # images
+AT_ONCE = 512  # batch size of the teacher's forward passes
 
 
 class Judgement:
-    """The teacher's labels of images, and figures of how near they come to what it was trained on.
+    """The labels that the teacher predicts for images, and the teacher's accuracy and losses on images.
 
     Args:
-        teacher: frozen, images (B, 3, H, W) in [0, 1] to logits.
-        device: the teacher's.
-        statistics: those of the teacher, where there are any already.
+        teacher: frozen network that maps images (B, 3, H, W) in [0, 1] to logits.
+        device: the teacher's device.
+        statistics: collector of the teacher's BN statistics; None: a new one is made if the teacher has BN layers.
     """
 
     def __init__(self, teacher: nn.Module, device: torch.device, statistics: BNStatistics | None = None):
@@ -60,15 +64,16 @@ class Judgement:
 
     @torch.no_grad()
     def labels(self, images_u8: Tensor) -> Tensor:
-        """(N,) int64 on the CPU, of (N, 3, H, W) uint8."""
+        """Classes (N,) that the teacher predicts for images (N, 3, H, W) uint8, int64 on the CPU."""
         parts = [self.teacher(self._batch(images_u8, start)).argmax(1) for start in range(0, len(images_u8), AT_ONCE)]
         return torch.cat(parts).cpu() if parts else torch.empty(0, dtype=torch.long)
 
     @torch.no_grad()
     def figures(self, images_u8: Tensor, labels: Tensor) -> dict[str, float]:
-        """teacher_acc1 in % against labels (N,), the cross-entropy loss_oh, and the mean L_bn over batches of up to 512.
+        """Returns teacher_acc1 in % and the mean cross-entropy loss_oh for labels (N,), and the mean loss_bn over batches.
 
-        L_bn falls with the size of a batch: compare it between equally many images.
+        A batch holds up to 512 images. loss_bn is missing if the teacher has no BN layers. It falls with the batch size, so
+        compare it only between equal numbers of images.
         """
         count, sums = len(labels), {}
         for start in range(0, count, AT_ONCE):
@@ -93,17 +98,17 @@ BACKPROP = ("unet", "decoder")
 
 @dataclass
 class Guidance:
-    """The teacher's part: L of images, and its gradient at latents.
+    """Guidance loss L of images and its gradient with respect to latents; see the module for the formulas.
 
     Args:
-        teacher: frozen, images (B, 3, S, S) in [0, 1] to logits.
+        teacher: frozen network that maps images (B, 3, S, S) in [0, 1] to logits.
         image_size: S in px.
         bn, oh, adv: weights of the three terms.
-        lr: of the step along the gradient.
+        lr: step size along the gradient.
         backprop: "unet" or "decoder".
-        micro_batch: latents that go through prior and decoder at a time; 0: all.
-        max_step: greatest length of an image's step, |lr * B * dL/dz|_2; longer ones are shortened to it; 0: any.
-        student: the competitor of ``adv``, in eval mode; None: the term is 0.
+        micro_batch: number of latents in one forward pass of prior and decoder; 0: the whole batch.
+        max_step: largest length of an image's step, |lr * B * dL/dz|_2; longer steps are shortened to it; 0: no limit.
+        student: student S of L_adv, in eval mode; None: the term is 0.
     """
 
     teacher: nn.Module
@@ -124,13 +129,19 @@ class Guidance:
 
     @property
     def active(self) -> bool:
-        """Whether any term would move a latent."""
+        """Whether the guidance moves latents: ``lr`` and the weight of a term are not 0, and ``adv`` has its student."""
         return bool(self.lr and (self.bn or self.oh or (self.adv and self.student is not None)))
 
     def steer(
         self, prior: DiffusionPrior, trajectory: Trajectory, latents: Tensor, k: int, condition: Any, targets: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Latents (B, C, h, w) at step k, moved, and the prior's output where they were, of one shape; targets (B, C)."""
+        """Takes a guidance step from latents (B, C, h, w) at step k.
+
+        Args:
+            targets: class probabilities (B, C).
+        Returns:
+            The moved latents and the prior's output for the original latents, both (B, C, h, w).
+        """
         if self.active:
             output, gradient = self.gradient(prior, trajectory, latents, k, condition, targets)
             step = self.lr * gradient
@@ -141,12 +152,12 @@ class Guidance:
         return latents, self.predict(prior, trajectory, latents, k, condition)
 
     def predict(self, prior: DiffusionPrior, trajectory: Trajectory, latents: Tensor, k: int, condition: Any) -> Tensor:
-        """The prior's output for latents (B, C, h, w) at step k, a micro-batch at a time."""
+        """The prior's output for latents (B, C, h, w) at step k, computed in micro-batches."""
         parts = batches(len(latents), self.micro_batch)
         return torch.cat([prior.predict(latents[part], trajectory.times[k], condition[part]) for part in parts])
 
     def loss(self, images: Tensor, targets: Tensor) -> Tensor:
-        """B * L of images (B, 3, S, S) for class probabilities (B, C), scalar."""
+        """Guidance loss B * L of images (B, 3, S, S) for class probabilities ``targets`` (B, C), scalar."""
         with self.statistics.collect() if self.statistics else nullcontext() as batch_stats:
             logits = self.teacher(images)
         loss = self.oh * F.cross_entropy(logits, targets.to(logits))
@@ -157,7 +168,7 @@ class Guidance:
         return len(images) * loss
 
     def view(self, prior: DiffusionPrior, trajectory: Trajectory, latents: Tensor, k: int, output: Tensor) -> Tensor:
-        """The images (B, 3, S, S) in [0, 1] that latents at step k and the prior's output for them stand for."""
+        """Clean images (B, 3, S, S) in [0, 1], predicted from latents at step k and the prior's output for them."""
         images = prior.decode(trajectory.clean(latents, k, output)).clamp(0, 1)
         size = (self.image_size, self.image_size)
         return images if images.shape[2:] == size else resize(images, size)
@@ -165,7 +176,7 @@ class Guidance:
     def gradient(
         self, prior: DiffusionPrior, trajectory: Trajectory, latents: Tensor, k: int, condition: Any, targets: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The prior's output for latents (B, C, h, w) at step k, and B * dL/dz there, of one shape."""
+        """The prior's output for latents (B, C, h, w) at step k and the gradient B * dL/dz, both (B, C, h, w)."""
         parts = batches(len(latents), self.micro_batch)
 
         def draw(part: slice, graph: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -189,16 +200,18 @@ class Guidance:
 
 
 def batches(count: int, size: int) -> list[slice]:
-    """Slices of at most ``size`` that cover ``count``; one if ``size`` is 0."""
+    """Consecutive slices of at most ``size`` that cover ``count`` items; a single slice if ``size`` is 0."""
     size = size or count
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 def check_finite(finite: list[bool]) -> None:
-    """Given whether all latents were finite after each denoising step.
+    """Checks that all latents were finite after each denoising step.
 
+    Args:
+        finite: one value per denoising step.
     Raises:
-        UserError: names the first step after which some were not.
+        UserError: a value is False; the message names the first such step.
     """
     if not all(finite):
         raise UserError(
@@ -209,7 +222,7 @@ def check_finite(finite: list[bool]) -> None:
 
 @contextmanager
 def memory_errors() -> Iterator[None]:
-    """Turns running out of memory into one line that names the flags that help."""
+    """Turns an out-of-memory error into a UserError of one line that names the flags that save memory."""
     try:
         yield
     except (torch.OutOfMemoryError, RuntimeError) as error:
@@ -223,9 +236,13 @@ def memory_errors() -> Iterator[None]:
 
 
 def lca_steps(steps: int, every: int | None) -> list[int]:
-    """The steps before which latent CutMix comes: every ``every``-th, unset every fifth part of ``steps``, 0 none.
+    """Indices of the denoising steps before which latent CutMix is applied.
 
-    Not the first, which is pure noise, and none after the last, which nothing would blend.
+    There is none before the first step, whose latents are pure noise, and none after the last, since no step would follow to
+    blend the pasted boxes.
+
+    Args:
+        every: number of denoising steps between two mixings; None: a fifth of ``steps``, rounded up; 0: no mixing.
     """
     every = max(1, math.ceil(steps / 5)) if every is None else every
     return list(range(every, steps, every)) if every else []

@@ -1,8 +1,9 @@
-"""Images from a generative prior under a teacher's guidance: the loop over timesteps, and the student of ``adv``.
+"""Samples images from a generative prior under a teacher's guidance, and trains the student of ``adv``.
 
-One random stream an image, drawn on the CPU: noise, the template of the prompt, an ancestral sampler's steps and latent
-CutMix's boxes. So an image depends on neither order nor restart; with ``bn`` or latent CutMix it depends on the batch it is
-drawn with, which is a function of its position.
+Each image has its own random stream, drawn on the CPU. It gives the initial noise, the noise of an ancestral sampler, the
+boxes and partners of latent CutMix and the noise of its repair. The prompt of an image follows from its position. An image
+therefore depends neither on the order of the images nor on a restart. With ``bn`` or latent CutMix it also depends on the
+other images of its batch. Which images form a batch is a function of their positions.
 """
 
 import copy
@@ -23,24 +24,30 @@ from models.classifier import eval_mode
 
 # Latent CutMix augmentation (LCA) of DiffDFKD (Qi et al. 2025, arXiv 2504.00870; CutMix: Yun et al. 2019, 1905.04899).
 #
-# Between denoising steps a box of every latent of a batch is replaced by the same box of another one. All latents are at one
-# noise level, so the steps that follow blend what was pasted. Each image draws its box and its partner from its own random
-# stream, the partner counted from its place in the batch.
+# Between denoising steps a box of every latent is replaced by the same box of another latent of the batch, its partner. All
+# latents are at one noise level, so the denoising steps that follow blend the pasted boxes. Each image draws its box and its
+# partner from its own random stream. The partner is drawn relative to the image's position in the batch.
 
 
-LARGEST_SHARE = 0.5  # of the area that is pasted, so that most of an image stays what its label says
+LARGEST_SHARE = 0.5  # largest pasted share of the area, so that most of an image still fits its label
 
 
 @dataclass(frozen=True)
 class CutMix:
-    """One mixing of a batch: masks (B, 1, h, w) bool, true where pasted; partners (B,); shares (B,) of pasted area."""
+    """One mixing of a batch.
+
+    Attributes:
+        masks: (B, 1, h, w) bool, true in the pasted box.
+        partners: (B,) index of the latent from which each box is taken.
+        shares: (B,) pasted share of the area.
+    """
 
     masks: Tensor
     partners: Tensor
     shares: Tensor
 
     def __call__(self, values: Tensor) -> Tensor:
-        """Mixes (B, C, h, w)."""
+        """Mixes latents (B, C, h, w)."""
         return torch.where(self.masks, values[self.partners], values)
 
     def targets(self, targets: Tensor) -> Tensor:
@@ -50,7 +57,10 @@ class CutMix:
 
 
 def draw_cutmix(generators: list[torch.Generator], height: int, width: int, device: torch.device | str = "cpu") -> CutMix:
-    """A box for every image of a batch of at least two, of a uniform share of the area up to ``LARGEST_SHARE``."""
+    """Draws a box and a partner for every image of a batch of at least two.
+
+    The box's share of the area is uniform between 0 and ``LARGEST_SHARE``.
+    """
     count = len(generators)
     assert count > 1, "latent CutMix needs a batch of two"
     masks = torch.zeros(count, 1, height, width, dtype=torch.bool)
@@ -65,7 +75,7 @@ def draw_cutmix(generators: list[torch.Generator], height: int, width: int, devi
 
 
 def seams(masks: Tensor, width: int = 1) -> Tensor:
-    """(B, 1, h, w) bool, true within ``width`` latent pixels of the edge of a pasted box, on either side."""
+    """Masks (B, 1, h, w) bool that are true within ``width`` latent pixels of the edge of a pasted box, on either side."""
     inside, kernel = masks.float(), 2 * width + 1
     grown = F.max_pool2d(inside, kernel, 1, width)
     shrunk = -F.max_pool2d(-inside, kernel, 1, width)
@@ -74,14 +84,19 @@ def seams(masks: Tensor, width: int = 1) -> Tensor:
 
 @dataclass
 class Drawn(ImageBatch):
-    """Images at the dataset's size, and ``full`` (B, 3, R, R) float32 in [0, 1] as they were drawn."""
+    """Images at the dataset's size, and ``full``: the same images as sampled, (B, 3, R, R) float32 in [0, 1]."""
 
     full: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Competitor:
-    """How the student of ``adv`` learns: from ``after`` images on, ``steps`` steps of SGD before each round."""
+    """Training settings of the student of ``adv``.
+
+    Attributes:
+        after: number of images from which on the student is trained before each round.
+        steps: SGD steps before each round.
+    """
 
     after: int
     steps: int
@@ -91,18 +106,18 @@ class Competitor:
 
 
 class GuidedSampler:
-    """Draws images of wanted classes; stage generate calls it.
+    """Samples images of given classes in stage generate.
 
     Args:
-        prior: what draws.
-        guidance: what the teacher wants.
+        prior: generative prior that is sampled.
+        guidance: the teacher's guidance.
         task: see ``datafree.base.Task``.
-        student: its copy competes where ``guidance.adv`` is not 0.
-        steps: denoising steps.
-        rule: "own" or one of ``sampling.RULES``.
-        lca: the steps before which latent CutMix comes.
-        lca_repair: rounds of inpainting the seams after each.
-        competitor: when and how the student learns; ``after`` in images.
+        student: network whose copy is the student of ``adv`` if ``guidance.adv`` is not 0.
+        steps: number of denoising steps.
+        rule: one of ``sampling.RULES``, or "own" for the rule of the prior's scheduler.
+        lca: denoising steps before which latent CutMix is applied.
+        lca_repair: rounds of inpainting of the seams after each mixing.
+        competitor: training settings of the student of ``adv``; None: there is no such student.
     """
 
     def __init__(
@@ -128,16 +143,18 @@ class GuidedSampler:
             self.student = copy.deepcopy(student)
             self.optimizer = torch.optim.SGD(self.student.parameters(), lr=competitor.lr, momentum=0.9, weight_decay=5e-4)
         self.judgement = Judgement(guidance.teacher, task.device, guidance.statistics)
-        self.asks = bool(guidance.oh) or prior.classes == "same"
+        self.asks = bool(guidance.oh) or prior.classes == "same"  # whether the guidance or the prior uses the labels
 
     def draw(self, labels: Tensor, seeds: list[int], repeats: list[int]) -> Drawn:
-        """One image of each label (B,); where neither prior nor guidance was told the class, with the teacher's label.
+        """Samples one image per label (B,).
+
+        If neither the prior nor the guidance uses the labels, the returned labels are the teacher's predictions.
 
         Args:
-            seeds: B; see the module.
-            repeats: B; how many images of its class come before each, so that prompts take turns.
+            seeds: B seeds, one per image.
+            repeats: B numbers: how many images of its class come before each image. Prompts are used in turn by this number.
         Raises:
-            UserError: a latent became NaN, or the memory does not suffice.
+            UserError: a latent became NaN or infinite, or the memory was not enough.
         """
         with memory_errors():
             drawn, finite = self.draw_unread(labels, seeds, repeats)
@@ -146,7 +163,11 @@ class GuidedSampler:
 
     @torch.no_grad()
     def draw_unread(self, labels: Tensor, seeds: list[int], repeats: list[int]) -> tuple[Drawn, Tensor]:
-        """``draw`` that waits for nothing, and whether all was finite after each denoising step, (K,) bool."""
+        """Does the work of ``draw`` without waiting for the device.
+
+        Returns:
+            The images, and whether all latents were finite after each denoising step, (K,) bool on the device.
+        """
         with eval_mode(self.student or nn.Identity()):
             latents, finite = self._latents(labels, seeds, repeats)
         parts = batches(len(latents), self.guidance.micro_batch)
@@ -158,7 +179,7 @@ class GuidedSampler:
         return Drawn(images, labels, full=full), torch.stack(finite)
 
     def _latents(self, labels: Tensor, seeds: list[int], repeats: list[int]) -> tuple[Tensor, list[Tensor]]:
-        """The last latents (B, C, h, w), clean, and whether they were finite after each step, () bool."""
+        """The final, clean latents (B, C, h, w), and after each step whether all latents were finite, () bool."""
         prior, trajectory, device = self.prior, self.trajectory, self.prior.device
         generators = seeded_generators(seeds)
         condition, labels = prior.condition(labels, repeats), labels.to(device)
@@ -176,14 +197,16 @@ class GuidedSampler:
         return latents, whole
 
     def _step(self, latents, k, output, previous, generators) -> tuple[Tensor, Tensor]:
-        """x_{k+1}, and the clean latents at k."""
+        """The latents at step k + 1, and the clean latents predicted at step k."""
         clean = self.trajectory.clamp(self.trajectory.clean(latents, k, output))
         noise = self._noise(generators) if self.rule == "ancestral" else None
         return self.trajectory.step(self.rule, latents, k, clean, previous, noise), clean
 
     def _repaired(self, latents: Tensor, k: int, condition: Any, seam: Tensor, generators) -> Tensor:
-        """Latents at step k whose seams were redrawn ``lca_repair`` times: a step, the way back with fresh noise, and only
-        within the seam is that taken over (RePaint, Lugmayr et al. 2022, arXiv 2201.09865)."""
+        """Latents at step k after ``lca_repair`` rounds of inpainting (RePaint, Lugmayr et al. 2022, arXiv 2201.09865).
+
+        A round takes one denoising step and adds fresh noise to return to step k. Only the seam takes the new values.
+        """
         for _ in range(self.lca_repair if k + 1 < len(self.trajectory) else 0):
             output = self.guidance.predict(self.prior, self.trajectory, latents, k, condition)
             after, _ = self._step(latents, k, output, None, generators)
@@ -196,18 +219,19 @@ class GuidedSampler:
 
     @property
     def competes(self) -> bool:
-        """Whether a student learns from each round before the next."""
+        """Whether a student of ``adv`` is trained between the rounds."""
         return self.student is not None
 
     def wants_to_learn(self, images: int) -> bool:
-        """Whether the student of ``adv`` is to learn from the ``images`` that there are, before more are made."""
+        """Whether the student of ``adv`` is to be trained before the next round, given the number of images so far."""
         return self.student is not None and images > 0 and images >= self.competitor.after
 
     def fit(self, images_u8: Tensor, labels: Tensor) -> dict[str, float | Tensor]:
-        """``competitor.steps`` steps of KL on random images made so far; from then on the student competes.
+        """Trains the student of ``adv`` for ``competitor.steps`` steps with the KL loss, then adds it to the guidance.
 
         Args:
-            images_u8: (N, 3, S, S) uint8; labels: (N,), which play no part.
+            images_u8: all images sampled so far, (N, 3, S, S) uint8; each batch is drawn from them at random.
+            labels: (N,), not used.
         Returns:
             Named scalars for the log.
         """
@@ -227,25 +251,25 @@ class GuidedSampler:
         return {"loss_student": torch.stack(losses).mean()}
 
     def compete(self) -> None:
-        """The student as it is joins the guidance."""
+        """Freezes the student of ``adv`` in its present state and hands it to the guidance."""
         self.guidance.student = self.student.eval().requires_grad_(False)
 
     def state_dict(self) -> dict[str, Any]:
-        """The student of ``adv``: all that ``fit`` changes."""
+        """State of the student of ``adv`` and of its optimizer, which ``fit`` changes; empty without a student."""
         if self.student is None:
             return {}
         return {"student": self.student.network.state_dict(), "optimizer": self.optimizer.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Undoes ``state_dict``; the student competes at once."""
+        """Restores what ``state_dict`` returned and hands the student to the guidance."""
         self.student.network.load_state_dict(state["student"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.compete()
 
     def measure(self, images_u8: Tensor, labels: Tensor) -> dict[str, float]:
-        """What the teacher says of finished images (N, 3, S, S) uint8: see ``Judgement.figures``.
+        """The teacher's figures for finished images (N, 3, S, S) uint8; see ``Judgement.figures``.
 
-        Labels that are its own say nothing of the images, and there is no teacher_acc1 then.
+        If the labels are the teacher's own predictions, its accuracy has no meaning and teacher_acc1 is left out.
         """
         figures = self.judgement.figures(images_u8, labels)
         return figures if self.asks else {name: value for name, value in figures.items() if name != "teacher_acc1"}

@@ -1,4 +1,4 @@
-"""Pretrained models of a hub or a directory: how they are named, loaded, and refused in one line."""
+"""Loads pretrained models from the Hugging Face hub or a directory, names them, and reports errors in one line."""
 
 import errno
 import socket
@@ -18,12 +18,16 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def diffusion_dtype(name: str | None, device: torch.device) -> torch.dtype:
-    """That of ``--diffusion_dtype``; None: half precision on a GPU, else single."""
+    """The dtype that ``--diffusion_dtype`` names; without a name fp16 on a GPU and fp32 on the CPU."""
     return DTYPES[name or ("fp16" if device.type == "cuda" else "fp32")]
 
 
 def prior_name(model_id: str, revision: str | None = None) -> str:
-    """``"<model id>[@revision]"`` for the results table; the last part of a local directory or file, without revision."""
+    """Name of a model in the results table.
+
+    It is ``"<model id>[@revision]"`` for a hub id, and the last part of the path, without a revision, for a local directory
+    or ``.safetensors`` file.
+    """
     path = Path(model_id)
     if path.suffix == ".safetensors":
         return path.stem
@@ -31,7 +35,7 @@ def prior_name(model_id: str, revision: str | None = None) -> str:
 
 
 def notice_missing_network() -> None:
-    """Tells the hub's client to keep to its cache where the hub's name does not resolve: five retries cost 23 s otherwise."""
+    """Restricts the hub's client to its cache if the hub's host name does not resolve; five retries would take 23 s."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE or getproxies():  # a proxy resolves names itself
@@ -44,14 +48,14 @@ def notice_missing_network() -> None:
 
 @contextmanager
 def hub_errors(model_id: str, revision: str | None, flag: str) -> Iterator[None]:
-    """Turns what a hub or a model directory can refuse into one line that says how to get the model.
+    """Turns errors of a hub or a model directory inside the block into one line that says how to get the model.
 
     Args:
-        model_id: a hub id, or a directory.
-        revision: of the hub id.
-        flag: the flag that takes the id, e.g. ``"--diffusion_model"``.
+        model_id: hub id or directory.
+        revision: branch, tag or commit of the hub id.
+        flag: flag that takes the id, for example ``"--diffusion_model"``.
     Raises:
-        UserError: within the block, the model was not found, not reachable or not complete.
+        UserError: the model was not found, could not be reached or is not complete.
     """
     from httpx import HTTPError
 
@@ -74,23 +78,23 @@ def hub_errors(model_id: str, revision: str | None, flag: str) -> Iterator[None]
 
 
 def quiet_libraries() -> None:
-    """No bars and no advice from diffusers and transformers, which speak at every batch; hub downloads keep their bar."""
+    """Turns off the progress bars and hints that diffusers and transformers print; hub downloads keep their bar."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
-    warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")  # of one library, for another's sake
+    warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")  # one library's warning about another
     for library in (diffusers_logging, transformers_logging):
         library.set_verbosity_error()
         library.disable_progress_bar()
 
 
 def pipeline_config(model_id: str, revision: str | None, kinds: Iterable[str], flag: str = "--diffusion_model") -> dict:
-    """The configuration of a pretrained pipeline, for which no weights are fetched; see ``load_pipeline``.
+    """The configuration of a pretrained pipeline; no weights are downloaded. See ``load_pipeline``.
 
     Args:
-        kinds: names of the pipelines that will do.
+        kinds: accepted names of pipeline classes.
     Raises:
-        UserError: the model cannot be had, or is of another kind.
+        UserError: the model cannot be loaded, or is of another kind.
     """
     import diffusers
 
@@ -112,19 +116,21 @@ def load_pipeline(
     device: torch.device | str,
     flag: str = "--diffusion_model",
 ) -> Any:
-    """A pretrained diffusers pipeline, quiet and ready to sample.
+    """A pretrained diffusers pipeline without progress bars, ready for sampling.
 
-    The safety checker is left out: the images are variations of 32-pixel inversions, made to train a network and shown to
-    nobody, and what it does on a false alarm is to put a black image in the transfer set without a word. So is the
-    invisible watermark, which would be trained on.
+    The pipeline has no safety checker. Its images only train a network and are not shown to people. On a false alarm the
+    checker would put a black image into the transfer set without a message. The invisible watermark is left out, too, since
+    the student would be trained on it.
 
     Args:
         model_id: hub id, or a directory written by ``save_pretrained``.
-        revision: branch, tag or commit on the hub; of no meaning for a directory.
-        cls: name in ``diffusers`` of the wanted pipeline, or {found: loaded} where several kinds of model can be loaded.
-        flag: the flag that takes the id, for the errors.
+        revision: branch, tag or commit on the hub; ignored for a directory.
+        cls: class name of the pipeline in ``diffusers``. If several kinds of model are accepted, a dict from the class name
+            in the model's configuration to the class that is loaded.
+        dtype: dtype of the weights.
+        flag: flag that takes the id, for error messages.
     Raises:
-        UserError: the model cannot be had, or is of another kind. The kind is checked before any weights are fetched.
+        UserError: the model cannot be loaded, or is of another kind. The kind is checked before any weights are downloaded.
     """
     import diffusers
 
@@ -139,5 +145,5 @@ def load_pipeline(
         pipeline.watermark = None
     pipeline.set_progress_bar_config(disable=True)
     if getattr(pipeline, "vae", None) is not None:
-        pipeline.vae.enable_slicing()  # decoding is where the memory goes; a slice is one image
+        pipeline.vae.enable_slicing()  # decodes one image at a time, since decoding takes the most memory
     return pipeline.to(device)

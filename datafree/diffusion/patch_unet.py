@@ -1,13 +1,13 @@
-"""The network of this project's own diffusion priors, the noise that it takes away, and the file that holds its weights.
+"""Network, noise schedule and file format of this project's own diffusion priors.
 
-A small class-conditional U-Net learns to predict v (Salimans & Ho 2022, arXiv 2202.00512) under the cosine schedule
-(Nichol & Dhariwal 2021, arXiv 2102.09672). Time t runs from 0 (clean) to 1 (pure noise); images are in [-1, 1] here. With
-the angle phi = t * pi / 2,
+The network is a small class-conditional U-Net. It predicts v (Salimans & Ho 2022, arXiv 2202.00512) under the cosine
+schedule (Nichol & Dhariwal 2021, arXiv 2102.09672). Time t runs from 0 (clean) to 1 (pure noise). Images are in [-1, 1] in
+this module. With the angle phi = t * pi / 2,
 
     x_t = cos(phi) x + sin(phi) noise        v = cos(phi) noise - sin(phi) x        x = cos(phi) x_t - sin(phi) v
 
-A prior's file is named on the command line by its path, or, where this project ships it in ``checkpoints/priors``, by its
-name alone: ``natural_32``, ``glyphs_digits_16``.
+The command line takes the path of a prior's file. A prior that this project ships in ``checkpoints/priors`` can also be
+given by its name: ``natural_32``, ``glyphs_digits_16``.
 """
 
 import json
@@ -29,42 +29,48 @@ GROUPS = 8
 
 
 def angle(t: Tensor) -> Tensor:
-    """phi of t in [0, 1], shaped (B, 1, 1, 1) to go with images."""
+    """The angle phi for times t (B,) in [0, 1], with shape (B, 1, 1, 1)."""
     return (t * (math.pi / 2)).view(-1, 1, 1, 1)
 
 
 def add_noise(clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    """x_t of clean images in [-1, 1] and standard normal noise, both (B, 3, H, W); t is (B,) or (1,)."""
+    """The noisy images x_t (B, 3, H, W) at times t, (B,) or (1,).
+
+    Args:
+        clean: images (B, 3, H, W) in [-1, 1].
+        noise: standard normal noise (B, 3, H, W).
+    """
     phi = angle(t)
     return phi.cos() * clean + phi.sin() * noise
 
 
 def velocity(clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    """v, the target of training; arguments as in ``add_noise``."""
+    """v, the training target; arguments as in ``add_noise``."""
     phi = angle(t)
     return phi.cos() * noise - phi.sin() * clean
 
 
 def clean_estimate(x_t: Tensor, v: Tensor, t: Tensor) -> Tensor:
-    """The clean image that x_t and v imply, (B, 3, H, W), not clamped."""
+    """The clean images (B, 3, H, W) that follow from x_t and v, not clamped."""
     phi = angle(t)
     return phi.cos() * x_t - phi.sin() * v
 
 
 def ddim_step(x_t: Tensor, clean: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
-    """From time t > 0 to t_next < t along the noise that x_t holds if ``clean`` is its clean image."""
+    """One DDIM step from time t > 0 to t_next < t, given the clean images predicted from x_t."""
     phi = angle(t)
     return add_noise(clean, (x_t - phi.cos() * clean) / phi.sin(), t_next)
 
 
 class PatchUNet(nn.Module):
-    """A U-Net over ``patch`` x ``patch`` blocks of pixels, (B, 3, H, W), t (B,), labels (B,) -> v (B, 3, H, W).
+    """A U-Net over blocks of ``patch`` x ``patch`` pixels: x_t (B, 3, H, W), t (B,), labels (B,) -> v (B, 3, H, W).
 
     Args:
-        num_classes: C; label C is the null label.
+        num_classes: number of classes C; label C is the null label.
         image_size: H = W in px, divisible by patch * 2 ** (levels - 1).
+        patch: side of a block in px.
         channels: width of each level, from fine to coarse; multiples of 8.
-        attention: self-attention at the coarsest level.
+        attention: whether the coarsest level has self-attention.
     """
 
     def __init__(self, num_classes: int, image_size: int, patch: int, channels: tuple[int, ...], attention: bool):
@@ -106,17 +112,18 @@ def denoise(
     null_label: int,
     guidance_scale: float = 1.0,
 ) -> Tensor:
-    """Images from noise by deterministic DDIM (Song et al. 2020, arXiv 2010.02502), one network call a step.
+    """Samples images from noise by deterministic DDIM (Song et al. 2020, arXiv 2010.02502).
 
     Args:
-        network: (x_t, t, labels) -> v.
-        x_t: (B, 3, H, W) at time ``times[0]``.
-        times: (K + 1,) falling; the last is 0.
+        network: function (x_t, t, labels) -> v.
+        x_t: noisy images (B, 3, H, W) at time ``times[0]``.
+        times: K + 1 decreasing times; the last is 0.
         labels: (B,) int64.
-        guidance_scale: of classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598); 1 is none, any other doubles
-            the calls.
+        null_label: label for unconditional predictions.
+        guidance_scale: scale of classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598). At 1 there is no guidance
+            and one network call per step; any other value needs two calls.
     Returns:
-        (B, 3, H, W) in [-1, 1].
+        Images (B, 3, H, W) in [-1, 1].
     """
     for t, t_next in zip(times[:-1], times[1:]):
         now = t.expand(len(x_t))
@@ -129,16 +136,16 @@ def denoise(
 
 
 def load_patch_prior(path: Path) -> tuple[PatchUNet, dict[str, Any]]:
-    """A class-conditional pixel prior from one safetensors file.
+    """Loads a class-conditional pixel prior from a safetensors file.
 
-    The file's tensors are those of ``PatchUNet.state_dict()``; its metadata hold, as JSON, ``num_classes``, ``image_size``,
-    ``patch``, ``channels``, ``attention``, ``class_names`` and ``name``.
+    The file holds the tensors of ``PatchUNet.state_dict()``. Its metadata hold ``num_classes``, ``image_size``, ``patch``,
+    ``channels``, ``attention``, ``class_names`` and ``name``, each as JSON.
 
     Returns:
-        The network in float32, eval mode and without gradients to its weights, on the CPU: (x_t, t, labels) -> v with
-        images in [-1, 1] and ``num_classes`` as the null label; and the metadata as Python values.
+        The network on the CPU, in float32 and eval mode, without gradients for its weights; and the metadata as Python
+        values.
     Raises:
-        UserError: the file is missing, truncated or something else.
+        UserError: the file is missing or truncated, or does not hold a pixel prior.
     """
     path = Path(path)
     tensors = load_tensors(path)
@@ -166,12 +173,12 @@ def load_patch_prior(path: Path) -> tuple[PatchUNet, dict[str, Any]]:
 
 
 def save_patch_prior(path: Path, network: "PatchUNet", about: dict[str, Any]) -> None:
-    """Writes the weights in half precision, and ``about`` as JSON, as ``load_patch_prior`` wants them; atomic."""
+    """Writes the weights in half precision and the metadata ``about`` as JSON, atomically; see ``load_patch_prior``."""
     weights = {name: tensor.half() for name, tensor in network.state_dict().items()}
     save_tensors(Path(path), weights, {name: json.dumps(value) for name, value in about.items()})
 
 
 def shipped_prior(name: str) -> Path | None:
-    """The file of a prior that this project ships, by its name without folder or suffix; None: there is no such one."""
+    """The file of a shipped prior, given its name without folder and suffix; None if no shipped prior has this name."""
     path = SHIPPED / f"{name}.safetensors"
     return path if Path(name).name == name and path.is_file() else None

@@ -1,21 +1,25 @@
-"""Variants from diffusion models in pixel space: of a file that this project ships, or trained on the image bank itself.
+"""Variants from diffusion models in pixel space, loaded from a file or trained on the image bank itself.
 
-A variant is a bank image, noised to time ``strength`` and denoised again (SDEdit, Meng et al. 2021, arXiv 2108.01073) by
-deterministic DDIM, with classifier-free guidance where ``guidance_scale`` is more than 1. At every step the teacher may pull
-it towards its source's label and towards the teacher's BN statistics (``datafree.diffusion.guidance``). Network and formulas
-are those of ``datafree.diffusion.patch_unet``; how it learns stands in ``datafree.diffusion.sampling``.
+A variant is a bank image that is noised to time ``strength`` and denoised again (SDEdit, Meng et al. 2021, arXiv
+2108.01073). The sampler is deterministic DDIM, with classifier-free guidance if ``guidance_scale`` is above 1. At every step
+the teacher may guide a variant towards the label of its source image and towards the teacher's BN statistics
+(``datafree.diffusion.guidance``). ``datafree.diffusion.patch_unet`` has the network and the formulas,
+``datafree.diffusion.sampling`` the training.
 
-Deviations from DDA (Li et al. 2024), which varies images with a pretrained Stable Diffusion and has no teacher in it. The
-prior of ``PixelAugmenter`` knows only what the teacher's bank holds, so it mixes and redraws what was inverted and adds
-nothing from outside; that of a file adds what it was trained on.
+Both kinds of prior differ from DDA (Li et al. 2024), which uses a pretrained Stable Diffusion and no guidance by the
+teacher. The prior of ``PixelAugmenter`` is trained only on the image bank, so its variants recombine inverted images and add
+nothing from other data. A prior from a file adds what it has learned from its own training images.
 
-Sizes were chosen by measuring, at an equal time on one CPU core, with 1500 scikit-learn digits of 16 px: a U-Net on 2 x 2
-pixel patches is as good as one on pixels and draws variants three times as fast; batches of 16 or 32 beat 64 by far, since
-it is steps that are short; one 128-channel level on 4 x 4 patches was the worst. With them: 27 training steps/s and 275
-variants/s (strength .5, 12 steps); 32 px (default network) 9.2 and 70, two to three times as many as the network that
-larger images get. Whole passes, evenly spread times and the average of ``Denoising``, in place of random draws and an average
-of fixed length, took the loss on unseen images from .088 to .082 (600 rendered glyphs, 800 steps, two seeds). Two threads
-that share their cores with anything else fall to a tenth of that or less, unless OMP_WAIT_POLICY=PASSIVE is set.
+The default sizes come from measurements on 1500 scikit-learn digits of 16 px, at equal time on one CPU core. A U-Net on
+patches of 2 x 2 pixels is as good as a U-Net on pixels and draws variants three times as fast. Batches of 16 or 32 are much
+better than batches of 64, because the time allows more steps. A network with one level of 128 channels on 4 x 4 patches was
+the worst. The chosen network takes 27 training steps/s and draws 275 variants/s (strength .5, 12 steps). At 32 px the
+default network reaches 9.2 and 70, two to three times as many as the network for larger images would.
+
+The training uses whole passes over the bank, evenly spread times and the moving average of ``Denoising``. Compared with
+random draws and an average of fixed length, this lowered the loss on unseen images from .088 to .082 (600 rendered glyphs,
+800 steps, two seeds). Two threads that share their cores with other programs can be ten or more times slower. Setting
+OMP_WAIT_POLICY=PASSIVE prevents that.
 """
 
 import math
@@ -37,7 +41,7 @@ UNGUIDED = Guidance(nn.Identity(), 0, oh=0.0)
 
 
 def default_network(image_size: int) -> dict[str, Any]:
-    """``patch``, ``channels`` and ``attention`` for square images of ``image_size`` px: up to 32 px for two CPU cores."""
+    """Default ``patch``, ``channels`` and ``attention`` for an image size in px; up to 32 px they suit two CPU cores."""
     if image_size <= 32:
         return {"patch": 2 if image_size >= 16 and image_size % 4 == 0 else 1, "channels": (32, 64), "attention": False}
     return {"patch": 2 * max(1, image_size // 64), "channels": (64, 128, 128), "attention": True}
@@ -47,11 +51,11 @@ class PriorAugmenter(Augmenter):
     """Noises an image and denoises it again, under the teacher's guidance.
 
     Args:
-        prior: the model, of any image size.
-        num_classes: C of the dataset.
-        strength: in (0, 1], the time to which a source is noised.
-        num_inference_steps: steps from pure noise; ``int(strength * num_inference_steps)`` of them are taken.
-        guidance: of the teacher; with its ``bn`` a variant depends on those it is drawn with.
+        prior: diffusion model of any image size.
+        num_classes: number of classes of the dataset.
+        strength: time in (0, 1] to which a source image is noised.
+        num_inference_steps: denoising steps from pure noise; ``int(strength * num_inference_steps)`` of them are taken.
+        guidance: the teacher's guidance. With its ``bn`` a variant depends on the other images of its batch.
     """
 
     def __init__(
@@ -64,7 +68,7 @@ class PriorAugmenter(Augmenter):
 
     @torch.no_grad()
     def augment(self, images: Tensor, labels: Tensor, seeds: list[int]) -> Tensor:
-        """See ``Augmenter.augment``. One network call a step, two with classifier-free guidance."""
+        """See ``Augmenter.augment``. A step takes one network call, or two with classifier-free guidance."""
         prior, trajectory, size = self.prior, self.trajectory, tuple(images.shape[2:])
         images, labels = images.to(prior.device), labels.to(prior.device)
         if size != prior.shape[1:]:
@@ -81,19 +85,19 @@ class PriorAugmenter(Augmenter):
 
 
 class PixelAugmenter(PriorAugmenter):
-    """The embedded augmenter: learns the bank, then redraws its images.
+    """The embedded augmenter: trains a prior on the image bank, then makes variants of the bank's images.
 
     Args:
-        num_classes: C.
+        num_classes: number of classes of the dataset.
         image_size: H = W in px.
-        patch, channels, attention: of the network (``PatchUNet``); None: chosen by ``image_size``.
-        fit_passes: over the bank, each a call of ``fit``.
-        fit_batch_size: images a step.
-        fit_lr: highest AdamW learning rate, warmed up over 100 steps and falling to 0 over all passes as a cosine.
+        patch, channels, attention: sizes of the network (``PatchUNet``); None: chosen by ``image_size``.
+        fit_passes: number of passes over the bank; each pass is one call of ``fit``.
+        fit_batch_size: images per training step.
+        fit_lr: peak learning rate of AdamW, after a warm-up of up to 100 steps; it falls to 0 over all passes as a cosine.
         strength, num_inference_steps, guidance: see ``PriorAugmenter``.
-        guidance_scale: at most 1 is none and costs half.
-        flip: whether the mirror image of a training image is as good as itself.
-        seed: of the initial weights, which must not depend on what ran before.
+        guidance_scale: scale of classifier-free guidance; at most 1: no guidance, at half the cost.
+        flip: whether training images are mirrored at random.
+        seed: seed of the initial weights, which are thus independent of earlier random draws.
     """
 
     def __init__(
@@ -123,15 +127,15 @@ class PixelAugmenter(PriorAugmenter):
             torch.manual_seed(seed)
             unet = PatchUNet(num_classes, image_size, **network)
         unet = unet.to(device, memory_format=torch.channels_last)
-        self.total_steps = 0  # of all passes; known once the bank is seen
+        self.total_steps = 0  # steps of all passes; ``fit`` sets it from the size of the bank
         self.training = Denoising(unet, num_classes, self._learning_rate, flip=flip)
         classes = {"num_classes": num_classes, "guidance_scale": guidance_scale}
         prior = PatchPrior(self.training.ema, "none", image_size, num_classes, **classes)
         super().__init__(prior, num_classes, strength, num_inference_steps, guidance)
-        self.network = None  # small, and its weights change
+        self.network = None  # not compiled: the network is small and its weights change
 
     def fit(self, images_u8: Tensor, labels: Tensor) -> dict[str, float | Tensor]:
-        """One pass over the bank; see ``Augmenter.fit``.
+        """Trains for one pass over the bank; see ``Augmenter.fit``.
 
         Raises:
             UserError: the loss became NaN or infinite.
@@ -150,9 +154,9 @@ class PixelAugmenter(PriorAugmenter):
         return self.fit_lr * min(warmup, 0.5 + 0.5 * math.cos(math.pi * min(1, step / total)))
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that training goes on from, by reference: save or copy it before the next round."""
+        """Training state, by reference: save or copy it before the next round."""
         return self.training.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes up where ``state_dict`` was called."""
+        """Restores what ``state_dict`` returned."""
         self.training.load_state_dict(state)

@@ -1,14 +1,13 @@
-"""Generative priors behind one small interface: pretrained diffusion models that draw an image of a class from noise.
+"""Generative priors behind one small interface: pretrained diffusion models that sample an image of a class from noise.
 
     text to image        Stable Diffusion 1 and 2, SDXL, Turbo: latents of an autoencoder, prompts
     class-conditional    DiT (Peebles & Xie 2022, arXiv 2212.09748): latents of an autoencoder, class ids
     pixels               a class-conditional ``UNet2DModel`` with its scheduler; pixels are the latents
-    embedded             a ``PatchUNet`` file of this project (``datafree.diffusion.train_prior``); likewise
+    embedded             a ``PatchUNet`` file of this project (``datafree.diffusion.train_prior``); pixels are the latents
 
-Which of them a model is, it says itself: a ``.safetensors`` file, or the name of one that this project ships, is an embedded
-one; a hub id or a directory names its pipeline. Loading, errors and names are those of the augmenters
-(``datafree.diffusion.hub``), so the same models serve DDA. Everything between ``predict`` and ``decode`` can be
-differentiated.
+``load_prior`` recognizes the kind of a model. A ``.safetensors`` file, or the name of a shipped one, is an embedded prior.
+For a hub id or a directory, the configuration names the pipeline. Loading, error messages and names are shared with the
+augmenters (``datafree.diffusion.hub``), so DDA can use the same models. ``predict`` and ``decode`` are differentiable.
 """
 
 from pathlib import Path
@@ -23,7 +22,7 @@ from datafree.diffusion.sampling import Trajectory, cosine_trajectory, own_rule,
 from engine.runtime.errors import UserError
 
 FLAG = "--diffusion_model"
-CLASSES = ("same", "own", "none")  # of a class-conditional prior, for an image of a class of the dataset: see _Classes
+CLASSES = ("same", "own", "none")  # which class of a class-conditional prior a dataset class is drawn from; see _Classes
 TEXT = {
     "StableDiffusionPipeline": "StableDiffusionPipeline",
     "StableDiffusionImg2ImgPipeline": "StableDiffusionPipeline",
@@ -34,15 +33,16 @@ PIPELINES = TEXT | {name: name for name in ("DiTPipeline", "DDPMPipeline", "DDIM
 
 
 class DiffusionPrior:
-    """A pretrained model that turns noise into images of wanted classes.
+    """A pretrained model that turns noise into images of given classes.
 
     Attributes:
-        external_prior: as the results table names it, ``"<model id>[@revision]"``.
-        shape: (C, h, w) of a latent.
-        own_rule: the sampling rule that it was published with, of ``sampling.RULES``.
-        guidance_scale: of classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598); at most 1 is none and costs half.
-        device, dtype: of the model; latents outside it are float32.
-        classes: of ``CLASSES``; only with "same" does the condition say which class of the dataset an image is of.
+        external_prior: the model's name in the results table, ``"<model id>[@revision]"``.
+        shape: shape (C, h, w) of a latent.
+        own_rule: entry of ``sampling.RULES`` that fits the scheduler with which the model was published.
+        guidance_scale: scale of classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598); at most 1: no guidance, at
+            half the cost.
+        device, dtype: device and dtype of the model; latents outside the model are float32.
+        classes: one of ``CLASSES``. Only with "same" does the condition determine the dataset class of an image.
     """
 
     external_prior: str
@@ -54,19 +54,23 @@ class DiffusionPrior:
     classes: str = "same"
 
     def trajectory(self, steps: int) -> Trajectory:
-        """Noise levels of ``steps`` steps."""
+        """The noise levels of a sampling with ``steps`` denoising steps."""
         raise NotImplementedError
 
     def condition(self, labels: Tensor, repeats: list[int]) -> Any:
-        """What ``predict`` takes for labels (B,), a sequence of B that can be sliced.
+        """The conditions that ``predict`` takes for labels (B,): a sequence of length B that can be sliced.
 
         Args:
-            repeats: how many images of its class came before each, so that templates take turns.
+            repeats: B numbers: how many images of its class came before each image. Prompt templates, or the prior's own
+                classes, are used in turn by this number.
         """
         raise NotImplementedError
 
     def predict(self, latents: Tensor, time: Tensor, condition: Any) -> Tensor:
-        """The model's output, guided by the condition: latents (B, C, h, w), time () -> (B, C, h, w), in their dtype."""
+        """The model's output (B, C, h, w) for latents (B, C, h, w) at time (), with classifier-free guidance.
+
+        The output has the dtype of the latents.
+        """
         inputs = latents.to(self.dtype)
         if self.guidance_scale <= 1:
             return self._network(inputs, time, condition).to(latents.dtype)
@@ -75,23 +79,26 @@ class DiffusionPrior:
         return unconditional + self.guidance_scale * (conditional - unconditional)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Clean latents (B, C, h, w) to images (B, 3, H, W), in [0, 1] but for overshoot, in the latents' dtype."""
+        """The images (B, 3, H, W) of clean latents (B, C, h, w), in the latents' dtype.
+
+        Values are nominally in [0, 1] and not clamped.
+        """
         raise NotImplementedError
 
     def checkpoint_gradients(self) -> None:
-        """Trades time for memory: activations are computed again on the way back."""
+        """Turns on gradient checkpointing: activations are recomputed in the backward pass, which saves memory."""
         raise NotImplementedError
 
     def _network(self, latents: Tensor, time: Tensor, condition: Any) -> Tensor:
         raise NotImplementedError
 
     def _with_null(self, condition: Any) -> Any:
-        """Twice as long: null conditions first."""
+        """Conditions of twice the length: the null conditions, then the given ones."""
         raise NotImplementedError
 
 
 class _Pipeline(DiffusionPrior):
-    """What priors from a diffusers pipeline share: its scheduler, and its autoencoder where it has one."""
+    """Base class of the priors from a diffusers pipeline: uses its scheduler and, if it has one, its autoencoder."""
 
     def __init__(self, pipeline, network: torch.nn.Module, name: str, guidance_scale: float, resolution: int | None):
         self.pipeline, self.network, self.external_prior, self.guidance_scale = pipeline, network, name, guidance_scale
@@ -100,7 +107,7 @@ class _Pipeline(DiffusionPrior):
         self.vae = getattr(pipeline, "vae", None)
         for module in filter(None, (network, self.vae)):
             module.eval().requires_grad_(False)
-        # SDXL's autoencoder overflows in half precision, and its configuration says so; that of others says so by default.
+        # SDXL's autoencoder overflows in half precision and sets ``force_upcast``. In other models it is only the default.
         if self.dtype == torch.float16 and hasattr(pipeline, "text_encoder_2") and self.vae.config.get("force_upcast"):
             self.vae.float()
         factor = 2 ** (len(self.vae.config.block_out_channels) - 1) if self.vae is not None else 1
@@ -129,14 +136,14 @@ class _Pipeline(DiffusionPrior):
 
 
 class TextToImage(_Pipeline):
-    """Stable Diffusion, SDXL and Turbo checkpoints.
+    """Prior from a Stable Diffusion, SDXL or Turbo checkpoint.
 
     Args:
-        prompts: templates that take turns within a class; ``{label}`` stands for the class name. Each distinct prompt is
-            encoded once.
-        class_names: by label, or None if unknown.
+        prompts: prompt templates, used in turn for the images of a class; ``{label}`` stands for the class name. Each
+            distinct prompt is encoded once.
+        class_names: class names by label, or None if unknown.
     Raises:
-        UserError: a template wants names that are not known.
+        UserError: a template has ``{label}``, and the class names are unknown.
     """
 
     def __init__(
@@ -148,7 +155,7 @@ class TextToImage(_Pipeline):
         self.encoded: dict[str, tuple[tuple[Tensor, Tensor | None], ...]] = {}
 
     def condition(self, labels: Tensor, repeats: list[int]) -> list[str | None]:
-        """The prompts themselves."""
+        """The prompts (B strings)."""
         templates = [self.prompts[k % len(self.prompts)] for k in repeats]
         names = [self.class_names[label] if self.class_names else "" for label in labels.tolist()]
         return [template.replace("{label}", name) for template, name in zip(templates, names, strict=True)]
@@ -158,7 +165,7 @@ class TextToImage(_Pipeline):
 
     @torch.no_grad()
     def _encode(self, prompt: str) -> tuple[tuple[Tensor, Tensor | None], ...]:
-        """(embeddings (L, D), pooled (P,) or None) of the empty prompt and of this one."""
+        """The pair (embeddings (L, D), pooled embedding (P,) or None), for the empty prompt and for ``prompt``."""
         if prompt not in self.encoded:
             encoded = self.pipeline.encode_prompt(
                 prompt, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=True
@@ -175,7 +182,7 @@ class TextToImage(_Pipeline):
         some = next((prompt for prompt in condition if prompt is not None), "")
         rows = [self._encode(some)[0] if prompt is None else self._encode(prompt)[1] for prompt in condition]
         added = None
-        if rows[0][1] is not None:  # SDXL wants to know the size of the picture, too
+        if rows[0][1] is not None:  # SDXL takes the image size as a further condition
             sizes = [self.resolution, self.resolution, 0, 0, self.resolution, self.resolution]
             ids = torch.tensor([sizes] * len(rows), dtype=self.dtype, device=self.device)
             added = {"text_embeds": torch.stack([pooled for _, pooled in rows]), "time_ids": ids}
@@ -184,15 +191,17 @@ class TextToImage(_Pipeline):
 
 
 class _Classes:
-    """Conditions that are class ids of the prior.
+    """Mixin of class-conditional priors: the conditions are class ids of the prior.
 
     Args of ``_take_classes``:
-        known: number of classes of the prior; null: its id for "no class", or None if it was not trained for guidance.
-        class_map: the prior's class id of each label; None: the label itself.
-        classes: "same": the id that ``class_map`` has for the label. "own": all classes of the prior take turns within every
-            label. "none": the null class, so that nothing is left for ``guidance_scale`` to scale.
+        known: number of class ids of the prior.
+        null: class id of the null class, or None if the prior was not trained for classifier-free guidance.
+        num_classes: number of classes of the dataset.
+        class_map: the prior's class id for each label; None: the label itself.
+        classes: "same": an image has the class that ``class_map`` gives for its label. "own": the images of every label have
+            all classes of the prior in turn. "none": every image has the null class, without classifier-free guidance.
     Raises:
-        UserError: a label has no class, or guidance is asked for without a null class.
+        UserError: a label has no class of the prior, or a choice needs a null class and there is none.
     """
 
     def _take_classes(
@@ -236,7 +245,7 @@ class _Classes:
 
 
 class DiT(_Classes, _Pipeline):
-    """A class-conditional diffusion transformer; its null class comes after the last one."""
+    """Prior from a DiT, a class-conditional diffusion transformer; the id of its null class follows the last class."""
 
     def __init__(
         self,
@@ -259,12 +268,15 @@ class DiT(_Classes, _Pipeline):
 
     def _network(self, latents: Tensor, time: Tensor, condition: Tensor) -> Tensor:
         output = self.network(latents, timestep=time.expand(len(latents)), class_labels=condition).sample
-        return output[:, : latents.shape[1]]  # the rest is a variance
+        return output[:, : latents.shape[1]]  # the other channels are a variance
 
 
 class PixelUNet(_Classes, _Pipeline):
-    """A class-conditional ``UNet2DModel``, of RGB or grey images. Its null class is ``null_class``, unset: the embedding
-    that is left over where it has one more than the dataset has classes."""
+    """Prior from a class-conditional ``UNet2DModel`` of RGB or grey images.
+
+    Args:
+        null_class: class id of the null class; None: the last id if the model has one more than the dataset has classes.
+    """
 
     def __init__(
         self,
@@ -293,11 +305,15 @@ class PixelUNet(_Classes, _Pipeline):
 
 
 class PatchPrior(_Classes, DiffusionPrior):
-    """A network of this project: pixels in [-1, 1], cosine schedule, v-prediction (``datafree.diffusion.patch_unet``).
+    """Prior from a ``PatchUNet``: pixels in [-1, 1], cosine schedule, v-prediction (``datafree.diffusion.patch_unet``).
 
     Args:
-        network: frozen, on its device; its null class comes after its ``known`` classes.
-        classes: None: "same" where it knows as many classes as the dataset has, or ``class_map`` is given; else "none".
+        network: frozen network on its device; the id of its null class follows its ``known`` classes.
+        name: name in the results table.
+        image_size: side of its images in px.
+        known: number of its classes without the null class.
+        classes: one of ``CLASSES``; None: "same" if the prior has as many classes as the dataset or ``class_map`` is given,
+            else "none".
     """
 
     own_rule = "ddim"
@@ -323,13 +339,13 @@ class PatchPrior(_Classes, DiffusionPrior):
 
     @classmethod
     def load(cls, path: Path, device: torch.device | str, dtype: torch.dtype, **settings) -> "PatchPrior":
-        """That of a file; ``settings`` as above."""
+        """The prior of a ``.safetensors`` file; ``settings`` are the keyword arguments of the class."""
         network, about = load_patch_prior(path)
         network = network.to(device, dtype, memory_format=torch.channels_last)
         return cls(network, prior_name(str(path)), about["image_size"], about["num_classes"], **settings)
 
     def trajectory(self, steps: int, start: float = 1.0) -> Trajectory:
-        """From time ``start`` on."""
+        """The noise levels of ``steps`` denoising steps from time ``start`` to 0."""
         return cosine_trajectory(steps, self.device, start)
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -343,7 +359,7 @@ class PatchPrior(_Classes, DiffusionPrior):
 
 
 def check_prompts(prompts: tuple[str, ...], class_names: tuple[str, ...] | None) -> None:
-    """Raises a UserError where there is no prompt, or one wants class names that are not known."""
+    """Raises a UserError if there is no prompt, or if a prompt has ``{label}`` and the class names are unknown."""
     if not prompts:
         raise UserError("--prompt is empty; give one such as 'a photo of a {label}'")
     if class_names is None and (wanting := [p for p in prompts if "{label}" in p]):
@@ -353,12 +369,14 @@ def check_prompts(prompts: tuple[str, ...], class_names: tuple[str, ...] | None)
 
 
 def check_prior(model_id: str, revision: str | None, prompts: tuple[str, ...], class_names: tuple[str, ...] | None) -> bool:
-    """That a prior is there and of a kind that ``load_prior`` takes; of a pipeline the configuration alone is read.
+    """Checks that a prior exists and is of a kind that ``load_prior`` can load.
+
+    Of a pipeline only the configuration is read. A ``.safetensors`` file is loaded.
 
     Returns:
-        Whether it goes by prompts.
+        Whether the prior takes prompts.
     Raises:
-        UserError: it is not, or has prompts that want class names where none are known.
+        UserError: the prior is missing or of another kind, or its prompts do not pass ``check_prompts``.
     """
     model_id = str(shipped_prior(model_id) or model_id)
     if model_id.endswith(".safetensors"):
@@ -385,16 +403,21 @@ def load_prior(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> DiffusionPrior:
-    """The prior that ``model_id`` names, of whatever kind it is.
+    """Loads the prior ``model_id`` of any kind.
 
     Args:
-        model_id: hub id, directory written by ``save_pretrained``, a ``.safetensors`` file of this project, or the name of
-            one that it ships (``natural_32``).
-        num_classes: of the dataset; class_names: by label, or None.
-        prompts: of a text-to-image model; class_map, classes (of ``CLASSES``), null_class: of a class-conditional one.
-        resolution: px at which it draws; None: its own.
+        model_id: hub id, directory written by ``save_pretrained``, ``.safetensors`` file of this project, or the name of a
+            shipped prior (``natural_32``).
+        revision: branch, tag or commit of a hub id.
+        num_classes: number of classes of the dataset.
+        class_names: class names by label, or None.
+        prompts: prompt templates of a text-to-image model.
+        class_map, classes, null_class: settings of a class-conditional model; see ``_Classes`` and ``PixelUNet``.
+        guidance_scale: scale of classifier-free guidance; at most 1: no guidance.
+        resolution: side in px of the images that the model samples; None: the model's own.
+        dtype: dtype of the weights.
     Raises:
-        UserError: the model cannot be had, is of another kind, knows too few classes, or cannot draw at ``resolution``.
+        UserError: the model cannot be loaded, is of another kind, has too few classes, or cannot sample at ``resolution``.
     """
     about_classes = {"num_classes": num_classes, "class_map": class_map, "classes": classes}
     common: dict[str, Any] = {**about_classes, "guidance_scale": guidance_scale}

@@ -1,9 +1,9 @@
-"""The way from noise to a clean latent, one step at a time and in one parametrization for every prior.
+"""Sampling steps from noise to a clean latent, in one parametrization for every prior, and the training of small priors.
 
-A latent at step k is x_k = alpha_k x_0 + sigma_k noise with alpha^2 + sigma^2 = 1, whatever the model calls its time and
-predicts: its own noise levels are read off its scheduler, and its output is turned into a clean latent. Three rules lead
-from x_k to x_{k+1}; written out here, because guidance moves x_k, latent CutMix mixes it and its repair goes a step back,
-all of which the stateful schedulers of libraries forbid.
+A latent at step k is x_k = alpha_k x_0 + sigma_k noise with alpha^2 + sigma^2 = 1, for every model. The noise levels are
+read from the model's scheduler. Its output is converted into a clean latent. Three rules lead from x_k to x_{k+1}. They are
+written out here because guidance moves x_k, latent CutMix mixes it, and the repair of CutMix goes back one step. The
+stateful schedulers of libraries do not allow that.
 
     ddim         Song et al. 2020 (arXiv 2010.02502), deterministic; Euler steps of the probability flow are the same
     dpmsolver++  the second-order multistep solver of Lu et al. 2022 (arXiv 2211.01095)
@@ -23,32 +23,34 @@ from torch.nn import functional as F
 
 from datafree.diffusion.patch_unet import PatchUNet, add_noise, velocity
 
-# How this project's own priors learn: steps of AdamW on the error of v, and a moving average that fits any length.
+# Training of this project's own priors: AdamW on the error of v, and a moving average of the weights for any training
+# length.
 #
-# The average is the power function of Karras et al. 2023 (arXiv 2312.02696): after s steps its decay is (1 - 1 / s)^(g + 1),
-# so that it always reaches over the same share of the training so far, about ``EMA_WIDTH`` of it. It needs no half-life, and
-# so neither a length known in advance nor a learning rate that falls: at a constant rate the average takes the place of the
-# decay, and a training can be stopped, and gone on with, at any step.
+# The average has the power-function profile of Karras et al. 2023 (arXiv 2312.02696). After s steps its decay is
+# (1 - 1 / s)^(g + 1). It therefore always covers the same share of the training so far, about ``EMA_WIDTH``. Neither a
+# half-life nor the length of the training must be chosen in advance. At a constant learning rate the average takes the place
+# of a learning rate decay. A training can therefore be stopped and resumed at any step.
 
 
-LABEL_DROP = 0.1  # share of training images that carry the null label, for guidance
-EMA_WIDTH = 0.1  # standard deviation of the average's weights over steps, as a share of the steps taken
+LABEL_DROP = 0.1  # share of training images with the null label, for classifier-free guidance
+EMA_WIDTH = 0.1  # standard deviation of the average's weights over the steps, as a share of the steps taken
 EMA_POWER = 6.94  # g for that width: (g + 1) / ((g + 2)^2 (g + 3)) = EMA_WIDTH^2
 
 
 class Diverged(Exception):
-    """The loss is no longer a number; says at which step."""
+    """Raised when the loss became NaN or infinite; the message names the step."""
 
 
 class Denoising:
-    """A network that learns to denoise, its moving average, and its optimizer.
+    """Trains a denoising network; holds the network, its moving average (``ema``) and its optimizer.
 
     Args:
-        network: on its device, in channels_last; label ``null_label`` stands for none.
-        learning_rate: AdamW's, of the number of steps taken so far.
-        flip: whether the mirror image of a training image is as good as itself.
-        autocast: the context in which the network runs, for mixed precision.
-        start: steps that the network has taken elsewhere; the average counts them.
+        network: network on its device, in channels_last memory format.
+        null_label: label for "no class".
+        learning_rate: AdamW's learning rate as a function of the number of steps taken so far.
+        flip: whether training images are mirrored at random.
+        autocast: factory of the context in which the network runs, for mixed precision.
+        start: number of training steps that the network has taken before; the decay of the average counts them.
     """
 
     def __init__(
@@ -69,11 +71,12 @@ class Denoising:
         self.step, self.start = 0, start
 
     def fit(self, images_u8: Tensor, labels: Tensor, batches: Sequence[Tensor]) -> float:
-        """One step a batch; returns their mean loss.
+        """Takes one training step per batch and returns the mean loss.
 
         Args:
-            images_u8: (N, 3, H, W) uint8; labels: (N,) int64.
-            batches: indices (B,) into them.
+            images_u8: (N, 3, H, W) uint8.
+            labels: (N,) int64.
+            batches: the indices (B,) of each batch's images.
         Raises:
             Diverged: the loss became NaN or infinite.
         """
@@ -87,7 +90,7 @@ class Denoising:
         return float(losses.mean())
 
     def learn(self, images_u8: Tensor, labels: Tensor) -> Tensor:
-        """One step on images (B, 3, H, W) uint8 and labels (B,) on the device; returns its loss, a scalar without a graph."""
+        """Takes one training step on images (B, 3, H, W) uint8 and labels (B,); returns the loss, a detached scalar."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(self.step)
         loss = self.loss(images_u8, labels)
@@ -102,8 +105,11 @@ class Denoising:
         return loss.detach()
 
     def loss(self, images_u8: Tensor, labels: Tensor) -> Tensor:
-        """Mean squared error of v at random times, scalar. The times of a batch are spread evenly (Kingma et al. 2021,
-        arXiv 2107.00630), for less noise in the gradient."""
+        """Mean squared error of v at random times, scalar.
+
+        The times of a batch are spread evenly, which reduces the noise of the gradient (Kingma et al. 2021, arXiv
+        2107.00630).
+        """
         count = len(images_u8)
         clean = images_u8.float().div_(127.5).sub_(1)
         if self.flip:
@@ -117,7 +123,7 @@ class Denoising:
         return F.mse_loss(v.float(), velocity(clean, noise, t))
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that training goes on from, by reference: save or copy it before the next round."""
+        """Training state, by reference: save or copy it before the next round."""
         return {
             "unet": self.network.state_dict(),
             "ema": self.ema.state_dict(),
@@ -126,7 +132,7 @@ class Denoising:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes up where ``state_dict`` was called."""
+        """Restores what ``state_dict`` returned."""
         self.network.load_state_dict(state["unet"])
         self.ema.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -138,13 +144,13 @@ RULES = ("ddim", "dpmsolver++", "ancestral")
 
 @dataclass(frozen=True)
 class Trajectory:
-    """Noise levels of K steps from pure noise, k = 0, to the clean latent, k = K.
+    """Noise levels of a sampling in K steps, from the noisiest latent at k = 0 to the clean latent at k = K.
 
     Args:
-        times: (K,) what the model takes as its time.
-        alphas, sigmas: K + 1 numbers each, ending in 1 and 0.
-        prediction: what the model predicts: "epsilon", "v_prediction" or "sample".
-        clip: clean latents are clamped to [-clip, clip] before a step (models of pixels); None: not.
+        times: K values of the model's time input.
+        alphas, sigmas: K + 1 numbers each; the last ones are 1 and 0.
+        prediction: quantity that the model predicts: "epsilon", "v_prediction" or "sample".
+        clip: bound of the clean latents of pixel models, which ``clamp`` limits to [-clip, clip]; None: no bound.
     """
 
     times: Tensor
@@ -157,7 +163,7 @@ class Trajectory:
         return len(self.times)
 
     def clean(self, latents: Tensor, k: int, output: Tensor) -> Tensor:
-        """The clean latents (B, C, h, w) that latents at step k and the model's output for them imply; not clamped."""
+        """The clean latents (B, C, h, w) predicted from latents at step k and the model's output for them; not clamped."""
         alpha, sigma = self.alphas[k], self.sigmas[k]
         if self.prediction == "epsilon":
             return (latents - sigma * output) / alpha
@@ -166,13 +172,14 @@ class Trajectory:
     def step(
         self, rule: str, latents: Tensor, k: int, clean: Tensor, previous: Tensor | None = None, noise: Tensor | None = None
     ) -> Tensor:
-        """x_{k+1} from x_k.
+        """Takes the sampling step from x_k to x_{k+1}.
 
         Args:
             rule: one of ``RULES``.
-            latents, clean: (B, C, h, w), x_k and the clean latents there, clamped to ``clip``.
-            previous: the clean latents of step k - 1, of use to "dpmsolver++"; None where there are none.
-            noise: (B, C, h, w) standard normal, of need to "ancestral".
+            latents: x_k, (B, C, h, w).
+            clean: clean latents predicted at step k, (B, C, h, w), after ``clamp``.
+            previous: clean latents predicted at step k - 1, for "dpmsolver++"; None if there are none.
+            noise: standard normal noise (B, C, h, w), needed by "ancestral".
         """
         alpha, sigma, alpha_next, sigma_next = *self._levels(k), *self._levels(k + 1)
         if rule == "dpmsolver++":
@@ -187,11 +194,11 @@ class Trajectory:
         return latents + fresh * noise if fresh else latents
 
     def clamp(self, clean: Tensor) -> Tensor:
-        """Clean latents within the range that the model knows."""
+        """Clean latents clamped to [-clip, clip]."""
         return clean if self.clip is None else clean.clamp(-self.clip, self.clip)
 
     def renoise(self, latents: Tensor, k: int, noise: Tensor) -> Tensor:
-        """x_{k-1} from x_k by the forward process with fresh noise (B, C, h, w), as RePaint does (arXiv 2201.09865)."""
+        """The latents x_{k-1}, made from x_k by adding fresh noise (B, C, h, w), as in RePaint (arXiv 2201.09865)."""
         ratio = self.alphas[k - 1] / self.alphas[k]
         return ratio * latents + math.sqrt(max(0.0, self.sigmas[k - 1] ** 2 - (ratio * self.sigmas[k]) ** 2)) * noise
 
@@ -199,7 +206,10 @@ class Trajectory:
         return self.alphas[k], self.sigmas[k]
 
     def _ratio(self, k: int) -> float:
-        """h_k / h_{k-1} of the half log signal-to-noise ratio; 0, a first-order step, next to pure noise and at the end."""
+        """The ratio h_k / h_{k-1} of this step's length to the previous one's, in half the log signal-to-noise ratio.
+
+        It is 0 next to pure noise and in the last step, where DPM-Solver++ thus takes a first-order step.
+        """
         if k < 1 or not self.sigmas[k + 1] or not self.alphas[k - 1]:
             return 0.0
         before, here, after = (math.log(self.alphas[j] / self.sigmas[j]) for j in (k - 1, k, k + 1))
@@ -207,7 +217,7 @@ class Trajectory:
 
 
 def cosine_trajectory(steps: int, device: torch.device | str, start: float = 1.0) -> Trajectory:
-    """That of ``datafree.diffusion.patch_unet``: time from ``start`` to 0, angle t * pi / 2, v-prediction, images in [-1, 1]."""
+    """Trajectory of a ``PatchUNet`` prior: time from ``start`` to 0, angle t * pi / 2, v-prediction, images in [-1, 1]."""
     angles = [math.pi / 2 * start * (1 - k / steps) for k in range(steps)]
     times = torch.linspace(start, 0, steps + 1, device=device)[:-1]
     alphas = (math.cos(angles[0]) if start < 1 else 0.0, *(math.cos(angle) for angle in angles[1:]), 1.0)
@@ -215,10 +225,11 @@ def cosine_trajectory(steps: int, device: torch.device | str, start: float = 1.0
 
 
 def scheduler_trajectory(scheduler, steps: int, device: torch.device | str) -> Trajectory:
-    """The noise levels of a diffusers scheduler: its betas, spacing of timesteps and kind of prediction.
+    """Trajectory with the betas, the timestep spacing and the prediction type of a diffusers scheduler.
 
     Raises:
-        ValueError: it has no such betas, spacing or prediction (a flow-matching model, say).
+        ValueError: the scheduler has no beta schedule or another prediction type (for example a flow-matching model), or it
+            does not allow ``steps`` steps.
     """
     from diffusers import DDIMScheduler
 
@@ -235,8 +246,10 @@ def scheduler_trajectory(scheduler, steps: int, device: torch.device | str) -> T
 
 
 def own_rule(scheduler) -> str:
-    """The rule that comes nearest to a diffusers scheduler. PNDM, which Stable Diffusion 1 is saved with, is a multistep
-    solver as DPM-Solver++ is."""
+    """The entry of ``RULES`` that is closest to a diffusers scheduler.
+
+    Stable Diffusion 1 is saved with PNDM. Like DPM-Solver++, PNDM is a multistep solver.
+    """
     name = type(scheduler).__name__
     if "Ancestral" in name or name.startswith(("DDPM", "LCM")):
         return "ancestral"

@@ -1,27 +1,28 @@
-"""Trains a diffusion prior: a class-conditional U-Net on the training images of any dataset, written as one small file.
+"""Trains a diffusion prior, a class-conditional U-Net, on the training images of a dataset, and writes it as one small file.
 
     python -m datafree.diffusion.train_prior --dataset cifar100 --output checkpoints/priors/natural_32.safetensors
 
-Any ``DATA_ROOT/NAME.npz`` (``--dataset NAME``) or tree of class folders (``--dataset folder``) serves. ``--diffusion_model``
-takes the file, by its path or, if it lies in ``checkpoints/priors``, by its name. The file is renewed after every report, so
-it can be used while the training goes on. To resume, run the same command again; a larger --images goes on after the end.
-``--start FILE`` begins with the weights of such a file.
+The dataset may be any ``DATA_ROOT/NAME.npz`` (``--dataset NAME``) or tree of class folders (``--dataset folder``).
+``--diffusion_model`` takes the written file by its path or, if the file lies in ``checkpoints/priors``, by its name. The
+file is rewritten after every report, so it can be used while the training goes on. To resume, run the same command again.
+With a larger --images a finished training continues. ``--start FILE`` starts from the weights of such a file.
 
-Loss, network and average are those of ``datafree.diffusion.patch_unet`` and ``datafree.diffusion.sampling``. The learning
-rate is constant after a warm-up: how long a machine can be had is often not known, and the average (see there) does what a
-falling rate would do.
+``datafree.diffusion.patch_unet`` has the network and ``datafree.diffusion.sampling`` the loss and the moving average of the
+weights. The learning rate is constant after a warm-up, since it is often not known for how long a machine is available. The
+moving average takes the place of a learning rate decay.
 
-The defaults were chosen by measuring on CIFAR-100, on one core of an AMD EPYC with AVX512-BF16. Images a CPU-second in
-training, batches of 64 on 2 x 2 pixel patches in bf16: channels 32,64 without attention 236; 32,64,128 175; 48,96,192 107;
-64,128,128 98; 64,128 96 (with batches of 32 and 128: 90 and 95; in fp32: 61); 64,128,256 68; on 4 x 4 patches 128,256 121.
-Loss on held-out images with 32,64,128: .164 after 300 CPU-seconds, .153 after 451; with 48,96,192: .166 after 305, .152
-after 487. That is no difference yet; the larger one was taken, for trainings of hours.
+The defaults were chosen by measurements on CIFAR-100, on one core of an AMD EPYC with AVX512-BF16. Training speed in images
+per CPU-second, with batches of 64, 2 x 2 pixel patches and bf16: channels 32,64 without attention 236; 32,64,128 175;
+48,96,192 107; 64,128,128 98; 64,128 96 (with batches of 32 and 128: 90 and 95; in fp32: 61); 64,128,256 68; 128,256 on 4 x 4
+patches 121. Loss on held-out images with 32,64,128: .164 after 300 CPU-seconds, .153 after 451; with 48,96,192: .166 after
+305, .152 after 487. These losses do not differ yet. The larger network was chosen, for trainings of hours.
 
-The shipped ``natural_32`` drew 1,536,000 images in batches of 256, in about four minutes of an H100 that other runs shared
-(about 7,500 images a second). Held-out loss .108. Of 500 samples at guidance 3 a resnet20 of 57.9 % accuracy names 58 % as asked
-(of training images 62 %); their Fréchet distance to the test split in its features is 10.9 (1.7), density .97 (.96),
-coverage .86 (.96). At guidance 2: 43 %, 12.5, 1.08, .86. An earlier training in batches of 64 had drawn 601,600 images in 94
-CPU-minutes: held-out loss .111; at guidance 2 27 %, 16.6, 1.21, .80.
+The shipped ``natural_32`` was trained on 1,536,000 images, in batches of 256. This took about four minutes on an H100 that
+other runs shared (about 7,500 images per second). The held-out loss is .108. A resnet20 of 57.9 % accuracy predicted the
+label for 58 % of 500 samples at guidance scale 3 (training images: 62 %). In the features of the resnet20, the Fréchet
+distance between samples and test split is 10.9 (training images: 1.7), the density .97 (.96) and the coverage .86 (.96). At
+guidance scale 2 the figures are 43 %, 12.5, 1.08 and .86. An earlier training in batches of 64 took 94 CPU-minutes for
+601,600 images: held-out loss .111, at guidance scale 2 27 %, 16.6, 1.21 and .80.
 """
 
 import dataclasses
@@ -54,63 +55,79 @@ from registry import DATASETS, MODELS
 
 TRAIN = ("train",)
 WARMUP_STEPS = 200
-LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # times at which the loss of held-out images is taken
+LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # times at which the loss on held-out images is measured
 SAMPLING_STEPS = 20
-SHOWN = (10, 10)  # rows (classes) and columns of the picture
-HELD_OUT = 1000  # images that it is taken of
-CHUNK = 250  # images that go through a network together in a report
+SHOWN = (10, 10)  # rows (classes) and columns of the picture of samples
+HELD_OUT = 1000  # number of held-out images on which the loss is measured
+CHUNK = 250  # batch size of forward passes in a report
 
 
 @dataclass(frozen=True)
 class PriorFlags:
-    """What to learn from, how, and where to keep it."""
+    """Data, network, training and output."""
 
-    dataset: str = flag("cifar100", "a name of registry.DATASETS, NAME of DATA_ROOT/NAME.npz, or folder", affects=TRAIN)
-    data_root: str = flag("data", "folder of the data; of folder: with train/<class>/* and test/<class>/* in it")
-    image_size: int | None = flag(None, "px; unset: the dataset's own", affects=TRAIN, least=1, most=4096)
-    output: str | None = flag(None, "the weights; unset: checkpoints/priors/<dataset>_<image_size>.safetensors")
-    save_dir: str | None = flag(None, "run folder (logs, pictures, resume); unset: checkpoints/train_prior/<output's name>")
-    start: str | None = flag(None, "file of a prior of the same shape whose weights to begin with", affects=TRAIN)
-    redo: bool = flag(False, "forget the run folder and train again")
-    images: int = flag(3_000_000, "training images to draw, with those of --start", least=1)
-    minutes: float | None = flag(None, "stop after that long; the same command goes on", above=0)
-    patch: int = flag(2, "px a side of the blocks that the network sees as one", affects=TRAIN, least=1)
+    dataset: str = flag(
+        "cifar100", "dataset: a name of registry.DATASETS, NAME of DATA_ROOT/NAME.npz, or folder", affects=TRAIN
+    )
+    data_root: str = flag(
+        "data", "folder of the data; with --dataset folder, the folder that holds train/<class>/* and test/<class>/*"
+    )
+    image_size: int | None = flag(None, "image size in px; unset: the dataset's", affects=TRAIN, least=1, most=4096)
+    output: str | None = flag(None, "file of weights to write; unset: checkpoints/priors/<dataset>_<image_size>.safetensors")
+    save_dir: str | None = flag(
+        None, "run folder for logs, pictures and resuming; unset: checkpoints/train_prior/<output's name>"
+    )
+    start: str | None = flag(
+        None, "file of a prior with the same network sizes; training starts from its weights", affects=TRAIN
+    )
+    redo: bool = flag(False, "discard the training in the run folder and start again")
+    images: int = flag(
+        3_000_000, "total number of training images to draw, including those drawn for the --start prior", least=1
+    )
+    minutes: float | None = flag(None, "stop after this many minutes; the same command resumes the training", above=0)
+    patch: int = flag(
+        2, "side in px of the pixel blocks that form one position of the network's input", affects=TRAIN, least=1
+    )
     channels: tuple[int, ...] = flag((48, 96, 192), "width of each level of the network", affects=TRAIN, least=1)
     no_attention: bool = flag(False, "no self-attention at the coarsest level", affects=TRAIN)
-    batch_size: int = flag(64, "images a step", affects=TRAIN, least=1, most=1_000_000)
-    lr: float = flag(1e-3, f"AdamW learning rate, reached after {WARMUP_STEPS} steps", affects=TRAIN, above=0)
-    no_flip: bool = flag(False, "mirror no images, though the dataset allows it", affects=TRAIN)
+    batch_size: int = flag(64, "images per training step", affects=TRAIN, least=1, most=1_000_000)
+    lr: float = flag(1e-3, f"AdamW learning rate, reached after {WARMUP_STEPS} warm-up steps", affects=TRAIN, above=0)
+    no_flip: bool = flag(False, "never mirror training images, even if the dataset allows it", affects=TRAIN)
     amp: str = flag(
         "auto",
-        "mixed precision; auto: bf16 where the processor computes in it",
+        "mixed precision; auto: bf16 if the device computes in bf16 in hardware, else no",
         choices=("auto", "no", "bf16"),
         affects=TRAIN,
     )
-    round_steps: int = flag(50, "steps a round: what a stop can cost", affects=TRAIN, least=1)
+    round_steps: int = flag(
+        50, "training steps per round; a stopped training loses at most one round", affects=TRAIN, least=1
+    )
     report_every: int = flag(
-        30, "rounds between reports (held-out loss, samples), after which the output is renewed", least=1
+        30, "rounds between reports, which measure the held-out loss, draw samples and rewrite the output", least=1
     )
     judge: str | None = flag(
-        None, "classifier of the dataset (train_scratch.py) whose features compare samples with the test split; unset: none"
+        None,
+        "checkpoint of a classifier of the dataset (train_scratch.py); reports then compare samples with the test split in "
+        "its features; unset: no comparison",
     )
-    samples: int = flag(500, "images to draw for that", least=1)
-    guidance_scale: float = flag(2.0, "classifier-free guidance of samples and pictures; 1 is none", least=0)
-    seed: int = flag(0, "random numbers are a function of seed and round", affects=TRAIN, least=0)
+    samples: int = flag(500, "number of samples for the comparison with --judge", least=1)
+    guidance_scale: float = flag(2.0, "scale of classifier-free guidance in reports; 1: no guidance", least=0)
+    seed: int = flag(0, "random seed; the random numbers of a round depend only on seed and round", affects=TRAIN, least=0)
     gpu: int | None = flag(None, "index of the GPU, -1 for the CPU; unset: GPU 0 if there is one", least=-1)
 
 
 def _spread(*tensors: Tensor, count: int) -> list[Tensor]:
-    """``count`` rows at equal steps of tensors of one length; all, where there are fewer."""
+    """``count`` evenly spaced rows of each tensor, or all rows if there are fewer; the tensors have equal length."""
     step = max(1, len(tensors[0]) // count)
     return [tensor[::step][:count] for tensor in tensors]
 
 
 class Report:
-    """What is measured of a prior now and then: always on the same images, noise and labels.
+    """Measures a prior during its training, always with the same held-out images, noise and labels.
 
     Args:
         split: held-out images, with which samples are compared.
-        judge: a frozen classifier, or None.
+        judge: frozen classifier, or None.
     """
 
     def __init__(self, flags: PriorFlags, info: DatasetInfo, split: Split, judge: Classifier | None, device: torch.device):
@@ -121,7 +138,7 @@ class Report:
 
     @torch.no_grad()
     def losses(self, training: Denoising) -> dict[str, float]:
-        """Mean squared error of v on held-out images, by time and on average."""
+        """Mean squared error of v on held-out images, on average and at each time of ``LEVELS``."""
         images, labels = self.held_out
         found = {}
         for t in LEVELS:
@@ -137,7 +154,7 @@ class Report:
         return {"held_out": round(sum(found.values()) / len(found), 5)} | found
 
     def draw(self, training: Denoising, labels: Tensor) -> Tensor:
-        """A sample of each label (B,) from noise of its position: (B, 3, H, W) uint8."""
+        """Samples one image per label (B,), from noise that depends only on its position: (B, 3, H, W) uint8."""
         size, times = self.info.image_size, torch.linspace(1, 0, SAMPLING_STEPS + 1, device=self.device)
         drawn = []
         for start in range(0, len(labels), CHUNK):
@@ -150,8 +167,12 @@ class Report:
         return torch.cat(drawn)
 
     def quality(self, images_u8: Tensor, labels: Tensor) -> dict[str, float]:
-        """Of images (B, 3, H, W) uint8 with labels (B,): Fréchet distance to the test split, density and coverage of as many
-        images of it, and the share that the judge names by their labels, in %."""
+        """Quality of images (B, 3, H, W) uint8 with labels (B,), in the judge's features.
+
+        Returns:
+            The Fréchet distance to the test split, density and coverage with respect to B images of the test split, and the
+            judge's accuracy on the labels in %.
+        """
         features, predicted = self._features(images_u8)
         (real,) = _spread(self.real, count=len(features))
         density, coverage = density_coverage(real, features)
@@ -163,7 +184,7 @@ class Report:
         }
 
     def picture(self, training: Denoising) -> Tensor:
-        """Samples, a row a class, classes spread over all: (3, H', W') uint8."""
+        """Picture of samples with one class per row, for evenly spaced classes: (3, H', W') uint8."""
         rows, columns = min(SHOWN[0], self.info.num_classes), SHOWN[1]
         classes = torch.arange(rows) * self.info.num_classes // rows
         labels = classes.repeat_interleave(columns)
@@ -178,10 +199,11 @@ class Report:
 
 
 def train_prior(flags: PriorFlags) -> Path:
-    """Trains, reports and writes ``flags.output``, whose path it returns; goes on where it was stopped.
+    """Trains a prior, or resumes its training, and returns the path of the file that it wrote.
 
     Raises:
-        UserError: the run was begun with other flags, the data or the start cannot be read, or training diverged.
+        UserError: the run was begun with other flags, ``flags.output`` belongs to another run, the data or the ``--start``
+            file cannot be read, or the training diverged.
     """
     device = choose_device(flags.gpu)
     info = dataset_info(DATASETS, flags.dataset, flags.data_root, flags.image_size)
@@ -220,7 +242,11 @@ def train_prior(flags: PriorFlags) -> Path:
 
 
 def _unfinished(run: Run, flags: PriorFlags, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """What the run folder holds of a training with these settings; None: it is to begin."""
+    """State of the unfinished training in the run folder; None if there is none.
+
+    Raises:
+        UserError: the training was begun with other settings.
+    """
     file = run.path / "last.pth"
     if flags.redo:
         file.unlink(missing_ok=True)
@@ -236,9 +262,9 @@ def _unfinished(run: Run, flags: PriorFlags, settings: dict[str, Any]) -> dict[s
 def _network(
     flags: PriorFlags, info: DatasetInfo, device: torch.device, state: dict[str, Any] | None
 ) -> tuple[PatchUNet, dict[str, Any]]:
-    """The network, fresh or with the weights of ``--start``, and what its file says of it.
+    """The network, with initial weights or those of ``--start``, and the metadata of its file.
 
-    ``--start`` is read when a training begins and never again: it may be the file that the training writes.
+    The ``--start`` file is read only when a training begins, since it may be the file that the training overwrites.
     """
     shape = {
         "num_classes": info.num_classes,
@@ -261,7 +287,7 @@ def _network(
 
 
 def _judge(flags: PriorFlags, info: DatasetInfo, device: torch.device) -> Classifier | None:
-    """The frozen classifier of ``--judge``, which says itself what network it is and how it normalizes."""
+    """The frozen classifier of ``--judge``; its checkpoint names its architecture and normalization."""
     if not flags.judge:
         return None
     about = load_checkpoint(Path(flags.judge), "judge")
@@ -280,7 +306,7 @@ def _rounds(
     output: Path,
     first: int,
 ) -> None:
-    """Rounds of training until --images or --minutes are over; the file and a report every so often and at the end."""
+    """Trains in rounds until --images or --minutes is reached; reports and writes the file at intervals and at the end."""
     before, a_round = about["images_drawn"], flags.round_steps * flags.batch_size
     rounds = max(0, -(-(flags.images - before) // a_round))
     end = time.monotonic() + 60 * flags.minutes if flags.minutes else float("inf")
@@ -328,7 +354,7 @@ def _rounds(
 
 
 def main() -> None:
-    """Command line of this module."""
+    """Runs the command line ``python -m datafree.diffusion.train_prior``."""
     parser = Parser(
         prog="python -m datafree.diffusion.train_prior",
         description=__doc__.splitlines()[0],

@@ -1,13 +1,13 @@
 """Variants from pretrained latent diffusion models: DDA's image variation, and image-to-image with a class prompt.
 
-Paper: Li et al., ACM MM 2024, arXiv 2410.17606. Every image of the bank goes through an image-variation model with fresh
-noise. ``ImageVariation`` is the paper's model: a Stable Diffusion v1-4 fine-tuned to take a CLIP image embedding in place
-of text, with the defaults of its public demo (guidance 3, 25 steps). ``ImageToImage`` noises the image itself and denoises
-it with the name of its class (SDEdit, Meng et al. 2021, arXiv 2108.01073), by any Stable Diffusion, SDXL or Turbo
-checkpoint.
+Paper: Li et al., ACM MM 2024, arXiv 2410.17606. An image-variation model makes variants of every bank image, each with fresh
+noise. ``ImageVariation`` is the paper's model: a Stable Diffusion v1-4, fine-tuned to take a CLIP image embedding instead of
+text, with the defaults of its public demo (guidance scale 3, 25 steps). ``ImageToImage`` adds noise to the image itself and
+denoises it with the name of its class as a prompt (SDEdit, Meng et al. 2021, arXiv 2108.01073). It takes any Stable
+Diffusion, SDXL or Turbo checkpoint.
 
-Both run the library's own pipelines. All randomness of an image - encoding, noise and the steps of an ancestral sampler -
-comes from one generator, so its variant does not depend on the batch it is in.
+Both run the pipelines of diffusers. One generator per image gives all its random numbers: those of the encoding, the noise
+and the steps of an ancestral sampler. A variant therefore does not depend on the other images of its batch.
 """
 
 from typing import Any
@@ -21,18 +21,21 @@ from engine.runtime.errors import UserError
 
 # An augmenter turns an image of the bank into a new one.
 #
-# Its random numbers come from one seed an image, drawn on the CPU whatever the device, so that neither the batch size nor the
-# order of the images changes a variant; but where the BN statistics of those drawn together guide them, they do.
+# Each image has its own seed, and its random numbers are drawn on the CPU on every device. A variant therefore depends
+# neither on the batch size nor on the order of the images. The exception is BN guidance: its statistics depend on the images
+# of the batch.
 
 
 class Augmenter:
-    """A source of variants. Subclasses implement ``augment``, and the rest where they learn from the bank.
+    """Makes variants of images.
+
+    Subclasses implement ``augment``. Those that are trained on the bank also implement ``fit`` and the state methods.
 
     Attributes:
-        external_prior: the pretrained model behind the variants as the results table names it, ``"<model id>[@revision]"``,
-            or ``"none"``.
-        fit_rounds: calls of ``fit`` wanted before the first ``augment``.
-        network, steps: the denoising network and its calls for a batch of variants, for torch.compile; None: leave it alone.
+        external_prior: name of the pretrained model in the results table, ``"<model id>[@revision]"``, or ``"none"``.
+        fit_rounds: number of calls of ``fit`` before the first ``augment``.
+        network, steps: denoising network to compile, and the number of its calls for a batch of variants; None: no network
+            is compiled.
     """
 
     external_prior: str = "none"
@@ -41,7 +44,7 @@ class Augmenter:
     steps: int = 0
 
     def fit(self, images_u8: Tensor, labels: Tensor) -> dict[str, float | Tensor]:
-        """One round of training on the bank, its randomness from the global stream.
+        """Trains on the bank for one round; random numbers come from the global generator.
 
         Args:
             images_u8: (N, 3, H, W) uint8.
@@ -52,40 +55,40 @@ class Augmenter:
         raise NotImplementedError(f"{type(self).__name__} does not learn from the bank")
 
     def augment(self, images: Tensor, labels: Tensor, seeds: list[int]) -> Tensor:
-        """One variant of each image.
+        """Makes one variant of each image.
 
         Args:
             images: (B, 3, H, W) float32 in [0, 1].
             labels: (B,) int64.
-            seeds: B seeds; an image's variant depends on its own seed alone.
+            seeds: B seeds, one per image. Without BN guidance a variant does not depend on the other images' seeds.
         Returns:
-            (B, 3, H, W) float32 in [0, 1], on the augmenter's device.
+            Variants (B, 3, H, W) float32 in [0, 1], on the augmenter's device.
         """
         raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
-        """What ``fit`` has changed: tensors and plain values; empty for a pretrained model."""
+        """State that ``fit`` changes, as tensors and plain values; empty for a pretrained model."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes up where ``state_dict`` was called."""
+        """Restores what ``state_dict`` returned."""
 
 
 def seeded_generators(seeds: list[int]) -> list[torch.Generator]:
-    """One CPU generator a seed; diffusers moves what they draw to its own device."""
+    """One CPU generator per seed; diffusers moves the drawn numbers to its own device."""
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
 def seeded_noise(seeds: list[int], shape: tuple[int, ...]) -> Tensor:
-    """Standard normal noise, (len(seeds), *shape) float32 on the CPU, row k from ``seeds[k]`` alone."""
+    """Standard normal noise, (len(seeds), *shape) float32 on the CPU; row k depends only on ``seeds[k]``."""
     return torch.stack([torch.randn(shape, generator=generator) for generator in seeded_generators(seeds)])
 
 
 def denoising_steps(strength: float, num_inference_steps: int) -> int:
-    """Network evaluations that ``strength`` leaves of ``num_inference_steps``, rounded down as diffusers does.
+    """Number of denoising steps for ``strength``: ``strength * num_inference_steps``, rounded down as in diffusers.
 
     Raises:
-        UserError: ``strength`` is outside (0, 1], or no step is left.
+        UserError: ``strength`` is outside (0, 1], or the result is 0.
     """
     if not 0 < strength <= 1:
         raise UserError(f"--strength {strength:g} is outside (0, 1]: the share of the way back to pure noise")
@@ -104,19 +107,22 @@ IMAGE_TO_IMAGE = {
     "StableDiffusionXLPipeline": "StableDiffusionXLImg2ImgPipeline",
     "StableDiffusionXLImg2ImgPipeline": "StableDiffusionXLImg2ImgPipeline",
 }
-# What each of --prior takes.
+# Kinds of pipeline that each choice of --prior can load.
 PIPELINES = {"image_variation": ("StableDiffusionImageVariationPipeline",), "image_to_image": tuple(IMAGE_TO_IMAGE)}
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def resize(images: Tensor, size: tuple[int, int], antialias: bool = True) -> Tensor:
-    """Bicubic resize of (B, 3, H, W) in [0, 1], clamped: overshoot would make diffusers read a whole batch as [-1, 1]."""
+    """Bicubic resize of images (B, 3, H, W) in [0, 1], clamped to [0, 1].
+
+    Without the clamp, bicubic overshoot below 0 would make diffusers take the whole batch for images in [-1, 1].
+    """
     return F.interpolate(images, size, mode="bicubic", align_corners=False, antialias=antialias).clamp(0, 1)
 
 
 class _LatentAugmenter(Augmenter):
-    """What both share: a pipeline, the size at which it works, and the way back to the source's size."""
+    """Base class of the two augmenters: a pipeline with its resolution; variants are resized to the size of the source."""
 
     def __init__(self, pipeline, model_id: str, revision: str | None, resolution: int | None, steps: int):
         self.pipeline, self.network, self.steps = pipeline, pipeline.unet, steps
@@ -133,25 +139,25 @@ class _LatentAugmenter(Augmenter):
         return resize(variants.float(), tuple(images.shape[2:]))
 
     def _variants(self, images: Tensor, labels: list[int], generators: list[torch.Generator]) -> Tensor:
-        """(B, 3, resolution, resolution) in [0, 1]."""
+        """Variants (B, 3, resolution, resolution) in [0, 1]."""
         raise NotImplementedError
 
 
 class ImageVariation(_LatentAugmenter):
-    """Variations of an image by its CLIP embedding; the label plays no part.
+    """Variations of an image by its CLIP embedding; the label is not used.
 
-    The image goes to CLIP as the model card asks: a bicubic resize *without* antialiasing, then CLIP's mean and std. The
-    pipeline's own processor would antialias.
+    The preprocessing for CLIP follows the model card: bicubic resize *without* antialiasing, then CLIP's mean and std. The
+    pipeline's own processor would use antialiasing.
 
     Args:
         model_id: hub id or local directory of a ``StableDiffusionImageVariationPipeline``.
-        revision: of the hub id.
-        guidance_scale: at most 1 is none.
-        num_inference_steps: denoising steps.
-        resolution: px at which the model draws; None: its own.
-        dtype: of weights and computation.
+        revision: branch, tag or commit of the hub id.
+        guidance_scale: scale of classifier-free guidance; at most 1: no guidance.
+        num_inference_steps: number of denoising steps.
+        resolution: side in px of the images that the model makes; None: the model's own.
+        dtype: dtype of weights and computation.
     Raises:
-        UserError: the model cannot be had, is of another kind, or cannot draw at ``resolution``.
+        UserError: the model cannot be loaded, is of another kind, or does not support ``resolution``.
     """
 
     def __init__(
@@ -175,7 +181,7 @@ class ImageVariation(_LatentAugmenter):
 
     def _variants(self, images: Tensor, labels: list[int], generators: list[torch.Generator]) -> Tensor:
         size = self.pipeline.image_encoder.config.image_size
-        # Not clamped, as on the model card: this tensor goes to CLIP and to no image processor.
+        # Not clamped, as on the model card: this tensor goes to CLIP directly and not through an image processor.
         seen = F.interpolate(images, (size, size), mode="bicubic", align_corners=False, antialias=False)
         return self.pipeline(
             image=(seen - self.mean) / self.std,
@@ -193,17 +199,17 @@ class ImageToImage(_LatentAugmenter):
 
     Args:
         model_id: hub id or local directory of a Stable Diffusion, SDXL or Turbo checkpoint.
-        revision: of the hub id.
-        prompt: template; ``{label}`` stands for the class name. Without it every image has the same prompt.
-        class_names: by label, or None if unknown.
-        strength: in (0, 1], the share of the way back to pure noise.
-        guidance_scale: at most 1 is none; Turbo checkpoints want 0.
-        num_inference_steps: steps from pure noise; ``int(strength * num_inference_steps)`` of them are taken.
-        resolution: px at which the model draws; None: its own.
-        dtype: of weights and computation.
+        revision: branch, tag or commit of the hub id.
+        prompt: template in which ``{label}`` stands for the class name. Without ``{label}`` all images have the same prompt.
+        class_names: class names by label, or None if unknown.
+        strength: share in (0, 1] of the noise schedule: 1 starts from pure noise.
+        guidance_scale: scale of classifier-free guidance; at most 1: no guidance. Turbo checkpoints need 0.
+        num_inference_steps: denoising steps from pure noise; ``int(strength * num_inference_steps)`` of them are taken.
+        resolution: side in px of the images that the model makes; None: the model's own.
+        dtype: dtype of weights and computation.
     Raises:
-        UserError: the prompt wants names that are not known, no step is left, the model cannot be had, is of another kind,
-            or cannot draw at ``resolution``.
+        UserError: the prompt has ``{label}`` and the class names are unknown, no denoising step is left, or the model cannot
+            be loaded, is of another kind or does not support ``resolution``.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Augmenters: the pixel prior, and the pretrained ones by their random miniatures. CPU, no network."""
+"""Augmenters: the pixel prior, and small random versions of the pretrained models. CPU, no network connection."""
 
 import io
 import math
@@ -40,7 +40,7 @@ def pretrained(folders):
 
 
 def bank(count=64, size=16, classes=4):
-    """Class c is a bright bar at its own height, moved and dimmed a little: (N, 3, H, W) uint8, (N,)."""
+    """Images (N, 3, H, W) uint8 and labels (N,): a bright bar whose height gives the class, slightly shifted and dimmed."""
     generator = torch.Generator().manual_seed(1)
     labels = torch.arange(count) % classes
     images = torch.zeros(count, 3, size, size)
@@ -56,7 +56,7 @@ def tiny_prior(**changes):
 
 
 def fitted(prior, rounds, images, labels, first=0):
-    """The last round's log; each round seeded by its position, as the stage does."""
+    """Trains for ``rounds`` rounds, each seeded by its position as in the stage, and returns the last round's log."""
     for round in range(first, first + rounds):
         torch.manual_seed(100 + round)
         log = prior.fit(images, labels)
@@ -65,7 +65,7 @@ def fitted(prior, rounds, images, labels, first=0):
 
 @pytest.fixture(scope="module")
 def trained():
-    """A small prior that has seen the bank, its first and last loss, and sources with labels."""
+    """A small prior trained on the bank, its loss after 5 and after 40 rounds, and source images with labels."""
     images, labels = bank()
     prior = tiny_prior()
     first = fitted(prior, 5, images, labels)
@@ -92,7 +92,7 @@ def test_noise_and_velocity_invert_each_other():
     clean, noise, t = torch.rand(5, 3, 4, 4) * 2 - 1, torch.randn(5, 3, 4, 4), torch.tensor([0.1, 0.3, 0.5, 0.9, 1.0])
     x_t, v = patch_unet.add_noise(clean, noise, t), patch_unet.velocity(clean, noise, t)
     assert torch.allclose(patch_unet.clean_estimate(x_t, v, t), clean, atol=1e-5)
-    # With the true clean image one step lands on the same image and noise at the earlier time.
+    # With the true clean image, one step gives the mixture of the same image and noise at the earlier time.
     assert torch.allclose(patch_unet.ddim_step(x_t, clean, t, t / 2), patch_unet.add_noise(clean, noise, t / 2), atol=1e-5)
     half = patch_unet.add_noise(torch.ones(1, 3, 1, 1), torch.ones(1, 3, 1, 1), torch.tensor([0.5]))
     assert torch.allclose(half, torch.full_like(half, math.sqrt(2)))
@@ -140,7 +140,7 @@ def test_pixel_variants_are_sdedit_by_ddim(trained):
 
 @pytest.mark.parametrize("weights", [{"oh": 3.0}, {"oh": 0.0, "bn": 1.0}], ids=str)
 def test_the_teacher_guides_a_variant(trained, weights):
-    """Towards its source's label, and towards the teacher's BN statistics; of the batch with L_bn alone."""
+    """Guidance lowers the cross-entropy for the source's label, or L_bn; only with L_bn do variants depend on the batch."""
     prior, _, _, images, labels = trained
     torch.manual_seed(0)
     teacher = frozen(make_classifier(num_classes=4))
@@ -181,7 +181,7 @@ def test_a_resumed_prior_is_the_unbroken_one_bit_for_bit():
     unbroken = tiny_prior(flip=True)
     fitted(unbroken, 2, images, labels)
     state = saved_and_loaded(unbroken.state_dict())
-    torch.rand(7)  # what ran before must not matter, to the initial weights either
+    torch.rand(7)  # earlier random draws must not change anything, the initial weights included
     resumed = tiny_prior(flip=True)
     initial = (prior.training.network.parameters() for prior in (resumed, tiny_prior()))
     assert all(torch.equal(a, b) for a, b in zip(*initial))
@@ -211,7 +211,7 @@ def test_a_pass_shows_every_image_once(monkeypatch):
 
 
 def test_the_average_reaches_over_the_same_share_of_any_training():
-    """A weight that is the number of its step: the average of steps 1..s has the power function's mean, and its width."""
+    """If a weight equals the number of its step, its average has the mean and the width of the power function."""
     images, labels = bank(count=4)
     prior = tiny_prior(channels=(8, 8))
     training = Denoising(prior.training.network, 4, lambda step: 0.0)
@@ -332,7 +332,7 @@ def test_resize_stays_in_range():
     assert resize(torch.eye(8).expand(1, 3, 8, 8), (32, 32)).aminmax() == (0, 1)
 
 
-# Models that cannot be had
+# Models that cannot be loaded
 
 
 def test_unreachable_hub_says_how_to_fetch():
@@ -375,7 +375,7 @@ def test_seeded_noise_is_one_stream_a_seed():
 
 
 def test_without_a_network_the_hub_is_not_asked(monkeypatch):
-    """Where its name does not resolve, the client is told to keep to its cache; behind a proxy that says nothing."""
+    """If the hub's host name does not resolve, only the cache is used; behind a proxy the name is not looked up."""
     import socket
 
     from huggingface_hub import constants

@@ -1,4 +1,4 @@
-"""Generative priors on random miniatures: conditions, classifier-free guidance, bad input. CPU, no network."""
+"""Generative priors, on small random models: conditions, classifier-free guidance, bad input. CPU, no network connection."""
 
 import pytest
 import torch
@@ -28,12 +28,12 @@ def test_classifier_free_guidance(priors, kind, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["stable_diffusion", "sdxl"])
 def test_unguided_latents_are_those_of_the_library_s_pipeline(priors, kind):
-    """Prompts, sizes, classifier-free guidance and steps, all at once, but for the last noise that the library leaves in."""
+    """Prompts, sizes, classifier-free guidance and steps agree; the library only leaves some noise in the final latents."""
     prior, steps = priors[kind], 5
     trajectory, condition = prior.trajectory(steps), prior.condition(torch.tensor([2]), [0])
     latents = start = seeded_noise([3], prior.shape)
     if kind == "sdxl":
-        start = start / trajectory.sigmas[0]  # Euler's scale
+        start = start / trajectory.sigmas[0]  # the scale of latents in Euler schedulers
     theirs = prior.pipeline(
         prompt=condition, guidance_scale=3.0, num_inference_steps=steps, latents=start, output_type="latent"
     ).images
@@ -64,7 +64,10 @@ def test_class_map(generative):
 
 
 def test_a_prior_s_own_classes_take_turns_or_it_is_told_none(generative):
-    """A file of ten classes for a dataset of five: by default no class, else all ten in turn, each label beginning elsewhere."""
+    """A prior of ten classes for a dataset of five uses no class by default; with "own" each label uses all ten in turn.
+
+    The turns of the labels begin at different classes.
+    """
     labels = torch.arange(5).repeat(10)
     turns = [k // 5 for k in range(50)]
     prior = load_prior(generative["patch_prior"], num_classes=5, guidance_scale=2.0, classes="own")

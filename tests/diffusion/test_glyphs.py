@@ -1,4 +1,4 @@
-"""The embedded prior of printed digits: rendering, its dataset, the shipped file, and files that are not it."""
+"""The prior of printed digits: rendering, the dataset, the shipped file, and files that are no prior."""
 
 import json
 import subprocess
@@ -167,7 +167,7 @@ def test_samples_of_the_shipped_prior_are_recognised(shipped, pool, fonts):
     for share, pixels in ((0.9, render(60, 16, fonts, seed=9)[0].float()), (0.85, images * 255)):
         with torch.no_grad():
             assert (model(pixels / 128 - 1).argmax(1) == labels).float().mean() > share
-    assert (images[:10] - images[10:20]).abs().mean((1, 2, 3)).min() > 0.02  # not one image a class
+    assert (images[:10] - images[10:20]).abs().mean((1, 2, 3)).min() > 0.02  # samples of a class differ
 
 
 def test_files_that_are_no_prior(shipped, tmp_path):

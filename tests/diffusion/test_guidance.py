@@ -1,4 +1,4 @@
-"""Teacher guidance on random miniatures: its gradient, its terms, the images it makes. CPU, no network."""
+"""Teacher guidance, on small random models: its gradient, its terms and its images. CPU, no network connection."""
 
 import copy
 import math
@@ -30,7 +30,7 @@ def teacher():
 
 @pytest.fixture(scope="module")
 def competitor(teacher):
-    """Of the teacher's opinion about some images."""
+    """A student that agrees with the teacher on some images only."""
     student = copy.deepcopy(teacher)
     torch.manual_seed(7)
     with torch.no_grad():
@@ -44,10 +44,10 @@ def task():
 
 
 def terms(teacher, student, images, labels, bn, oh, adv, held=None):
-    """L of the module ``guidance`` by the formulas of the paper, as three weighted terms.
+    """The three weighted terms of L (``datafree.diffusion.guidance``), computed by the formulas of the paper.
 
     Args:
-        held: the teacher's logits that L_adv compares with; None: those of the images, without their gradient.
+        held: teacher logits for L_adv; None: the teacher's logits of ``images``, without their gradient.
     """
     inputs, layers = [], [m for m in teacher.modules() if isinstance(m, torch.nn.BatchNorm2d)]
     hooks = [layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0])) for layer in layers]
@@ -68,7 +68,7 @@ def terms(teacher, student, images, labels, bn, oh, adv, held=None):
 
 
 def drawn(generator, batch_size=5, order=None):
-    """Images of all labels and seeds, ``batch_size`` at a time."""
+    """Images for all of ``LABELS`` and ``SEEDS``, sampled in batches of ``batch_size``."""
     index = torch.arange(len(LABELS)) if order is None else order
     parts = [generator.draw(LABELS[i], [SEEDS[j] for j in i], [0] * len(i)).images for i in index.split(batch_size)]
     return torch.cat(parts)[index.argsort()]
@@ -76,7 +76,7 @@ def drawn(generator, batch_size=5, order=None):
 
 @torch.no_grad()
 def surer(student):
-    """A teacher's copy that is of its opinion everywhere, so that the mask lets all images pass, but not as sure."""
+    """Multiplies the logits of a teacher's copy by 3. It still agrees with the teacher on all images, but L_adv is not 0."""
     student.network.fc.weight.mul_(3)
     student.network.fc.bias.mul_(3)
 
@@ -99,7 +99,7 @@ def test_grey_pixels_become_three_channels(tmp_path, teacher, task):
 @pytest.mark.parametrize("backprop", BACKPROP)
 def test_gradient_is_that_of_finite_differences(generative, kind, backprop, monkeypatch):
     torch.manual_seed(1)
-    monkeypatch.setattr(torch.Tensor, "float", lambda tensor: tensor)  # all of it in float64
+    monkeypatch.setattr(torch.Tensor, "float", lambda tensor: tensor)  # everything stays in float64
     prior = load_prior(generative[kind], num_classes=10, class_names=NAMES, guidance_scale=2.0, dtype=torch.float64)
     teacher = frozen(make_classifier().double())
     student = make_classifier().double().eval()
@@ -118,7 +118,7 @@ def test_gradient_is_that_of_finite_differences(generative, kind, backprop, monk
         return guidance.view(prior, trajectory, latents, k, used)
 
     with torch.no_grad():
-        held = teacher(view(z))  # in L_adv
+        held = teacher(view(z))  # constant in L_adv
 
     def loss(latents):
         return 2 * sum(terms(teacher, student, view(latents), torch.tensor([3, 8]), 0.5, 1.0, 0.7, held))
@@ -155,7 +155,7 @@ def test_the_loss_is_the_sum_of_its_terms(teacher):
 
 @pytest.mark.parametrize("weights", [(0.5, 0, 0), (0, 2.0, 0), (0, 0, 3.0), (0.5, 2.0, 3.0)], ids=str)
 def test_terms_and_their_gradients_are_those_of_the_formulas(teacher, competitor, weights):
-    """The student agrees about some images only; the teacher is a constant in L_adv."""
+    """The student agrees with the teacher on some images only; the teacher's logits are a constant in L_adv."""
     images = torch.rand(6, 3, 16, 16, generator=seeded_generators([0])[0]) * torch.linspace(0, 1, 6).view(6, 1, 1, 1)
     images.requires_grad_()
     labels = torch.tensor([0, 1, 2, 3, 4, 5])
@@ -170,7 +170,7 @@ def test_terms_and_their_gradients_are_those_of_the_formulas(teacher, competitor
 
 
 def test_pixels_outside_the_range_are_clamped_and_do_not_pull(priors, teacher):
-    """What the teacher sees is what is kept; where that does not move with the latent there is no gradient."""
+    """The teacher sees the clamped images; a clamped pixel has no gradient."""
     prior = priors["patch_prior"]
     trajectory, guidance = prior.trajectory(4), Guidance(teacher, 16, backprop="decoder")
     z, condition = 3 * seeded_noise([1], prior.shape), prior.condition(torch.tensor([1]), [0])
@@ -184,7 +184,7 @@ def test_pixels_outside_the_range_are_clamped_and_do_not_pull(priors, teacher):
 
 
 def test_guided_denoising_by_hand(priors, teacher, competitor, task):
-    """Three steps of a batch: z - lr * B * dL/dz through the network, then DDPM's posterior (Ho et al. 2020, eq. 7)."""
+    """Three steps for a batch: z - lr * B * dL/dz through the network, then DDPM's posterior (Ho et al. 2020, eq. 7)."""
     prior, labels, seeds, lr = priors["patch_prior"], torch.tensor([3, 1, 4]), [11, 5, 2], 10.0
     weights = 0.1, 1.0, 2.0
     guidance = Guidance(teacher, 16, *weights, lr=lr, student=competitor)
@@ -192,7 +192,7 @@ def test_guided_denoising_by_hand(priors, teacher, competitor, task):
 
     streams = [torch.Generator().manual_seed(seed) for seed in seeds]
     trajectory, condition = prior.trajectory(3), prior.condition(labels, [0] * 3)
-    bars = [alpha**2 for alpha in trajectory.alphas]  # of Ho et al.; the model predicts v
+    bars = [alpha**2 for alpha in trajectory.alphas]  # alpha bar of Ho et al.; the model predicts v
 
     def normal():
         return torch.stack([torch.randn(3, 16, 16, generator=stream) for stream in streams])
@@ -257,7 +257,7 @@ def test_images_do_not_depend_on_the_batch(priors, teacher, task, kind):
     whole = drawn(generator)
     assert whole.shape == (5, 3, 16, 16) and whole.dtype == torch.float32 and 0 <= whole.min() and whole.max() <= 1
     assert torch.equal(whole, drawn(generator))
-    # ancestral steps of an untrained model, 0.006 of a signal to begin with, amplify the last bit of a convolution
+    # Ancestral steps of an untrained model start at a signal level of 0.006 and amplify the rounding of a convolution.
     tolerance = 2e-3 if kind == "pixel_unet" else 2e-5
     assert (drawn(generator, 2) - whole).abs().max() < tolerance
     assert (drawn(generator, 3, torch.tensor([4, 2, 0, 3, 1])) - whole).abs().max() < tolerance
@@ -301,7 +301,7 @@ def test_lca_mixes_batches_only_and_repair_redraws_the_seam(priors, teacher, tas
 
     plain, mixed = images([]), images([2, 3])
     assert (plain - mixed).abs().mean() > 1e-2 and torch.equal(mixed, images([2, 3]))
-    # nobody to mix with; a pixel at the edge of the range may fall to either side of it by rounding
+    # A batch of one is not mixed. By rounding, a pixel at the edge of the range may lie on either side of it.
     assert (images([2, 3], batch_size=1) - plain).abs().max() < 5e-3
     assert (images([2, 3], repair=2) - mixed).abs().mean() > 1e-3
 

@@ -1,4 +1,4 @@
-"""Latent CutMix: boxes, partners, seams, and when they come."""
+"""Latent CutMix: boxes, partners, seams, and the steps at which it is applied."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def test_cutmix_pastes_boxes_of_partners():
     assert bool((mixed[mix.masks.expand_as(mixed)].view(-1) >= 0).all())
     for i in range(40):
         rows, columns = mix.masks[i, 0].any(1), mix.masks[i, 0].any(0)
-        assert mix.masks[i, 0].sum() == rows.sum() * columns.sum() > 0  # a box
+        assert mix.masks[i, 0].sum() == rows.sum() * columns.sum() > 0  # the mask is a box
         assert set(mixed[i].unique().tolist()) == {float(i), float(mix.partners[i])}
         assert mix.shares[i] == pytest.approx(float((mixed[i] != i).float().mean())) and mix.shares[i] < LARGEST_SHARE + 0.1
     targets = mix.targets(F.one_hot(torch.arange(40)).float())

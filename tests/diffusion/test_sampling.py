@@ -1,4 +1,4 @@
-"""From noise to a clean latent: against the library's schedulers and in closed form. CPU, no network."""
+"""Sampling steps, against diffusers' schedulers and in closed form. CPU, no network connection."""
 
 import math
 
@@ -70,7 +70,7 @@ def test_steps_are_those_of_the_library():
     assert torch.allclose(library(ddim, noise), ours(ddim, "ddim", noise), atol=1e-4)
     dpm = DPMSolverMultistepScheduler(**betas, timestep_spacing="trailing", final_sigmas_type="zero")
     assert torch.allclose(library(dpm, noise), ours(dpm, "dpmsolver++", noise), atol=1e-3)
-    # Euler's steps are in another scale: its noise has the standard deviation sigma / alpha, ours 1.
+    # Euler's latents have another scale: their noise has the standard deviation sigma / alpha, here sigma.
     euler = EulerDiscreteScheduler(**betas, timestep_spacing="trailing")
     start = scheduler_trajectory(euler, 8, "cpu").sigmas[0]
     assert torch.allclose(library(euler, noise), ours(euler, "ddim", noise * start), atol=1e-3)

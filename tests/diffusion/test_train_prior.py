@@ -1,4 +1,4 @@
-"""Training a diffusion prior: from an npz and from class folders, stopped and gone on, started from a file, and misuse."""
+"""Training a diffusion prior from an npz file and from class folders, resuming, starting from a file, and wrong input."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ TINY = "--channels 8,8 --no_attention --batch_size 4 --round_steps 2 --report_ev
 
 
 def pictures(count, seed, classes=3, size=8):
-    """Noise around a grey of the class's own: (count, size, size, 3) uint8 and labels."""
+    """Images (count, size, size, 3) uint8 and labels; an image is noise around the grey level of its class."""
     random, labels = np.random.default_rng(seed), np.arange(count) % classes
     return (random.integers(0, 60, (count, size, size, 3)) + 60 * labels[:, None, None, None]).astype(np.uint8), labels
 
@@ -53,13 +53,13 @@ def train_in(folder, root, name="prior", extra="", dataset="greys"):
 
 @pytest.fixture
 def train(data, tmp_path):
-    """train("name", flags): a prior of that name."""
+    """Function train(name, flags) that trains a prior and returns its file."""
     return lambda *args, root=data, **kwargs: train_in(tmp_path, root, *args, **kwargs)
 
 
 @pytest.fixture(scope="module")
 def trained(data, tmp_path_factory):
-    """One by the flags of all, beside its run folder; to look at, never to change."""
+    """File of a prior trained with the flags ``TINY``, beside its run folder. Tests must not change the files."""
     return train_in(tmp_path_factory.mktemp("trained"), data)
 
 
@@ -86,7 +86,7 @@ def test_a_tiny_prior_from_end_to_end(trained):
 
 def test_class_folders_give_the_same_prior_as_an_npz(train, trained, data):
     folders = train("folders", "--image_size 8", "folder", root=data / "greys")
-    # The order of images differs (class by class), so the weights do; what the files say does not.
+    # The order of the images differs (class by class), and therefore the weights; the metadata are the same.
     (_, ours), (_, theirs) = (load_patch_prior(file) for file in (trained, folders))
     assert theirs["dataset"] == "greys" and all(
         ours[k] == theirs[k] for k in ("class_names", "image_size", "training_images")
@@ -105,7 +105,8 @@ def test_a_stopped_training_goes_on_bit_for_bit(train, trained, tmp_path, monkey
     monkeypatch.setattr(Denoising, "fit", stopping)
     with pytest.raises(KeyboardInterrupt):
         train("stopped")
-    assert load_patch_prior(tmp_path / "stopped.safetensors")[1]["images_drawn"] == 16  # of use before the end
+    # The file can be used before the training ends.
+    assert load_patch_prior(tmp_path / "stopped.safetensors")[1]["images_drawn"] == 16
     torch.rand(5)
     resumed = train("stopped")
     assert len(calls) == 5 and same(trained, resumed)
@@ -184,7 +185,7 @@ def test_the_shipped_prior_of_natural_images():
     about = load_patch_prior(path)[1]
     assert (about["dataset"], about["training_images"], about["num_classes"]) == ("cifar100", 50000, 100)
     assert about["image_size"] == 32 and about["images_drawn"] >= 600_000 and about["settings"]["amp"] == "bf16"
-    assert "/" not in str({**about, "class_names": ()})  # no path of the machine that made it
+    assert "/" not in str({**about, "class_names": ()})  # no path of the machine on which it was trained
 
 
 MISTAKES = {
@@ -218,7 +219,7 @@ def test_help_names_the_flags(train, capsys):
 
 
 def test_frechet_distance_in_closed_form():
-    """Of one-dimensional and of diagonal Gaussians: (m1 - m2)^2 + (s1 - s2)^2 an axis."""
+    """For Gaussians with diagonal covariance the distance is (m1 - m2)^2 + (s1 - s2)^2 per axis."""
     generator = torch.Generator().manual_seed(0)
     real = torch.randn(500, 3, generator=generator, dtype=torch.float64)
     real = (real - real.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(real.T)).T)  # white, exactly
@@ -233,7 +234,7 @@ def test_density_and_coverage():
     density, coverage = density_coverage(real, same_law)
     assert 0.9 < density < 1.1 and coverage > 0.9
     assert density_coverage(real, same_law + 50) == (0, 0)
-    density, coverage = density_coverage(real, real[:1].expand(800, 4))  # one image again and again
+    density, coverage = density_coverage(real, real[:1].expand(800, 4))  # the same image 800 times
     assert coverage < 0.05
 
 

@@ -1,4 +1,4 @@
-"""DeepInversion and ADI: their losses against loops in plain Python, and what their inversion promises."""
+"""DeepInversion and ADI: the losses against loops in plain Python, and properties of the inversion."""
 
 import numpy as np
 import pytest
@@ -34,7 +34,7 @@ def classifier(seed, batch_norm=True):
 
 
 def network_of(wrapped, images):
-    """Inputs of both BN layers, features and logits of ``classifier``, layer by layer."""
+    """Inputs of both BN layers, features and logits of a ``classifier``, computed layer by layer."""
     net, x = wrapped.network, (images - MEAN) / STD
     first = F.conv2d(x, net[0].weight, net[0].bias)
     second = F.conv2d(
@@ -49,7 +49,7 @@ def network_of(wrapped, images):
 
 
 def statistics_loss(wrapped, images):
-    """Distance of images (B, 3, 16, 16) from the BN statistics of ``classifier``, layer by layer."""
+    """L_bn of images (B, 3, 16, 16) for a ``classifier``, summed layer by layer."""
     distance = 0
     for inputs, layer in zip(network_of(wrapped, images), (wrapped.network[1], wrapped.network[4])):
         mean = inputs.mean((0, 2, 3))
@@ -59,7 +59,7 @@ def statistics_loss(wrapped, images):
 
 
 def inversion_loss(teacher, images, labels):
-    """BN distance and one-hot loss."""
+    """L_bn and the one-hot loss."""
     logits = network_of(teacher, images)[3]
     return statistics_loss(teacher, images), -logits.log_softmax(1)[range(len(labels)), labels].mean()
 
@@ -84,7 +84,7 @@ def test_competition_is_one_minus_js():
 
 
 def test_the_gradient_of_the_competition_is_the_published_ones():
-    """By differences of the loop above; the divergence the other way round, KL(p || m), has a much shorter gradient."""
+    """The gradient equals finite differences of ``naive_js``; that of the reversed divergence KL(p || m) is much shorter."""
     torch.manual_seed(0)
     student, teacher = (
         (4 * torch.randn(5, 10, dtype=torch.double)).requires_grad_(),
@@ -110,7 +110,7 @@ def test_the_gradient_of_the_competition_is_the_published_ones():
 def test_the_clamp_bounds_the_competition():
     student, teacher = torch.tensor([[0.0, 0.0, 90.0]], requires_grad=True), torch.tensor([[90.0, 0.0, 0.0]])
     loss = competition_loss(student, teacher)
-    by_hand = np.log(0.5 / np.sqrt(0.99 * 0.01))  # half of it in each of two classes; the third adds 0
+    by_hand = np.log(0.5 / np.sqrt(0.99 * 0.01))  # two classes contribute half each, the third class 0
     assert loss.item() == pytest.approx(1 - by_hand, abs=1e-6) and by_hand < 1.62
     loss.backward()
     assert student.grad.abs().max() < 1e-6, "nothing to gain beyond 99 %"
@@ -167,14 +167,14 @@ def test_lowest_loss_keeps_a_copy(losses):
     for step, loss in enumerate(losses):
         images.fill_(step)
         best.update(images, {"loss": torch.tensor(loss), "loss_oh": torch.tensor(10.0 * step)})
-        images.fill_(-1.0)  # an optimizer goes on with the same tensor
+        images.fill_(-1.0)  # as an optimizer that continues to change the same tensor
     lowest = losses.index(3.0)
     assert best.images.eq(lowest).all()
     assert best.scalars() == {"loss_synthesis": torch.tensor(3.0), "loss_oh": torch.tensor(10.0 * lowest)}
 
 
 class Scripted(DeepInversionSynthesizer):
-    """The loss of step k is the k-th of ``values`` whatever the pixels are; all pixels are pushed up."""
+    """A synthesizer whose loss at step k is the k-th of ``values`` for any pixels; the gradient increases all pixels."""
 
     def losses(self, pixels, jittered, labels, student):
         self.seen.append(pixels.detach().clone())
@@ -238,7 +238,7 @@ def test_the_loss_is_the_weighted_sum():
 
 
 def by_hand(config, teacher, student, pixels, moved, labels):
-    """Named losses of normalized pixels, and of the same jittered."""
+    """Named losses of normalized pixels; ``moved`` are the same pixels after jitter."""
     images = moved * STD + MEAN
     bn, oh = inversion_loss(teacher, images, labels)
     steps = (
@@ -292,7 +292,7 @@ def test_a_whole_synthesis_step():
     torch.manual_seed(4)
     batch = ADISynthesizer(FULL, teacher, student, task(flip=True)).synthesize(student)
     torch.manual_seed(4)
-    balanced_labels(8, 4, CPU)  # draws as much
+    balanced_labels(8, 4, CPU)  # draws the same random numbers as the synthesizer
     black, white = -MEAN / STD, (1 - MEAN) / STD
     pixels = torch.randn(8, 3, 16, 16).clamp(black, white).requires_grad_()
     optimizer, seen = torch.optim.Adam([pixels], lr=0.1, betas=(0.5, 0.99)), []
@@ -310,7 +310,7 @@ def test_a_whole_synthesis_step():
 
 
 def test_images_leave_the_students_statistics():
-    """With a share of 1 the difference of the two distances falls."""
+    """With student_bn 1 the difference between the teacher's and the student's L_bn falls."""
     teacher, student = classifier(0), classifier(1)
     differences = []
     for steps in (1, 12):

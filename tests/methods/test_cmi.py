@@ -1,4 +1,4 @@
-"""CMI: its contrastive loss, views, memory and statistics against independent computations."""
+"""CMI: contrastive loss, views, memory and statistics against independent computations."""
 
 import copy
 import io
@@ -19,7 +19,7 @@ from engine.runtime.errors import UserError
 from tests.conftest import make_task
 from tests.methods.test_adi import classifier, inversion_loss, network_of
 
-LENGTH = 7 + 5 + 7  # penultimate features, and the inputs of two BN layers
+LENGTH = 7 + 5 + 7  # length of the penultimate features and of the inputs of two BN layers
 
 
 def method(augment=lambda x: crop_flip(x, 1, False), student=None, **flags):
@@ -60,7 +60,7 @@ def test_info_nce_of_orthogonal_images():
 
 
 def reference_views(images, top, left, height, width, mirror):
-    """The same boxes by the library's sampler, whose coordinates run from -1 to 1."""
+    """The same boxes, cut out by PyTorch's ``grid_sample``, whose coordinates run from -1 to 1."""
     theta = torch.zeros(len(images), 2, 3, dtype=images.dtype)
     theta[:, 0, 0], theta[:, 0, 2] = torch.where(mirror, -width, width), 2 * left + width - 1
     theta[:, 1, 1], theta[:, 1, 2] = height, 2 * top + height - 1
@@ -152,7 +152,7 @@ def test_every_loss_but_the_contrastive_sees_the_global_view_alone():
 
 @pytest.mark.parametrize("shift", [0, 1])
 def test_the_positive_is_the_images_own_global_view(shift, monkeypatch):
-    """With views that are not random, L_cr by hand; where the local views are the next image's, positives do not fit."""
+    """L_cr by hand for fixed views; with ``shift`` 1 each local view is that of another image, which changes L_cr."""
     monkeypatch.setattr(cmi, "local_views", lambda images, flip: images.roll(shift, 0).flip(2) ** 2)
     synthesizer, images = method(augment=lambda x: x, negatives=100).synthesizer(), torch.rand(6, 3, 16, 16)
     synthesizer.remember(torch.rand(9, 3, 16, 16))
@@ -167,7 +167,7 @@ def test_the_positive_is_the_images_own_global_view(shift, monkeypatch):
 
 
 def by_hand(teacher, student, head, memory, images, labels):
-    """The synthesis loss at weights 2, 3, 5, 7 where the global view is the image and the local one its reversal."""
+    """The synthesis losses with weights 2, 3, 5 and 7; the global view is the image, the local view its mirror image."""
     bn, oh = inversion_loss(teacher, images, labels)
     first, bias, second, other_bias = head
     embedded = []
@@ -200,7 +200,7 @@ def reversal(monkeypatch):
 
 @pytest.fixture
 def near_student():
-    """Of the teacher's opinion on most images, not on all."""
+    """A student that agrees with the teacher on most images, but not on all."""
     student = classifier(0)
     student.network[8].weight.data *= 1.5
     student.network[8].bias.data += 0.2 * torch.randn(4, generator=torch.Generator().manual_seed(1))

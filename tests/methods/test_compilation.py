@@ -1,4 +1,4 @@
-"""Compiled inner steps: equal to plain ones, and what is compiled where."""
+"""Compiled steps: they equal uncompiled ones, and the conditions under which functions are compiled."""
 
 import shutil
 
@@ -28,14 +28,14 @@ def classifier(seed, width):
 
 
 def relative(values, expected):
-    """Norm of the difference of two lists of tensors over the norm of the second, as one vector each."""
+    """Norm of the difference of two lists of tensors, each concatenated to one vector, relative to the second's norm."""
     value, expected = (torch.cat([v.detach().flatten() for v in each]) for each in (values, expected))
     return float((value - expected).norm() / expected.norm())
 
 
 @needs_compiler
 def test_an_inversion_step_is_the_plain_one():
-    """Generator, losses and the gradient at the noise."""
+    """Images, losses and the gradient with respect to the noise agree with the uncompiled step."""
     torch._dynamo.reset()
     teacher, student, lines, found = frozen(classifier(0, 8)), classifier(1, 6), [], []
     for choice in ("no", "yes"):
@@ -55,7 +55,7 @@ def test_an_inversion_step_is_the_plain_one():
 
 @needs_compiler
 def test_a_student_step_is_the_plain_one():
-    """The teacher with constant weights, losses, and the gradient of all weights."""
+    """Outputs of a teacher with constant weights, losses, and gradients of all weights agree with the uncompiled step."""
     torch._dynamo.reset()
     teacher, lines, found = frozen(classifier(0, 8)), [], []
     images, labels = torch.rand(20, 3, 16, 16).to(memory_format=torch.channels_last), torch.arange(20) % 10
@@ -100,7 +100,7 @@ def test_what_is_compiled(choice, calls, compiled):
 
 
 def test_outputs_of_a_graph_are_copied():
-    """A graph's outputs are overwritten by its next call."""
+    """The next call of a CUDA graph overwrites its outputs, so the outputs are copied."""
     place = torch.zeros(2)
 
     def replay(x):

@@ -1,4 +1,4 @@
-"""The controls: noise and what the teacher makes of it, unrelated pictures, one picture."""
+"""The control experiments: noise with both normalizations of the teacher, unrelated images, crops of one image."""
 
 import json
 
@@ -44,7 +44,7 @@ def test_without_bn_there_is_nothing_to_normalize_by():
 def test_the_student_of_noise_learns_what_that_teacher_says(finished):
     runs = [finished("noise", extra) for extra in ("", "--bn_mode batch")]
     results = [json.loads((run / "result.json").read_text()) for run in runs]
-    assert results[0]["teacher_acc1"] == results[1]["teacher_acc1"]  # which normalizes as ever where it is measured
+    assert results[0]["teacher_acc1"] == results[1]["teacher_acc1"]  # measured with running statistics
     lines = [[json.loads(text)["loss"] for text in (run / "metrics.jsonl").read_text().splitlines()] for run in runs]
     assert lines[0] != lines[1]
 
@@ -82,7 +82,7 @@ def test_crops_are_taken_turned_and_mirrored(picture):
     found = crops(pyramid, (28, 18), [[8, 0], [0, 8]])
     assert torch.allclose(found, box, atol=1e-5)
     assert torch.allclose(crops(pyramid, (28, 18), [[-8, 0], [0, 8]]), box.flip(2), atol=1e-5)
-    # Across the crop means down the picture, and down the crop to its left.
+    # The crop's x axis points down in the picture, and the crop's y axis to the left.
     assert torch.allclose(crops(pyramid, (28, 18), [[0, -8], [8, 0]]), box.rot90(1, (1, 2)), atol=1e-5)
 
 
@@ -111,7 +111,7 @@ def test_random_crops_are_a_function_of_the_stream(picture):
 
 @pytest.mark.parametrize("name, position", [("brightness", 0), ("contrast", 1), ("saturation", 2)])
 def test_colours_change_as_in_the_library(name, position, monkeypatch):
-    monkeypatch.setattr(torch, "rand", lambda *shape, **_: torch.ones(shape))  # none stays as it is
+    monkeypatch.setattr(torch, "rand", lambda *shape, **_: torch.ones(shape))  # every image is jittered
     images = torch.linspace(0.2, 0.6, 960).view(5, 3, 8, 8)
     factors = [torch.ones(5), torch.ones(5), torch.ones(5), torch.zeros(5)]
     factors[position] = torch.full((5,), 1.3)

@@ -1,4 +1,4 @@
-"""CSD: every loss, its gradient, the head's steps and a whole synthesis step against computations of their own."""
+"""CSD: losses, gradients, steps of the head and a whole synthesis step, against independent computations."""
 
 import copy
 import io
@@ -27,11 +27,11 @@ def method(student=None, **flags):
 
 
 def bounds(count):
-    """Least and greatest cross-entropy of ``count`` logits of length 1.
+    """Smallest and largest cross-entropy of a logit vector with n = ``count`` entries and Euclidean length 1.
 
-    CE = log(1 + sum of exp(v_j - v_y) over j != y). The mean of v_j - v_y is at least -s, s = sqrt(n / (n - 1)), by Cauchy
-    and Schwarz, and exp is convex, hence the least. Given sum v_j^2 <= 1, exp(sqrt(v_j^2)) is concave in v_j^2, so equal v_j
-    make the greatest, and v_j - v_y <= s.
+    CE = log(1 + sum of exp(v_j - v_y) over j != y). By the Cauchy-Schwarz inequality the mean of v_j - v_y is at least -s,
+    with s = sqrt(n / (n - 1)). Since exp is convex, this gives the smallest CE. For the largest CE, exp(sqrt(v_j^2)) is
+    concave in v_j^2 under the condition sum v_j^2 <= 1. Equal v_j therefore give the largest CE, with v_j - v_y <= s.
     """
     s = math.sqrt(count / (count - 1))
     return math.log(1 + (count - 1) * math.exp(-s)), math.log(1 + (count - 1) * math.exp(s))
@@ -55,14 +55,14 @@ def test_the_bounds_are_reached_and_never_left(count):
 
 
 def head_of(parameters, features):
-    """The head's logits, from its four tensors."""
+    """The head's logits, computed from its four parameter tensors."""
     first, bias, second, other_bias = parameters
     out = (features @ first.T + bias).clamp(min=0) @ second.T + other_bias
     return out / out.square().sum(1, keepdim=True).sqrt()
 
 
 def rotation_loss(head, student, images, labels):
-    """- mean over k and images of CE(h(f_S(rot_k x)), 4y + k), the head h by its four tensors."""
+    """- mean over k and images of CE(h(f_S(rot_k x)), 4y + k), for a head h given by its four parameter tensors."""
     total = 0
     for k in range(4):
         logits = head_of(head, network_of(student, torch.rot90(images, k, (2, 3)))[2])
@@ -84,7 +84,7 @@ def test_every_loss_and_its_gradient():
 
 
 def test_a_whole_synthesis_step():
-    """Two steps of Adam on generator and noise; the images of the lowest loss are kept; then the head starts again."""
+    """Two steps of Adam on generator and noise. The images of the lowest loss are kept, then the head is reset."""
     pieces = method(csd=2.0, lr_g=0.01)
     synthesizer = pieces.synthesizer()
     reference, head = copy.deepcopy(synthesizer.generator), copy.deepcopy(synthesizer.head)
@@ -117,7 +117,7 @@ def test_the_heads_steps_are_sgd_with_momentum_that_outlives_its_weights():
     synthesizer, momenta = pieces.synthesizer(), [0, 0, 0, 0]
     for step in range(4):
         if step == 2:
-            synthesizer.synthesize(pieces.student)  # which draws the weights anew
+            synthesizer.synthesize(pieces.student)  # resets the head's weights
         weights = [p.detach().clone().requires_grad_() for p in synthesizer.head.parameters()]
         images = torch.rand(8, 3, 16, 16)
         gradients = torch.autograd.grad(-rotation_loss(weights, pieces.student, images, LABELS), weights)
@@ -128,10 +128,11 @@ def test_the_heads_steps_are_sgd_with_momentum_that_outlives_its_weights():
 
 
 def trained(pieces, steps):
-    """A synthesizer whose head has seen the same images over and over."""
+    """A synthesizer whose head was trained for ``steps`` steps on the same images, and these images."""
     synthesizer = pieces.synthesizer()
     torch.manual_seed(7)
-    images = torch.rand(8, 3, 16, 16) * torch.rand(8, 3, 1, 1) * torch.linspace(0, 1, 16)  # no two alike, nor their turns
+    # No two images or rotations of images are alike.
+    images = torch.rand(8, 3, 16, 16) * torch.rand(8, 3, 1, 1) * torch.linspace(0, 1, 16)
     for _ in range(steps):
         synthesizer.after_step(pieces.student, images, LABELS)
     return synthesizer, images
@@ -178,7 +179,7 @@ def test_the_heads_momentum_survives_a_stop():
 
 
 def test_a_warm_generator_goes_on_where_the_last_round_left_it(distill, tmp_path):
-    """In memory, and through the files of a run that was stopped in its initial bank and before its rounds."""
+    """Checked in memory, and for a run that stops after its initial bank and is resumed from its files."""
     torch.manual_seed(0)
     weights = []
     for warm in (False, True):
@@ -230,7 +231,7 @@ def test_the_students_loss_and_its_gradient(sizes):
     x, target = (F.avg_pool2d(m, m.shape[2] // 4) for m in (map_s, map_t))
     for k, convolution in enumerate(convolutions):
         x = F.conv2d(x, convolution.weight, padding=k % 2)
-        if k < 2:  # BN in training mode, ReLU
+        if k < 2:  # followed by BN in training mode and ReLU
             x = ((x - x.mean((0, 2, 3), True)) / (x.var((0, 2, 3), keepdim=True, unbiased=False) + 1e-5).sqrt()).clamp(min=0)
     feat = (x - target).square().mean()
     for name, expected in {"kd": kd, "ce": ce, "feat": feat, "loss": kd + 2 * ce + 3 * feat}.items():

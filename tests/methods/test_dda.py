@@ -1,4 +1,4 @@
-"""DDA: variants under the teacher's guidance, by a prior from a file or trained here, and what the filter says of them."""
+"""DDA: guided variants from a prior that comes from a file or is trained in the run, and the filter's results."""
 
 import json
 
@@ -15,7 +15,7 @@ GUIDED = "--strength .8 --guidance_oh 5 --guidance_bn .1 --guidance_max_step 3 -
 
 @pytest.fixture(scope="module")
 def natural(miniature):
-    """Flags of a run with a prior of its own ten classes."""
+    """Flags of a run with a prior from a file that has ten classes."""
     return f"--prior natural --diffusion_model {miniature('patch_prior')}"
 
 

@@ -1,4 +1,4 @@
-"""DiffDFKD: the student's losses, and whole runs."""
+"""DiffDFKD: the student's losses and whole runs."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ from models.classifier import frozen
 from tests import tiny_pipelines
 from tests.conftest import make_classifier, make_task
 
-# The student's side
+# The student's losses
 
 
 @pytest.mark.parametrize("kind", ["mixup", "cutmix"])
@@ -31,7 +31,7 @@ def test_mixed_batches(kind):
     else:
         assert all(len(v) <= 2 for v in values) and sum(k in v for k, v in enumerate(values)) > 40
         share = (out != images)[:, 0].float().mean()
-        assert 0.2 < share < 0.5  # half, less what the border cuts off
+        assert 0.2 < share < 0.5  # half, minus the parts of boxes beyond the border
     assert mixed(torch.rand(4, 3, 8, 8), kind).dtype == torch.float32
 
 
@@ -62,7 +62,7 @@ def test_map_loss_of_known_maps():
     up, down = torch.zeros(1, 2, 2, 2), torch.zeros(1, 5, 2, 2)
     up[:, :, 0], down[:, :, 1] = 3, 4
     classes = torch.tensor([0])
-    # disjoint maps of length 1 are sqrt 2 apart
+    # Two disjoint maps of length 1 have the distance sqrt 2.
     assert float(objective.map_distance({(2, 2): up}, {(2, 2): down}, classes)) == pytest.approx(2.0)
     finer = F.interpolate(up, scale_factor=2)
     assert float(objective.map_distance({(4, 4): finer}, {(2, 2): up}, classes)) == pytest.approx(0.0, abs=1e-6)
@@ -79,7 +79,7 @@ def test_map_loss_of_known_maps():
 # Whole runs
 
 KINDS = tiny_pipelines.GENERATIVE
-# Images alone, drawn against a student that learns from the rounds before.
+# Stage generate alone, with a student of --adv that is trained on the images of earlier rounds.
 COMPETING = "--images_per_class 2 --stages generate --adv 1000 --adv_from 1 --adv_steps 10"
 
 
@@ -133,7 +133,7 @@ def test_a_run_stopped_at_a_shard_goes_on_to_the_same_bits(generative, distill, 
 
 
 def test_what_the_student_sees_does_not_reach_the_generated_images(generative, distill, finished, tmp_path):
-    """Its mixing is a flag of stage distill: the student that competes while images are drawn must not feel it."""
+    """--mix is a flag of stage distill. It must not change the training of the --adv student in stage generate."""
     extra = f"--diffusion_model {generative['patch_prior']} {COMPETING}"
     distill("diffdfkd", tmp_path, f"{extra} --mix cutmix")
     assert shards(tmp_path) == shards(finished("diffdfkd", extra))
@@ -150,7 +150,7 @@ def test_the_competitor_s_flags_change_the_images_and_bind_the_bank(change, gene
 
 
 def test_published_settings_and_what_the_student_sees(generative, distill, tmp_path):
-    """One class a batch, ancestral steps; resized crops and a cap on each class's images are the student's alone."""
+    """One class per batch and ancestral steps; resized crops and the cap on images per class affect only the student."""
     extra = f"--diffusion_model {generative['patch_prior']} --images_per_class 3 --scheduler ancestral --batch_classes one"
     distill("diffdfkd", tmp_path / "run", f"{extra} --lca_every 0 --epochs 1 --student_crop resized")
     labels = ImageBank(tmp_path / "run" / "bank", Manifest("digits", 10, 16)).read("generate")["labels"]
@@ -169,7 +169,7 @@ def test_the_first_images_of_each_class():
 
 
 def test_an_unguided_bank_serves_another_student(generative, distill, tmp_path):
-    """The baseline's flags, full-size files, and a second run on the bank with the other losses."""
+    """A run with the flags of the unguided baseline and full-size PNG files, then a second run on its bank, other losses."""
     extra = f"--diffusion_model {generative['stable_diffusion']} --oh 0 --bn 0 --adv 0 --lca_every 0 --epochs 1"
     distill("diffdfkd", tmp_path / "a", f"{extra} --stages generate --export_png {tmp_path / 'png'}")
     assert len(list((tmp_path / "png").rglob("*.png"))) == 10

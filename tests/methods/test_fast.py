@@ -1,4 +1,4 @@
-"""Fast: meta gradients, blended statistics and the first-layer reset against computations by hand."""
+"""Fast: meta gradients, the average of BN statistics and the first-layer reset, against computations by hand."""
 
 import copy
 import dataclasses
@@ -50,7 +50,7 @@ class TwoParameters(nn.Module):
 
 
 def one_round_by_hand(config, teacher, meta, seed):
-    """The gradient of the sum of the steps' losses with respect to theta_0, first-order; and theta_0 - theta_K."""
+    """The first-order gradient of the summed losses of all steps with respect to theta_0, and theta_0 - theta_K."""
     torch.manual_seed(seed)
     z = torch.randn(config.synthesis_batch_size, config.nz)
     labels = balanced_labels(len(z), 10, CPU)
@@ -67,7 +67,7 @@ def one_round_by_hand(config, teacher, meta, seed):
 
 @pytest.mark.parametrize("is_maml", [1, 0])
 def test_the_meta_gradient_is_that_of_autograd(is_maml, teacher, monkeypatch):
-    """With SGD within and without, where Reptile's gradient is lr_g times FOMAML's."""
+    """Checked with SGD in the inner and the outer loop, where Reptile's gradient is lr_g times FOMAML's."""
     monkeypatch.setattr(torch.optim, "Adam", lambda params, lr=1.0, betas=None, fused=None: torch.optim.SGD(params, lr))
     config = small(is_maml=is_maml, bn=0.0, oh=1.0, lr_g=0.5, lr_z=0.3)
     synthesizer = FastSynthesizer(config, teacher, TASK, warm_up=True)
@@ -84,7 +84,7 @@ def test_the_meta_gradient_is_that_of_autograd(is_maml, teacher, monkeypatch):
 
 
 def by_hand(config, teacher, student, images, labels, average):
-    """Named losses at ``adv`` 2 of the teacher and student below; and the statistics of this batch."""
+    """Named losses with ``adv`` 2, computed by hand, and the new average of the BN statistics."""
     x = F.conv2d(images, teacher[0].weight, teacher[0].bias, stride=2)
     stats = [x.mean((0, 2, 3)), x.var((0, 2, 3), unbiased=False)]
     blended = [(1 - config.bn_mmt) * new + config.bn_mmt * old for new, old in zip(stats, average)] if average else stats
@@ -98,7 +98,7 @@ def by_hand(config, teacher, student, images, labels, average):
 
 def test_every_loss_and_its_gradient(teacher, student):
     config, images, labels = small(bn=3.0, oh=0.5, bn_mmt=0.7), torch.rand(6, 3, 16, 16, requires_grad=True), torch.arange(6)
-    student[1].bias.data[teacher(images)[0].argmax()] = 2.0  # so that they agree on some
+    student[1].bias.data[teacher(images)[0].argmax()] = 2.0  # makes teacher and student agree on some images
     average = [torch.randn(5), torch.rand(5)]
     inversion = Inversion(config, teacher, TASK, adv=2.0)
     inversion.average = [tuple(average)]
@@ -115,12 +115,13 @@ def test_every_loss_and_its_gradient(teacher, student):
 
 @pytest.mark.parametrize("is_maml", [1, 0])
 def test_two_whole_rounds(is_maml, teacher, student):
-    """Adaptation, running average and meta step, both with Adam; Reptile's gradient 67 times as long, as in the script.
+    """Adaptation and meta step with Adam, and the running average; Reptile's gradient is 67 times as long, as in the script.
 
-    Where a gradient is all but 0 Adam makes a step of its rounding, hence the tolerance.
+    If a gradient is almost 0, Adam turns its rounding error into a whole step, hence the tolerance.
     """
     config = small(is_maml=is_maml, adv=2.0)
-    student[1].bias.data[teacher(torch.full((1, 3, 16, 16), 0.5)).argmax()] = 1.0  # so that they agree on some
+    # Teacher and student then agree on some images.
+    student[1].bias.data[teacher(torch.full((1, 3, 16, 16), 0.5)).argmax()] = 1.0
     synthesizer = FastSynthesizer(config, teacher, TASK, warm_up=False)
     meta, start = copy.deepcopy(synthesizer.generator), copy.deepcopy(synthesizer.generator)
     outer, average = torch.optim.Adam(meta.parameters(), lr=3 * config.lr_g, betas=(0.5, 0.999)), None
@@ -177,7 +178,7 @@ def test_blended_statistics_by_hand():
 
 
 def test_bn_loss_takes_the_average_of_earlier_rounds(teacher):
-    """Two rounds of one step on fixed images: the loss, and what the average is afterwards."""
+    """Loss and running average after each of three rounds of one step on fixed images."""
     inversion = Inversion(small(g_steps=1, bn=2.0, oh=0.0, bn_mmt=0.8), teacher, TASK, 0.0)
     labels = torch.arange(6)
     mean_after = var_after = None
@@ -214,7 +215,7 @@ def test_the_average_moves_once_a_round(teacher, student):
 
 @pytest.mark.parametrize("wanted", [0, 1, 2])
 def test_the_images_of_lowest_loss_are_kept_as_a_copy(wanted, teacher):
-    """The optimizer changes the very tensor that was the image; what the teacher sees of it is not kept."""
+    """A copy is needed since the optimizer changes the image's tensor. The augmented view of the teacher is not kept."""
     halved = dataclasses.replace(TASK, random_view=lambda images: images / 2)
     inversion = Inversion(small(g_steps=3, bn=0.0), teacher, halved, 0.0)
     pixels = torch.rand(2, 3, 16, 16, requires_grad=True)
@@ -241,7 +242,7 @@ def changed(network, before):
 
 @pytest.mark.parametrize("reset_l0, warm_up", [(1, False), (0, False), (1, True)])
 def test_the_first_layer_is_reset_once(reset_l0, warm_up, teacher, student):
-    """With learning rate 0 nothing else changes the meta generator."""
+    """At learning rate 0 only a reset changes the meta generator."""
     config = small(g_steps=1, lr_g=0.0, reset_l0=reset_l0, reset_l0_round=2)
     synthesizer = FastSynthesizer(config, teacher, TASK, warm_up=warm_up)
     found = []
@@ -249,7 +250,7 @@ def test_the_first_layer_is_reset_once(reset_l0, warm_up, teacher, student):
         before = weights(synthesizer.generator)
         nn.init.ones_(before["project.bias"])
         with torch.no_grad():
-            synthesizer.generator.project.bias.fill_(1.0)  # so that a reset, to 0, shows
+            synthesizer.generator.project.bias.fill_(1.0)  # makes a reset to 0 visible
         synthesizer.synthesize(student)
         found.append(changed(synthesizer.generator, before))
     once = {"project.weight", "project.bias"} if reset_l0 and not warm_up else set()
@@ -303,7 +304,7 @@ def test_the_synthesis_loss_is_the_weighted_sum(teacher, student):
     inversion = Inversion(small(bn=3.0, oh=0.5), teacher, TASK, adv=2.0)
     images, labels = torch.rand(40, 3, 16, 16), torch.arange(40) % 10
     student[1].bias.data.zero_()
-    student[1].bias.data[teacher(images[:1]).argmax()] = 0.3  # then they agree on some images and not on others
+    student[1].bias.data[teacher(images[:1]).argmax()] = 0.3  # makes teacher and student agree on some images only
     losses = inversion.losses(images, labels, student)
     t, s = teacher(images), student(images)
     agree = t.argmax(1) == s.argmax(1)

@@ -1,4 +1,4 @@
-"""The image filter: cosines and masks in closed form, embeddings by random miniatures. CPU, no network."""
+"""The image filter: cosines and masks in closed form, embeddings by small random models. CPU, no network connection."""
 
 from types import SimpleNamespace
 
@@ -67,7 +67,7 @@ def test_the_default_omega_is_a_quantile_over_other_classes():
 def test_keep_mask():
     cosine = torch.tensor([0.83, 0.76, 0.45, float("nan")])
     assert keep_mask(cosine, 0.6).tolist() == [True, True, False, False]
-    assert keep_mask(cosine, 0.76).tolist() == [True, True, False, False]  # at least, not more than
+    assert keep_mask(cosine, 0.76).tolist() == [True, True, False, False]  # a cosine equal to omega is kept
     assert keep_mask(cosine, -1).tolist() == [True, True, True, False]
 
 

@@ -1,7 +1,8 @@
-"""A device test without a device: the steps of every method with all tensors on PyTorch's ``meta`` device.
+"""Device tests without a GPU: the steps of every method with all tensors on PyTorch's ``meta`` device.
 
-Tensors there have a shape and no values. So a value that the host reads back fails, and ``AllOnMeta`` refuses a tensor that
-was left on the CPU. What a round may read once, its figures and images, is read by its caller.
+Tensors on ``meta`` have a shape and no values. Reading a value on the host therefore fails, and ``AllOnMeta`` refuses a
+tensor that was left on the CPU. The figures and images that a round may read once are read by its caller, outside these
+tests.
 """
 
 from types import SimpleNamespace
@@ -30,11 +31,11 @@ from tests.conftest import TINY, make_classifier, make_task
 
 META = torch.device("meta")
 STEPS = 3
-COPIES = {torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default}  # what brings a tensor from the host
+COPIES = {torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default}  # operations that move a tensor from the host
 
 
 class AllOnMeta(TorchDispatchMode):
-    """Refuses operations on tensors of ``meta`` and of the CPU; numbers without dimensions may be the host's, as on a GPU."""
+    """Refuses operations that mix tensors on ``meta`` and on the CPU; CPU scalars are allowed, as on a GPU."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         tensors = [leaf for leaf in torch.utils._pytree.tree_leaves((args, kwargs or {})) if isinstance(leaf, torch.Tensor)]
@@ -45,7 +46,7 @@ class AllOnMeta(TorchDispatchMode):
 
 @pytest.fixture
 def on_meta(monkeypatch):
-    """All that follows: fused optimizers, which refuse ``meta``, are plain ones, and sets of images live where networks are."""
+    """Puts image sets on ``meta`` and replaces fused optimizers, which refuse ``meta``, by plain ones during a test."""
     for name in ("Adam", "AdamW", "SGD"):
         optimizer = getattr(torch.optim, name)
 
@@ -69,7 +70,7 @@ def meta_task(**changes):
 
 
 def build(method, extra="", **changes):
-    """(the method's pieces, a Distillation of them), all on ``meta``; changes are those of its task."""
+    """Builds a method's pieces and a Distillation of them, all on ``meta``; ``changes`` are arguments of its task."""
     method_class = resolve(registry.METHODS[method])
     parser = Parser()
     for group in (DistillFlags, method_class.Config):
@@ -86,10 +87,10 @@ def build(method, extra="", **changes):
 
 
 def round_of(pieces, distillation, remember=False):
-    """A round of synthesis, and student steps on its images; returns their losses.
+    """Runs a round of synthesis and student steps on its images; returns the losses of the steps.
 
     Args:
-        remember: let a memo answer for the teacher; what it has not been asked it is before the steps, not in them.
+        remember: whether the teacher logits come from a cache (``Memo``), which is filled before the steps.
     """
     if pieces.streams or pieces.images_per_round:
         batch = distillation.synthesize(0)
@@ -152,7 +153,7 @@ GUIDED = [
 
 @pytest.mark.parametrize("kind, rule, backprop, micro_batch", GUIDED)
 def test_guided_denoising(kind, rule, backprop, micro_batch, miniature, on_meta):
-    """A batch with all terms and latent CutMix, and the steps of the student that competes."""
+    """Samples a batch with all terms and latent CutMix, and trains the student of ``adv``."""
     teacher, student = networks()
     prior = load_prior(miniature(kind), num_classes=10, class_names=tuple("abcdefghij"), device=META)
     guidance = Guidance(frozen(teacher), 16, bn=1.0, adv=1.0, backprop=backprop, micro_batch=micro_batch)
@@ -160,7 +161,7 @@ def test_guided_denoising(kind, rule, backprop, micro_batch, miniature, on_meta)
     sampler = GuidedSampler(
         prior, guidance, meta_task(), student, steps=2, rule=rule, lca=[1], lca_repair=1, competitor=competitor
     )
-    labels, images = torch.arange(4), torch.zeros(6, 3, 16, 16, dtype=torch.uint8)  # those of a bank, on the host
+    labels, images = torch.arange(4), torch.zeros(6, 3, 16, 16, dtype=torch.uint8)  # images of a bank on the host
     for learned in (False, True):
         drawn, finite = sampler.draw_unread(labels, [3, 4, 5, 6], [0] * 4)
         assert drawn.images.device == finite.device == META and finite.shape == (2,)
@@ -191,7 +192,7 @@ MISTAKES = {
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_in_a_round_is_found(mistake, on_meta, monkeypatch):
-    """It is put into the view that a student's images and those of synthesis go through."""
+    """The mistake is made in the random view, which the student steps and the synthesis use."""
 
     def view(images):
         MISTAKES[mistake](images.float())

@@ -1,4 +1,4 @@
-"""NAYER: label embeddings, noisy layers and their lives; everything without a network."""
+"""NAYER: label embeddings, noisy layers and the lifetime of the generator. No network connection."""
 
 import dataclasses
 import io
@@ -40,14 +40,14 @@ def student():
 
 @pytest.fixture
 def text_model(tmp_path, miniature):
-    """CLIP with its tokenizer, which a test may change."""
+    """Folder of a small CLIP with its tokenizer; a test may change the folder."""
     folder = str(shutil.copytree(miniature("clip"), tmp_path / "tiny-clip"))
     tiny_pipelines._tokenizer().save_pretrained(folder)
     return folder
 
 
 def watch(synthesizer):
-    """Every batch's (images before the first step, labels, parameters before it, and the same tensors themselves)."""
+    """Records every batch: images before the first step, labels, copies of the parameters at that time, the parameters."""
     seen, descend = [], synthesizer.inversion.descend
 
     def watched(generate, optimizer, labels, student):
@@ -133,7 +133,7 @@ def test_every_batch_has_new_noisy_layers_which_are_trained(teacher, student):
 
 
 def test_the_generator_lives_for_g_life_rounds(teacher, student):
-    """With learning rate 0 nothing else changes it."""
+    """At learning rate 0 only a renewal changes the generator."""
     synthesizer = NAYERSynthesizer(small(lr_g=0.0, g_life=3), teacher, TASK, warm_up=False)
     seen, renewed = [], []
     for _ in range(7):

@@ -1,4 +1,4 @@
-"""NAYER's synthesis against the paper's formulas, written again here: each term, its gradient, and one whole batch."""
+"""NAYER's synthesis against an independent version of the paper's formulas: terms, gradients and one whole batch."""
 
 import copy
 
@@ -14,7 +14,7 @@ CONFIG = NAYERConfig(g_steps=2, synthesis_batch_size=14, nz=6, label_dim=12, g_l
 
 @pytest.fixture(scope="module")
 def networks():
-    """A teacher, and a student that is of its opinion about some images."""
+    """A teacher, and a student that agrees with it on some images."""
     torch.manual_seed(0)
     teacher = make_classifier().eval().requires_grad_(False)
     student = copy.deepcopy(teacher)
@@ -29,7 +29,7 @@ def moments(x):
 
 
 def terms(teacher, student, images, labels, average, momentum=0.9):
-    """(weighted terms bn, oh, adv, and the next running average), with the weights of the published scripts."""
+    """The terms bn, oh and adv with the weights of the published scripts, and the next running average."""
     seen, layers = [], [m for m in teacher.modules() if isinstance(m, torch.nn.BatchNorm2d)]
     hooks = [m.register_forward_pre_hook(lambda m, args: seen.append((m, args[0]))) for m in layers]
     t = teacher(images)
@@ -57,7 +57,7 @@ def test_terms_and_gradients(networks):
     assert 0 < agree.sum() < 6
     labels, average = torch.arange(6), []
     ours = NAYERSynthesizer(CONFIG, networks[0], TASK, warm_up=False).inversion
-    for brighter in (1.0, 0.8):  # the second batch has an average
+    for brighter in (1.0, 0.8):  # only the second batch has an average of earlier statistics
         x = (images * brighter).requires_grad_()
         found = ours.losses(x, labels, networks[1])
         wanted, average = terms(*networks, x, labels, average)
@@ -70,10 +70,10 @@ def test_terms_and_gradients(networks):
 
 
 def test_a_whole_batch_by_hand(networks):
-    """BN of label codes, a noisy layer for every image of a class, generator, loss and Adam, twice; the better is kept."""
+    """Two steps with BN of label codes, a noisy layer per ten images, generator, loss and Adam; the better is kept."""
     teacher, student = networks
     ours = NAYERSynthesizer(CONFIG, teacher, TASK, warm_up=False)
-    ours.synthesize(student)  # leaves a generator, an average and codes
+    ours.synthesize(student)  # sets up generator, average and codes
     generator, norm, average = copy.deepcopy(ours.generator), copy.deepcopy(ours.norm), ours.inversion.average
     torch.manual_seed(5)
     made = ours.batch(student)

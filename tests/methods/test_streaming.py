@@ -1,4 +1,4 @@
-"""DAFL, ZSKT, DFAD, DFQ and the controls against closed forms and references of their own."""
+"""DAFL, ZSKT, DFAD, DFQ and the control experiments, against closed forms and independent references."""
 
 import math
 
@@ -65,7 +65,7 @@ def test_balance_is_least_at_a_uniform_batch():
 
 
 def test_dafl_wants_certain_active_balanced_images(networks, task):
-    """The three terms and their weights, each recomputed apart; the student plays no part."""
+    """The three terms and their weights are each recomputed; the student is not used."""
     config = dafl.DAFLConfig(nz=8)
     synthesizer = dafl.DAFLSynthesizer(config, networks[0], task)
     images = torch.rand(6, 3, 16, 16)
@@ -84,7 +84,7 @@ def test_dafl_wants_certain_active_balanced_images(networks, task):
 
 
 def test_attention_matches_where_maps_are_active():
-    """By a double loop; channels may differ, the scale of a map plays no part, sizes that only one has are passed over."""
+    """Against a double loop. Channels may differ, a map's scale has no effect, and sizes of only one network are skipped."""
     torch.manual_seed(0)
     student, teacher = torch.rand(2, 3, 2, 2) - 0.5, torch.rand(2, 5, 2, 2) - 0.5
 
@@ -116,9 +116,9 @@ def test_every_scale_of_a_network_is_found(networks):
         module.register_forward_hook(lambda module, inputs, output, key=key: seen.setdefault(key, output))
     told = teacher(images, return_features=True)
     assert list(told.feature_maps) == [(16, 16), (8, 8), (4, 4)] and told.feature_maps[4, 4] is told.feature_map
-    assert torch.equal(told.feature_maps[16, 16], seen["teacher"])  # a block's output
+    assert torch.equal(told.feature_maps[16, 16], seen["teacher"])  # the output of a block
     told = student(images, return_features=True)
-    assert torch.equal(told.feature_maps[16, 16], seen["student"])  # of pre-activation networks once it is activated
+    assert torch.equal(told.feature_maps[16, 16], seen["student"])  # a map after the activation
 
 
 def test_dfad_is_one_game_of_mean_absolute_differences(networks, task):
@@ -132,7 +132,7 @@ def test_dfad_is_one_game_of_mean_absolute_differences(networks, task):
 
 
 def test_dfq_adds_up(networks, task):
-    """The sum of its weighted parts; without BN statistics that part is gone."""
+    """The loss is the sum of its weighted terms; with bn 0 there is no loss_bn."""
     teacher, student = networks
     images = torch.rand(4, 3, 16, 16)
     losses = dfq.DFQSynthesizer(dfq.DFQConfig(nz=8, bn=3.0), teacher, task).losses(images, student)
@@ -151,7 +151,7 @@ def test_dfq_adds_up(networks, task):
 
 @pytest.mark.parametrize("module, name", [(dafl, "DAFL"), (zskt, "ZSKT"), (dfad, "DFAD"), (dfq, "DFQ")])
 def test_generator_steps_lower_their_loss(module, name, networks, task):
-    """Against fixed networks; on one fixed batch of noise the loss after 15 steps is lower than before."""
+    """With fixed networks, 15 steps lower the loss on one fixed batch of noise."""
     torch.manual_seed(0)
     config = getattr(module, f"{name}Config")(nz=8, synthesis_batch_size=32, lr_g=5e-3, g_steps=15)
     synthesizer = getattr(module, f"{name}Synthesizer")(config, networks[0], task)
@@ -170,7 +170,7 @@ def test_generator_steps_lower_their_loss(module, name, networks, task):
 
 @pytest.mark.parametrize("module, name, falls", [(zskt, "ZSKT", True), (dfad, "DFAD", True), (dafl, "DAFL", False)])
 def test_the_generator_s_rate_falls_with_the_student_s(module, name, falls, networks, task):
-    """As a cosine over the rounds, in the methods whose papers lower both."""
+    """The learning rate follows a cosine over the rounds in the methods whose papers decay both learning rates."""
     config = getattr(module, f"{name}Config")(nz=8, synthesis_batch_size=2)
     synthesizer = getattr(module, f"{name}Synthesizer")(config, networks[0], task)
     schedule = Schedule(1, 8, 2, batch_size=2, lr=0.3, momentum=0.9, weight_decay=0.0, warmup_epochs=0)

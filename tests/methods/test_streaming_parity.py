@@ -1,4 +1,4 @@
-"""DAFL, ZSKT, DFAD, DFQ and KD against their formulas, written again here: losses, gradients, whole synthesis steps."""
+"""DAFL, ZSKT, DFAD, DFQ and KD against independent versions of their formulas: losses, gradients and synthesis steps."""
 
 import copy
 
@@ -34,7 +34,7 @@ def divergence(s, t):
 
 
 def statistics(teacher, images):
-    """The teacher's logits and features, and how far the inputs of its BN layers are from what they remember."""
+    """The teacher's logits and features, and the distance of the batch's BN statistics from the running statistics."""
     seen = []
     layers = [m for m in teacher.modules() if isinstance(m, torch.nn.BatchNorm2d)]
     hooks = [m.register_forward_hook(lambda m, args, _: seen.append((m, args[0]))) for m in layers]
@@ -50,7 +50,7 @@ def statistics(teacher, images):
 
 
 def generator_loss(name, teacher, student, images):
-    """Of the published loop, with the weights of its scripts."""
+    """Generator loss of the published code, with the weights of the published scripts."""
     t, features, distance = statistics(teacher, images)
     if name == "DAFL":
         return certain(t) - 0.001 * features.abs().mean() + 20 * balance(t)
@@ -64,7 +64,7 @@ def generator_loss(name, teacher, student, images):
 
 @pytest.fixture(scope="module")
 def networks():
-    """Teacher and student, whose answers differ from image to image."""
+    """Teacher and student whose logits differ clearly from image to image."""
     torch.manual_seed(0)
     pair = [make_classifier(name).eval() for name in ("resnet8", "wrn16_1")]
     for network in pair:
@@ -91,7 +91,7 @@ def test_the_generator_s_loss_and_its_gradient(name, networks):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_whole_synthesis_of_two_steps(name, networks):
-    """Noise, images by batch statistics, loss, and Adam with betas .5 and .999 (Kingma & Ba 2014, algorithm 1)."""
+    """By hand: noise, generator in training mode, loss, and Adam with betas .5 and .999 (Kingma & Ba 2014, algorithm 1)."""
     ours = synthesizer(name, networks[0], g_steps=2, lr_g=1e-3)
     generator, probe = copy.deepcopy(ours.generator), torch.randn(32, 8)
     untrained = generator(probe).detach()
@@ -126,7 +126,7 @@ def outputs(**maps):
 
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
 def test_the_gradient_of_distillation(temperature):
-    """dKL/ds = T (softmax(s / T) - softmax(t / T)) / B; of cross-entropy (softmax(s) - onehot(y)) / B."""
+    """The gradient of KL is T (softmax(s / T) - softmax(t / T)) / B, that of cross-entropy (softmax(s) - onehot(y)) / B."""
     s, t, (student, teacher) = outputs()
     labels = torch.tensor([0, 1, 2, 3, 0])
     loss = KDObjective(temperature, 0.5)(teacher, student, labels)["loss"]
@@ -143,7 +143,7 @@ def test_the_gradient_of_dfad_is_a_sign():
 
 
 def test_the_gradient_of_attention_matching():
-    """Against finite differences of the sum of squares of two unit vectors."""
+    """Against finite differences of the mean squared difference of two unit vectors."""
     torch.manual_seed(0)
     mine, theirs = torch.rand(2, 3, 2, 2, dtype=torch.double), torch.rand(2, 5, 2, 2, dtype=torch.double)
 
@@ -165,7 +165,7 @@ def test_the_gradient_of_attention_matching():
 
 
 def test_the_student_takes_one_step_of_sgd_towards_the_teacher(networks):
-    """ZSKT's student: KL at T 1 and attention, weight decay in the gradient, momentum's first step."""
+    """ZSKT's student step by hand: KL at T 1, attention loss, weight decay in the gradient, first step of momentum."""
     student = copy.deepcopy(networks[1]).requires_grad_(True)
     teacher = networks[0]
     images = torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(4))
