@@ -121,8 +121,8 @@ def long_for_a_cpu(flags: dict[str, Any], schedule: Schedule, info: DatasetInfo,
     if flags["minutes"] or max(student, synthesis) <= MANY_STEPS:
         return ""
     return (
-        f"no GPU: {student} student steps and {synthesis} of synthesis take hours to days on a CPU; --minutes N shortens the "
-        f"run to about N minutes, --scale F makes it about F times as long as published (now {flags['scale']:g})"
+        f"no GPU: {student} student steps and {synthesis} of synthesis take hours to days on a CPU; --minutes N shortens "
+        f"the run to about N minutes, --scale F makes it about F times as long as published (now {flags['scale']:g})"
     )
 
 
