@@ -123,7 +123,7 @@ class Order:
         return self.batch_size if self.one_class else 1
 
     def _place(self, position: int) -> tuple[int, int, int]:
-        """Returns (number of the position's cycle, index of its class in the cycle, place among that class's images there)."""
+        """Returns (number of the position's cycle, index of its class there, place among the images of that class)."""
         number, rest = divmod(position, self._run * self.num_classes)
         run = min(self._run, -(-self.images // self.num_classes) - number * self._run)  # the last cycle may be shorter
         return number, *divmod(rest, run)
