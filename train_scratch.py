@@ -10,7 +10,7 @@ run the same command again.
 import signal
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while it imports; ``run_command`` takes over
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback during imports; later ``run_command`` handles it
 
 import dataclasses
 import os
