@@ -27,12 +27,7 @@ from registry import DATASETS, METHODS, MODELS, PAIRS, PUBLISHED, RECIPES
 
 
 def parse(argv: list[str]):
-    """Parses the command line.
-
-    Returns:
-        (name of the method, Method class, [TaskFlags, RunFlags, DistillFlags, the method's Config]), with recipe and scale
-        applied to the flags.
-    """
+    """Returns (name of the method, Method class, [task, run, distill, method flags]), with recipe and scale applied."""
     first = Parser(prog="datafree_kd.py", add_help=False)
     first.add_argument("--method")
     name = first.parse_known_args(argv)[0].method
@@ -79,9 +74,6 @@ def scale_for_minutes(name: str, method_class: type, groups: list, at: Callable[
     """Returns the scale for ``--minutes``: that of the run to be resumed, else one from speeds measured on this machine.
 
     Args:
-        name: name of the method.
-        method_class: subclass of ``datafree.base.Method``.
-        groups: flags of the run, as from ``parse``.
         at: function that returns the flags of a run with a given scale.
     """
     from datafree.base import build_method, run_folder

@@ -259,7 +259,7 @@ def for_seed(seed: int, several: bool, groups: list) -> list:
 # meta-learned or renewed generator (its method's ``g_steps``), because they define the method.
 #
 # If ``ep_steps`` is set, an epoch has many short rounds. Then ``kd_steps``, the student steps of a round, is not scaled,
-# and ``ep_steps`` is scaled in whole rounds. Streaming methods thus keep their one to five student steps per generator step.
+# and ``ep_steps`` is scaled in whole rounds. Streaming methods thus keep their number of student steps per generator step.
 #
 # A length given on the command line is not scaled. 0 and unset are left unchanged.
 
