@@ -38,7 +38,7 @@ class TrainFlags:
         least=0,
     )
     warmup_epochs: int = flag(
-        5, "epochs of linear warm-up of the learning rate, at most a tenth of --epochs", affects=TRAIN, least=0
+        5, "epochs of linear warm-up of the learning rate, limited to a tenth of --epochs", affects=TRAIN, least=0
     )
     momentum: float = flag(0.9, "Nesterov momentum of SGD", affects=TRAIN, least=0, below=1)
     weight_decay: float = flag(5e-4, "weight decay of SGD", affects=TRAIN, short="--wd", least=0)

@@ -35,8 +35,7 @@ def choose_amp(amp: str, device: torch.device, earlier: str | None = None) -> st
 
 
 class Precision:
-    """Mixed precision: ``autocast()`` for forward passes, ``minimize(loss, optimizer)`` for backward pass and optimizer
-    step.
+    """Mixed precision: ``autocast()`` for forward passes, ``minimize(loss, optimizer)`` for backward pass and step.
 
     fp16 uses loss scaling. The scale adapts to the losses of one optimizer, so each optimizer needs its own Precision
     object. If the optimizer is kept from round to round, its Precision is part of the state to be saved.
