@@ -1,16 +1,16 @@
-"""Data-free distillation: a trained teacher and no training data in, a small student out.
+"""Data-free knowledge distillation: trains a small student from a trained teacher, without training data.
 
-    python datafree_kd.py --help                       the flags of every method
-    python datafree_kd.py --method dda --help          and those of one
+    python datafree_kd.py --help                       flags shared by all methods
+    python datafree_kd.py --method dda --help          all flags of one method
     python datafree_kd.py --method dda --dataset cifar10 --teacher wrn40_2 --student wrn16_1
 
-To resume, run the same command again. Of the real data only the test split is opened, only to report accuracy.
+To resume, run the same command again. Data-free methods open only the test split of the real data, to report accuracy.
 """
 
 import signal
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while it imports; ``run_command`` takes over
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback during imports; later ``run_command`` handles it
 
 import dataclasses
 import sys
@@ -27,14 +27,14 @@ from registry import DATASETS, METHODS, MODELS, PAIRS, PUBLISHED, RECIPES
 
 
 def parse(argv: list[str]):
-    """The command line as (name, Method class, [task, run, distill, method flags])."""
+    """Returns (name of the method, Method class, [task, run, distill, method flags]), with recipe and scale applied."""
     first = Parser(prog="datafree_kd.py", add_help=False)
     first.add_argument("--method")
     name = first.parse_known_args(argv)[0].method
     method = resolve(lookup(METHODS, name, "method")) if name else None
     groups = [TaskFlags, RunFlags, DistillFlags, *([method.Config] if method else [])]
 
-    known = f"one of {', '.join(METHODS)}; --method NAME --help shows its flags too"
+    known = f"distillation method: one of {', '.join(METHODS)}; --method NAME --help also shows the flags of that method"
     sets = {name: " ".join(f"--{flag} {value}" for flag, value in flags.items()) for name, flags in RECIPES.items()}
     epilog = "".join(f"--recipe {name} sets {flags}. " for name, flags in sets.items() if flags)
     parser = Parser(
@@ -71,10 +71,10 @@ def main() -> None:
 
 
 def scale_for_minutes(name: str, method_class: type, groups: list, at: Callable[[float], list]) -> float:
-    """The scale that ``--minutes`` asks for: that of the run that is resumed, else by this machine's rates.
+    """Returns the scale for ``--minutes``: that of the run to be resumed, else one from speeds measured on this machine.
 
     Args:
-        at: scale -> the flags of such a run.
+        at: function that returns the flags of a run with a given scale.
     """
     from datafree.base import build_method, run_folder
     from datafree.minutes import choose_scale, trial_groups
@@ -91,8 +91,8 @@ def scale_for_minutes(name: str, method_class: type, groups: list, at: Callable[
 
 
 def run(name: str, method_class: type, groups: list) -> Path:
-    """One run with one seed; returns its folder."""
-    # Imported after parsing, so that --help and a misspelt flag answer at once.
+    """Runs all selected stages with one seed; returns the run folder."""
+    # Imported after parsing, so that --help and errors in flags appear at once.
     from datafree.base import build_method, run_folder
     from engine.data.bank import Manifest
     from engine.data.splits import forbid_train_split
@@ -130,7 +130,7 @@ def run(name: str, method_class: type, groups: list) -> Path:
     paper = partial(report.published, PUBLISHED, PAIRS, name, info.name, task_flags.teacher, task_flags.student)
     session = Session(path, None, None, info, manifest, schedule, flags, device, compiler, processes, paper)
     folder, stages = None, [stage for stage in stages if stage.name in order]
-    if processes.main:  # of those that a launcher started, one keeps the folder
+    if processes.main:  # only the main process writes the folder
         session, todo = preflight.check(session, method, stages, depends_on, selected)
         folder = Run(path, flags, info.class_names)
         compiler.log = folder.log

@@ -1,12 +1,12 @@
-"""Every network, dataset, method and recipe by name, as flat literal tables: the only place where a method is named.
+"""Tables of all networks, datasets, methods and recipes by name. Outside its own files, a method is named only here.
 
-Values are ``"module:attribute"``, imported when chosen, so that ``--help`` loads neither networks nor diffusers.
+Values ``"module:attribute"`` are imported when they are chosen, so that ``--help`` imports neither networks nor diffusers.
 """
 
 METHODS = {
-    "kd": "datafree.kd:KD",  # controls: on the real training images, on noise or unrelated ones, on crops of one picture
-    "noise": "datafree.noise:Noise",
-    "one_image": "datafree.one_image:OneImage",
+    "kd": "datafree.kd:KD",  # control on the real training images
+    "noise": "datafree.noise:Noise",  # control on noise or unrelated images
+    "one_image": "datafree.one_image:OneImage",  # control on crops of one picture
     "dafl": "datafree.dafl:DAFL",
     "zskt": "datafree.zskt:ZSKT",
     "dfad": "datafree.dfad:DFAD",
@@ -21,7 +21,7 @@ METHODS = {
     "diffdfkd": "datafree.diffdfkd:DiffDFKD",
 }
 
-# What --recipe sets of the student's training: nothing but what the method's paper does, or the most accuracy in short runs.
+# Flags of the student's training that --recipe sets. "published" sets none; "fast" is for high accuracy in short runs.
 RECIPES = {
     "published": {},
     "fast": {
@@ -30,7 +30,7 @@ RECIPES = {
     },
 }  # fmt: skip
 
-# Factories are called as factory(num_classes=...). Names without a suffix are the field's CIFAR networks.
+# Factories are called as factory(num_classes=...). Names without a suffix are the networks that papers use for CIFAR.
 MODELS = {
     "wrn16_1": "models.wrn:wrn16_1",
     "wrn16_2": "models.wrn:wrn16_2",
@@ -66,10 +66,11 @@ MODELS = {
     "vit_b_16_imagenet": "models.imagenet:vit_b_16",
 }
 
-# How real data is found, shaped and normalized. reader: who opens a split; describe: who reads from the disk what a row
-# leaves open; source: torchvision's class, or the folder under the data root; crop_padding: px at the row's size.
+# Location, size and normalization of real data. reader: function that opens a split; describe: function that reads from the
+# disk what a row leaves open; source: torchvision class, or folder in the data root; crop_padding: pixels, relative to
+# "size".
 DATASETS = {
-    "digits": {  # 1797 images that scikit-learn carries: the dataset for trying things out
+    "digits": {  # 1797 images included in scikit-learn: a small dataset for first trials
         "reader": "engine.data.readers:read_digits", "num_classes": 10, "class_names": "engine.data.datasets:DIGITS",
         "size": 16, "flip": False, "crop_padding": 1,
         "mean": (0.305, 0.305, 0.305), "std": (0.319, 0.319, 0.319),
@@ -107,13 +108,13 @@ DATASETS = {
         "size": 64, "flip": True, "crop_padding": 8,
         "mean": (0.4802, 0.4481, 0.3975), "std": (0.2770, 0.2691, 0.2821),
     },
-    "imagenet": {  # resized to 256, as torchvision's weights are evaluated
+    "imagenet": {  # resized to 256 and cropped to 224, as in torchvision's evaluation
         "reader": "engine.data.readers:read_folders", "source": "imagenet",
         "num_classes": 1000, "class_names": "engine.data.datasets:imagenet",
         "size": 224, "flip": True, "crop_padding": 28, "crop_fraction": 0.875,
         "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225),
     },
-    "domainnet": {  # --domain, or domainnet_sketch for short; ten: label numbers of the subset in the order 0..9
+    "domainnet": {  # with --domain, or as domainnet_sketch; ten: label numbers of the subset's classes 0..9
         "reader": "engine.data.readers:read_domainnet", "describe": "engine.data.readers:describe_domainnet", "source": "domainnet",
         "num_classes": 345,
         "domains": ("clipart", "infograph", "painting", "quickdraw", "real", "sketch"),
@@ -125,15 +126,16 @@ DATASETS = {
         "size": 224, "flip": True, "crop_padding": 28,
         "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225),
     },
-    "folder": {  # any tree DATA_ROOT/train/<class>/*, DATA_ROOT/test or val/<class>/*
+    "folder": {  # image folders DATA_ROOT/train/<class>/* and DATA_ROOT/test/<class>/* or DATA_ROOT/val/<class>/*
         "reader": "engine.data.readers:read_folders", "describe": "engine.data.readers:describe_folders", "source": ".",
         "size": 64, "flip": True, "crop_padding": 8,
         "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225),
     },
 }  # fmt: skip
 
-# Accuracies that the papers report for these pairs, in this order: best test epoch, in %. A key may name flags that the
-# run must have (NAYER: 320 epochs with its warm-up). A method is missing where no table of its paper was at hand.
+# Test accuracies in % (best epoch) that the papers report for these teacher-student pairs, in this order. A key may contain
+# flags that a run must have (NAYER: --epochs 300, in the paper 320 with warm-up). Methods whose paper's table was not
+# available are missing.
 PAIRS = (
     ("resnet34", "resnet18"),
     ("vgg11", "resnet18"),

@@ -1,16 +1,16 @@
-"""Trains or evaluates a classifier on real data: the teacher, or the student that a data-free one is compared with.
+"""Trains or evaluates a classifier on real data: a teacher, or a student as a baseline for data-free students.
 
     python train_scratch.py --model wrn40_2 --dataset cifar10
     python train_scratch.py --model wrn40_2 --dataset cifar10 --evaluate_only
 
-The weights go to checkpoints/pretrained/<dataset>_<model>.pth, where datafree_kd.py looks for teachers. To resume, run
-the same command again.
+The weights are saved in checkpoints/pretrained/<dataset>_<model>.pth, where datafree_kd.py looks for teachers. To resume,
+run the same command again.
 """
 
 import signal
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while it imports; ``run_command`` takes over
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback during imports; later ``run_command`` handles it
 
 import dataclasses
 import os
@@ -26,61 +26,92 @@ TRAIN = ("train",)
 
 @dataclass(frozen=True)
 class ScratchFlags:
-    """What to train, on what, where to keep it."""
+    """Network, data, output and hardware."""
 
     model: str = flag(
         "wrn40_2",
-        "a name of registry.MODELS, a public one (timm:NAME, hf-hub:ORG/NAME, torchvision:NAME, local-dir:FOLDER), "
-        "path/to/file.py:factory or package.module:factory(key='value')",
+        "network: a name of registry.MODELS, a public model (timm:NAME, hf-hub:ORG/NAME, torchvision:NAME, "
+        "local-dir:FOLDER), path/to/file.py:factory or package.module:factory(key='value')",
         affects=TRAIN,
     )
-    dataset: str = flag("cifar10", "a name of registry.DATASETS, or NAME where DATA_ROOT/NAME.npz exists", affects=TRAIN)
-    data_root: str = flag("data", "folder of the data, from the current directory on; what can be downloaded is put there")
-    name: str | None = flag(
-        None, "what checkpoints, run folders and tables call the dataset; unset: its name, or that of its folder"
+    dataset: str = flag(
+        "cifar10", "dataset: a name of registry.DATASETS, or NAME of a file DATA_ROOT/NAME.npz", affects=TRAIN
     )
-    domain: str | None = flag(None, "domain of a dataset that has several (domainnet)", affects=TRAIN)
+    data_root: str = flag(
+        "data", "folder of the data, relative to the current directory; datasets that can be downloaded are saved here"
+    )
+    name: str | None = flag(
+        None,
+        "name of the dataset in checkpoints, run folders and tables; unset: the value of --dataset, or the folder's name "
+        "for --dataset folder",
+    )
+    domain: str | None = flag(None, "domain, for a dataset that has several (domainnet)", affects=TRAIN)
     classes: str | None = flag(
-        None, "of such a dataset: ten (its usual subset) or all; unset: ten", choices=("ten", "all"), affects=TRAIN
+        None,
+        "classes, for a dataset with domains: ten (the usual subset) or all; unset: ten",
+        choices=("ten", "all"),
+        affects=TRAIN,
     )
     image_size: int | None = flag(
-        None, "px; unset: that of public weights to start from, else the dataset's own", affects=TRAIN, least=1, most=4096
+        None,
+        "side of the square images in pixels; unset: the size of the public model whose weights are used, else the "
+        "dataset's size",
+        affects=TRAIN,
+        least=1,
+        most=4096,
     )
     output: str | None = flag(
-        None, "the weights; unset, in the current directory: checkpoints/pretrained/<dataset>_<model>.pth"
+        None, "file for the trained weights; unset: checkpoints/pretrained/<dataset>_<model>.pth in the current directory"
     )
     save_dir: str | None = flag(
-        None, "run folder (logs, resume); unset, in the current directory: checkpoints/scratch/<dataset>_<model>"
+        None,
+        "run folder with logs and the checkpoint for resuming; unset: checkpoints/scratch/<dataset>_<model> in the current "
+        "directory",
     )
-    evaluate_only: bool = flag(False, "measure the accuracy of --resume, or of the output, and stop")
+    evaluate_only: bool = flag(
+        False,
+        "print the test accuracy of the weights in --resume and exit; without --resume: the weights in --output, else the "
+        "published weights of a public model",
+    )
     resume: str | None = flag(
         None,
-        "weights to start from (a head for other classes is dropped) or to evaluate; an interrupted run resumes without it",
+        "file with weights to start from, or to evaluate; for training, a head for other classes is replaced; not needed to "
+        "resume an interrupted run",
         affects=TRAIN,
     )
     pretrained: bool = flag(
         False,
-        "start from a public model's own weights, or torchvision's ImageNet ones (networks named *_imagenet), with a new head",
+        "start from the published weights of a public model, or from torchvision's ImageNet weights for networks named "
+        "*_imagenet, with a new head",
         affects=TRAIN,
     )
-    redo: bool = flag(False, "forget the run folder and train again")
+    redo: bool = flag(False, "delete the checkpoint in the run folder and train again from the start")
     mean: tuple[float, ...] | None = flag(
-        None, "normalization r,g,b; unset: that of weights to start from or evaluate, else the dataset's", affects=TRAIN
+        None,
+        "channel means r,g,b of the normalization; unset: from the weights to start from or to evaluate, else the dataset's",
+        affects=TRAIN,
     )
-    std: tuple[float, ...] | None = flag(None, "see --mean", affects=TRAIN, above=0)
-    seed: int = flag(0, "random numbers are a function of seed and epoch", affects=TRAIN, least=0)
+    std: tuple[float, ...] | None = flag(
+        None, "channel standard deviations r,g,b of the normalization; unset: as for --mean", affects=TRAIN, above=0
+    )
+    seed: int = flag(0, "seed; all random numbers depend only on seed and epoch", affects=TRAIN, least=0)
     gpu: int | None = flag(None, "index of the GPU, -1 for the CPU; unset: GPU 0 if there is one", least=-1)
     amp: str = flag(
         "auto",
-        "mixed precision; auto: bf16 where the processor computes in it, and what the run was begun with",
+        "mixed precision; auto: bf16 on hardware that computes in it, else no; a resumed run keeps its precision",
         choices=("auto", "no", "bf16", "fp16"),
         affects=TRAIN,
     )
-    fp16: bool = flag(False, "the same as --amp fp16")
+    fp16: bool = flag(False, "same as --amp fp16")
     compile: str = flag(
-        "auto", "torch.compile; auto: in a run long enough to win by it", choices=("auto", "yes", "graphs", "no")
+        "auto",
+        "torch.compile of the network; auto: only if the run is long enough to save time; graphs: as yes, with CUDA graphs "
+        "on a GPU",
+        choices=("auto", "yes", "graphs", "no"),
     )
-    workers: int = flag(4, "processes that decode images which do not fit in memory", short="-j", least=0, most=1024)
+    workers: int = flag(
+        4, "worker processes that decode image files; 0: decode in the main process", short="-j", least=0, most=1024
+    )
 
 
 def main() -> None:
@@ -161,13 +192,14 @@ def main() -> None:
 def train_run(
     flags: ScratchFlags, lengths, classifier, info, precision, save_dir: Path, output: Path, start=None, dropped_head=None
 ) -> None:
-    """The run folder ``save_dir`` and the weights ``output`` of one training, which goes on where it was stopped.
+    """Trains one classifier. Writes the run folder ``save_dir`` and the weights ``output``; resumes an interrupted training.
 
     Args:
         lengths: ``engine.loops.train.TrainFlags``.
-        classifier: on ``precision.device``, with the weights to start from.
+        classifier: classifier on ``precision.device``, with the weights to start from.
         info: ``engine.data.datasets.DatasetInfo``.
-        start: the checkpoint that these are of, None where they are random; ``dropped_head`` says what was left out of it.
+        start: checkpoint file or public model that the weights come from; None: random weights.
+        dropped_head: description of the head of ``start`` that was left out; None: no head was left out.
     """
     from engine.data.splits import data_identity, load_split
     from engine.loops.train import train

@@ -1,13 +1,13 @@
-"""Stage distill: rounds of [synthesize; kd_steps student steps]. It never asks which method it serves.
+"""Stage distill: rounds of [synthesis; kd_steps student steps]. The code is the same for all methods.
 
-A round may be as short as one generator step and five student steps, so whatever costs time apart from them (reading a
-loss back, a line of metrics, a checkpoint, the test accuracy) comes once an epoch.
+A round may be as short as one generator step and five student steps. All other work that takes time (reading a loss from the
+device, a line of metrics, a checkpoint, the test accuracy) is therefore done once per epoch.
 
-Deviations from the published scripts: the learning rate follows its cosine student step by student step and ends at
-``lr_min``, where theirs take one step of it an epoch and so never reach the end, which short runs need.
+Deviation from the published scripts: the learning rate is updated at every student step and ends at ``lr_min``. The
+published scripts update it once per epoch and never reach the end of the cosine. The exact end matters in short runs.
 
-Of several processes the main one makes each round's images and keeps the run; all hold the same images and take equal shares
-of the same student batches, whose gradients they average.
+With several processes, the main process synthesizes the images of each round and writes the run folder. All processes hold
+the same images, take equal shares of each student batch, and average the gradients.
 """
 
 import math
@@ -39,13 +39,13 @@ CHECKPOINT = {
     "student": {str: torch.Tensor}, "objective": {str: torch.Tensor}, "optimizer": OPTIMIZER, "synthesizer": dict,
     "precision": dict, "accuracies": [float], "synthesis_seconds": SECONDS,
 }  # fmt: skip
-UP = 0.2  # share of a one-cycle run in which the learning rate grows
+UP = 0.2  # fraction of a one-cycle run in which the learning rate rises
 ADVICE = "lower --lr, --lr_g or the loss weights, and run again"
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Lengths and learning rate of stage distill, in the units of the flags of the same names."""
+    """Lengths, optimizer and learning rate of stage distill; each field is the flag of the same name."""
 
     epochs: int
     ep_steps: int
@@ -68,9 +68,10 @@ class Schedule:
         return self.epochs * self.rounds_per_epoch
 
     def learning_rate(self, step: int) -> float:
-        """Linear warm-up over ``warmup_epochs``, then cosine to ``lr_min``; a function of the student step alone.
+        """Returns the learning rate at a student step, counted from the beginning of the run.
 
-        Of one cycle: linear over the first fifth of the run, then linear to ``lr_min``.
+        "cosine": linear warm-up over ``warmup_epochs``, then cosine decay to ``lr_min``.
+        "one_cycle": linear rise over the first fifth of the run, then linear decay to ``lr_min``.
         """
         total = self.rounds * self.kd_steps
         one_cycle = self.lr_schedule == "one_cycle"
@@ -83,7 +84,7 @@ class Schedule:
 
 
 class StudentStep(nn.Module):
-    """All that is trained: images (B, 3, H, W), labels (B,) and the teacher's outputs in, the student's named losses out."""
+    """All trained parameters in one module: maps images (B, 3, H, W), labels (B,) and teacher outputs to named losses."""
 
     def __init__(self, student: nn.Module, objective: nn.Module):
         super().__init__()
@@ -94,15 +95,17 @@ class StudentStep(nn.Module):
 
 
 class Distillation:
-    """The state that rounds change, and its checkpoint.
+    """State of stage distill that its rounds change, with its checkpoint.
 
     Args:
-        teacher, student: ``models.classifier.Classifier``, the teacher frozen.
+        teacher, student: ``models.classifier.Classifier``; the teacher is frozen.
         objective: (teacher_out, student_out, labels) -> named losses; its own parameters are trained too.
-        synthesizer: see ``datafree.base.Synthesizer``.
-        images_per_round: that it adds to the bank; 0 and with a bank: it is never called.
-        processes: those that train the student together.
-        compile: (function, calls, name) -> one to call instead; see ``engine.runtime.compilation.Compiler``.
+        synthesizer: ``datafree.base.Synthesizer``.
+        schedule: lengths, optimizer and learning rate.
+        precision: mixed precision of the student's training.
+        images_per_round: number of images that a round adds to the bank; 0 in a run with a bank: there is no synthesis.
+        processes: processes that train the student together.
+        compile: (function, calls, name) -> function to call instead; see ``engine.runtime.compilation.Compiler``.
     """
 
     def __init__(
@@ -132,12 +135,16 @@ class Distillation:
         begin_momentum(self.optimizer)
         self.views: KeyedViews | None = None
         self.memo: Memo | None = None
-        self.scores: list[float] = []  # one an epoch
+        self.scores: list[float] = []  # accuracy or agreement after each epoch
         self.synthesis_clock = Stopwatch(precision.device)
         self.pace: StepPace | None = None
 
     def synthesize(self, round: int):
-        """One round of synthesis by the main process, its seconds counted apart; the others get None."""
+        """Runs one round of synthesis in the main process and adds its duration to the synthesis time.
+
+        Returns:
+            The synthesizer's ``ImageBatch``; None in the other processes.
+        """
         if not self.processes.main:
             return None
         self.synthesizer.rate = self.schedule.learning_rate(round * self.schedule.kd_steps) / self.schedule.lr
@@ -145,20 +152,22 @@ class Distillation:
             return self.synthesizer.synthesize(self.student)
 
     def keep_answers(self, memo: Memo | None, views: KeyedViews) -> None:
-        """From here on the student sees these views, and the memo answers for the teacher."""
+        """Makes the student train on ``views``, with teacher logits from the cache ``memo`` unless it is None."""
         self.memo, self.views = memo, views
 
     @torch.no_grad()
     def ask(self, images: Tensor) -> Output:
-        """What the teacher says of images (B, 3, H, W)."""
+        """Returns the teacher's outputs for images (B, 3, H, W)."""
         with self.precision.autocast():
             return self.teacher(images, return_features=True)
 
     def student_steps(self, batches: Iterator[tuple[Tensor, ...]], round: int, bar) -> dict[str, Tensor]:
-        """``kd_steps`` student steps; returns the mean of every named loss, on the device.
+        """Runs the ``kd_steps`` student steps of a round; returns the mean of every named loss, on the device.
 
         Args:
-            batches: images (B, 3, H, W), labels (B,) and, where there is a memo, the keys of their views (B,).
+            batches: images (B, 3, H, W), labels (B,) and, if there are numbered views, their keys (B,).
+            round: number of the round.
+            bar: progress bar.
         """
         first = round * self.schedule.kd_steps
         sums: dict[str, Tensor] = {}
@@ -190,7 +199,7 @@ class Distillation:
         }
 
     def load_state_dict(self, state: dict) -> int:
-        """Takes up a checkpoint; returns the next round."""
+        """Loads a checkpoint; returns the number of the next round."""
         self.student.network.load_state_dict(state["student"])
         self.objective.load_state_dict(state["objective"])
         load_optimizer(self.optimizer, state["optimizer"])
@@ -205,17 +214,19 @@ def distill(
     run: Run | None, record: StageRecord | None, distillation: Distillation, bank, transfer, augment_batch, measure, *,
     seed: int,
 ) -> dict[str, float]:  # fmt: skip
-    """Runs every epoch that is left; one checkpoint and one measurement an epoch.
+    """Runs all remaining epochs, with one measurement and one checkpoint after each epoch.
 
     Args:
-        run, record, measure: the main process's; None in the others.
-        bank: where the images of each round are kept, or None for a method that only streams.
-        transfer: ``TransferSet`` with the images there before the first round; None where ``bank`` is None.
-        augment_batch: random crop and flip of the student's batches, where these are not ``distillation.views``.
-        measure: ``engine.loops.evaluate.Accuracy`` or ``Agreement``, only to report.
+        run, record: run folder writer and stage record of the main process; None in the other processes.
+        bank: bank that stores the images of each round; None for a streaming method.
+        transfer: ``TransferSet`` with the images from before the first round; None if ``bank`` is None.
+        augment_batch: random crop and flip of the student's batches; not used with ``distillation.views``.
+        measure: ``engine.loops.evaluate.Accuracy`` or ``Agreement`` in the main process, used only for reports; None in the
+            other processes.
+        seed: seed of the run.
     Returns:
-        acc1_last, acc1_best, acc1_mean (over epochs) in %, or the same of agreement, student_steps, synthesis_seconds (within
-        this stage); of the others nothing.
+        acc1_last, acc1_best and acc1_mean (over epochs) in %, or the same figures of the agreement; student_steps;
+        synthesis_seconds (in this stage). Empty in all processes but the main one.
     """
     schedule, processes = distillation.schedule, distillation.processes
     state = None
@@ -257,7 +268,7 @@ def distill(
         distillation.scores.append(score)
         figures |= {**measured, "student_steps": rounds * schedule.kd_steps}
         bar.set_postfix({measure.name: f"{score:.2f}", "best": f"{max(distillation.scores):.2f}"}, refresh=False)
-        run.metrics("distill", rounds - 1, figures)  # before the checkpoint: a repeated epoch rewinds it
+        run.metrics("distill", rounds - 1, figures)  # before the checkpoint: ``rewind`` removes the line of a repeated epoch
         save_checkpoint(file, distillation.state_dict(rounds))
         record.update("distill", rounds=rounds)
     bar.close()
@@ -270,7 +281,7 @@ def distill(
 def distill_epoch(
     distillation: Distillation, epoch: int, bank, transfer, augment_batch, seed: int, bar, run: Run | None
 ) -> dict[str, float]:
-    """The rounds of one epoch; returns the means of their named figures, the student's over all processes."""
+    """Runs the rounds of one epoch; returns the means of all named losses, those of the student also over the processes."""
     schedule, processes, synthesizer = distillation.schedule, distillation.processes, distillation.synthesizer
     makes_images = bank is None or distillation.images_per_round > 0
     made: dict[str, Tensor] = {}
@@ -302,19 +313,19 @@ def distill_epoch(
 
 
 def add(sums: dict[str, Tensor], values: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Named sums with named values added."""
+    """Returns ``sums`` with ``values`` added by name."""
     return sums | {name: sums.get(name, 0) + value for name, value in values.items()}
 
 
 def keep(distillation: Distillation, bank, transfer, batch, round: int) -> None:
-    """The main process's new images into its bank and into the transfer set of every process."""
+    """Stores a round's new images in the main process's bank and in the transfer set of every process."""
     processes, device = distillation.processes, distillation.precision.device
     images = labels = None
     if batch is not None:
         values = {name: float(value) for name, value in batch.scalars.items()}
         check_finite(values, f"round {round} of stage distill (synthesis)", ADVICE)
         images, labels = bank.append("distill", round, batch.images, batch.labels)
-    if processes.count > 1 and processes.broadcast(transfer.mapped):  # all read the shard that the main process has written
+    if processes.count > 1 and processes.broadcast(transfer.mapped):  # each process reads the shard
         columns = bank.open_shards([bank.shard("distill", round)])
         images, labels = columns["images"], columns["labels"]
     elif processes.count > 1:
@@ -324,7 +335,7 @@ def keep(distillation: Distillation, bank, transfer, batch, round: int) -> None:
 
 
 def summary(name: str, scores: list[float], schedule: Schedule) -> dict[str, float]:
-    """The figures of a finished run: the last epoch's score first, best on test only to compare with papers."""
+    """Returns the figures of a finished run. The best epoch is chosen by the reported score itself, as papers do."""
     return {
         f"{name}_last": scores[-1],
         f"{name}_best": max(scores),

@@ -1,4 +1,4 @@
-"""What is measured of a student: its accuracy on a labelled split or, without one, its agreement with the teacher."""
+"""Measures of a student: accuracy on a labelled split or, without real images, agreement with the teacher."""
 
 from collections.abc import Iterable
 from itertools import islice
@@ -11,29 +11,37 @@ from engine.runtime.processes import position_seed, seed_position
 from engine.runtime.run import progress
 from models.classifier import eval_mode
 
-# What a classifier's predictions and features say, from tensors on the CPU.
+# Figures computed from a classifier's predictions and features, as tensors on the CPU.
 
 
 BINS = 15
-NEIGHBOURS = 5  # k of density and coverage
+NEIGHBOURS = 5  # number k of nearest neighbours for density and coverage
 
 
 def confusion(labels: Tensor, predicted: Tensor, num_classes: int) -> Tensor:
-    """(C, C) int64: how many images of the row's class are taken for the column's; labels and predicted (N,)."""
+    """Returns the confusion matrix (C, C) int64: number of images of the row's class that are predicted as the column's.
+
+    Args:
+        labels, predicted: class ids (N,).
+        num_classes: C.
+    """
     return torch.bincount(labels * num_classes + predicted, minlength=num_classes**2).view(num_classes, num_classes)
 
 
 def class_accuracy(counts: Tensor) -> Tensor:
-    """(C,) in %, NaN for a class without images, of a confusion matrix (C, C)."""
+    """Returns the accuracy of each class (C,) in % from a confusion matrix (C, C); NaN for a class without images."""
     return 100 * counts.diagonal().double() / counts.sum(1)
 
 
 def calibration_error(probabilities: Tensor, labels: Tensor, bins: int = BINS) -> float:
-    """Expected calibration error in [0, 1] (Guo et al. 2017, 1706.04599, eq. 3): |accuracy - confidence| over bins of equal
-    width of the confidence, each by its share of the images.
+    """Returns the expected calibration error in [0, 1] (Guo et al. 2017, 1706.04599, eq. 3).
+
+    It is the mean of |accuracy - confidence| over confidence bins of equal width, weighted by the number of images per bin.
 
     Args:
-        probabilities: (N, C); labels: (N,).
+        probabilities: predicted probabilities (N, C).
+        labels: class ids (N,).
+        bins: number of bins.
     """
     confidence, predicted = probabilities.double().max(1)
     correct = (predicted == labels).double()
@@ -43,9 +51,16 @@ def calibration_error(probabilities: Tensor, labels: Tensor, bins: int = BINS) -
 
 
 def density_coverage(real: Tensor, generated: Tensor, k: int = NEIGHBOURS) -> tuple[float, float]:
-    """How deep samples lie among real images, and how many of these have a sample near (Naeem et al. 2020, arXiv 2002.09797).
+    """Returns density and coverage of generated images relative to real ones (Naeem et al. 2020, arXiv 2002.09797).
 
-    Density (about 1 where the two agree, may exceed it) and coverage in [0, 1] of features (N, D), N > k, and (M, D).
+    Both use balls around the real images, each with the distance to its k-th nearest real neighbour as radius. Density is
+    the mean number of balls that a generated image lies in, divided by k. It is about 1 for equal distributions and may be
+    larger. Coverage, in [0, 1], is the fraction of real images with a generated image in their ball.
+
+    Args:
+        real: features (N, D), N > k.
+        generated: features (M, D).
+        k: number of nearest neighbours.
     """
     real, generated = real.float(), generated.float()
     radii = torch.cdist(real, real).kthvalue(k + 1, 1).values  # the nearest is the image itself
@@ -54,10 +69,14 @@ def density_coverage(real: Tensor, generated: Tensor, k: int = NEIGHBOURS) -> tu
 
 
 def frechet_distance(real: Tensor, generated: Tensor) -> float:
-    """The Fréchet distance of two Gaussians (Heusel et al. 2017, arXiv 1706.08500, there with Inception's features).
+    """Returns the Fréchet distance of two sets of features, as Gaussians (Heusel et al. 2017, arXiv 1706.08500).
 
-    |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of a classifier's features (N, D) and (M, D); 0 for equal moments.
-    Few samples raise it: compare numbers that were taken with equally many.
+    |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), 0 for equal means m and covariances S. The paper uses Inception features;
+    here they are a classifier's. Small samples raise the distance: compare only distances computed from equally many images.
+
+    Args:
+        real: features (N, D).
+        generated: features (M, D).
     """
     real, generated = real.double(), generated.double()
     (mean_a, cov_a), (mean_b, cov_b) = ((x.mean(0), torch.cov(x.T)) for x in (real, generated))
@@ -69,7 +88,7 @@ def frechet_distance(real: Tensor, generated: Tensor) -> float:
 
 @torch.no_grad()
 def evaluate(classifier: nn.Module, split, batch_size: int = 500) -> dict[str, float]:
-    """acc1 and acc5 in %, of a classifier in eval mode (its mode is restored).
+    """Returns the accuracies acc1 and acc5 of a classifier in %. It runs in eval mode; its mode is restored afterwards.
 
     Args:
         classifier: images (B, 3, H, W) in [0, 1] -> logits (B, C).
@@ -88,7 +107,7 @@ def evaluate(classifier: nn.Module, split, batch_size: int = 500) -> dict[str, f
 
 
 class Accuracy:
-    """acc1 and acc5 on the test split."""
+    """Measure of a student after an epoch: acc1 and acc5 on the test split."""
 
     name, words = "acc1", "acc1"
 
@@ -100,16 +119,16 @@ class Accuracy:
 
 
 class Agreement:
-    """On how many synthetic images student and teacher name the same class, in %: what is told where no real image is.
+    """Measure without real images: % of synthetic images for which student and teacher predict the same class.
 
-    The images are those that the student learns from, as they are: of a transfer set up to ``MOST`` so far, evenly spaced;
-    of a method that streams as many batches, drawn for this alone, as make ``MOST``. So it says how well the student follows
-    the teacher there, and nothing of its accuracy on real images.
+    The images come from the student's training data and are not augmented. From a transfer set, up to ``MOST`` evenly spaced
+    images are taken. A streaming method draws new batches for this measure alone, until they have ``MOST`` images. Agreement
+    shows how well the student follows the teacher on these images. It does not estimate the accuracy on real images.
 
     Args:
         teacher: ``models.classifier.Classifier``.
-        batch_size: images that a streaming method makes at a time.
-        seed: of the run.
+        batch_size: number of images per batch of a streaming method.
+        seed: seed of the run.
     """
 
     name, words = "agreement", "agreement with the teacher"
@@ -120,13 +139,15 @@ class Agreement:
 
     @torch.no_grad()
     def __call__(self, student: nn.Module, synthesizer, transfer, rounds: int) -> dict[str, float]:
-        """Of a student after so many rounds.
+        """Returns {"agreement": agreement in %}.
 
         Args:
-            synthesizer: see ``datafree.base.Synthesizer``; asked where ``transfer`` is None.
-            transfer: ``engine.data.transfer_set.TransferSet``.
+            student: ``models.classifier.Classifier``.
+            synthesizer: ``datafree.base.Synthesizer``; makes the images if ``transfer`` is None.
+            transfer: ``engine.data.transfer_set.TransferSet``; None for a streaming method.
+            rounds: number of rounds so far, from which the random numbers are seeded.
         """
-        seed_position(self.seed, self.name, rounds)  # the next round begins with a position of its own
+        seed_position(self.seed, self.name, rounds)  # the next round seeds its own random stream
         alike = count = 0
         with eval_mode(student):
             for images in self._streamed(synthesizer, rounds) if transfer is None else transfer.spaced(self.MOST):
@@ -141,10 +162,10 @@ class Agreement:
 
 @torch.no_grad()
 def predict(classifier: nn.Module, split, batch_size: int = 500) -> tuple[Tensor, Tensor]:
-    """The logits (N, C) float32 of a classifier in eval mode, and the labels (N,), both on the CPU, in the split's order.
+    """Returns the logits (N, C) float32 of a classifier in eval mode and the labels (N,), on the CPU, in the split's order.
 
     Args:
-        classifier, split: as of ``evaluate``.
+        classifier, split: as for ``evaluate``.
     """
     logits, bar = [], progress(len(split), "predict", "img", delay=3)
     with eval_mode(classifier), bar:
@@ -155,10 +176,14 @@ def predict(classifier: nn.Module, split, batch_size: int = 500) -> tuple[Tensor
 
 
 def check_finite(values: dict[str, float], where: str, advice: str) -> None:
-    """Stops a run whose losses are no longer numbers, before anything of it is written.
+    """Checks that all losses are finite. Call it before they are written.
 
+    Args:
+        values: losses and other figures by name.
+        where: position in the run, for the error message.
+        advice: what the user can do, for the error message.
     Raises:
-        UserError: names the first bad value.
+        UserError: a value is NaN or infinite.
     """
     for name, value in values.items():
         if value != value or value in (float("inf"), float("-inf")):

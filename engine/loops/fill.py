@@ -1,8 +1,8 @@
-"""The loop that fills a bank: rounds of images from a maker, one shard a round, by one process or several.
+"""The loop that fills a bank: a maker makes rounds of images, one shard per round, in one process or several.
 
-Where a maker's rounds are independent, process p of W makes rounds p, p + W, ... Else a round goes on from the one before, and
-all processes make it together, each its share. The main process writes the shards in their order. Beside them,
-``synthesizer.pth`` holds the state from which the next round of a dependent maker goes on.
+If the rounds of a maker are independent, process p of W makes rounds p, p + W, ... Otherwise a round depends on the round
+before, and all processes make each round together, each process a share of it. The main process writes the shards in order.
+For a maker with dependent rounds, ``synthesizer.pth`` beside the shards holds the state that the next round starts from.
 """
 
 import time
@@ -31,31 +31,36 @@ PICTURE_EVERY = 10  # rounds
 
 
 class Share(NamedTuple):
-    """Of the parts of a round, this process makes every ``count``-th, from ``rank`` on."""
+    """A process's share of the parts of a round: every ``count``-th part, starting at part ``rank``."""
 
     rank: int = 0
     count: int = 1
 
     def of(self, parts: list) -> Iterator[tuple[int, Any]]:
-        """(index, part) of this process's parts."""
+        """Yields (index, part) for this process's parts."""
         return ((index, part) for index, part in enumerate(parts) if index % self.count == self.rank)
 
 
 @dataclass
 class Part:
-    """Some images of a round, in host memory: "images" (n, 3, H, W) uint8, "labels" (n,) and any further column; figures."""
+    """A part of the images of a round, in host memory.
+
+    Args:
+        columns: "images" (n, 3, H, W) uint8, "labels" (n,) and any further columns.
+        figures: losses and other figures of the round, for the log.
+    """
 
     columns: dict[str, Tensor]
     figures: dict[str, float] = field(default_factory=dict)
 
 
 class Maker:
-    """Makes the images of a bank, round by round.
+    """Base class: makes the images of a bank, round by round.
 
     Attributes:
-        independent: a round depends on its number alone, not on the rounds before it.
-        unit: what a progress bar counts, with ``size(round)``.
-        advice: what to do where a figure is no longer a number.
+        independent: whether a round depends only on its number, not on the rounds before it.
+        unit: unit of the progress bar; ``size(round)`` is the number of units of a round.
+        advice: advice to the user if a loss becomes NaN or infinite.
     """
 
     independent: bool = True
@@ -63,41 +68,46 @@ class Maker:
     advice: str = "lower the learning rate or the loss weights, and run again"
 
     def size(self, round: int) -> int:
-        """Units of one round."""
+        """Returns the number of progress units of a round."""
         return 1
 
     def learn(self, round: int, made: Callable[[], dict[str, Any]]) -> dict[str, float] | None:
-        """Called in the main process before the first round it makes, and before every round if they are dependent.
+        """Trains the maker's own model, if it has one, on the images made so far.
+
+        Called in the main process before the first round that a command makes; with dependent rounds, before every round.
 
         Args:
-            made: reads the columns of the rounds so far.
+            round: number of the next round.
+            made: function that reads the columns of the rounds so far.
         Returns:
-            Figures for the log; None where nothing was learned.
+            Figures for the log; None if nothing was trained.
         """
         return None
 
     def make(self, round: int, share: Share, show: Callable[[int], None]) -> dict[int, Part]:
-        """This process's share of a round's parts, by number.
+        """Makes this process's share of a round; returns {number of the part: part}.
 
         Args:
-            show: call it with the number of units made.
+            round: number of the round.
+            share: share of the parts that this process makes.
+            show: progress function; call it with the number of units made since the last call.
         """
         raise NotImplementedError
 
     def report(self, columns: dict[str, Tensor]) -> dict[str, float]:
-        """Figures of a finished round, in the main process."""
+        """Returns further figures of a finished round. Called in the main process."""
         return {}
 
     def hot(self) -> list[Hot]:
-        """What a round spends its time on."""
+        """Returns the functions that take most of a round's time, to be compiled."""
         return []
 
     def state_dict(self) -> dict[str, Any]:
-        """What the next round depends on: tensors and plain values."""
+        """Returns the state that the next round depends on: tensors and plain values."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Undoes ``state_dict``."""
+        """Restores a state from ``state_dict``."""
 
 
 def fill(
@@ -109,13 +119,16 @@ def fill(
     make_maker: Callable[[], Maker],
     processes: Processes = Processes(),
 ) -> None:
-    """Fills ``bank`` with ``rounds`` shards; goes on after the last whole one.
+    """Fills ``bank`` with ``rounds`` shards; continues after the last complete shard.
 
     Args:
-        run, record, bank: the main process's; None in the others.
-        make_maker: builds the maker; called only if a round is missing.
+        run, record, bank: run folder writer, stage record and bank of the main process; None in the other processes.
+        stage: name of the stage.
+        rounds: number of rounds.
+        make_maker: function that builds the maker; called only if a round is missing.
+        processes: processes that make the images together.
     Raises:
-        UserError: a figure became NaN, or the state that the next round goes on from is gone.
+        UserError: a figure became NaN or infinite, or the state that the next round starts from is missing.
     """
     start = processes.broadcast(_first_missing(record, bank, stage, rounds) if processes.main else None)
     if start < rounds:
@@ -126,14 +139,14 @@ def fill(
         run.picture(bank.path.name, shown(run, columns["images"], columns["labels"]), rounds)
         record.update(stage, done=True, images=images, **means)
         seconds, share = record.seconds()[stage], means.get("teacher_acc1")
-        named = f", of which the teacher names {share:.1f} % as wanted" if share is not None else ""
+        named = f", {share:.1f} % of them classified by the teacher as labelled" if share is not None else ""
         run.log(
             f"{stage}: {images} images in {bank.path}{named} ({seconds:.0f} s, {images / max(seconds, 1e-3):.1f} images/s)"
         )
 
 
 def _first_missing(record: StageRecord, bank: ImageBank, stage: str, rounds: int) -> int:
-    """The first round to make: the first that is not there, or the one that the saved state is of."""
+    """Returns the first round to make: the first missing shard, or the earlier round that the saved state belongs to."""
     record.begin(stage)
     present, file = set(bank.rounds(stage)), bank.path / STATE
     start = next((round for round in range(rounds) if round not in present), rounds)
@@ -143,10 +156,10 @@ def _first_missing(record: StageRecord, bank: ImageBank, stage: str, rounds: int
 
 
 def load_state(file: Path) -> dict[str, Any]:
-    """The "round" that comes next, and the "synthesizer" whose state that is.
+    """Loads ``synthesizer.pth``: {"round": number of the next round, "synthesizer": state of the maker}.
 
     Raises:
-        UserError: it is damaged.
+        UserError: the file is damaged.
     """
     state = load_checkpoint(file, "synthesizer")
     require(state, {"round": COUNT, "synthesizer": dict}, str(file))
@@ -164,7 +177,7 @@ def _make_rounds(
             if not (bank.path / STATE).exists():
                 raise UserError(f"{bank.path / STATE}, from which round {start} goes on, is gone; use --redo {stage}")
             maker.load_state_dict(load_state(bank.path / STATE)["synthesizer"])
-        elif not maker.independent:  # who is killed between the first round's images and its state makes that round again
+        elif not maker.independent:  # a kill between the first shard and its state repeats that round
             save_checkpoint(bank.path / STATE, {"round": 0, "synthesizer": {}})
     sizes = [maker.size(round) for round in range(rounds)]
     bar = progress(sum(sizes), stage, maker.unit, sum(sizes[:start]))
@@ -172,13 +185,13 @@ def _make_rounds(
     for first in range(start, rounds, step):
         if first == start or not maker.independent:
             _learn(run, bank, stage, first, maker, processes)
-            bar.unpause()  # its rate is that of the images
+            bar.unpause()  # excludes the training time from the bar's speed
         if first == start:
             began = time.monotonic()
         mine, share = (
             (first + processes.rank, Share()) if maker.independent else (first, Share(processes.rank, processes.count))
         )
-        scale = step if maker.independent else processes.count  # the others are about as far
+        scale = step if maker.independent else processes.count  # estimate: the other processes are about as far
         made = maker.make(mine, share, lambda n: bar.update(min(n * scale, bar.total - bar.n))) if mine < rounds else {}
         found = processes.gather((mine, made))
         if not processes.main:
@@ -197,7 +210,7 @@ def _make_rounds(
 
 
 def _learn(run: Run | None, bank: ImageBank | None, stage: str, round: int, maker: Maker, processes: Processes) -> None:
-    """The main process learns from the rounds so far; the others take over its state."""
+    """Calls ``maker.learn`` in the main process, logs its figures and copies the maker's state to the other processes."""
     figures = maker.learn(round, lambda: bank.read(stage, round)) if processes.main else None
     if processes.main and figures:
         check_finite(figures, f"round {round} of stage {stage}", maker.advice)
@@ -208,14 +221,14 @@ def _learn(run: Run | None, bank: ImageBank | None, stage: str, round: int, make
 
 
 def _write(run: Run, bank: ImageBank, stage: str, round: int, maker: Maker, parts: list[Part]) -> dict[str, float]:
-    """One round into the bank; returns its figures."""
+    """Writes one round to the bank, with its metrics and state; returns its figures."""
     columns = {name: torch.cat([part.columns[name] for part in parts]) for name in parts[0].columns}
     figures = parts[0].figures | maker.report(columns)
     check_finite(figures, f"round {round} of stage {stage}", maker.advice)
     if figures:
         run.metrics(
             stage, round, {"images": len(columns["labels"])} | figures
-        )  # before the shard: a repeated round rewinds it
+        )  # before the shard: ``rewind`` removes the line of a repeated round
     bank.append(stage, round, **columns)
     if not maker.independent:
         save_checkpoint(bank.path / STATE, {"round": round + 1, "synthesizer": maker.state_dict()})
@@ -225,12 +238,12 @@ def _write(run: Run, bank: ImageBank, stage: str, round: int, maker: Maker, part
 
 
 def shown(run: Run, images: Tensor, labels: Tensor) -> Tensor:
-    """The first images as a picture, with the names of their classes where these are known."""
+    """Returns the first 64 images as one picture, with class names if these are known."""
     return grid(images[:64], labels=labels[:64], names=run.class_names)
 
 
 def means_of_rounds(run: Run, stage: str) -> dict[str, float]:
-    """The figures of a stage so far, each round's by its number of images."""
+    """Returns the mean figures of a stage so far, weighted by the number of images per round."""
     lines = [line for line in run.history(stage) if "images" in line]
     count = max(sum(line["images"] for line in lines), 1)
     names = [name for name in (lines[0] if lines else {}) if name not in ("stage", "round", "images")]

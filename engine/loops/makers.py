@@ -1,4 +1,4 @@
-"""The three makers of a bank: rounds of synthesis, images drawn one by one position, variants of a bank."""
+"""The three makers of a bank: rounds of synthesis, images sampled position by position, and variants of a bank."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,16 +20,16 @@ from engine.runtime.run import Run, progress
 from engine.runtime.schema import Array, require
 from models.classifier import weights_fixed
 
-# Rounds of synthesis as a maker of the initial bank.
+# Maker of the initial bank by rounds of synthesis.
 
 
 class SynthesisMaker(Maker):
-    """One call of a synthesizer a round, against a student that knows nothing yet.
+    """Makes each round by one call of a synthesizer, with a student that is not trained yet.
 
     Args:
-        synthesizer: see ``datafree.base.Synthesizer``; ``independent`` is its own.
+        synthesizer: ``datafree.base.Synthesizer``; decides whether the rounds are ``independent``.
         student: ``models.classifier.Classifier``.
-        seed: of the run.
+        seed: seed of the run.
     """
 
     advice = "lower --lr_g or the loss weights, and run again"
@@ -39,7 +39,7 @@ class SynthesisMaker(Maker):
         self.independent = synthesizer.independent
 
     def make(self, round: int, share: Share, show) -> dict[int, Part]:
-        """The whole round, by the first of those that share it."""
+        """Makes the whole round in the first of the processes that share it; the others return {}."""
         if share.rank:
             return {}
         seed_position(self.seed, "synthesize", round)
@@ -59,25 +59,27 @@ class SynthesisMaker(Maker):
         self.synthesizer.load_state_dict(state)
 
 
-# Images drawn one by one position, as a maker of the initial bank.
+# Maker of the initial bank by a diffusion sampler.
 #
-# Position p decides an image's class, its seed and the batch it is drawn in, so neither a restart nor the number of processes
-# changes anything.
+# The position of an image in the bank determines its class, its seed and its batch. The images therefore depend neither on
+# restarts nor on the number of processes.
 
 
 @dataclass(frozen=True)
 class Order:
-    """What is to be drawn.
+    """The images to sample: their number, order of classes, rounds and batches.
+
+    The positions are divided into cycles. A cycle has C positions, one for each class in a random order of its own. With
+    ``one_class`` it has C * batch_size positions, with batch_size positions in a row for each class.
 
     Args:
-        images: how many in all.
-        num_classes: C; every C positions in a row hold every class once, with ``one_class`` every C * batch_size hold it
-            batch_size times in a row, in an order of their own.
-        round_size: images a round, a shard of the bank.
-        batch_size: images drawn together, within a round.
-        seed: of the run.
-        one_class: a batch is of one class; it ends where the next class begins.
-        export: folder for full-size PNG files ``<class id>/<position>.png``, or None.
+        images: total number of images.
+        num_classes: number of classes C.
+        round_size: images per round, which are one shard of the bank.
+        batch_size: largest number of images sampled together; a batch lies within one round.
+        seed: seed of the run.
+        one_class: whether all images of a batch have the same class; a new batch then begins with each class.
+        export: folder for full-size PNG files ``<class id>/<position>.png``; None: no such files.
     """
 
     images: int
@@ -93,11 +95,11 @@ class Order:
         return -(-self.images // self.round_size)
 
     def positions(self, round: int) -> range:
-        """Of one round."""
+        """Returns the positions of one round."""
         return range(round * self.round_size, min((round + 1) * self.round_size, self.images))
 
     def batches(self, round: int) -> list[range]:
-        """The positions of a round's batches."""
+        """Returns the positions of each batch of a round."""
         positions = self.positions(round)
         first, stop = positions.start, positions.stop
         if self.one_class:
@@ -107,23 +109,23 @@ class Order:
         return [range(start, end) for start, end in zip(starts, [*starts[1:], stop])]
 
     def labels(self, positions: range) -> Tensor:
-        """(len(positions),) class ids."""
+        """Returns the class ids (len(positions),) of positions."""
         places = map(self._place, positions)
         return torch.tensor([self._cycle(number)[index] for number, index, _ in places])
 
     def repeats(self, positions: range) -> list[int]:
-        """How many images of its class come before each position."""
+        """Returns, for each position, the number of images of its class at earlier positions."""
         return [number * self._run + place for number, _, place in map(self._place, positions)]
 
     @property
     def _run(self) -> int:
-        """Images of one class in a row."""
+        """Number of images of one class in a row."""
         return self.batch_size if self.one_class else 1
 
     def _place(self, position: int) -> tuple[int, int, int]:
-        """(number of its cycle through the classes, index of its class there, its place among those of that class)."""
+        """Returns (number of the position's cycle, index of its class there, place among the images of that class)."""
         number, rest = divmod(position, self._run * self.num_classes)
-        run = min(self._run, -(-self.images // self.num_classes) - number * self._run)  # the last cycle's may be shorter
+        run = min(self._run, -(-self.images // self.num_classes) - number * self._run)  # the last cycle may be shorter
         return number, *divmod(rest, run)
 
     def _cycle(self, number: int) -> list[int]:
@@ -132,11 +134,12 @@ class Order:
 
 
 class GuidedMaker(Maker):
-    """Batches of ``order`` from a sampler, as ``datafree.diffusion.guided_sampler.GuidedSampler``.
+    """Makes the images of ``order`` with a sampler such as ``datafree.diffusion.guided_sampler.GuidedSampler``.
 
     Args:
-        sampler: has ``draw(labels, seeds, repeats)``, ``measure(images, labels)``, ``competes``,
+        sampler: object with ``draw(labels, seeds, repeats)``, ``measure(images, labels)``, ``competes``,
             ``wants_to_learn(images)``, ``fit(images, labels)``, ``state_dict()`` and ``load_state_dict(state)``.
+        order: images to sample.
     """
 
     unit = "img"
@@ -154,7 +157,7 @@ class GuidedMaker(Maker):
         return [Hot(self.sampler.prior.network, "forward", batches * self.sampler.steps, "denoising network")]
 
     def learn(self, round: int, made) -> dict[str, float] | None:
-        """Its competing student learns from the images so far."""
+        """Trains the sampler's competing student on the images so far, if its adversarial loss needs one."""
         if not self.sampler.wants_to_learn(self.order.positions(round).start):
             return None
         seed_position(self.order.seed, "generate", "learn", round)
@@ -174,7 +177,7 @@ class GuidedMaker(Maker):
         return parts
 
     def report(self, columns: dict[str, Tensor]) -> dict[str, float]:
-        """What the teacher says of them."""
+        """Returns the sampler's figures of the images, for example the teacher's accuracy on them."""
         return self.sampler.measure(columns["images"], columns["labels"])
 
     def state_dict(self) -> dict[str, Any]:
@@ -193,28 +196,29 @@ def export(folder: Path, images: Tensor, labels: Tensor, positions: range) -> No
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(temporary, format="PNG")
 
 
-# Variants of every bank image, as a maker of a bank of their own, and the filter that keeps some of them.
+# Maker of a bank of variants of every image of another bank, and the filter that selects variants.
 
 
 SCORES = {
     "cosine": Array(torch.float32, (None,)), "teacher_labels": Array(torch.int64, (None,)), "keep": Array(torch.bool, (None,)),
     "calibrated_omega": Array(torch.float32, (1,)), "omega": Array(torch.float64, (1,)), "agree": Array(torch.bool, (1,)),
 }  # fmt: skip
-SHARD = 512  # variants a round: what a kill can cost
+SHARD = 512  # variants per round; a killed run loses at most one round
 
 
 class VariantMaker(Maker):
-    """V variants of each source, by an augmenter that may first learn from the sources.
+    """Makes V variants of each source image with an augmenter, which may first be trained on the source images.
 
-    Position p = k * N + i of the bank is variant k of source i; its seed is a function of (seed, i, k) alone.
+    Position p = k * N + i of the bank is variant k of source i. Its seed depends only on (seed, i, k).
 
     Args:
         augmenter: ``datafree.diffusion.variation.Augmenter``.
-        sources: images (N, 3, H, W) uint8 and labels (N,).
-        variants: V.
-        batch_size: images varied together.
-        seed: of the run.
-        run: the main process's; None in the others.
+        sources: "images" (N, 3, H, W) uint8 and "labels" (N,).
+        variants: number V of variants per source.
+        batch_size: number of images that the augmenter processes at once.
+        seed: seed of the run.
+        device: device of the augmenter.
+        run: run folder writer of the main process; None in the other processes.
     """
 
     unit = "img"
@@ -236,7 +240,7 @@ class VariantMaker(Maker):
         return [Hot(network, "forward", calls, "denoising network")] if network is not None else []
 
     def learn(self, round: int, made) -> dict[str, float] | None:
-        """Trains the augmenter on the sources, if it learns."""
+        """Trains the augmenter on the source images, if it is one that is trained."""
         if not self.augmenter.fit_rounds:
             return None
         fit_augmenter(self.run, self.augmenter, self.sources["images"], self.sources["labels"], self.seed)
@@ -266,7 +270,16 @@ class VariantMaker(Maker):
 
 
 def fit_augmenter(run: Run, augmenter, images: Tensor, labels: Tensor, seed: int) -> None:
-    """Trains an augmenter that learns from the bank; a checkpoint a round, so that a restart repeats an unbroken run."""
+    """Trains an augmenter on images of the bank, with a checkpoint after each of its rounds.
+
+    A resumed training gives the same weights as an uninterrupted one.
+
+    Args:
+        run: run folder writer.
+        augmenter: ``datafree.diffusion.variation.Augmenter``.
+        images, labels: images (N, 3, H, W) uint8 and their class ids (N,).
+        seed: seed of the run.
+    """
     file = run.path / "prior.pth"
     start = 0
     if file.exists():
@@ -288,15 +301,17 @@ def fit_augmenter(run: Run, augmenter, images: Tensor, labels: Tensor, seed: int
 
 
 def filter_variants(run: Run, folder: Path, sources: dict[str, Any], variants: dict[str, Any], filter) -> None:
-    """Decides which variants stay; logged, drawn, and stored with the cosines in ``filter_<name>.safetensors``.
+    """Decides which variants are kept. Stores the result in ``filter_<name>.safetensors``, logs it and saves a picture.
 
-    Cosines and the teacher's labels are computed once an embedding, in this run or in the one that made the variants, so that
-    the rule can change without generating or embedding again. The file also has what the teacher says of the variants kept
-    and dropped: ``kept_teacher_acc1`` and so on, of one number each.
+    Cosine similarities and teacher labels are computed once for each embedding. A later run with the same variants reads
+    them from the file, so that the selection rule can change without new variants or embeddings. The file also has the
+    teacher's figures on the kept and on the dropped variants: ``kept_teacher_acc1`` and so on, one number each.
 
     Args:
-        folder: of the variants.
-        sources: images (N, 3, H, W), labels; variants: images (N * V, 3, H, W), labels, source_index.
+        run: run folder writer.
+        folder: folder of the variants.
+        sources: "images" (N, 3, H, W) and "labels" (N,).
+        variants: "images" (N * V, 3, H, W), "labels" and "source_index" (N * V,).
         filter: ``datafree.filter.CosineFilter``.
     """
     file, stored = filter_file(run.path, filter), stored_scores(run.path, folder, filter)
@@ -310,7 +325,7 @@ def filter_variants(run: Run, folder: Path, sources: dict[str, Any], variants: d
     omega = calibrated if filter.omega is None else filter.omega
     rule = {"omega": torch.tensor([omega], dtype=torch.float64), "agree": torch.tensor([filter.agree])}
     if file.exists() and stored is not None and all(torch.equal(stored[name], value) for name, value in rule.items()):
-        return  # decided before
+        return  # the stored decision is by the same rule
     keep = filter.keep(cosine, omega, teacher_labels == variants["labels"])
     parts = {name: part for name, part in (("kept", keep), ("dropped", ~keep)) if part.any()}
     found = {name: filter.judge.figures(variants["images"][part], variants["labels"][part]) for name, part in parts.items()}
@@ -335,11 +350,14 @@ def filter_variants(run: Run, folder: Path, sources: dict[str, Any], variants: d
 
 
 def stored_scores(run: Path, folder: Path, filter) -> dict[str, Tensor] | None:
-    """What a run's filter file holds or, without one, that of the run that made the variants in ``folder``."""
+    """Returns the contents of a run's filter file; if it has none, those of the run that made the variants in ``folder``.
+
+    Returns None if neither run has a usable file.
+    """
     files = filter_file(run, filter), filter_file(folder.parent, filter)
     for file in files:
         scores = load_tensors(file) if file.exists() else {}
-        if "teacher_labels" in scores:  # an earlier version's has none
+        if "teacher_labels" in scores:  # a file of an earlier version has no such field
             require(scores, SCORES, str(file))
             if len({len(scores[name]) for name in ("cosine", "teacher_labels", "keep")}) > 1:
                 raise UserError(f"{file} does not hold as many labels as cosines; delete it, and it is made again")
@@ -348,10 +366,10 @@ def stored_scores(run: Path, folder: Path, filter) -> dict[str, Tensor] | None:
 
 
 def stored_figures(scores: dict[str, Tensor]) -> dict[str, float]:
-    """Of a filter file: what the teacher says of the variants "kept" and "dropped", {"kept_teacher_acc1": ...}."""
+    """Returns the teacher's figures on kept and dropped variants from a filter file: {"kept_teacher_acc1": ...}."""
     return {name: round(value.item(), 4) for name, value in scores.items() if name.startswith(("kept_", "dropped_"))}
 
 
 def filter_file(folder: Path, filter) -> Path:
-    """Where the cosines of a run's variants are, and which of them stay."""
+    """Returns the path of the file with the cosine similarities of a run's variants and the decision which to keep."""
     return folder / f"filter_{filter.name}.safetensors"

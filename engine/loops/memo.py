@@ -1,9 +1,12 @@
-"""What the teacher has answered, so that it is never asked the same question twice.
+"""Memo: cache of teacher logits, so that the teacher runs only once on each view of an image.
 
-A bank is uint8, its views are finite and the teacher is frozen: its logits are a finite table. Before some steps of a round
-all their questions that are new go to the teacher together, in batches of the size of the student's. So an answer is that of
-a run without a memo, whatever the batch it came in, and one that was lost with a kill comes again. A GPU is waited for before
-those steps, not at each.
+The images of a bank are uint8, each has a finite number of views (crop and flip), and the teacher is frozen. Its logits are
+therefore a finite table, indexed by the key of image and view. Before every few student steps, the teacher runs on all their
+views that are not in the cache, in batches as large as the student's. Cached logits equal those of a run without the cache
+and do not depend on the batch in which they were computed. A cache lost in a kill is computed again. The GPU is synchronized
+once before these steps, not at each step.
+
+In names and log lines, a *question* is a view shown to the student, whose teacher logits are needed; an *answer* is the logits.
 """
 
 from collections.abc import Callable
@@ -16,19 +19,20 @@ from engine.data.crops import KeyedViews
 from engine.runtime.errors import UserError
 from engine.runtime.processes import Processes
 
-STEPS = 16  # whose questions are asked together
-WORTHWHILE = 0.1  # share of questions that come again, below which "auto" does without
+STEPS = 16  # student steps whose missing logits are computed together
+WORTHWHILE = 0.1  # share of views that come again, below which "auto" uses no cache
 
 
 class Memo:
-    """The teacher's logits by key.
+    """Cache of teacher logits by key of image and view.
 
     Args:
-        answer: keys (b,) -> logits (b, C) of the images in these views.
-        keys: how many there are.
-        rows: answers that are kept; what comes beyond them is asked again.
-        block: b, the same in all calls.
-        processes: those that share the questions; each keeps all answers.
+        answer: function keys (b,) -> teacher logits (b, C) of the images in these views.
+        keys: number of different keys.
+        rows: number of keys whose logits are kept; all others are computed again each time.
+        block: number b of keys in a call of ``answer``, the same in all calls.
+        device: device of the cache.
+        processes: processes that share the computation; each of them holds the whole cache.
     """
 
     def __init__(
@@ -41,13 +45,17 @@ class Memo:
         processes: Processes = Processes(),
     ):
         self.answer, self.rows, self.block, self.processes = answer, rows, block, processes
-        self.row_of = torch.zeros(keys, dtype=torch.int32, device=device)  # 0: not asked yet
-        self.logits: Tensor | None = None  # row 0 stays empty
+        self.row_of = torch.zeros(keys, dtype=torch.int32, device=device)  # row of each key in ``logits``; 0: not computed
+        self.logits: Tensor | None = None  # row 0 is unused
         self.used = self.questions = self.asked = 0
         self.passing = self.row_of.new_empty(0, dtype=torch.long)
 
     def prepare(self, keys: Tensor) -> None:
-        """Asks what is new of keys (steps, B) of all processes, up to ``STEPS`` steps."""
+        """Computes the missing logits for the next student steps.
+
+        Args:
+            keys: keys (steps, B) of the batches of all processes, for at most ``STEPS`` steps.
+        """
         self.row_of[self.passing] = 0
         new = keys[self.row_of[keys] == 0].unique()
         self.questions, self.asked = self.questions + keys.numel(), self.asked + len(new)
@@ -64,7 +72,7 @@ class Memo:
         self.used, self.passing = self.used + kept, new[kept:]
 
     def _asked(self, keys: Tensor) -> Tensor:
-        """The teacher's logits (n, C) for keys (n,), in full blocks, of which every process asks its share."""
+        """Computes teacher logits (n, C) for keys (n,) in full blocks; each process computes its share of the blocks."""
         rank, count = self.processes.rank, self.processes.count
         filled = torch.cat([keys, keys[:1].expand(-len(keys) % (self.block * count))])
         blocks = filled.view(-1, count, self.block)
@@ -72,12 +80,12 @@ class Memo:
         return self.processes.gather_tensor(answers).transpose(0, 1).flatten(0, 2)[: len(keys)]
 
     def __call__(self, keys: Tensor) -> Tensor:
-        """Logits (B, C) of keys (B,) that were prepared."""
+        """Returns the logits (B, C) of keys (B,) that were given to ``prepare`` before."""
         return self.logits.index_select(0, self.row_of.index_select(0, keys))
 
     @property
     def description(self) -> str:
-        """What came of it, in one line."""
+        """Use and size of the cache, as one log line."""
         known = 100 * (1 - self.asked / max(1, self.questions))
         size = 0 if self.logits is None else self.used * self.logits[0].nbytes
         answers = f"{self.used} answers, {size / 1e6:.0f} MB"
@@ -85,18 +93,20 @@ class Memo:
 
 
 def check_memo(choice: str) -> None:
-    """Raises a UserError if ``--memo`` is none of what ``memo_rows`` takes."""
+    """Raises a UserError if the value of ``--memo`` is not one that ``memo_rows`` accepts."""
     if choice not in ("auto", "no") and not choice.isdecimal():
         raise UserError(f"--memo {choice} found; give auto, no, or a number of MiB")
 
 
 def memo_rows(choice: str, views: KeyedViews, questions: int, row_bytes: int, device: torch.device) -> tuple[int, str]:
-    """How many answers are kept, and a line that says so, or why there are none.
+    """Returns (number of keys whose logits are cached, log line with this number or the reason for no cache).
 
     Args:
-        choice: "auto", "no" or MiB.
-        questions: images that student steps will see, of all processes.
-        row_bytes: of an answer.
+        choice: value of ``--memo``: "auto", "no" or a size in MiB.
+        views: views of the images, which define the keys.
+        questions: number of images in all student steps of the run, over all processes.
+        row_bytes: bytes of the logits of one key.
+        device: device of the cache.
     """
     if choice == "no":
         return 0, ""
@@ -116,6 +126,11 @@ def memo_rows(choice: str, views: KeyedViews, questions: int, row_bytes: int, de
 
 
 def repeated(questions: int, keys: int) -> float:
-    """The share of so many random questions that were asked before, of ``keys`` different ones: 1 - k (1 - (1 - 1/k)^q) / q."""
+    """Returns the expected share of repetitions among random draws from ``keys`` keys: 1 - k (1 - (1 - 1/k)^q) / q.
+
+    Args:
+        questions: number of draws q.
+        keys: number of different keys k.
+    """
     known = -torch.expm1(torch.tensor(-questions / keys, dtype=torch.double)).item()
     return 1 - keys * known / questions

@@ -1,28 +1,33 @@
-"""Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon): a convolution's filters take steps of even strength.
+"""Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon): orthogonalized update steps for convolution filters.
 
     m <- momentum m + (1 - momentum) g
     W <- W - lr (RATE sqrt(max(1, out / in)) O(momentum m + (1 - momentum) g) + weight_decay W)
 
-W and g as matrices (out, in), a filter a row; O replaces singular values by ones near 1. Where plain SGD steps mostly along the few
-directions in which gradients are large, these learn along all. What is no such matrix takes Nesterov's steps: biases,
-BatchNorm, the last layer, and filters of up to three channels (images' and depthwise ones).
+W and g are matrices (out, in) with one filter per row. O replaces the singular values by values near 1. Plain SGD moves
+mostly along the few directions with large gradients; Muon moves along all directions. All other parameters take SGD steps
+with Nesterov momentum: biases, BatchNorm, the last layer, and filters of up to three channels (first
+layer and depthwise).
 
-``torch.optim.Muon`` takes matrices alone, so that a network would need two optimizers.
+``torch.optim.Muon`` accepts only matrices, so a network would need a second optimizer for the other parameters.
 """
 
 import torch
 from torch import Tensor
 
-RATE = 0.25  # of the filters, in learning rates of the rest
-COEFFICIENTS, ITERATIONS = (3.4445, -4.7750, 2.0315), 5  # of the Newton-Schulz iteration, as published
+RATE = 0.25  # learning rate of the filters, relative to that of the other parameters
+COEFFICIENTS, ITERATIONS = (3.4445, -4.7750, 2.0315), 5  # Newton-Schulz iteration, as published
 
 
 class Muon(torch.optim.SGD):
-    """See above. Gradients of filters are replaced by the steps to take, which SGD then takes.
+    """Muon for convolution filters, SGD with Nesterov momentum for all other parameters; see above.
+
+    ``step`` replaces the gradients of the filters by the orthogonalized steps, and SGD then applies them.
 
     Args:
-        parameters: of one network or several.
-        lr: of all but the filters.
+        parameters: parameters of one network or several.
+        lr: learning rate of the parameters that are not filters.
+        momentum: momentum of both updates.
+        weight_decay: weight decay of all parameters.
     """
 
     def __init__(self, parameters: list[Tensor], lr: float, momentum: float, weight_decay: float):
@@ -31,7 +36,7 @@ class Muon(torch.optim.SGD):
         rest = [parameter for parameter in parameters if id(parameter) not in chosen]
         groups = [{"params": rest, "momentum": momentum, "nesterov": momentum > 0}, {"params": filters}]
         super().__init__(groups, lr=lr, weight_decay=weight_decay)
-        self.average, self.alike = momentum, {}  # filters by the shape of their matrix
+        self.average, self.alike = momentum, {}  # filters grouped by the shape of their matrix
         for parameter in filters:
             self.state[parameter]["average"] = torch.zeros_like(parameter)
             self.alike.setdefault((len(parameter), parameter[0].numel()), []).append(parameter)
@@ -53,7 +58,10 @@ class Muon(torch.optim.SGD):
 
 
 def orthogonalized(matrices: Tensor) -> Tensor:
-    """Matrices (N, R, C) with their singular vectors, and singular values between about .7 and 1.2 (of all that are not tiny)."""
+    """Returns matrices (N, R, C) with the same singular vectors and singular values between about .7 and 1.2.
+
+    Singular values that are tiny relative to the largest stay smaller.
+    """
     a, b, c = COEFFICIENTS
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices

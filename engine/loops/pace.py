@@ -1,22 +1,22 @@
-"""How long what is left will take, told once when a stage's first steps are done."""
+"""Estimates the remaining time of a stage, logged once after its first steps."""
 
 import time
 from collections.abc import Callable
 
 import torch
 
-LEAST = 60  # s; of less nothing is said
-WARM_UP, MEASURED = 3, 20  # student steps
+LEAST = 60  # seconds; shorter times are not logged
+WARM_UP, MEASURED = 3, 20  # student steps: those before the measurement, and those measured
 
 
 def tell_time_left(log: Callable[[str], None], what: str, seconds: float) -> None:
-    """One line, if it is more than a minute."""
+    """Logs the remaining time in one line, if it is more than a minute."""
     if seconds > LEAST:
         log(f"{what}: about {duration(seconds)}")
 
 
 def duration(seconds: float) -> str:
-    """ "12 min", "3 h 20 min" or "2 d 5 h"."""
+    """Returns a duration in words: "12 min", "3 h 20 min" or "2 d 5 h"."""
     minutes = max(1, round(seconds / 60))
     if minutes < 60:
         return f"{minutes} min"
@@ -25,12 +25,12 @@ def duration(seconds: float) -> str:
 
 
 class StepPace:
-    """The pace of stage distill from its first student steps and from the rounds of synthesis before and among them.
+    """Estimates the remaining time of stage distill from its first student steps and its first rounds of synthesis.
 
     Args:
-        log: takes one line of text.
+        log: function that takes one line of text.
         distillation: ``engine.loops.distill.Distillation``.
-        start: rounds that were done before.
+        start: number of rounds done by earlier commands.
     """
 
     def __init__(self, log: Callable[[str], None], distillation, start: int):
@@ -38,7 +38,7 @@ class StepPace:
         self.synthesis_before = distillation.synthesis_clock.read()
 
     def step(self) -> None:
-        """Called after every student step."""
+        """Counts a student step; logs the estimate once enough steps are measured. Call it after every student step."""
         self.steps += 1
         if self.steps == WARM_UP:
             self.first = self._now()
@@ -46,7 +46,7 @@ class StepPace:
             self._tell()
 
     def _now(self) -> tuple[float, float]:
-        """Seconds, and those of them that went into synthesis, when all that was asked of the device is done."""
+        """Returns (clock time, seconds of synthesis so far), after the device has finished its queued work."""
         synthesis = self.distillation.synthesis_clock.read() - self.synthesis_before
         if self.distillation.precision.device.type == "cuda":
             torch.cuda.synchronize(self.distillation.precision.device)
@@ -61,5 +61,5 @@ class StepPace:
         rounds = schedule.rounds - self.start - begun
         seconds = per_step * steps + synthesis / begun * rounds
         tell_time_left(
-            self.log, "time left of stage distill, the last one, without what is measured after its epochs", seconds
+            self.log, "time left of stage distill, the last stage, without the evaluation after each epoch", seconds
         )

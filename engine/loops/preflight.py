@@ -1,8 +1,8 @@
-"""What is looked at before the first stage of a run, so that nothing is found out after hours of it.
+"""Checks before the first stage of a run, so that mistakes are found at once and not after hours.
 
-``check`` comes before the run folder is made, so that a run that it refuses leaves none. ``tell`` comes after, and writes
-the teacher's accuracy and how it normalizes. Both are the main process's, and where all is done before there is nothing to
-look at. No random number drawn here reaches a stage: each begins at a position of its own.
+``check`` runs before the run folder is created. A run that it refuses leaves no folder. ``tell`` runs afterwards and logs
+the teacher's normalization and accuracy. Both run in the main process only. If all selected stages are done, no data is
+opened. Random numbers drawn here do not affect the stages, because each stage seeds its own random stream.
 """
 
 from collections.abc import Iterable, Iterator
@@ -19,16 +19,18 @@ from engine.runtime.errors import UserError
 from engine.runtime.run import require_run_folder
 from engine.runtime.stage_record import StageRecord
 
-MANY_STEPS = 20_000  # of the student or of synthesis: hours to days on a CPU
+MANY_STEPS = 20_000  # student steps or synthesis steps that take hours to days on a CPU
 
 
 def data_identities(info: DatasetInfo, stages: Iterable[str], test: bool, train: bool) -> dict[str, str]:
-    """On which data each stage's result depends, in words: stage distill on those of the splits that it opens.
+    """Returns {stage: description of the data that its result depends on}.
+
+    Only stage distill can depend on the real images of a split.
 
     Args:
-        test, train: whether it opens them.
+        test, train: whether stage distill opens the test or training split.
     Raises:
-        UserError: one of them is missing or damaged.
+        UserError: a split to be opened is missing or damaged.
     """
     real = ("train",) * train + ("test",) * test
     with _advice_to_do_without(train), allow_train_split(train):
@@ -38,18 +40,19 @@ def data_identities(info: DatasetInfo, stages: Iterable[str], test: bool, train:
 def check(
     session: Session, method, stages: Iterable[Stage], dependencies: dict[str, dict[str, Any]], selected: list[str]
 ) -> tuple[Session, list[str]]:
-    """Opens, cheaply, what the stages that are still to do will want.
+    """Checks that the stages still to be run have the files that they need. Cheap: reads no more than necessary.
 
     Args:
-        session: without ``run`` and ``record``.
+        session: session without ``run`` and ``record``.
         method: ``datafree.base.Method``.
-        stages: of the run, in order.
-        dependencies: of ``StageRecord``.
-        selected: names of the stages that this command is to run.
+        stages: all stages of the run, in order.
+        dependencies: as for ``StageRecord``.
+        selected: names of the stages that this command runs.
     Returns:
-        The session, with the test split where there is something to do, and the names of the stages that are to be done.
+        The session and the names of the selected stages that are not done. The session has the test split unless no stage is
+        to be run or ``--no_test`` is given.
     Raises:
-        UserError: something is missing or does not fit; the run folder is as it was.
+        UserError: something is missing or does not fit; the run folder is unchanged.
     """
     require_run_folder(session.path)
     record = StageRecord(session.path / "stages.json", dependencies)
@@ -70,13 +73,14 @@ def check(
 
 
 def tell(session: Session, teacher, todo: list[str]) -> Session:
-    """Logs what is to be known before the first stage.
+    """Logs the teacher's normalization and accuracy, scaled lengths and warnings, before the first stage.
 
     Args:
         teacher: ``models.classifier.Classifier``.
-        todo: names of the stages that are to be done, some.
+        todo: names of the stages to be run, at least one.
     Returns:
-        The session with the teacher's accuracy, and without the test split if other stages want the memory first.
+        The session with the teacher's accuracy. The test split is dropped, to free memory, unless stage distill is the first
+        to run.
     """
     log, test = session.run.log, session.test
     line = f"teacher {teacher.name} normalizes with {teacher.normalization}"
@@ -87,8 +91,9 @@ def tell(session: Session, teacher, todo: list[str]) -> Session:
         log(f"{line}: {acc1:.2f} % on the {len(test)} test images of {session.info.name}")
         if acc1 < suspicious(session.info.num_classes):
             log(
-                f"warning: chance is {100 / session.info.num_classes:.2f} %; likely causes are a checkpoint of other data, "
-                "another normalization in its training (--teacher_mean, --teacher_std), or another order of the classes"
+                f"warning: chance is {100 / session.info.num_classes:.2f} %; likely causes of such a low accuracy are a "
+                "checkpoint for other data, another normalization in training (--teacher_mean, --teacher_std), or another "
+                "order of the classes"
             )
         session = replace(session, teacher_acc1=acc1, test=test if todo[0] == "distill" else None)
     if session.flags["scale"] != 1:
@@ -98,31 +103,31 @@ def tell(session: Session, teacher, todo: list[str]) -> Session:
             f"{session.schedule.rounds * session.schedule.kd_steps} student steps in {session.schedule.epochs} epochs"
         )
     if (warmup := session.flags["warmup_epochs"]) > (epochs := session.schedule.epochs) and "distill" in todo:
-        log(f"warning: --warmup_epochs {warmup} are more than --epochs {epochs}: the learning rate never gets to --lr")
+        log(f"warning: --warmup_epochs {warmup} is greater than --epochs {epochs}: the learning rate never reaches --lr")
     if session.device.type == "cpu" and (text := long_for_a_cpu(session.flags, session.schedule, session.info, todo)):
         log(text)
     return session
 
 
 def suspicious(num_classes: int) -> float:
-    """The accuracy in % below which a teacher is hardly one: twice chance, of two classes halfway from chance to 100 %."""
+    """Returns the accuracy in % below which a teacher is suspicious: twice chance; for two classes, 75 %."""
     return 100 * min(2 / num_classes, (1 + 1 / num_classes) / 2)
 
 
 def long_for_a_cpu(flags: dict[str, Any], schedule: Schedule, info: DatasetInfo, todo: list[str]) -> str:
-    """A line that says how many steps there are and what makes them fewer; "" where there are not many, or --minutes chose."""
+    """Returns a log line with the number of steps and the flags that reduce it; "" for a short run or with ``--minutes``."""
     student = schedule.rounds * schedule.kd_steps if "distill" in todo else 0
     synthesis = sum(synthesis_steps(flags, schedule, info, stage) for stage in todo)
     if flags["minutes"] or max(student, synthesis) <= MANY_STEPS:
         return ""
     return (
-        f"no GPU: {student} student steps and {synthesis} of synthesis take hours to days on a CPU; --minutes N shortens the run "
-        f"to about N minutes, --scale F (now {flags['scale']:g}) all its lengths by one rule"
+        f"no GPU: {student} student steps and {synthesis} of synthesis take hours to days on a CPU; --minutes N shortens "
+        f"the run to about N minutes, --scale F makes it about F times as long as published (now {flags['scale']:g})"
     )
 
 
 def synthesis_steps(flags: dict[str, Any], schedule: Schedule, info: DatasetInfo, stage: str) -> int:
-    """Steps of inversion or denoising that the flags of a run ask for in a stage; 0 where they do not tell."""
+    """Returns the number of inversion or denoising steps of a stage; 0 if the flags do not determine it."""
     g_steps = flags.get("g_steps", 0)
     if stage == "synthesize":
         return flags["init_rounds"] * flags.get("init_g_loops", 1) * flags.get("init_g_steps", g_steps)
@@ -134,7 +139,7 @@ def synthesis_steps(flags: dict[str, Any], schedule: Schedule, info: DatasetInfo
 
 @contextmanager
 def _advice_to_do_without(needed: bool) -> Iterator[None]:
-    """Adds to an error about the test split that a run can do without, unless it needs real images anyway."""
+    """Adds advice to use ``--no_test`` to an error about real data, unless the method ``needed`` real images anyway."""
     try:
         yield
     except UserError as error:

@@ -1,4 +1,4 @@
-"""What every stage of a run is given, and how the stages are gone through."""
+"""The session of a run, which every stage receives, and the loop that runs the stages."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -19,22 +19,24 @@ from engine.runtime.processes import Processes, seed_position
 from engine.runtime.run import Run
 from engine.runtime.stage_record import StageRecord, read_record
 
-INITIAL = ("synthesize", "generate")  # the stages that fill the initial bank; a method has one of them or none
+INITIAL = ("synthesize", "generate")  # stages that fill the initial bank; a method has at most one of them
 
 
 @dataclass(frozen=True)
 class Session:
-    """One run of one method, in one of its processes.
+    """One run of one method, as seen by one of its processes.
 
     Args:
-        path: the run folder.
-        run, record: the main process's; None in the others, which read what it has written to the folder.
-        info: the dataset.
-        manifest: what the banks of this run must be.
-        flags: every flag of the command by name.
-        published: settings -> the paper's accuracy for such a run, in %, or None.
-        test: the test split, where it has been opened and the first stage is the one that wants it.
-        teacher_acc1: the teacher's accuracy on the test split in %; None: not measured.
+        path: run folder.
+        run, record: run folder writer and stage record of the main process; None in the other processes, which only read the
+            folder.
+        info: description of the dataset.
+        manifest: manifest that the banks of this run must match.
+        schedule: lengths and learning rate of stage distill.
+        flags: all flags of the command by name.
+        published: function settings -> accuracy in % that the paper reports for such a run, or None.
+        test: test split; None if it is not open.
+        teacher_acc1: accuracy of the teacher on the test split in %; None: not measured.
     """
 
     path: Path
@@ -56,14 +58,23 @@ class Session:
         return self.flags["seed"]
 
     def new_bank(self, folder: str, external_prior: str) -> ImageBank | None:
-        """The bank in a folder of this run, made if there is none; None in the processes that only compute."""
+        """Returns the bank in a folder of this run, created if missing; None in all processes but the main one.
+
+        Args:
+            folder: name of the bank's folder in the run folder.
+            external_prior: name of the pretrained model besides the teacher that makes its images, or "none".
+        """
         if not self.processes.main:
             return None
         return ImageBank(self.path / folder, replace(self.manifest, external_prior=external_prior))
 
     def finished(self, stage: str, flag: str, folder: str) -> "Finished":
-        """The bank that a stage left in this run, or in the run or folder that ``--<flag>`` names.
+        """Returns the finished bank of a stage: of this run, or of the run or bank folder given by ``--<flag>``.
 
+        Args:
+            stage: name of the stage that fills the bank.
+            flag: name of the flag that gives another bank.
+            folder: name of the bank's folder in a run folder.
         Raises:
             UserError: the stage is not done, or the bank does not fit this run.
         """
@@ -86,10 +97,10 @@ class Session:
         return Finished(stage, bank, entry["seconds"], entry["depends_on"], entry["facts"])
 
     def check_shared(self) -> None:
-        """In a process that only computes: that it sees the folder in which the main one writes.
+        """Checks that this process sees the run folder of the main process.
 
         Raises:
-            UserError: it does not.
+            UserError: the folder is not visible, because the file system is not shared.
         """
         if not (self.path / "args.json").exists():
             raise UserError(
@@ -100,7 +111,15 @@ class Session:
 
 @dataclass(frozen=True)
 class Finished:
-    """A bank that a stage left: its shards, the seconds it took (None: not known), its flags, and what was noted of it."""
+    """The bank of a finished stage.
+
+    Args:
+        stage: name of the stage.
+        bank: the bank with its shards.
+        seconds: duration of the stage; None: unknown.
+        depends_on: flags and inputs that the images depend on.
+        facts: further entries of the stage in ``stages.json``, for example the teacher's accuracy on the images.
+    """
 
     stage: str
     bank: ImageBank
@@ -110,10 +129,10 @@ class Finished:
 
     @property
     def columns(self) -> dict[str, Any]:
-        """images (N, 3, H, W) uint8, labels (N,), and any further column.
+        """All images (N, 3, H, W) uint8, labels (N,) and any further columns of the bank.
 
         Raises:
-            UserError: there are none.
+            UserError: the bank is empty.
         """
         stage = next((name for name in (*INITIAL, "augment") if self.bank.rounds(name)), self.stage)
         columns = self.bank.read(stage)
@@ -123,12 +142,13 @@ class Finished:
 
 
 class Stage:
-    """A part of a run that is done once and then skipped.
+    """Base class of the stages of a run. A stage that is done is skipped by later commands.
 
     Attributes:
-        name: in ``stages.json`` and ``--stages``.
-        outputs: patterns below the run folder of what it writes, which ``--redo`` deletes.
-        checkpoint: that of them, without a pattern, from which the others can be made again once it is done; "": none.
+        name: name of the stage in ``stages.json`` and ``--stages``.
+        outputs: file patterns, relative to the run folder, of the files that the stage writes; ``--redo`` deletes them.
+        checkpoint: the output file from which lost outputs of a done stage can be restored; "": there is no such file. Only
+            outputs with a fixed name, without "*", can be restored.
     """
 
     name: str
@@ -136,28 +156,30 @@ class Stage:
     checkpoint: str = ""
 
     def check(self, session: Session, before: list[str]) -> None:
-        """Looks, in the main process and before the run folder is made, for what the stage opens later.
+        """Checks the inputs of the stage. Called in the main process, before the run folder is created.
 
         Args:
-            session: without ``run`` and ``record``.
+            session: session without ``run`` and ``record``.
             before: names of the stages that this command runs before this one.
         Raises:
-            UserError: something is missing, or does not fit this run.
+            UserError: an input is missing or does not fit this run.
         """
 
     def prepare(self, session: Session) -> None:
-        """What the main process does before all processes run the stage."""
+        """Prepares the stage in the main process, before all processes run it."""
 
     def run(self, session: Session) -> None:
-        """The stage; the main process marks it as done."""
+        """Runs the stage; the main process marks it as done."""
         raise NotImplementedError
 
 
 def choose_stages(name: str, known: list[str], flags) -> tuple[list[str], list[str]]:
-    """The stages of this run, and those that ``--stages`` selects. A bank given by a flag takes the place of its stage.
+    """Returns (names of the stages of this run, names of those that ``--stages`` selects).
+
+    A stage whose bank is given by ``--init_bank`` or ``--init_variants`` is left out of both.
 
     Args:
-        name: of the method.
+        name: name of the method.
         known: names of the method's stages.
         flags: ``engine.loops.settings.RunFlags``.
     Raises:
@@ -176,14 +198,18 @@ def choose_stages(name: str, known: list[str], flags) -> tuple[list[str], list[s
 
 
 def settle(path: Path, record: StageRecord, stages: Iterable[Stage]) -> list[str]:
-    """Looks whether the outputs of done stages are there and whole; one that can be finished once more is no longer done.
+    """Checks that the outputs of done stages exist and are undamaged.
+
+    If an output is missing that can be restored from the stage's checkpoint, the stage is marked as incomplete.
 
     Args:
-        path: the run folder.
+        path: run folder.
+        record: stage record of the run; may be changed in memory.
+        stages: stages to check.
     Returns:
-        What is to be said of it, a line a stage.
+        Log lines, one for each stage that is no longer done.
     Raises:
-        UserError: an output is damaged, or is gone and cannot be had but by making the stage again.
+        UserError: an output is damaged, or is missing and can only be made by running the whole stage again.
     """
     said = []
     for stage in stages:
@@ -204,17 +230,23 @@ def settle(path: Path, record: StageRecord, stages: Iterable[Stage]) -> list[str
 
 
 def noted_files(facts: dict[str, Any], pattern: str) -> int:
-    """How many files of that pattern a done stage had written; 0 where that is not known."""
+    """Returns the recorded number of files with a pattern that a done stage wrote; 0: unknown."""
     return (facts.get("files") or {}).get(pattern, 0)
 
 
 def fewer(path: Path, patterns: Iterable[str], facts: dict[str, Any]) -> list[Path]:
-    """Outputs of which there are fewer than a done stage had written: what is gone together with its list of digests."""
+    """Returns the output patterns with fewer files than a done stage wrote.
+
+    This also finds files that were lost together with the ``sha256.txt`` that lists them.
+    """
     return [path / each for each in patterns if len(list(path.glob(each))) < noted_files(facts, each)]
 
 
 def run_stages(session: Session, stages: tuple[Stage, ...], selected: list[str], redo: str | None) -> None:
-    """Runs the selected stages that are not done, as the main process finds."""
+    """Runs the selected stages that are not done.
+
+    The main process decides which stages these are. ``redo`` names a stage to delete first, together with all later ones.
+    """
     processes = session.processes
     plan = processes.broadcast(_plan(session, stages, selected, redo) if processes.main else None)
     for stage in stages:
@@ -224,7 +256,7 @@ def run_stages(session: Session, stages: tuple[Stage, ...], selected: list[str],
             continue
         if processes.main:
             stage.prepare(session)
-        processes.broadcast()  # what the main process has written is there
+        processes.broadcast()  # waits until the main process has written its files
         session.check_shared()
         seed_position(session.seed, stage.name)
         stage.run(session)
@@ -233,7 +265,7 @@ def run_stages(session: Session, stages: tuple[Stage, ...], selected: list[str],
 
 
 def _plan(session: Session, stages: tuple[Stage, ...], selected: list[str], redo: str | None) -> dict[str, str]:
-    """{selected stage: "todo" or "done"}, after what is to be made again is deleted."""
+    """Deletes the outputs of the stages to redo; returns {selected stage: "todo" or "done"}."""
     record = session.record
     if redo:
         gone = record.from_on(redo)
@@ -247,7 +279,7 @@ def _plan(session: Session, stages: tuple[Stage, ...], selected: list[str], redo
     for name in selected:
         if record.status(name) == "incomplete" and (begun := record.threads(name)) not in (None, now):
             session.run.log(
-                f"{name}: begun with {begun} CPU threads, goes on with {now}: sums are added in another order, so bits may "
-                f"differ from an unbroken run's; OMP_NUM_THREADS={begun} repeats them"
+                f"{name}: begun with {begun} CPU threads, goes on with {now}: sums are computed in another order, so the "
+                f"results may differ in the last bits from an uninterrupted run; OMP_NUM_THREADS={begun} gives the same bits"
             )
     return {name: "done" if record.status(name) == "done" else "todo" for name in selected}

@@ -1,4 +1,4 @@
-"""The flags that every data-free run has, whatever its method."""
+"""Flags that every data-free method shares, and the rule that scales the lengths of a run."""
 
 import dataclasses
 import math
@@ -18,155 +18,177 @@ DISTILL = ("distill",)
 
 @dataclass(frozen=True)
 class TaskFlags:
-    """Which networks, which data, where."""
+    """Networks and data."""
 
-    dataset: str = flag("cifar10", "a name of registry.DATASETS, or NAME where DATA_ROOT/NAME.npz exists", affects=ALL)
-    data_root: str = flag("data", "folder of the real data (the test split, only to report), from the current directory on")
-    name: str | None = flag(
-        None, "what checkpoints, run folders and tables call the dataset; unset: its name, or that of its folder"
+    dataset: str = flag("cifar10", "dataset: a name of registry.DATASETS, or NAME of a file DATA_ROOT/NAME.npz", affects=ALL)
+    data_root: str = flag(
+        "data",
+        "folder of the real data, relative to the current directory; data-free methods open only the test split, to report "
+        "accuracy",
     )
-    domain: str | None = flag(None, "domain of a dataset that has several (domainnet)", affects=ALL)
+    name: str | None = flag(
+        None,
+        "name of the dataset in checkpoints, run folders and tables; unset: the value of --dataset, or the folder's name "
+        "for --dataset folder",
+    )
+    domain: str | None = flag(None, "domain, for a dataset that has several (domainnet)", affects=ALL)
     classes: str | None = flag(
-        None, "of such a dataset: ten (its usual subset) or all; unset: ten", choices=("ten", "all"), affects=ALL
+        None,
+        "classes, for a dataset with domains: ten (the usual subset) or all; unset: ten",
+        choices=("ten", "all"),
+        affects=ALL,
     )
     image_size: int | None = flag(
-        None, "px; unset: that of a public teacher, else the dataset's own", affects=ALL, least=1, most=4096
+        None,
+        "side of the square images in pixels; unset: the size of a public teacher, else the dataset's size",
+        affects=ALL,
+        least=1,
+        most=4096,
     )
     num_classes: int | None = flag(
-        None, "with --no_test: the number of classes of a dataset that is not here", least=1, most=1_000_000
+        None, "with --no_test: number of classes of a dataset that is not on this machine", least=1, most=1_000_000
     )
     no_test: bool = flag(
-        False, "open no real image: agreement with the teacher on synthetic images is measured, and no accuracy"
+        False, "open no real images: report the student's agreement with the teacher on synthetic images instead of accuracy"
     )
     teacher: str = flag(
         "wrn40_2",
-        "a name of registry.MODELS, a public one (timm:NAME, hf-hub:ORG/NAME, torchvision:NAME, local-dir:FOLDER), "
-        "path/to/file.py:factory or package.module:factory(key='value')",
+        "teacher: a name of registry.MODELS, a public model (timm:NAME, hf-hub:ORG/NAME, torchvision:NAME, "
+        "local-dir:FOLDER), path/to/file.py:factory or package.module:factory(key='value')",
         affects=ALL,
     )
     teacher_ckpt: str | None = flag(
         None,
-        "its weights; unset: checkpoints/pretrained/<dataset>_<teacher>.pth or .safetensors, here or beside datafree_kd.py, else "
-        "a public model's own",
+        "file with the teacher's weights; unset: checkpoints/pretrained/<dataset>_<teacher>.pth or .safetensors, in the "
+        "current directory or beside datafree_kd.py; for a public model without such a file: the published weights",
     )
     teacher_mean: tuple[float, ...] | None = flag(
         None,
-        "normalization the teacher was trained with, r,g,b; unset: its checkpoint's or model's, else the dataset's",
+        "channel means r,g,b of the normalization that the teacher was trained with; unset: from its checkpoint or public "
+        "model, else the dataset's",
         affects=ALL,
     )
-    teacher_std: tuple[float, ...] | None = flag(None, "see --teacher_mean", affects=ALL, above=0)
-    student: str = flag("wrn16_1", "as --teacher; starts from random weights", affects=DISTILL)
+    teacher_std: tuple[float, ...] | None = flag(
+        None,
+        "channel standard deviations r,g,b of the teacher's normalization; unset: as for --teacher_mean",
+        affects=ALL,
+        above=0,
+    )
+    student: str = flag("wrn16_1", "student network, given like --teacher; starts from random weights", affects=DISTILL)
 
 
 @dataclass(frozen=True)
 class RunFlags:
-    """What to do, where to keep it."""
+    """Run folder, stages, seeds, length and hardware."""
 
     save_dir: str | None = flag(
         None,
-        "run folder, with --seeds one below it for each; unset, in the current directory: "
-        "checkpoints/<method>/<dataset>_<teacher>_<student>_seed<seed>",
+        "run folder; with --seeds, parent folder of the run folders seed<seed>; unset: "
+        "checkpoints/<method>/<dataset>_<teacher>_<student>_seed<seed> in the current directory",
     )
-    stages: tuple[str, ...] | None = flag(None, "which stages to run, comma-separated; unset: all of the method's")
-    redo: str | None = flag(None, "forget this stage of the run folder and those after it, then run")
+    stages: tuple[str, ...] | None = flag(None, "stages to run, comma-separated; unset: all stages of the method")
+    redo: str | None = flag(None, "delete the results of this stage and of all later stages, then run")
     init_bank: str | None = flag(
         None,
-        "image bank to start from, instead of stage synthesize or generate (made with the same teacher)",
+        "another run or image bank, made with the same teacher, whose images replace those of stage synthesize or generate",
         affects=("augment", "distill"),
     )
     init_variants: str | None = flag(
-        None, "variants of --init_bank from another run, instead of stage augment", affects=DISTILL
+        None, "another run, whose variants of --init_bank replace those of stage augment", affects=DISTILL
     )
-    seed: int = flag(0, "random numbers are a function of seed, stage and round", affects=ALL, least=0)
+    seed: int = flag(0, "seed; all random numbers depend only on seed, stage and round", affects=ALL, least=0)
     seeds: tuple[int, ...] | None = flag(
         None,
-        "several runs, one a seed, comma-separated; {seed} in a path flag stands for it, and a table ends them",
+        "seeds, comma-separated: one run for each, then a table of all runs; {seed} in a path is replaced by the seed",
         least=0,
         distinct=True,
     )
     scale: float = flag(
         1.0,
-        "F, shorter (< 1) or longer than published: F times the student and the inversion steps, a bank sqrt(F) times as large. "
-        "Rounds and steps a round are multiplied by sqrt(F) each; weights, rates and batch sizes stay; a length given beside "
-        "it is taken as it is",
+        "factor F for shorter (< 1) or longer runs than published: F times the student steps and the inversion steps, "
+        "sqrt(F) times the images of the bank. The number of rounds and the steps per round are each multiplied by "
+        "sqrt(F). Loss weights, learning rates and batch sizes are unchanged. A length given as a flag is not scaled",
         above=0,
         most=1000,
     )
     minutes: float | None = flag(
         None,
-        "choose --scale, at most 1, by this machine's rates, so that the run takes about so many; a resume keeps it",
+        "approximate duration of the run in minutes: chooses --scale (at most 1) from speeds measured on this machine; a "
+        "resumed run keeps its scale",
         above=0,
     )
     gpu: int | None = flag(None, "index of the GPU, -1 for the CPU; unset: GPU 0 if there is one", least=-1)
     amp: str = flag(
         "auto",
-        "mixed precision of the networks; auto: bf16 where the processor computes in it, and what the run was begun with",
+        "mixed precision of the networks; auto: bf16 on hardware that computes in it, else no; a resumed run keeps its "
+        "precision",
         choices=AMP,
         affects=ALL,
     )
     compile: str = flag(
         "auto",
-        "torch.compile of inner steps; auto: of those that run often enough to win; graphs: networks and student step as CUDA graphs",
+        "torch.compile of the inner steps; auto: only steps that run often enough to save time; graphs: as yes, with "
+        "networks and student step as CUDA graphs on a GPU",
         choices=COMPILE,
     )
 
 
 @dataclass(frozen=True)
 class DistillFlags:
-    """Lengths and optimizer of stage distill."""
+    """Student training: lengths, optimizer and learning rate of stage distill."""
 
     recipe: str = flag(
         "published",
-        "how the student is trained, as far as the command does not say: a name of registry.RECIPES; what each sets stands below",
+        "a name of registry.RECIPES: a set of values for the flags of the student's training, listed at the end of this "
+        "help; flags on the command line override it",
     )
-    epochs: int = flag(
-        200, "epochs of ep_steps student steps; accuracy is measured after each", affects=DISTILL, scales=True, least=1
-    )
+    epochs: int = flag(200, "number of epochs; accuracy is measured after each epoch", affects=DISTILL, scales=True, least=1)
     kd_steps: int = flag(
-        400, "student steps a round (a round begins with one synthesis)", affects=DISTILL, scales=True, least=1
+        400, "student steps per round; each round begins with one synthesis", affects=DISTILL, scales=True, least=1
     )
     ep_steps: int = flag(
-        0, "student steps an epoch; 0: kd_steps, so that an epoch is a round", affects=DISTILL, scales=True, least=0
+        0, "student steps per epoch; 0: the value of --kd_steps, one round per epoch", affects=DISTILL, scales=True, least=0
     )
-    batch_size: int = flag(256, "images a student step", affects=DISTILL, short="-b", least=1, most=1_000_000)
+    batch_size: int = flag(256, "images per student step", affects=DISTILL, short="-b", least=1, most=1_000_000)
     optimizer: str | None = flag(
         None,
-        "muon: SGD, but Muon's steps for the filters of convolutions; unset: sgd",
+        "optimizer of the student; muon: Muon for the filters of convolutions, SGD for all other weights; unset: sgd",
         choices=("sgd", "muon"),
         affects=DISTILL,
     )
-    lr: float = flag(0.1, "SGD learning rate at its highest", affects=DISTILL, above=0)
-    lr_min: float = flag(0.0, "and at its end", affects=DISTILL, least=0)
+    lr: float = flag(0.1, "peak learning rate of the student", affects=DISTILL, above=0)
+    lr_min: float = flag(0.0, "learning rate at the end of the schedule", affects=DISTILL, least=0)
     lr_schedule: str | None = flag(
         None,
-        "cosine: from lr to lr_min, after warmup_epochs; one_cycle: linear up in the first fifth of the run, then linear down; "
-        "unset: cosine",
+        "learning rate schedule; cosine: warm-up for --warmup_epochs, then cosine from --lr to --lr_min; one_cycle: linear "
+        "rise in the first fifth of the run, then linear decay to --lr_min; unset: cosine",
         choices=("cosine", "one_cycle"),
         affects=DISTILL,
     )
-    momentum: float = flag(0.9, "SGD momentum", affects=DISTILL, least=0, below=1)
-    weight_decay: float = flag(1e-4, "SGD weight decay", affects=DISTILL, least=0)
+    momentum: float = flag(0.9, "momentum of the optimizer", affects=DISTILL, least=0, below=1)
+    weight_decay: float = flag(1e-4, "weight decay of the optimizer", affects=DISTILL, least=0)
     warmup_epochs: int = flag(
-        0, "of cosine: epochs of linear warm-up of lr", affects=DISTILL, scales=True, least=0, most=1_000_000
+        0, "cosine: epochs of linear warm-up before the decay", affects=DISTILL, scales=True, least=0, most=1_000_000
     )
 
     memo: str = flag(
         "auto",
-        "MiB of the teacher's answers to keep, so that it is not asked twice about a view of an image; auto: a quarter of the "
-        "free memory, where enough questions come again; no: none",
+        "cache of teacher logits for views (crop and flip) of images that come again: size in MiB, auto or no; "
+        "auto: at most a quarter of the free memory, and no cache if few views come again",
     )
     views: int | None = flag(
         None,
-        "fixed random views of each image that the student sees in place of all, so that most are known",
+        "train the student on only this many fixed random views (crop and flip) of each image, so that most teacher logits "
+        "come from the cache of --memo; unset: all views",
         affects=DISTILL,
         least=1,
     )
 
     def schedule(self) -> Schedule:
-        """The same in the form that stage distill takes.
+        """Returns these flags in the form that stage distill takes.
 
         Raises:
-            UserError: a warm-up is given to a learning rate that has its own.
+            UserError: ``--warmup_epochs`` is given for the one-cycle schedule, which has its own warm-up.
         """
         if self.lr_schedule == "one_cycle" and self.warmup_epochs:
             raise UserError(
@@ -190,12 +212,12 @@ class DistillFlags:
 
 
 def with_recipe(groups: list, recipe: dict[str, Any], given: Collection[str]) -> list:
-    """The flags of a run with those of a recipe, as far as the run has them.
+    """Returns the flags of a run with the values of a recipe filled in.
 
     Args:
         groups: frozen dataclasses of flags.
-        recipe: {name of a flag: value}.
-        given: names of flags that the command gives, which stay.
+        recipe: {name of a flag: value}; names that the run does not have are ignored.
+        given: names of the flags on the command line, whose values are kept.
     """
     return [
         dataclasses.replace(group, **{name: recipe[name] for name in vars(group).keys() & recipe.keys() - set(given)})
@@ -204,7 +226,15 @@ def with_recipe(groups: list, recipe: dict[str, Any], given: Collection[str]) ->
 
 
 def for_seed(seed: int, several: bool, groups: list) -> list:
-    """The flags of one of ``--seeds``: {seed} in any path stands for it, and run folders of several seeds lie apart."""
+    """Returns the flags of the run with one of ``--seeds``.
+
+    "{seed}" in a text flag is replaced by the seed. A ``--save_dir`` without "{seed}" gets the subfolder ``seed<seed>``.
+
+    Args:
+        seed: seed of this run.
+        several: whether ``--seeds`` was given.
+        groups: frozen dataclasses of flags.
+    """
     made = []
     for group in groups:
         texts = {n: v.replace("{seed}", str(seed)) for n, v in vars(group).items() if isinstance(v, str) and "{seed}" in v}
@@ -216,31 +246,31 @@ def for_seed(seed: int, several: bool, groups: list) -> list:
     return made
 
 
-# How long a run is: one rule that makes a method's published lengths shorter or longer (``--scale``, ``--minutes``).
+# Length of a run: one rule makes a method's published lengths shorter or longer (``--scale``, ``--minutes``).
 #
-# ``--scale F`` multiplies each length by sqrt(F) and rounds it to the nearest whole number, at least 1:
+# ``--scale F`` multiplies each length by sqrt(F) and rounds it to the nearest whole number, at least 1. The lengths are
 #
-# - how many rounds there are: ``epochs``, ``warmup_epochs``, ``init_rounds``, ``images_per_class``, passes over a bank;
-# - how many steps a round has: ``kd_steps``, and the steps of an inversion (``g_steps``, ``init_g_steps``).
+# - the number of rounds: ``epochs``, ``warmup_epochs``, ``init_rounds``, ``images_per_class``, passes over a bank;
+# - the number of steps per round: ``kd_steps``, and the steps of an inversion (``g_steps``, ``init_g_steps``).
 #
-# So a run has F times the student steps and F times the inversion steps, and a bank (rounds x batch) sqrt(F) times as large.
-# A flag says itself that it is such a length: ``flag(..., scales=True)``. All else stays as published:
-# weights, rates, batch sizes, batches a round, and the few steps that a generator which lives on takes for each batch
-# (``g_steps`` of a method whose generator is streaming, meta-learned or renewed), because they are what the method is.
+# A run then has F times the student steps and F times the inversion steps. Its bank (rounds x batch) is sqrt(F) times as
+# large. A flag is such a length if it is declared with ``flag(..., scales=True)``. Everything else stays as published: loss
+# weights, learning rates, batch sizes, batches per round. Also unscaled are the few steps per batch of a streaming,
+# meta-learned or renewed generator (its method's ``g_steps``), because they define the method.
 #
-# Where a run has ``ep_steps``, an epoch has many short rounds. Then ``kd_steps``, the student's part of a round, stays too, and
-# ``ep_steps`` is scaled in whole rounds: one generator step stays one to five student steps.
+# If ``ep_steps`` is set, an epoch has many short rounds. Then ``kd_steps``, the student steps of a round, is not scaled,
+# and ``ep_steps`` is scaled in whole rounds. Streaming methods thus keep their number of student steps per generator step.
 #
-# A length that the command gives is taken as it is. 0 and unset stay what they are.
+# A length given on the command line is not scaled. 0 and unset are left unchanged.
 
 
 def scaled(groups: list, scale: float, given: Collection[str] = ()) -> list:
-    """The flags of a run with their lengths scaled by the rule above.
+    """Returns the flags of a run with their lengths scaled by the rule above.
 
     Args:
         groups: frozen dataclasses of flags, ``DistillFlags`` among them.
         scale: F > 0.
-        given: names of flags that the command gives.
+        given: names of the flags on the command line, which are not scaled.
     """
     if scale == 1:
         return groups
@@ -248,7 +278,7 @@ def scaled(groups: list, scale: float, given: Collection[str] = ()) -> list:
 
 
 def _lengths(group: Any, factor: float, given: Collection[str]) -> dict[str, int]:
-    """{name: new value} of the lengths of one group of flags."""
+    """Returns {name: scaled value} for the lengths of one group of flags."""
     names = [field.name for field in dataclasses.fields(group) if field.metadata["scales"] and field.name not in given]
     lengths = {name: max(1, round(value * factor)) for name in names if (value := getattr(group, name))}
     if isinstance(group, DistillFlags) and group.ep_steps:

@@ -1,4 +1,4 @@
-"""The stages that a method's run is made of."""
+"""The three kinds of stages of a run: ``FillBank``, ``Augment`` and ``Distill``."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,18 +23,18 @@ from engine.runtime.precision import Precision
 from engine.runtime.processes import position_seed, seed_position
 from engine.runtime.run import peak_memory
 
-STREAMED, STREAMED_BYTES = "images.safetensors", 2**25  # of a method that keeps no bank: some of its last images
+STREAMED, STREAMED_BYTES = "images.safetensors", 2**25  # file and size limit of the sample of streamed images
 
 
 @dataclass(frozen=True)
 class FillBank(Stage):
-    """Fills the initial bank.
+    """Stage that fills the initial image bank.
 
     Args:
         name: "synthesize" or "generate".
-        rounds: shards.
-        maker: builds what makes the images; called only if some are missing.
-        external_prior: a pretrained model besides the teacher that it uses.
+        rounds: number of rounds; each writes one shard.
+        maker: function that builds the maker of the images; called only if rounds are missing.
+        external_prior: name of the pretrained model besides the teacher that makes the images, or "none".
     """
 
     name: str
@@ -59,15 +59,15 @@ class FillBank(Stage):
 
 @dataclass(frozen=True)
 class Augment(Stage):
-    """Makes variants of every bank image, and decides which of them stay.
+    """Stage that makes variants of every bank image and filters them.
 
     Args:
         initial: name of the stage that fills the bank.
-        augmenter: builds ``datafree.diffusion.variation.Augmenter``.
-        variants: V, of each image.
-        batch_size: images varied together.
+        augmenter: function that builds a ``datafree.diffusion.variation.Augmenter``.
+        variants: number V of variants per image.
+        batch_size: number of images that the augmenter processes at once.
         filter: ``datafree.filter.CosineFilter``.
-        external_prior: a pretrained model besides the teacher that the augmenter uses.
+        external_prior: name of the pretrained model besides the teacher that the augmenter uses, or "none".
     """
 
     initial: str
@@ -102,7 +102,14 @@ class Augment(Stage):
 
 @dataclass(frozen=True)
 class TransferImages:
-    """What the student learns from before the first round of stage distill."""
+    """The images that the student learns from before the first round of stage distill.
+
+    Args:
+        initial: initial bank; None: there is none.
+        variants: bank of variants; None: there is none.
+        parts: (images, labels) pairs: the images chosen from the initial bank, and the variants that the filter kept.
+        counts: numbers of images and variants, and figures of the filter, for ``result.json``.
+    """
 
     initial: Finished | None
     variants: Finished | None
@@ -112,15 +119,16 @@ class TransferImages:
 
 @dataclass(frozen=True)
 class Distill(Stage):
-    """Trains the student on the images so far and on those of its own rounds.
+    """Stage that trains the student on the images of earlier stages and on those that its own rounds synthesize.
 
     Args:
-        method: ``datafree.base.Method``: the networks, and what builds synthesizer and objective.
+        method: ``datafree.base.Method``, which has the networks and builds synthesizer and objective.
         initial: name of the stage that fills the initial bank; None: there is none.
-        filter: of the variants of stage augment; None: there is no such stage.
-        external_prior: a pretrained model besides the teacher that this stage itself uses.
-        images_per_class: of the initial bank that the student sees at most, the first ones; None: all.
-        variant_labels: of the kept variants in the student's loss: "source", or "teacher" for what that says of them.
+        filter: filter of the variants of stage augment; None: there is no such stage.
+        external_prior: name of the pretrained model besides the teacher that this stage itself uses, or "none".
+        images_per_class: largest number of images per class taken from the initial bank, in bank order; None: all.
+        variant_labels: labels of the kept variants in the student's loss: "source" for the label of the source image,
+            "teacher" for the class that the teacher predicts.
     """
 
     method: Any
@@ -134,7 +142,7 @@ class Distill(Stage):
     checkpoint = "distill.pth"
 
     def check(self, session: Session, before: list[str]) -> None:
-        self.method.objective()  # raises where it does not fit the networks
+        self.method.objective()  # raises an error if it does not fit the networks
         check_memo(session.flags["memo"])
         if self.initial and self.initial not in before:
             session.finished(self.initial, "init_bank", "bank").columns
@@ -167,7 +175,7 @@ class Distill(Stage):
         bank, transfer, images = None, None, TransferImages(None, None, (), {})
         if not method.streams:
             images = self._images(session)
-            bank = ImageBank(session.path / "bank", session.manifest, create=False)  # in which its rounds are kept
+            bank = ImageBank(session.path / "bank", session.manifest, create=False)  # also stores the images of the rounds
             capacity = images.counts["bank_images"] + images.counts.get("variants_kept", 0)
             transfer = TransferSet(capacity, session.info.image_size, device)
             for part in images.parts:
@@ -200,7 +208,14 @@ class Distill(Stage):
             self._finish(session, images, distillation, figures, measure)
 
     def _keep_answers(self, session: Session, distillation: distill.Distillation, source: TransferSet | None) -> None:
-        """Lets the student see numbered views of the images in ``source``, and the teacher's answers to them be kept."""
+        """Sets up numbered views (crop and flip) of the images in ``source``, and the cache of teacher logits for them.
+
+        Does nothing if there is no ``source`` or the student's augmentation is not a finite set of views. The cache follows
+        ``--memo``. It is used only if the student's loss needs no other output of the teacher than its logits.
+
+        Raises:
+            UserError: ``--views`` is given, but there is no finite set of views.
+        """
         view, few, processes = self.method.student_view, session.flags["views"], session.processes
         if source is None or not isinstance(view, Views):
             if few:
@@ -224,18 +239,18 @@ class Distill(Stage):
             session.run.log(text)
 
     def _measure(self, session: Session) -> Accuracy | Agreement:
-        """What tells of the student after each epoch."""
+        """Returns the measure of the student after each epoch: test accuracy, or agreement with ``--no_test``."""
         if not session.flags["no_test"]:
             return Accuracy(session.test or load_split(session.info, "test", session.device))
-        kind = "drawn anew after each epoch" if self.method.streams else "of those that it learns from, evenly spaced"
+        kind = "drawn anew after each epoch" if self.method.streams else "evenly spaced in its training images"
         session.run.log(
-            f"distill: no accuracy (--no_test), but in how many % of up to {Agreement.MOST} synthetic images, {kind}, the "
-            "student names the teacher's class"
+            f"distill: no accuracy (--no_test); instead the share in % of up to {Agreement.MOST} synthetic images, {kind}, "
+            "for which the student predicts the same class as the teacher"
         )
         return Agreement(self.method.teacher, session.schedule.batch_size, session.seed)
 
     def _streamed(self, session: Session, synthesizer: Any) -> dict[str, Tensor]:
-        """Up to 1000 images (N, 3, H, W) uint8, and labels (N,), as the student would see them next."""
+        """Returns up to 1000 images (N, 3, H, W) uint8 and labels (N,), as the student would see them in its next steps."""
         count = max(1, min(1000, STREAMED_BYTES // (3 * session.info.image_size**2)))
         seed_position(session.seed, STREAMED)
         parts, found = [], 0
@@ -247,7 +262,10 @@ class Distill(Stage):
         return {"images": images, "labels": labels}
 
     def _confusion(self, session: Session, test) -> dict[str, Any]:
-        """How often the student says which class (columns) where the teacher says, or the label is, which (rows)."""
+        """Returns two confusion matrices on the test split, with the student's predictions as columns.
+
+        The rows of "teacher_student" are the teacher's predictions, those of "label_student" the labels.
+        """
         (teacher, labels), (student, _) = (predict(network, test) for network in (self.method.teacher, self.method.student))
         said, classes = student.argmax(1), session.info.num_classes
         return {
@@ -257,10 +275,10 @@ class Distill(Stage):
         }
 
     def _sources_and_variants(self, session: Session) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Columns of the initial bank and of its variants.
+        """Returns the columns of the initial bank and of its variants.
 
         Raises:
-            UserError: the variants are another bank's.
+            UserError: the variants belong to another bank.
         """
         initial, made = self._finished(session)
         sources, variants = initial.columns, made.columns
@@ -270,7 +288,7 @@ class Distill(Stage):
         return sources, variants
 
     def _finished(self, session: Session) -> list[Finished]:
-        """What the stages before left: the initial bank, and its variants."""
+        """Returns the banks of the earlier stages: the initial bank and its variants, as far as the method has them."""
         found = [session.finished(self.initial, "init_bank", "bank")] if self.initial else []
         return found + ([session.finished("augment", "init_variants", "variants")] if self.filter is not None else [])
 
@@ -296,7 +314,7 @@ class Distill(Stage):
         return TransferImages(initial, variants, tuple(parts), counts)
 
     def _synthesizer(self, session: Session, initial: Finished | None) -> Any:
-        """That of the rounds, going on from where the one of the initial bank stopped, if that left a state."""
+        """Returns the synthesizer of the rounds, with the state that the initial bank's synthesizer saved, if any."""
         synthesizer = self.method.synthesizer()
         session.compiler.compile_hot(synthesizer.hot(), session.schedule.rounds)
         file = initial.bank.path / STATE if initial else None
@@ -352,7 +370,12 @@ class Distill(Stage):
 
 
 def first_of_each(labels: Tensor, count: int) -> Tensor:
-    """(N,) bool: whether an image is among the first ``count`` of its class, of labels (N,)."""
+    """Returns (N,) bool: whether an image is among the first ``count`` images of its class.
+
+    Args:
+        labels: class ids (N,).
+        count: number of images per class.
+    """
     order = labels.argsort(stable=True)
     ranks = torch.arange(len(labels)) - torch.searchsorted(labels[order], labels[order])
     return torch.empty(len(labels), dtype=torch.bool).scatter_(0, order, ranks < count)

@@ -26,22 +26,27 @@ CHECKPOINT = {"network": {str: torch.Tensor}, "optimizer": OPTIMIZER, "precision
 
 @dataclass(frozen=True)
 class TrainFlags:
-    """Lengths and optimizer."""
+    """Training: lengths, optimizer and learning rate."""
 
-    epochs: int = flag(200, "passes over the training split", affects=TRAIN, least=1)
-    batch_size: int = flag(128, "images a step", affects=TRAIN, short="-b", least=1, most=1_000_000)
-    lr: float = flag(0.1, "SGD learning rate at its highest", affects=TRAIN, above=0)
+    epochs: int = flag(200, "number of passes over the training split", affects=TRAIN, least=1)
+    batch_size: int = flag(128, "images per training step", affects=TRAIN, short="-b", least=1, most=1_000_000)
+    lr: float = flag(0.1, "peak learning rate of SGD", affects=TRAIN, above=0)
     lr_decay_milestones: tuple[int, ...] | None = flag(
-        None, "epochs at which lr falls to a tenth, comma-separated; unset: cosine to zero", affects=TRAIN, least=0
+        None,
+        "epochs after which the learning rate is divided by ten, comma-separated; unset: cosine decay to zero",
+        affects=TRAIN,
+        least=0,
     )
-    warmup_epochs: int = flag(5, "epochs of linear warm-up (at most a tenth of all)", affects=TRAIN, least=0)
-    momentum: float = flag(0.9, "SGD momentum (Nesterov)", affects=TRAIN, least=0, below=1)
-    weight_decay: float = flag(5e-4, "SGD weight decay", affects=TRAIN, short="--wd", least=0)
-    label_smoothing: float = flag(0.0, "label smoothing", affects=TRAIN, least=0, most=1)
+    warmup_epochs: int = flag(
+        5, "epochs of linear warm-up of the learning rate, limited to a tenth of --epochs", affects=TRAIN, least=0
+    )
+    momentum: float = flag(0.9, "Nesterov momentum of SGD", affects=TRAIN, least=0, below=1)
+    weight_decay: float = flag(5e-4, "weight decay of SGD", affects=TRAIN, short="--wd", least=0)
+    label_smoothing: float = flag(0.0, "label smoothing of the cross-entropy loss", affects=TRAIN, least=0, most=1)
 
 
 def learning_rate(flags: TrainFlags, epoch: float) -> float:
-    """The rate at a point of training, in epochs: a function of position alone."""
+    """Returns the learning rate after ``epoch`` epochs, which may be a fraction. It depends on this position alone."""
     warmup = min(flags.warmup_epochs, flags.epochs / 10)
     if epoch < warmup:
         return flags.lr * (epoch + 0.1) / (warmup + 0.1)
@@ -62,7 +67,15 @@ def train(
     compiler: Compiler,
     seed: int,
 ) -> list[float]:
-    """Trains ``classifier``, goes on after the last whole epoch, and returns the test accuracy of every epoch in %."""
+    """Trains ``classifier`` and returns the test accuracy after every epoch in %.
+
+    A checkpoint ``last.pth`` is written after every epoch. A resumed run continues from it.
+
+    Args:
+        train_split, test_split: ``engine.data.splits.Split``.
+        info: ``engine.data.datasets.DatasetInfo``.
+        seed: seed of the run.
+    """
     stages.begin("train")
     optimizer = torch.optim.SGD(
         classifier.parameters(),

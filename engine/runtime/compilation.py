@@ -1,4 +1,4 @@
-"""``torch.compile`` of a run's inner steps, where it pays for itself within the run."""
+"""``torch.compile`` of the inner steps of a run, if it saves more time in the run than compiling takes."""
 
 import logging
 import os
@@ -10,15 +10,19 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 CHOICES = ("auto", "yes", "graphs", "no")
-# Calls from which "auto" compiles: a graph costs 5 to 40 s. On two CPU cores a call at 32 px and batch 256 takes half a second
-# and gets 1.1 to 1.5 times as fast; on a GPU it takes about ten milliseconds.
+# Smallest number of calls for which "auto" compiles. Compiling a graph takes 5 to 40 s. On two CPU cores a call at 32 px and
+# batch 256 takes half a second and becomes 1.1 to 1.5 times as fast. On a GPU a call takes about ten milliseconds.
 LEAST_CALLS = {"cpu": 2000, "cuda": 20000}
 
 
 class Hot(NamedTuple):
-    """A function of tensors, without loops and random numbers, that a round calls often.
+    """A function of tensors, without loops and random numbers, that a round calls often and that is worth compiling.
 
-    ``owner.name`` is the function; ``calls`` are those of one round; ``what`` is for the log.
+    Args:
+        owner: object whose attribute ``name`` is the function.
+        name: name of the attribute.
+        calls: number of calls in one round.
+        what: name of the function in the log.
     """
 
     owner: Any
@@ -28,17 +32,19 @@ class Hot(NamedTuple):
 
 
 class Compiler:
-    """Compiles functions, or leaves them as they are and says why.
+    """Compiles functions. If compiling is impossible, it logs the reason and leaves the function unchanged.
 
         compiler = Compiler("auto", device, print)
         losses = compiler(losses, calls=100_000, name="synthesis losses")
 
-    A compiled function does the same arithmetic in another order: float32 results differ by rounding, about 1e-6 relative.
-    Whether "auto" compiles follows from the run's lengths alone, so a resumed run does what the unbroken one did.
+    A compiled function does the same arithmetic in another order. Its float32 results differ by rounding, about 1e-6
+    relative. Whether "auto" compiles depends only on the run's lengths, so a resumed run compiles the same functions.
 
     Args:
-        choice: "auto", "yes", "graphs" (yes, and networks and student step replayed as CUDA graphs on a GPU) or "no".
-        log: takes one line of text.
+        choice: "auto", "yes", "graphs" or "no". "graphs" is "yes", with networks and student step replayed as CUDA graphs on
+            a GPU.
+        device: device of the run.
+        log: function that takes one line of text.
     """
 
     def __init__(self, choice: str, device: torch.device, log: Callable[[str], None] = print):
@@ -47,16 +53,16 @@ class Compiler:
     def __call__(
         self, function: Callable, calls: int, name: str, *, constant_weights: bool = False, keeps_tensors: bool = False
     ) -> Callable:
-        """A callable like ``function``, compiled at its first call.
+        """Returns a callable like ``function`` that is compiled at its first call, or ``function`` itself.
 
         Args:
-            function: a module or function of tensors whose shapes stay the same.
-            calls: in the whole run.
-            name: for the log.
-            constant_weights: the module's weights never change and nobody wants gradients; they become constants, and batch
-                norms part of the convolutions before them.
-            keeps_tensors: it leaves tensors elsewhere than in what it returns, which the next replay of a CUDA graph would
-                write over; so it is compiled without.
+            function: module or function of tensors whose shapes stay the same.
+            calls: number of calls in the whole run.
+            name: name of the function in the log.
+            constant_weights: whether the module's weights never change and need no gradients. They are then compiled as
+                constants, and BatchNorm layers are folded into the convolutions before them.
+            keeps_tensors: whether the function stores tensors elsewhere than in its return value. The next replay of a CUDA
+                graph would overwrite them, so the function is compiled without CUDA graphs.
         """
         if self.choice == "no" or self.choice == "auto" and calls < LEAST_CALLS[self.device.type]:
             return function
@@ -67,7 +73,7 @@ class Compiler:
         return _Compiled(function, name, {"freezing": constant_weights, "triton.cudagraphs": graphs}, self)
 
     def compile_hot(self, functions: Iterable[Hot], rounds: int) -> None:
-        """Puts compiled functions in the place of hot ones, where that pays in so many rounds."""
+        """Replaces hot functions by compiled ones, if ``rounds`` rounds call them often enough."""
         for owner, name, calls, what in functions:
             setattr(owner, name, self(getattr(owner, name), rounds * calls, what, keeps_tensors=True))
 
@@ -76,10 +82,10 @@ class Compiler:
 
 
 class _Compiled:
-    """A compiled function that turns into the plain one if its first call fails."""
+    """A compiled function that is replaced by the uncompiled one if its first call fails."""
 
     def __init__(self, function: Callable, name: str, options: dict, compiler: Compiler):
-        # It would warn of a missing CUDA runtime on machines that are not to have one.
+        # Suppresses torch's warning about a missing CUDA runtime on machines without a GPU.
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
         self.plain, self.name, self.compiler, self.tried = function, name, compiler, False
         self.call = torch.compile(function, dynamic=False, options=options)
@@ -90,16 +96,16 @@ class _Compiled:
         if self.tried:
             return self.call(*args, **kwargs)
         self.tried = True
-        self.compiler.log(f"compile: the {self.name}; its first steps take longer (--compile no does without)")
+        self.compiler.log(f"compile: the {self.name}; its first steps take longer (--compile no turns this off)")
         try:
             return self.call(*args, **kwargs)
-        except Exception as error:  # of many kinds: missing headers, a full disk, an operation that it does not know
+        except Exception as error:  # errors of many types: missing headers, a full disk, an unsupported operation
             self.call = self.plain
-            result = self.plain(*args, **kwargs)  # an error of the function itself comes up here
+            result = self.plain(*args, **kwargs)  # raises errors of the function itself
             self.compiler._report(self.name, f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}")
             return result
 
 
 def _copying(function: Callable) -> Callable:
-    """The function with its output tensors copied: a CUDA graph writes those of the next call to the same place."""
+    """Returns the function with its output tensors copied, because a CUDA graph overwrites them in its next call."""
     return lambda *args, **kwargs: tree_map_only(torch.Tensor, torch.clone, function(*args, **kwargs))

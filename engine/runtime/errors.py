@@ -1,4 +1,4 @@
-"""How a command ends: the one exception for mistakes that the user can mend, and the wrapper of every entry point."""
+"""Errors and exit codes: the exception for mistakes that the user can correct, and the wrapper of every entry point."""
 
 import difflib
 import errno
@@ -16,30 +16,30 @@ from contextlib import suppress
 from typing import Any, NoReturn
 
 EXIT_USER_ERROR = 2
-PATIENCE = 5  # s; see ``follow``
+PATIENCE = 5  # seconds; see ``follow``
 
 
 class UserError(Exception):
-    """A mistake that the user can mend. Its message is one line: what was found, what was wanted, what to do."""
+    """A mistake that the user can correct. The message is one line: what was found, what was expected, what to do."""
 
 
 class Terminated(BaseException):
-    """SIGTERM arrived. Everything on disk is whole: the same command goes on from there."""
+    """Raised on SIGTERM. All files on disk are complete, and the same command resumes the run."""
 
 
 def one_line(text: str) -> str:
-    """A message whose names may contain anything, as one line that any terminal can show: ``a\\nb`` for a line break."""
+    """Returns a message as one printable line; a line break in a file name, for example, becomes ``a\\nb``."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether memory could not be had, on a GPU or in this machine."""
-    words = ("out of memory", "can't allocate memory", "not enough memory", "overflow")  # torch's, of sizes
+    """Whether an error means that memory could not be allocated, on a GPU or on the host."""
+    words = ("out of memory", "can't allocate memory", "not enough memory", "overflow")  # "overflow" of a tensor's size
     return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
 def explain_os_error(error: OSError) -> UserError:
-    """One line for what the file system refused (full disk, no permission, not a directory)."""
+    """Returns a one-line UserError for an error of the file system (full disk, no permission, not a directory)."""
     name = error.filename or "a file"
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return UserError(
@@ -51,15 +51,15 @@ def explain_os_error(error: OSError) -> UserError:
 
 
 def launched_rank() -> int:
-    """This process's number among those that a launcher has started; 0, the main one's, without a launcher."""
+    """Returns the rank of this process among those that a launcher started; 0 for the main process or without a launcher."""
     return int(os.environ.get("RANK", 0)) if int(os.environ.get("WORLD_SIZE", 1)) > 1 else 0
 
 
 def follow(main: Callable[[], None]) -> None:
-    """``main`` of a process that is not the main one, whose launcher ends it when another one fails.
+    """Runs ``main`` in a process other than the main one.
 
-    Mostly the main process has the same error and reports it, or its end caused this one. So wait: the launcher then ends
-    this process first. If it does not, the error is this process's own, and is raised.
+    If it fails, the main process usually has the same error and reports it, or has failed first. In both cases the launcher
+    ends this process. The error is therefore raised only after some seconds, and only if this process is still running.
     """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)
@@ -71,10 +71,10 @@ def follow(main: Callable[[], None]) -> None:
 
 
 def end_process(code: int) -> NoReturn:
-    """Ends this process with an exit code; one that a launcher started with others ends without finalizing the interpreter.
+    """Ends this process with an exit code. With several processes, the interpreter is not finalized.
 
-    A thread of gloo's may hold the last reference to a tensor made by Python, also after ``destroy_process_group``: dropped
-    while the interpreter is finalized, it ends the process by abort() (SIGABRT).
+    A gloo thread may hold the last reference to a Python tensor, even after ``destroy_process_group``. If the reference is
+    dropped while the interpreter is finalized, the process ends by abort() (SIGABRT).
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         sys.exit(code)
@@ -86,7 +86,7 @@ def end_process(code: int) -> NoReturn:
 
 
 def explain(error: Exception) -> str | None:
-    """What is said of an error that the user can mend; None: it is a mistake of this program's."""
+    """Returns the message for an error that the user can correct; None for a bug in this program."""
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, OSError) and error.errno is not None:
@@ -100,16 +100,20 @@ def explain(error: Exception) -> str | None:
 
 
 def quiet_on_os_errors(args: threading.ExceptHookArgs) -> None:
-    """Of a thread: what the file system refused it (TensorBoard's on a full disk) is not worth a traceback beside ours."""
+    """Thread exception hook without tracebacks for OSErrors, for example of TensorBoard's writer on a full disk."""
     if not isinstance(args.exc_value, OSError):
         threading.__excepthook__(args)
 
 
 def run_command(main: Callable[[], None], leave: Callable[[], None] = lambda: None) -> None:
-    """Runs ``main``; a UserError or a refused write is one line on stderr and exit code 2, a stop is 130 or 143.
+    """Runs ``main`` and ends the process. This is the wrapper of every entry point.
+
+    A UserError, a file system error or a lack of memory is one line on stderr and exit code 2. SIGINT gives exit code 130,
+    SIGTERM 143.
 
     Args:
-        leave: called at the end, if all went well.
+        main: function to run.
+        leave: function called after ``main`` if it succeeds.
     """
 
     def on_sigterm(signum, frame):
@@ -120,7 +124,7 @@ def run_command(main: Callable[[], None], leave: Callable[[], None] = lambda: No
         leave()
 
     signal.signal(signal.SIGTERM, on_sigterm)
-    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # a shell's "&" has it ignored
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # a shell ignores SIGINT for commands started with "&"
         signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.excepthook = quiet_on_os_errors
     rank = launched_rank()
@@ -138,14 +142,18 @@ def run_command(main: Callable[[], None], leave: Callable[[], None] = lambda: No
         end_process(1)
 
 
-# Tables of names, like those of ``registry.py``: finding a row, and importing what it names.
+# Tables of names, like those of ``registry.py``: finding an entry, and importing the object that it names.
 
 
 def lookup(table: dict[str, Any], name: str, kind: str) -> Any:
-    """The entry ``name`` of a table.
+    """Returns the entry ``name`` of a table.
 
+    Args:
+        table: {name: entry}.
+        name: name to look up.
+        kind: kind of the entry, for the error message, for example "dataset".
     Raises:
-        UserError: there is none; the message lists the nearest names, or all.
+        UserError: there is no such entry; the message lists all names, after the most similar ones.
     """
     if name in table:
         return table[name]
@@ -155,6 +163,6 @@ def lookup(table: dict[str, Any], name: str, kind: str) -> Any:
 
 
 def resolve(path: str) -> Any:
-    """Imports ``"package.module:attribute"``."""
+    """Imports and returns the object with the path ``"package.module:attribute"``."""
     module, _, attribute = path.partition(":")
     return getattr(importlib.import_module(module), attribute)

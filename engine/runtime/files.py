@@ -1,7 +1,7 @@
-"""Files that are either whole or absent: atomic writes, and reads that never unpickle code.
+"""Atomic file writes, and reads that never unpickle code. A file is either complete or absent.
 
-What is deleted or replaced is this program's own: temporary files by their name, which nobody else gives, and outputs by the
-names that the stages give them. Nothing is ever deleted through a link.
+Only files of this program are deleted or replaced. Temporary files are recognized by their name pattern, which no other
+program uses, and outputs by the names that the stages give them. Nothing is ever deleted through a symbolic link.
 """
 
 import hashlib
@@ -26,8 +26,8 @@ from engine.runtime import sums
 from engine.runtime.errors import UserError
 
 PROJECT = Path(__file__).parents[2]
-TEMPORARY = ".datafree_kd.tmp"  # ends the name of every file that is still being written
-MARK = ".datafree_kd"
+TEMPORARY = ".datafree_kd.tmp"  # end of the name of every file that is still being written
+MARK = ".datafree_kd"  # name of the file in a claimed folder that names its owner
 DTYPES = {
     torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.uint8, torch.int8, torch.int16, torch.int32,
     torch.int64, torch.bool,
@@ -36,16 +36,16 @@ TEMPORARY_NAME = re.compile(rf"\..+\.[a-z0-9_]{{8}}{re.escape(TEMPORARY)}")
 
 
 def shipped(path: Path | str) -> Path:
-    """A default path as it is, below the current directory, or else the file of that name that comes with this project."""
+    """Returns a default path relative to the current directory if it exists, else the file of that path in this project."""
     path = Path(path)
     return path if path.exists() or not (PROJECT / path).exists() else PROJECT / path
 
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside ``path``; renamed onto it at the end, removed after an error.
+    """Yields a temporary path beside ``path``, which is renamed to ``path`` at the end and removed after an error.
 
-    A reader sees the old file or the whole new one, whenever the writer is killed.
+    A reader sees either the old file or the complete new one, even if the writer is killed.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -74,10 +74,10 @@ def _umask() -> int:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yields a temporary folder beside ``path``, renamed onto it at the end, removed after an error.
+    """Yields a temporary folder beside ``path``, which is renamed to ``path`` at the end and removed after an error.
 
     Raises:
-        UserError: ``path`` is there and is not an empty folder.
+        UserError: ``path`` exists and is not an empty folder.
     """
     path = Path(path)
     require_new(path)
@@ -100,43 +100,44 @@ def require_new(path: Path) -> None:
 
 
 def is_claimed(folder: Path) -> bool:
-    """Whether a folder has an owner."""
+    """Whether a folder was claimed by ``claim_folder``."""
     return (Path(folder) / MARK).is_file()
 
 
 def claim_folder(folder: Path, owner: str) -> None:
-    """Takes a folder for the files of one owner, who may come again; the file ``MARK`` in it says whose it is.
+    """Claims a folder for the files of one owner. The file ``MARK`` in it stores the owner, who may claim it again.
 
     Raises:
-        UserError: it holds other files, or those of another owner.
+        UserError: the folder holds other files, or those of another owner.
     """
     mark = Path(folder) / MARK
     if not (mark.is_file() and mark.read_text() == owner):
-        delete_temporaries(Path(folder))  # a mark that was not finished
+        delete_temporaries(Path(folder))  # a mark whose write was killed
         require_new(Path(folder))
         with atomic_path(mark) as temporary:
             temporary.write_text(owner)
 
 
 def is_temporary(path: Path) -> bool:
-    """Whether this is a file that ``atomic_path`` made; a link is none."""
+    """Whether this is a temporary file of ``atomic_path``; False for a link."""
     return TEMPORARY_NAME.fullmatch(path.name) is not None and path.is_file() and not path.is_symlink()
 
 
 def delete_temporaries(folder: Path) -> None:
-    """Deletes what killed writes have left directly in a folder, which may be missing or a link (then: nothing)."""
+    """Deletes the temporary files that killed writes left directly in a folder. Does nothing if it is missing or a link."""
     if folder.is_dir() and not folder.is_symlink():
         for file in filter(is_temporary, list(folder.iterdir())):
             file.unlink(missing_ok=True)
 
 
 def delete_files(folder: Path, patterns: list[str]) -> None:
-    """Deletes files of a folder and of the folders directly in it, and of the latter those that are empty then.
+    """Deletes files of a folder and of its subfolders, and the subfolders that become empty.
 
     Args:
-        patterns: as of ``Path.glob``: "student.pth" or "bank/distill-*.safetensors".
+        folder: folder that the patterns are relative to.
+        patterns: patterns as for ``Path.glob``, for example "student.pth" or "bank/distill-*.safetensors".
     Raises:
-        UserError: one lies behind a link; nothing is deleted.
+        UserError: a file or its folder is a link; nothing is deleted then.
     """
     files = sorted({file for pattern in patterns for file in folder.glob(pattern) if not file.is_dir()})
     for path in dict.fromkeys(part for file in files for part in (file.parent, file)):
@@ -157,10 +158,10 @@ def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
 
 
 def parse_json(text: str) -> Any:
-    """The value of a JSON text, all of whose numbers are finite.
+    """Parses a JSON text whose numbers are all finite.
 
     Raises:
-        ValueError: it is damaged, nested too deeply, or has a number of thousands of digits, NaN or infinity.
+        ValueError: the text is damaged or nested too deeply, or a number is NaN, infinite or has thousands of digits.
     """
     try:
         return json.loads(text, parse_float=_finite, parse_constant=_finite)
@@ -192,17 +193,17 @@ def read_json(path: Path) -> Any:
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Writes a flat dict of tensors as one safetensors file, atomically."""
     _require_finite(tensors, path)
-    # Bytes first: the library's own file writer hides from us why a write failed.
+    # The library's own file writer hides the reason of a failed write, so the bytes are made first.
     data = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata=metadata)
     with atomic_path(path) as temporary:
         temporary.write_bytes(data)
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
-    """Maps a safetensors file: what is not looked at is not read.
+    """Returns the tensors of a safetensors file, memory-mapped.
 
     Raises:
-        UserError: the file is missing, truncated or not safetensors.
+        UserError: the file is missing, truncated or not safetensors, or it has unusual or non-finite tensors.
     """
     try:
         sums.check(path)
@@ -215,15 +216,15 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path} does not exist") from None
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path} is not a whole safetensors file ({error}); delete it and make it again") from None
-    except RuntimeError as error:  # Linux allows a process 65530 maps unless told otherwise
+    except RuntimeError as error:  # by default, Linux allows 65530 memory maps per process
         raise UserError(f"{path} cannot be mapped ({error}); of very many files, raise sysctl vm.max_map_count") from None
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """``torch.save`` that leaves the old file or the whole new one.
+    """Writes a checkpoint with ``torch.save``, atomically.
 
     Raises:
-        UserError: something in it is NaN or infinite; the old file stays.
+        UserError: a tensor in it is NaN or infinite; the old file is kept.
     """
     _require_finite(state, path)
     buffer = io.BytesIO()
@@ -233,12 +234,13 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
 
 def load_checkpoint(path: Path, what: str = "checkpoint") -> Any:
-    """Reads a ``torch.save`` or safetensors file to CPU memory without ever running code from it.
+    """Reads a ``torch.save`` or safetensors file to CPU memory without running code from it.
 
     Args:
-        what: how the error calls the file ("teacher checkpoint").
+        path: file to read.
+        what: kind of the file, for the error message, for example "teacher checkpoint".
     Raises:
-        UserError: the file is missing, truncated, or holds anything but tensors and plain values.
+        UserError: the file is missing or truncated, or holds other objects than tensors and plain values.
     """
     path = Path(path)
     if not path.is_file():
@@ -265,7 +267,7 @@ def load_checkpoint(path: Path, what: str = "checkpoint") -> Any:
 
 
 def _named_tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """The tensors in dicts, lists and tuples, with the last names on the way to them."""
+    """Yields (name, tensor) for all tensors in nested dicts, lists and tuples; the name is the innermost dict key."""
     if isinstance(value, Tensor):
         yield name, value
     elif isinstance(value, Mapping | list | tuple):
@@ -274,7 +276,7 @@ def _named_tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
 
 
 def _unusable(loaded: Any) -> str | None:
-    """What is wrong with the first tensor that is no array of finite numbers in memory; None: nothing."""
+    """Describes the first tensor that is not a dense CPU tensor of a usual dtype with finite values; None: there is none."""
     for name, tensor in _named_tensors(loaded):
         if (
             tensor.layout != torch.strided
@@ -301,7 +303,7 @@ def _require_finite(state: Any, path: Path) -> None:
 
 
 def digest(*parts: Any) -> str:
-    """Twelve hex digits that name the values: tensors by content, anything else by its JSON."""
+    """Returns a digest of the values, twelve hex digits of SHA-256; tensors by content, other values by their JSON."""
     sha = hashlib.sha256()
     for part in parts:
         if isinstance(part, Tensor):
@@ -313,5 +315,5 @@ def digest(*parts: Any) -> str:
 
 
 def weights_digest(state: dict[str, Tensor]) -> str:
-    """Twelve hex digits that name a network's weights and buffers, whatever their order."""
+    """Returns a digest of a network's weights and buffers, twelve hex digits, independent of their order."""
     return digest(*(part for name in sorted(state) for part in (name, state[name])))

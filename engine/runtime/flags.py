@@ -1,4 +1,4 @@
-"""Frozen dataclasses as command lines: a field is a flag, written once with its default, its help and the stages it affects."""
+"""Command lines from frozen dataclasses: each field is a flag with its default, its help text and the stages it affects."""
 
 import argparse
 import dataclasses
@@ -10,12 +10,12 @@ from typing import Any
 
 from engine.runtime.errors import UserError
 
-LARGEST = 10**12  # of any number
-SHOWN = 60  # characters of a wrong value in an error
+LARGEST = 10**12  # largest absolute value of any number
+SHOWN = 60  # largest number of characters of a wrong value in an error message
 
 
 class Range(typing.NamedTuple):
-    """The legal values of a number: from ``least`` or above ``above``, to ``most`` or below ``below``; finite always."""
+    """Range of a finite number: at least ``least`` or above ``above``, at most ``most`` or below ``below``."""
 
     least: float | None = None
     above: float | None = None
@@ -23,7 +23,7 @@ class Range(typing.NamedTuple):
     below: float | None = None
 
     def has(self, value: float) -> bool:
-        """Whether a number is one of them; NaN never is."""
+        """Whether a number is in the range; False for NaN."""
         return (
             -LARGEST <= value <= LARGEST
             and (self.least is None or value >= self.least)
@@ -33,7 +33,7 @@ class Range(typing.NamedTuple):
         )
 
     def __str__(self) -> str:
-        """In words: "from 1 on", "above 0, at most 1"; "" where every finite number is legal."""
+        """The range in words: "from 1 on", "above 0, at most 1"; "" if every finite number is legal."""
         low = f"from {self.least}" if self.least is not None else f"above {self.above}" if self.above is not None else ""
         high = f"at most {self.most}" if self.most is not None else f"below {self.below}" if self.below is not None else ""
         if high.startswith("at most") and low.startswith("from"):
@@ -55,13 +55,17 @@ def flag(
     below: float | None = None,
     distinct: bool = False,
 ) -> Any:
-    """A dataclass field that is a flag.
+    """Returns a dataclass field that is a flag of the command line.
 
     Args:
-        affects: the stages whose results depend on it. Changing it after one of them has begun is an error.
-        scales: it is a length of a run, which ``--scale`` changes (``engine.loops.settings``).
-        least, above, most, below: the legal values of a number, or of each of a list; see ``Range``.
-        distinct: of a list: none may come twice.
+        default: default value.
+        help: help text.
+        affects: stages whose results depend on the flag. Changing it after one of them has begun is an error.
+        choices: legal values of a text.
+        short: short name, for example "-b".
+        scales: whether the flag is a length of the run that ``--scale`` changes (``engine.loops.settings``).
+        least, above, most, below: range of a number, or of each number in a list; see ``Range``.
+        distinct: whether the values of a list must be different.
     """
     metadata = {
         "help": help,
@@ -76,10 +80,10 @@ def flag(
 
 
 def check_flags(config: Any) -> None:
-    """Checks the range of every flag of a dataclass; one that is unset (None) passes.
+    """Checks the values of all flags of a dataclass. Flags that are unset (None) are not checked.
 
     Raises:
-        UserError: one is outside.
+        UserError: a number is out of its range, or a list has a value twice that must be distinct.
     """
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -89,7 +93,7 @@ def check_flags(config: Any) -> None:
 
 
 def check_number(what: str, value: Any, legal: Range) -> None:
-    """Raises a UserError if ``value`` is a number that is not in a range, or a tuple with one; anything else passes."""
+    """Raises a UserError if ``value`` is a number outside a range, or a tuple with such a number."""
     for number in value if isinstance(value, tuple) else (value,):
         if isinstance(number, int | float) and not isinstance(number, bool) and not legal.has(number):
             kind = "a whole number" if isinstance(number, int) else "a number" if str(legal) else "a finite number"
@@ -98,14 +102,14 @@ def check_number(what: str, value: Any, legal: Range) -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """Takes no abbreviations; a wrong flag is one line that names the nearest right one."""
+    """Argument parser without abbreviations. An error is a one-line UserError that suggests similar flags."""
 
     def __init__(self, **kwargs):
         self.ranges: dict[str, Range] = {}
         super().__init__(allow_abbrev=False, formatter_class=_Formatter, **kwargs)
 
     def add_argument(self, *names: str, **options: Any) -> argparse.Action:
-        """As argparse's, with ``least``, ``above``, ``most`` and ``below`` of a number, which ``parse_args`` checks."""
+        """Like argparse's, with ``least``, ``above``, ``most`` and ``below`` as the range that ``parse_args`` checks."""
         legal = Range(**{name: options.pop(name) for name in Range._fields if name in options})
         if kind := options.get("type"):
             options["type"] = _reader(kind, False, None) if kind in (int, float) else kind
@@ -134,10 +138,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_list(parser: argparse.ArgumentParser, **tables: Iterable[str]) -> None:
-    """Adds ``--list KIND``, which prints the names of a table, one a line, and ends the program.
+    """Adds ``--list KIND``, which prints the names of a table, one per line, and ends the program.
 
     Args:
-        tables: {kind: names}, kind as "models".
+        tables: {kind: names}; a kind is, for example, "models".
     """
 
     class List(argparse.Action):
@@ -145,11 +149,13 @@ def add_list(parser: argparse.ArgumentParser, **tables: Iterable[str]) -> None:
             print("\n".join(tables[value]))
             parser.exit()
 
-    parser.add_argument("--list", action=List, choices=tables, help="print the known names, one a line, and stop")
+    parser.add_argument(
+        "--list", action=List, choices=tables, help="print all known names of one kind, one per line, and exit"
+    )
 
 
 class _Formatter(argparse.HelpFormatter):
-    """Shows only the ``_`` spelling of a flag and its default."""
+    """Help formatter that shows only the ``_`` spelling of a flag."""
 
     def __init__(self, prog: str):
         super().__init__(prog, max_help_position=32, width=110)
@@ -165,7 +171,14 @@ class _Formatter(argparse.HelpFormatter):
 
 
 def add_flags(parser: Parser, config: type, title: str, defaults: dict[str, Any] | None = None) -> None:
-    """Adds one flag a field, as ``--name_of_field`` and ``--name-of-field``, under a heading."""
+    """Adds a flag for each field of a dataclass, as ``--name_of_field`` and ``--name-of-field``, under a heading.
+
+    Args:
+        parser: parser to add the flags to.
+        config: the dataclass.
+        title: heading of the flags in the help.
+        defaults: {name of a field: default} that replace the defaults of the fields.
+    """
     group = parser.add_argument_group(title)
     hints = typing.get_type_hints(config)
     for field in dataclasses.fields(config):
@@ -189,7 +202,7 @@ def add_flags(parser: Parser, config: type, title: str, defaults: dict[str, Any]
 
 
 def _value_type(hint: Any) -> tuple[type, bool]:
-    """(type of one value, whether the flag takes a comma-separated list)."""
+    """Returns (type of one value, whether the flag takes a comma-separated list)."""
     if isinstance(hint, types.UnionType):
         hint = next(a for a in typing.get_args(hint) if a is not types.NoneType)
     if typing.get_origin(hint) is tuple:
@@ -219,10 +232,10 @@ def _reader(kind: type, repeated: bool, choices: Sequence[str] | None):
 
 
 def from_args(config: type, args: argparse.Namespace) -> Any:
-    """The dataclass filled from parsed arguments.
+    """Returns the dataclass ``config`` with the parsed arguments as values.
 
     Raises:
-        UserError: a number is out of its range.
+        UserError: as for ``check_flags``.
     """
     filled = config(**{f.name: getattr(args, f.name) for f in dataclasses.fields(config)})
     check_flags(filled)
@@ -230,7 +243,7 @@ def from_args(config: type, args: argparse.Namespace) -> Any:
 
 
 def given_flags(parser: argparse.ArgumentParser, argv: list[str]) -> set[str]:
-    """The names of the flags that a command line gives, whatever their values."""
+    """Returns the names of the flags that a command line gives, even with their default values."""
     unset = object()
     names = [action.dest for action in parser._actions]
     parsed = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, unset)))
@@ -238,7 +251,7 @@ def given_flags(parser: argparse.ArgumentParser, argv: list[str]) -> set[str]:
 
 
 def stage_flags(stage: str, *configs: Any) -> dict[str, Any]:
-    """{name: value} of the fields on which a stage's result depends."""
+    """Returns {name: value} of the flags on which a stage's result depends."""
     return {
         f.name: list(v) if isinstance(v := getattr(config, f.name), tuple) else v
         for config in configs

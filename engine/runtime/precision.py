@@ -1,4 +1,4 @@
-"""Mixed precision in two lines: where networks run, and how a loss is minimized."""
+"""Mixed precision, the choice of the device, and the state of an optimizer."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -13,10 +13,12 @@ AMP = ("auto", "no", "bf16", "fp16")
 
 
 def choose_amp(amp: str, device: torch.device, earlier: str | None = None) -> str:
-    """``--amp`` without "auto": what the run began with, else bf16 where the device multiplies it in hardware, else float32.
+    """Resolves ``--amp auto``: the precision that the run began with, else bf16 if the device computes in it, else float32.
 
     Args:
-        earlier: of a run that goes on, perhaps on another machine; see ``engine.runtime.run.earlier_value``.
+        amp: value of ``--amp``.
+        device: device of the networks.
+        earlier: precision of a resumed run, perhaps from another machine; see ``engine.runtime.run.earlier_value``.
     Returns:
         "no", "bf16" or "fp16".
     """
@@ -33,15 +35,16 @@ def choose_amp(amp: str, device: torch.device, earlier: str | None = None) -> st
 
 
 class Precision:
-    """``autocast()`` around networks, ``minimize(loss, optimizer)`` for backward and step, with loss scaling for fp16.
+    """Mixed precision: ``autocast()`` for forward passes, ``minimize(loss, optimizer)`` for backward pass and step.
 
-    The scale of fp16 follows the losses of one optimizer: each optimizer has a Precision of its own, which lives as long. One
-    that outlives a round is part of its owner's state.
+    fp16 uses loss scaling. The scale adapts to the losses of one optimizer, so each optimizer needs its own Precision
+    object. If the optimizer is kept from round to round, its Precision is part of the state to be saved.
 
     Args:
         amp: "no", "bf16" or "fp16".
+        device: device of the networks.
     Raises:
-        UserError: fp16 off a GPU, where it has no loss scaling and no speed.
+        UserError: fp16 on a CPU, which has no loss scaling and no fast fp16 arithmetic.
     """
 
     def __init__(self, amp: str, device: torch.device):
@@ -53,22 +56,22 @@ class Precision:
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
 
     def fresh(self) -> "Precision":
-        """The same for another optimizer: a scale of its own, as at the beginning."""
+        """Returns a Precision of the same kind for another optimizer, with the initial loss scale."""
         return type(self)(self.amp, self.device)
 
     def autocast(self) -> AbstractContextManager:
-        """The context in which networks run; losses are computed in float32 outside it or by autocast's own rules."""
+        """Returns the context for forward passes. Losses are computed in float32 outside it, or by autocast's rules."""
         return torch.autocast(self.device.type, self.dtype) if self.dtype else nullcontext()
 
     def minimize(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
-        """One optimizer step down the gradient of ``loss``."""
+        """Runs the backward pass of ``loss`` and one step of the optimizer."""
         optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
         self.scaler.step(optimizer)
         self.scaler.update()
 
     def state_dict(self) -> dict[str, Any]:
-        """The scale and what it follows; empty without fp16."""
+        """Returns the state of the loss scaling; empty without fp16."""
         return self.scaler.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -77,10 +80,12 @@ class Precision:
 
 
 def choose_device(gpu: int | None) -> torch.device:
-    """``--gpu N`` -> that GPU; None -> this process's of several, the first one, else the CPU; -1 -> the CPU.
+    """Returns the device for ``--gpu``.
 
+    Args:
+        gpu: index of a GPU; -1: the CPU; None: the GPU with this process's local rank, or the CPU if there is no GPU.
     Raises:
-        UserError: that GPU does not exist.
+        UserError: there is no GPU with this index.
     """
     count = torch.cuda.device_count()
     if gpu is None:
@@ -95,19 +100,19 @@ def choose_device(gpu: int | None) -> torch.device:
     return torch.device("cuda", gpu)
 
 
-# The state of an optimizer: at its beginning, and taken up from a checkpoint.
+# The state of an optimizer: initialized, or loaded from a checkpoint.
 
 
 OPTIMIZER = {"state": dict, "param_groups": [dict]}
-# What torch raises on states of other networks, or that no optimizer has left.
+# Errors that torch raises on states of other networks, and on states that are not of an optimizer.
 DOES_NOT_FIT = (KeyError, TypeError, ValueError, RuntimeError, IndexError, AttributeError)
 
 
 def begin_momentum(optimizer: torch.optim.SGD) -> None:
-    """Gives every parameter the momentum 0 that its first step would begin with.
+    """Sets the momentum of every parameter to 0, the value before the first step.
 
-    Without it fused SGD (torch 2.11) allots the buffers in the first step and, where fp16's loss scale overflows there, leaves
-    them as they are: whatever was in that memory becomes the momentum.
+    Otherwise fused SGD (torch 2.11) allocates the momentum buffers in the first step. If the fp16 loss scale overflows in
+    that step, the buffers are not written, and the previous contents of the memory become the momentum.
     """
     for group in optimizer.param_groups:
         for parameter in group["params"] if group["momentum"] else ():
@@ -115,12 +120,14 @@ def begin_momentum(optimizer: torch.optim.SGD) -> None:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Takes up what an optimizer remembers of each parameter; rates and the like stay those of the flags.
+    """Loads the per-parameter state of an optimizer. Learning rates and other options keep the values of the flags.
 
     Args:
-        optimizer: after ``begin_momentum``, which says what there is to remember.
+        optimizer: optimizer after ``begin_momentum``, whose state has the entries that must be loaded.
+        state: ``state_dict`` of an optimizer.
     Raises:
-        ValueError: something is missing or of another shape, or one of ``DOES_NOT_FIT``.
+        ValueError: an entry is missing or of another shape or dtype.
+        DOES_NOT_FIT: torch refuses the state.
     """
     wanted = {parameter: dict(remembered) for parameter, remembered in optimizer.state.items()}
     own = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]

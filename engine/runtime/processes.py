@@ -1,4 +1,4 @@
-"""Several processes that share a run's work: ``accelerate launch`` or ``torchrun`` start them, on one machine or more."""
+"""Several processes for one run, started by ``accelerate launch`` or ``torchrun`` on one or more machines."""
 
 import hashlib
 import os
@@ -17,9 +17,9 @@ from engine.runtime.errors import UserError, launched_rank
 
 @dataclass(frozen=True)
 class Processes:
-    """This process's number and how many there are. Process 0, ``main``, keeps the run folder; the others only compute.
+    """Rank of this process and number of processes. Process 0, the main one, writes the run folder; the others only compute.
 
-    Plain values travel through host memory (gloo), tensors of a GPU from GPU to GPU (nccl). All processes must make the same
+    Plain values are sent through host memory (gloo), GPU tensors from GPU to GPU (nccl). All processes must make the same
     calls in the same order.
     """
 
@@ -32,11 +32,11 @@ class Processes:
 
     @property
     def stream(self) -> tuple[int, ...]:
-        """What this process's random stream is a function of besides (seed, stage, round): nothing for the main one."""
+        """Part of the random stream's position besides (seed, stage, round): () for the main process, else (rank,)."""
         return () if self.main else (self.rank,)
 
     def gather(self, value: Any) -> list[Any]:
-        """The value of every process, by number; of use to the main one, the others get an empty list."""
+        """Returns the values of all processes by rank in the main process; an empty list in the others."""
         if self.count == 1:
             return [value]
         values = [None] * self.count if self.main else None
@@ -44,7 +44,7 @@ class Processes:
         return values or []
 
     def broadcast(self, value: Any = None) -> Any:
-        """The main process's value, in all of them."""
+        """Returns the main process's value in all processes."""
         if self.count == 1:
             return value
         values = [value]
@@ -52,7 +52,7 @@ class Processes:
         return values[0]
 
     def gather_tensor(self, tensor: Tensor) -> Tensor:
-        """Every process's tensor, all of one shape, in all of them: (count, ...)."""
+        """Returns the tensors of all processes, which have the same shape, stacked as (count, ...), in all processes."""
         if self.count == 1:
             return tensor[None]
         tensors = [torch.empty_like(tensor) for _ in range(self.count)]
@@ -60,7 +60,7 @@ class Processes:
         return torch.stack(tensors)
 
     def broadcast_tensor(self, tensor: Tensor | None, device: torch.device) -> Tensor:
-        """The main process's tensor, on every one's device; the others give None."""
+        """Returns the main process's tensor on the device of each process. The other processes pass None."""
         if self.count == 1:
             return tensor
         shape, dtype = self.broadcast((tensor.shape, tensor.dtype) if self.main else None)
@@ -69,15 +69,15 @@ class Processes:
         return tensor
 
     def broadcast_weights(self, module: nn.Module | None) -> None:
-        """Gives a module of every process the main one's weights and buffers."""
+        """Copies the main process's weights and buffers to the module of every process."""
         if self.count > 1 and module is not None:
             for tensor in module.state_dict().values():
-                dense = tensor.contiguous()  # channels_last weights travel as a copy
+                dense = tensor.contiguous()  # channels_last weights are sent as a copy
                 dist.broadcast(dense, 0)
                 tensor.copy_(dense)
 
     def mean(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Named scalars, each averaged over the processes."""
+        """Returns named scalars, each averaged over the processes."""
         if self.count == 1:
             return values
         total = torch.stack([value.float() for value in values.values()])
@@ -92,17 +92,20 @@ class Processes:
                 parameter.grad /= self.count
 
     def parallel(self, module: nn.Module) -> nn.Module:
-        """A module whose backward averages gradients over the processes; batch statistics are each process's own."""
+        """Returns the module with gradients averaged over the processes in the backward pass.
+
+        BatchNorm uses the batch statistics of each process.
+        """
         if self.count == 1:
             return module
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")  # channels_last; costs a copy
         return nn.parallel.DistributedDataParallel(module)
 
     def check_divides(self, batch_size: int) -> None:
-        """Every process takes an equal share of a batch.
+        """Checks that a batch can be divided equally among the processes.
 
         Raises:
-            UserError: that is not possible.
+            UserError: the batch size is not a multiple of the number of processes.
         """
         if batch_size % self.count:
             raise UserError(
@@ -112,12 +115,12 @@ class Processes:
 
 
 def join_processes(gpu: int | None = None) -> Processes:
-    """This process among those that a launcher has started; alone, without one.
+    """Joins the processes that a launcher started; without a launcher, returns a single process.
 
     Args:
-        gpu: ``--gpu``; unset, each process of a machine has a GPU of its own, which nccl wants.
+        gpu: value of ``--gpu``. If it is None, each process on a machine has its own GPU, as nccl requires.
     Raises:
-        UserError: the launcher's variables are incomplete.
+        UserError: environment variables of the launcher are missing.
     """
     count = int(os.environ.get("WORLD_SIZE", 1))
     if count == 1:
@@ -128,36 +131,39 @@ def join_processes(gpu: int | None = None) -> Processes:
         )
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and gpu is None else "gloo"
-        # The others wait as long as the main process makes images. If one process fails, the launcher ends all of them.
+        # The other processes wait while the main process makes images. If one process fails, the launcher ends all of them.
         dist.init_process_group(backend, timeout=timedelta(days=7))
     return Processes(dist.get_rank(), count)
 
 
 def leave_processes() -> None:
-    """Ends a command that succeeded: waits for the main process, since nccl wants all processes to leave together."""
+    """Leaves the process group after a successful command.
+
+    Waits for the main process first, because nccl requires all processes to leave together.
+    """
     if dist.is_initialized():
         dist.broadcast_object_list([None])
         dist.destroy_process_group()
 
 
 def local_rank() -> int:
-    """This process's number on its machine, which is the GPU that it takes."""
+    """Returns the rank of this process on its machine, which is also the index of its GPU."""
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
 def is_main() -> bool:
-    """Whether this is the process that prints and writes."""
+    """Whether this is the main process, which prints and writes."""
     return launched_rank() == 0
 
 
-# Randomness as a function of position: what step a run is at decides its numbers, not how it got there.
+# Random numbers depend only on the position in the run (for example the round), not on how the run got there.
 
 
 def position_seed(*position: int | str) -> int:
-    """A 63-bit seed that is the same wherever and whenever ``position``, like ("distill", round), is reached."""
+    """Returns a 63-bit seed that depends only on ``position``, for example (seed, "distill", round)."""
     return int.from_bytes(hashlib.sha256(repr(position).encode()).digest()[:8], "big") >> 1
 
 
 def seed_position(*position: int | str) -> None:
-    """Seeds torch's global random streams (CPU and every GPU) for ``position``."""
+    """Seeds torch's global random streams, of the CPU and every GPU, with ``position_seed(*position)``."""
     torch.manual_seed(position_seed(*position))

@@ -1,9 +1,9 @@
-"""A run folder: what was asked, what was measured, and the pictures, all of it readable while the run goes on.
+"""The run folder: flags, metrics, log and pictures of a run. All files can be read while the run is in progress.
 
-args.json      flags, command, versions of the last command    stages.json    what is done
-bank/, variants/   images; of a method that keeps none images.safetensors, some of its last
-metrics.jsonl  one line a round or epoch                       log.txt        what was printed
-times.jsonl    when each of those lines was written            result.json    the run's figures, once it is finished
+args.json      flags, command, versions of the last command    stages.json    state of each stage
+bank/, variants/   images; a streaming method keeps a sample of its last images in images.safetensors
+metrics.jsonl  one line per round or epoch                     log.txt        printed lines
+times.jsonl    when each of those lines was written            result.json    figures of the finished run
 events.*       TensorBoard                                     confusion.json teacher and student on the test split
 """
 
@@ -30,7 +30,7 @@ from engine.runtime.files import atomic_path, delete_temporaries, is_temporary, 
 from engine.runtime.processes import is_main
 from engine.runtime.schema import require
 
-FOLDERS = ("bank", "variants", "pictures")  # of a run folder
+FOLDERS = ("bank", "variants", "pictures")  # subfolders of a run folder
 METRICS, TIMES = "metrics.jsonl", "times.jsonl"
 LINE = {
     "stage": str, "round": int, "seconds?": float, "cpu_seconds?": float, "images?": int, "student_steps?": int, "acc1?": float,
@@ -41,7 +41,7 @@ LINE = {
 def require_run_folder(path: Path) -> None:
     """Raises a UserError if ``path`` holds files, but neither the args.json nor the stages.json of a run.
 
-    A run killed before it wrote either has left nothing but its lock and temporary files.
+    A folder with only a lock and temporary files is accepted: a run was killed in it before it wrote args.json.
     """
     if not path.is_dir() or all(file.name == ".lock" or is_temporary(file) for file in path.iterdir()):
         return
@@ -54,7 +54,7 @@ def require_run_folder(path: Path) -> None:
 
 
 def _json_object(file: Path) -> dict[str, Any]:
-    """A JSON file's object; {} for anything else."""
+    """Returns the object in a JSON file; {} if the file is missing, damaged or not an object."""
     try:
         value = parse_json(file.read_text())
     except (OSError, ValueError):
@@ -63,16 +63,16 @@ def _json_object(file: Path) -> dict[str, Any]:
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl or times.jsonl; [] where there is no such file.
+    """Returns the lines of metrics.jsonl or times.jsonl; [] if there is no such file.
 
-    A last one cut off by a kill is passed over. A field that is null counts as missing.
+    An incomplete last line, left by a kill, is ignored. Fields that are null are left out.
 
     Raises:
-        UserError: a line is no line of metrics.
+        UserError: a line is not a line of metrics.
     """
     lines, texts = [], file.read_text(errors="replace").split("\n") if file.exists() else []
     for number, text in enumerate(texts, start=1):
-        if number == len(texts):  # what is not ended is not whole
+        if number == len(texts):  # text after the last line break: empty, or an incomplete line
             break
         try:
             line = parse_json(text)
@@ -84,19 +84,21 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
 
 
 def earlier_value(folder: Path, name: str) -> Any:
-    """The value of a flag with which the run in a folder was begun; None where there is none."""
+    """Returns the value of a flag with which the run in a folder was begun; None if there is no run or no such flag."""
     stages, args = (_json_object(folder / file) for file in ("stages.json", "args.json"))
     settings = [entry.get("depends_on") for entry in stages.values() if isinstance(entry, dict)] + [args.get("args")]
     return next((values[name] for values in settings if isinstance(values, dict) and name in values), None)
 
 
 class Run:
-    """One run folder, held by one process at a time.
+    """Writes a run folder, which is locked for this process.
 
     Args:
-        class_names: what its pictures call the classes; None: nothing.
+        save_dir: run folder; created if missing.
+        args: all flags by name, for args.json.
+        class_names: names of the classes in pictures; None: no names.
     Raises:
-        UserError: the folder cannot be written, holds something else than a run, or another process is using it.
+        UserError: the folder cannot be written, holds other files than a run's, or another process is using it.
     """
 
     def __init__(self, save_dir: str | Path, args: dict[str, Any], class_names: tuple[str, ...] | None = None):
@@ -134,9 +136,9 @@ class Run:
     def metrics(self, stage: str, round: int, values: dict[str, Any]) -> None:
         """Appends one line to metrics.jsonl and the numbers to TensorBoard under ``<stage>/<name>``.
 
-        What the clock says goes to times.jsonl, for the figures of a resumed run are those of an unbroken one, its times
-        are not: seconds of all commands of this run so far, by the clock and of this process on CPUs, without those that a
-        kill has cost.
+        Times are written to times.jsonl instead. The metrics of a resumed run equal those of an uninterrupted run, but its
+        times do not. They are the seconds of all commands of this run so far: clock time, and CPU time of this process. The
+        time between the last line and a kill is not counted.
         """
         for name, line in ((TIMES, self._times()), (METRICS, values)):
             with open(self.path / name, "a") as file:
@@ -148,11 +150,11 @@ class Run:
         return {name: round(clock() - start, 2) for name, (clock, start) in self._clocks.items()}
 
     def history(self, stage: str) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl of one stage; a line cut off by a kill is passed over."""
+        """Returns the lines of metrics.jsonl of one stage, without an incomplete last line."""
         return [line for line in self._lines(METRICS) if line["stage"] == stage]
 
     def rewind(self, stage: str, round: int) -> None:
-        """Forgets a stage's metrics from ``round`` on: those rounds are about to be repeated."""
+        """Deletes the metrics and times of a stage from ``round`` on, because these rounds will be repeated."""
         for file in (self.path / METRICS, self.path / TIMES):
             kept = [line for line in self._lines(file.name) if line["stage"] != stage or line["round"] < round]
             text = "".join(json.dumps(line) + "\n" for line in kept)
@@ -165,7 +167,7 @@ class Run:
 
     @property
     def board(self):
-        """The TensorBoard writer, made at first use (its import takes seconds)."""
+        """The TensorBoard writer, created at first use, because its import takes seconds."""
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -173,7 +175,7 @@ class Run:
         return self._writer
 
     def picture(self, name: str, image: Tensor, round: int = 0) -> None:
-        """An image (3, H, W) uint8 to TensorBoard and to ``pictures/<name>.png``."""
+        """Writes an image (3, H, W) uint8 to TensorBoard and to ``pictures/<name>.png``."""
         from PIL import Image
 
         self.board.add_image(name, image, round)
@@ -181,19 +183,19 @@ class Run:
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(temporary, format="PNG")
 
     def result(self, values: dict[str, Any]) -> None:
-        """Writes result.json: the run's figures, CPU time, peak memory and provenance."""
+        """Writes result.json: the figures of the run, CPU time, peak memory, machine, command, commit and versions."""
         cpu = {"cpu_seconds": self._times()["cpu_seconds"]}
         write_json(self.path / "result.json", {**values, **cpu, **peak_memory(), "machine": machine(), **self.provenance})
 
     def close(self) -> None:
-        """Flushes TensorBoard and lets the folder go."""
+        """Closes the TensorBoard writer and unlocks the folder."""
         if self._writer is not None:
             self._writer.close()
         self._lock.close()
 
 
 class Stopwatch:
-    """Seconds spent inside ``with stopwatch:``. On a GPU it counts by events, so that nothing waits before ``read``."""
+    """Measures the seconds inside ``with stopwatch:``. On a GPU it uses CUDA events and synchronizes only in ``read``."""
 
     def __init__(self, device: torch.device):
         self.device, self.seconds, self.events = device, 0.0, []
@@ -212,7 +214,7 @@ class Stopwatch:
         return event
 
     def read(self) -> float:
-        """Seconds so far."""
+        """Returns the seconds measured so far."""
         on_gpu = self.device.type == "cuda"
         if on_gpu:
             torch.cuda.synchronize(self.device)
@@ -223,13 +225,13 @@ class Stopwatch:
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """Versions of the packages that results depend on."""
+    """Returns the versions of Python and of the packages that results depend on."""
     names = ("torch", "torchvision", "diffusers", "transformers", "numpy")
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
 
 
 def machine() -> str:
-    """What kind of machine this is, in words."""
+    """Returns the name of the GPU, or the number of CPU threads in words."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return f"{torch.get_num_threads()} CPU threads"
@@ -237,7 +239,7 @@ def machine() -> str:
 
 @functools.cache
 def commit() -> str:
-    """The commit of this checkout, with "+" behind it if files have changed since; "unknown" outside git."""
+    """Returns the git commit of this project, followed by "+" if files have changed since; "unknown" outside git."""
     folder = Path(__file__).parent
 
     def git(*words: str) -> str:
@@ -250,9 +252,9 @@ def commit() -> str:
 
 
 def peak_memory() -> dict[str, float]:
-    """Peak memory of this process in MiB: resident, and on the GPU where there is one.
+    """Returns the peak memory of this process in MiB: resident memory, and GPU memory if there is a GPU.
 
-    Pages of a mapped bank count as resident while the system has room for them; it takes them back when memory is short.
+    Resident memory includes pages of memory-mapped banks, which the system can take back when memory is short.
     """
     peak = {"peak_memory_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)}
     if torch.cuda.is_available():
@@ -261,7 +263,7 @@ def peak_memory() -> dict[str, float]:
 
 
 class _Lines:
-    """A log file is no terminal: each state of a progress bar gets a line of its own."""
+    """Output stream for a progress bar in a log file: prints each state of the bar on a new line."""
 
     def write(self, text: str) -> None:
         if text.strip():
@@ -272,13 +274,16 @@ class _Lines:
 
 
 def progress(total: int, what: str, unit: str, start: int = 0, delay: float = 0) -> tqdm:
-    """A progress bar on stderr with rate and time left; where stderr is no terminal, a line every ten seconds.
+    """Returns a progress bar on stderr with speed and remaining time. Only the main process shows it.
 
-    Of several processes the main one alone shows it.
+    If stderr is not a terminal, the bar prints a line every ten seconds.
 
     Args:
-        start: units done before.
-        delay: seconds before it shows; what is done by then needs no bar.
+        total: number of units in all.
+        what: description of the work.
+        unit: name of the unit.
+        start: number of units done by earlier commands.
+        delay: seconds before the bar appears, so that short work shows none.
     """
     common = {"total": total, "initial": start, "desc": what, "unit": unit, "delay": delay, "leave": False}
     common["disable"] = not is_main()

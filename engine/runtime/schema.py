@@ -1,12 +1,12 @@
-"""What a file must hold: field -> type and range, looked at in one place before anything of it is used.
+"""Schemas of files: types and ranges of their fields, checked before any value is used.
 
 A schema is one of
-    str, bool, dict, list, Tensor      of that type
-    int, float                         a whole or finite number; (int, Range(least=0)) of that range
-    Array(torch.uint8, None, 3)        a tensor of that dtype and shape, None standing for any length
-    [schema]                           a list of such values; {str: schema} an object of such values by any name
-    {"name": schema, "other?": ...}    an object with these fields, of which "other" may be missing or null; more may be there
-    None                               null;  {schema, schema} one of them
+    str, bool, dict, list, Tensor      a value of that type
+    int, float                         a whole or finite number; (int, Range(least=0)): a number in that range
+    Array(torch.uint8, (None, 3))      a tensor of that dtype and shape; None: any length
+    [schema]                           a list of such values; {str: schema}: an object of such values with any names
+    {"name": schema, "other?": ...}    an object with these fields; "other" may be missing or null; more are allowed
+    None                               null; {schema, schema}: a value of one of these schemas
 """
 
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ from engine.runtime.errors import UserError
 from engine.runtime.flags import Range
 
 COUNT = (int, Range(least=0))
-SIZE = (int, Range(least=1, most=1_000_000))  # classes, px
+SIZE = (int, Range(least=1, most=1_000_000))  # number of classes, or pixels
 SECONDS = (float, Range(least=0))
 WORDS = {
     str: "text",
@@ -31,25 +31,33 @@ WORDS = {
 
 
 class Array(NamedTuple):
-    """A tensor of a dtype and, where one is given, a shape."""
+    """Schema of a tensor with a dtype and a shape, in which None stands for any length."""
 
     dtype: torch.dtype
     shape: tuple[int | None, ...]
 
 
 def require(value: Any, wanted: Any, what: str, advice: str = "restore it from a copy, or make it again") -> None:
-    """Raises a UserError that names the first part of ``value`` that is not as a schema wants it.
+    """Raises a UserError that names the first part of ``value`` that does not fit a schema.
 
     Args:
-        what: begins the error ("runs/a/stages.json").
-        advice: ends it.
+        value: value to check.
+        wanted: the schema.
+        what: file that the value is from, at the beginning of the error message ("runs/a/stages.json").
+        advice: what the user can do, at the end of the error message.
     """
     if found := wrong(value, wanted):
         raise UserError(f"{what} is not as this program writes it: {found}; {advice}")
 
 
 def wrong(value: Any, wanted: Any, place: str = "it") -> str | None:
-    """What is wrong first, in words; None: nothing."""
+    """Describes the first part of ``value`` that does not fit the schema; None: all parts fit.
+
+    Args:
+        value: value to check.
+        wanted: the schema.
+        place: name of the value in the description.
+    """
     if isinstance(wanted, frozenset | set):
         found = [wrong(value, option, place) for option in wanted]
         return next(iter(found)) if all(found) else None
@@ -99,7 +107,7 @@ def _wrong_field(value: Any, wanted: dict, place: str) -> str | None:
 
 
 def shown(value: Any) -> str:
-    """A value as an error names it, in few characters."""
+    """Returns a short description of a value for an error message."""
     if isinstance(value, Tensor):
         return f"a tensor {value.dtype} of {' x '.join(map(str, value.shape)) or 'one number'}"
     if isinstance(value, str | bool | int | float | None):

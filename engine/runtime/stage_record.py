@@ -1,4 +1,4 @@
-"""Stages of a run: new, incomplete or done, each with the flags and inputs that its result depends on."""
+"""The record of a run's stages: each is new, incomplete or done, with the flags and inputs that its result depends on."""
 
 import time
 from pathlib import Path
@@ -10,15 +10,15 @@ from engine.runtime.errors import UserError
 from engine.runtime.files import read_json, write_json
 from engine.runtime.schema import COUNT, SECONDS, require
 
-FACTS = {"files?": {str: COUNT}}  # of a done stage: pattern of its outputs -> files; and whatever else is to be remembered
+FACTS = {"files?": {str: COUNT}}  # of a done stage: {pattern of its outputs: number of files}, and further facts
 RECORD = {str: {"status": str, "depends_on": dict, "seconds": SECONDS, "facts": FACTS, "threads?": COUNT}}
 
 
 def read_record(path: Path) -> dict[str, dict[str, Any]]:
-    """What a ``stages.json`` holds; {} where there is none.
+    """Returns the contents of a ``stages.json``; {} if there is no such file.
 
     Raises:
-        UserError: it is damaged.
+        UserError: the file is damaged.
     """
     record = read_json(path) if path.exists() else {}
     require(record, RECORD, str(path))
@@ -30,13 +30,13 @@ def read_record(path: Path) -> dict[str, dict[str, Any]]:
 class StageRecord:
     """The record ``stages.json`` of a run folder.
 
-    A done stage is skipped and an incomplete one goes on, if its flags and inputs and those of the stages before it are
-    what they were; anything else is an error that names the flag.
+    A done stage is skipped and an incomplete stage is resumed. Both require that its flags and inputs, and those of the
+    stages before it, have not changed. A changed flag is an error that names the flag.
 
     Args:
-        path: of ``stages.json``.
-        dependencies: {stage: {flag or input: value}} of this command, in the method's order.
-        redo: the flag that makes a stage again, for errors.
+        path: path of ``stages.json``.
+        dependencies: {stage: {flag or input: value}} of this command, in the order of the stages.
+        redo: flag that makes a stage again, for error messages.
     """
 
     def __init__(self, path: Path, dependencies: dict[str, dict[str, Any]], redo: str = "--redo {stage}"):
@@ -45,10 +45,10 @@ class StageRecord:
         self.started: dict[str, float] = {}
 
     def check(self, selected: list[str]) -> None:
-        """Compares every recorded stage up to the last selected one with this command.
+        """Compares the recorded stages, up to the last selected one, with the flags and inputs of this command.
 
         Raises:
-            UserError: a flag or an input has changed since.
+            UserError: a flag or an input has changed.
         """
         order = list(self.dependencies)
         for stage in order[: max(map(order.index, selected), default=-1) + 1]:
@@ -71,11 +71,11 @@ class StageRecord:
                     )
 
     def status(self, stage: str) -> str:
-        """ "new", "incomplete" or "done"."""
+        """Returns the state of a stage: "new", "incomplete" or "done"."""
         return self.record.get(stage, {}).get("status", "new")
 
     def begin(self, stage: str) -> None:
-        """Marks a stage as under way; its clock goes on from where an earlier command left it."""
+        """Records a new stage as incomplete, and starts its clock at the seconds that earlier commands took."""
         self.record.setdefault(
             stage, {"status": "incomplete", "depends_on": self.dependencies[stage], "seconds": 0.0, "facts": {}}
         )
@@ -84,15 +84,15 @@ class StageRecord:
         write_json(self.path, self.record)
 
     def reopen(self, stage: str) -> None:
-        """A done stage is to be finished once more."""
+        """Marks a done stage as incomplete, so that it is finished once more. Does not write the file."""
         self.record[stage]["status"] = "incomplete"
 
     def threads(self, stage: str) -> int | None:
-        """The number of CPU threads that a stage was begun with; None: it is new, or that is not known."""
+        """Returns the number of CPU threads with which a stage was begun; None: new stage, or number unknown."""
         return self.record.get(stage, {}).get("threads")
 
     def update(self, stage: str, *, done: bool = False, **facts: Any) -> None:
-        """Stores how long a stage has run and what is to be remembered of it."""
+        """Records the duration of a stage so far and further facts, and, with ``done``, that it is done."""
         entry = self.record[stage]
         entry["seconds"] = round(time.monotonic() - self.started[stage], 3)
         entry["facts"].update(facts)
@@ -101,37 +101,37 @@ class StageRecord:
         write_json(self.path, self.record)
 
     def from_on(self, stage: str) -> list[str]:
-        """The names of a stage and of all that follow it."""
+        """Returns the names of a stage and of all later stages."""
         order = list(self.dependencies)
         if stage not in order:
             raise UserError(f"--redo {stage}: this method has the stages {', '.join(order)}")
         return order[order.index(stage) :]
 
     def forget(self, stage: str) -> list[str]:
-        """``discard`` that leaves the file as it is."""
+        """Removes a stage and all later stages from the record in memory; returns their names. Does not write the file."""
         gone = self.from_on(stage)
         for name in gone:
             self.record.pop(name, None)
         return gone
 
     def discard(self, stage: str) -> list[str]:
-        """Forgets a stage and all that follow it; returns their names."""
+        """Removes a stage and all later stages from the record and its file; returns their names."""
         gone = self.forget(stage)
         if self.path.exists():
             write_json(self.path, self.record)
         return gone
 
     def fact(self, stage: str, name: str, default: Any = None) -> Any:
-        """Something remembered of a stage by ``update``."""
+        """Returns a fact of a stage that ``update`` recorded."""
         return self.record.get(stage, {}).get("facts", {}).get(name, default)
 
     def seconds(self) -> dict[str, float]:
-        """{stage: seconds} over all commands so far."""
+        """Returns {stage: seconds} over all commands so far."""
         return {stage: entry["seconds"] for stage, entry in self.record.items()}
 
 
 def show(value: Any) -> str:
-    """A flag's value as the user writes it."""
+    """Returns the value of a flag as a user writes it on the command line."""
     if isinstance(value, list | tuple):
         return ",".join(map(str, value))
     return "unset" if value is None else str(value)

@@ -1,9 +1,10 @@
-"""SHA-256 of what a run writes, in a list beside the files: a flipped bit or a lost file is noticed, not taken.
+"""SHA-256 checksums of a run's files, in a list beside the files, so that damaged and lost files are detected.
 
-A folder with a ``sha256.txt`` keeps, for every file of ``SUMMED`` that is written into it, a line as ``sha256sum`` writes it.
-The line comes before the file, so that whenever the writer is killed the file that is there is on the list; a file has as
-many lines as contents, and any of them is right. The list is only added to; a line of zeros stands for a deleted file.
-A file without a line, of an earlier version or put there by its user, is taken as it is.
+A folder with a ``sha256.txt`` has, for every file matching ``SUMMED`` that is written into it, a line as ``sha256sum``
+writes it. The line is written before the file. Thus the present file is always on the list, even if the writer is killed. A
+file that was written several times has a line for each of its contents, and any of them is valid. Lines are only appended. A
+line with a checksum of zeros means that the file was deleted on purpose. A file without a line, from an earlier version or
+added by a user, is not checked.
 """
 
 import hashlib
@@ -16,22 +17,22 @@ from pathlib import Path
 from engine.runtime.errors import UserError
 
 LIST = "sha256.txt"
-SUMMED = re.compile(r".+\.(pth|safetensors)|(manifest|result|confusion)\.json")  # what is read again
-DELETED = "0" * 64  # in place of a digest: the file was deleted on purpose
+SUMMED = re.compile(r".+\.(pth|safetensors)|(manifest|result|confusion)\.json")  # names of the files that are read again
+DELETED = "0" * 64  # instead of a digest: the file was deleted on purpose
 LINE = re.compile(r"([0-9a-f]{64})  (.+)\n")
 
-_lists: dict[Path, tuple[tuple, dict[str, set[str]]]] = {}  # folder -> (the list's state on disk, {name: digests})
-_checked: set[tuple] = set()  # states on disk of files that were found to be right, or written, by this process
+_lists: dict[Path, tuple[tuple, dict[str, set[str]]]] = {}  # {folder: (state of the list on disk, {name: digests})}
+_checked: set[tuple] = set()  # states on disk of files that this process has checked or written
 
 
 def keep(folder: Path) -> None:
-    """From now on a folder, made if it is missing, has such a list."""
+    """Starts a list of checksums in a folder, which is created if missing. An existing list is kept."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / LIST).touch()
 
 
 def listed(folder: Path) -> dict[str, set[str]]:
-    """{name: the digests of its contents so far}; {} without a list."""
+    """Returns {name: digests of all contents that the file has had}; {} for a folder without a list."""
     file = folder / LIST
     try:
         state = _state(file)
@@ -46,7 +47,7 @@ def listed(folder: Path) -> dict[str, set[str]]:
 
 
 def note(path: Path, temporary: Path) -> None:
-    """Before ``temporary`` becomes ``path``: its digest goes on the folder's list, if there is one."""
+    """Adds the digest of ``temporary`` to the folder's list, if any. Call it before renaming the file to ``path``."""
     if not SUMMED.fullmatch(path.name) or not (path.parent / LIST).is_file():
         return
     digest = digest_of(temporary)
@@ -56,7 +57,7 @@ def note(path: Path, temporary: Path) -> None:
 
 
 def forget(files: Iterable[Path]) -> None:
-    """Takes files that were deleted on purpose off their lists."""
+    """Records on the lists of their folders that files were deleted on purpose."""
     by_folder: dict[Path, list[str]] = {}
     for file in files:
         if file.name in listed(file.parent):
@@ -66,11 +67,11 @@ def forget(files: Iterable[Path]) -> None:
 
 
 def check(path: Path) -> None:
-    """Compares a file with its folder's list, once a process unless it changes.
+    """Compares a file with the list of its folder. Each process checks a file once, and again if it changes.
 
     Raises:
-        UserError: it is on the list with other contents.
-        OSError: it cannot be read.
+        UserError: the file is on the list, but its contents are not.
+        OSError: the file cannot be read.
     """
     path = Path(path)
     digests = listed(path.parent).get(path.name)
@@ -83,7 +84,7 @@ def check(path: Path) -> None:
 
 
 def require(path: Path, digest: str | None) -> None:
-    """Raises a UserError unless a file has this digest; None: that is not known."""
+    """Raises a UserError unless a file has this digest; None: unknown, no check."""
     if digest and (state := (str(path), *_state(path))) not in _checked:
         if digest_of(path) != digest:
             raise UserError(
@@ -93,17 +94,17 @@ def require(path: Path, digest: str | None) -> None:
 
 
 def missing(folder: Path, patterns: Iterable[str]) -> list[Path]:
-    """Files that ``matching`` finds, and that are gone."""
+    """Returns the files found by ``matching`` that do not exist."""
     return [file for file in matching(folder, patterns) if not file.exists()]
 
 
 def present(folder: Path, patterns: Iterable[str]) -> list[Path]:
-    """Files that ``matching`` finds, and that are there."""
+    """Returns the files found by ``matching`` that exist."""
     return [file for file in matching(folder, patterns) if file.exists()]
 
 
 def matching(folder: Path, patterns: Iterable[str]) -> list[Path]:
-    """Files on the lists of a folder and of those in it that match a pattern ("student.pth", "bank/distill-*")."""
+    """Returns the listed files of a folder and its subfolders that match a pattern ("student.pth", "bank/distill-*")."""
     places = [((folder / pattern).parent, Path(pattern).name) for pattern in patterns]
     return [parent / known for parent, name in places for known in listed(parent) if fnmatch(known, name)]
 
@@ -133,6 +134,6 @@ def _state(file: Path) -> tuple[int, int, int]:
 
 
 def digest_of(file: Path) -> str:
-    """The SHA-256 of a file in hex digits."""
+    """Returns the SHA-256 of a file in hex digits."""
     with open(file, "rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
