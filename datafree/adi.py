@@ -6,18 +6,18 @@ adds images that the bank lacks so far.
     synthesis   DeepInversion's + adv * (1 - JS(softmax(S / 3), softmax(T / 3))) - bn * student_bn * L_bn(student)
     JS(P, Q)    mean_b 1/2 [KL(m || p) + KL(m || q)],   m, p, q = (P + Q) / 2, P, Q, each clamped to [.01, .99]
 
-The clamp bounds the first term: JS is at most 1.62. The second term comes from a published script and is not in the paper. It
-drives the images away from the BN statistics of the images that the student was trained on. In the first rounds the student is
-random, and its outputs hardly depend on the image. JS then measures little more than the teacher's confidence, which the
-one-hot loss rewards too. Both terms therefore need no warm-up.
+The clamp bounds the first term: JS is at most 1.62. The second term comes from a published script and is not in the paper.
+It drives the images away from the BN statistics of the images that the student was trained on. In the first rounds the
+student is random, and its outputs hardly depend on the image. JS then measures little more than the teacher's confidence,
+which the one-hot loss rewards too. Both terms therefore need no warm-up.
 
-Published settings (CIFAR): DeepInversion's with adv 1. Fast's script adds student_bn .001 inside the bn term (.01 in all) and
-sets tv 0; these are the defaults here. The scripts of CMI and CSD have ``--tv 1e-3 --student_bn 0``.
+Published settings (CIFAR): DeepInversion's with adv 1. Fast's script adds student_bn .001 inside the bn term (.01 in all)
+and sets tv 0; these are the defaults here. The scripts of CMI and CSD have ``--tv 1e-3 --student_bn 0``.
 
-Deviations: those of DeepInversion, and the direction of the divergences in JS. The paper writes the Jensen-Shannon divergence,
-with KL(p || m) and KL(q || m). Its authors' code and all later scripts exchange the arguments of both. This file follows the
-code, because the weight adv 1 was chosen for it: the gradient of the paper's formula is only .3 to .6 times as long. Clamping
-the mean m changes the length of the gradient little (factor .93 to 1.02).
+Deviations: those of DeepInversion, and the direction of the divergences in JS. The paper writes the Jensen-Shannon
+divergence, with KL(p || m) and KL(q || m). Its authors' code and all later scripts exchange the arguments of both. This file
+follows the code, because the weight adv 1 was chosen for it: the gradient of the paper's formula is only .3 to .6 times as
+long. Clamping the mean m changes the length of the gradient little (factor .93 to 1.02).
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,6 @@
-"""Base classes of the methods. A new method is one file with these parts, one line in ``registry.py``, its scripts and a test.
+"""Base classes of the distillation methods.
+
+A new method is one file with these parts, one line in ``registry.py``, its scripts and a test:
 
 Config        frozen dataclass of the method's flags (``engine.runtime.flags.flag``)
 Synthesizer   makes images with the teacher (and the student), one round per call
@@ -84,13 +86,13 @@ class Synthesizer:
 
     Attributes:
         images_total: streaming methods: number of different images; None if every image is new.
-        pictures: streaming methods: fixed set of images from which batches are drawn, in the task's random views; None if there
-            is no such set.
+        pictures: streaming methods: fixed set of images from which batches are drawn, in the task's random views; None if
+            there is no such set.
         independent: whether a round of the initial bank depends on its number alone, not on earlier rounds.
         shared: module that ``batches`` and ``after_step`` use. If several processes train the student, only the main process
             calls ``synthesize``. The other processes then receive this module's weights.
-        rate: the student's learning rate in this round divided by ``--lr``. Stage distill sets it; a synthesizer may scale its
-            own learning rate by it.
+        rate: the student's learning rate in this round divided by ``--lr``. Stage distill sets it; a synthesizer may scale
+            its own learning rate by it.
     """
 
     images_total: int | None = None
@@ -102,8 +104,9 @@ class Synthesizer:
     def synthesize(self, student: nn.Module) -> ImageBatch:
         """Makes the images of one round, with the teacher and, in adversarial methods, the student.
 
-        The student is in eval mode and its weights receive no gradients. Gradients may flow through the student to the images.
-        In streaming methods the returned images are only shown in the log; the student is trained on those of ``batches``.
+        The student is in eval mode and its weights receive no gradients. Gradients may flow through the student to the
+        images. In streaming methods the returned images are only shown in the log; the student is trained on those of
+        ``batches``.
         """
         raise NotImplementedError
 
@@ -185,10 +188,11 @@ class Method:
     Class attributes:
         Config: frozen dataclass of the method's flags.
         streams: whether the student's batches come from ``Synthesizer.batches``; no image bank is kept then.
-        reads_train_split: whether the method opens the real training images; only the control that distils on real data does.
+        reads_train_split: whether the method opens the real training images; only the control that distils on real data
+            does.
         defaults: common flags whose default this method changes, for example {"epochs": 200}.
-        external_prior: data or pretrained model that the synthesizer uses besides the teacher, as named in the results table; an
-            instance may set it.
+        external_prior: data or pretrained model that the synthesizer uses besides the teacher, as named in the results
+            table; an instance may set it.
 
     If a Config has the field ``bn`` and its value is not 0, the teacher needs BatchNorm layers.
     """
@@ -219,7 +223,7 @@ class Method:
         return (Distill(self, external_prior=self.external_prior),)
 
     def from_initial_bank(self, rounds: int) -> tuple[Stage, ...]:
-        """Stages synthesize (``rounds`` rounds of ``initial_synthesizer`` fill the bank) and distill (starts from that bank)."""
+        """Stages synthesize and distill; synthesize fills the bank with ``rounds`` rounds of ``initial_synthesizer``."""
 
         def maker(session: Session) -> SynthesisMaker:
             return SynthesisMaker(self.initial_synthesizer(), self.student, session.seed)

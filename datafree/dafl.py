@@ -6,8 +6,9 @@ should have large values, and all classes should occur equally often.
     generator   oh * CE(T(x), argmax T(x)) - act * mean |f_T(x)| + balance * sum p log p,   p the batch's mean probabilities
     student     KL_T
 
-Published settings (CIFAR): 200 epochs of 400 student steps on 256 images, one generator step per 5 student steps; noise vectors
-of length 512, the large generator; SGD lr .1, Adam lr 1e-3, T 1 (see ``datafree.stream``), oh 1, act .001, balance 20.
+Published settings (CIFAR): 200 epochs of 400 student steps on 256 images, one generator step per 5 student steps; noise
+vectors of length 512, the large generator; SGD lr .1, Adam lr 1e-3, T 1 (see ``datafree.stream``); oh 1, act .001,
+balance 20.
 
 Deviations:
 - The paper and its script train generator and student on the same batch in every step. Here they take turns, as in the later

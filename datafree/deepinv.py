@@ -1,7 +1,7 @@
 """DeepInversion: images from the teacher's weights alone (Yin et al., CVPR 2020, arXiv 1912.08795).
 
-The pixels of a batch are optimised directly, without a generator. The teacher should classify each image as its wanted class,
-and the batch should have the BN statistics of the teacher's training data. The student plays no part in synthesis
+The pixels of a batch are optimised directly, without a generator. The teacher should classify each image as its wanted
+class, and the batch should have the BN statistics of the teacher's training data. The student plays no part in synthesis
 (``datafree.adi`` adds it). The student is trained on all images made so far.
 
     synthesis   oh * CE(T(x), y) + bn * L_bn + tv * TV(x) + l2 * mean_b ||x_b||_2
@@ -9,10 +9,10 @@ and the batch should have the BN statistics of the teacher's training data. The 
     student     KL_T
 
 Before each forward pass of the teacher, the whole batch is rolled by up to an eighth of its height and width. If the task
-allows flips, it is also mirrored with probability 1/2. One roll and one flip are drawn for the whole batch, anew at every step.
-Pixels are optimised in the teacher's normalized space, starting from N(0, 1). An Adam step is about as long as its learning
-rate, and the published .1 refers to this space. In [0, 1] the same rate would make steps four to five times as long. After
-every step the pixels are clipped to the range that corresponds to [0, 1].
+allows flips, it is also mirrored with probability 1/2. One roll and one flip are drawn for the whole batch, anew at every
+step. Pixels are optimised in the teacher's normalized space, starting from N(0, 1). An Adam step is about as long as its
+learning rate, and the published .1 refers to this space. In [0, 1] the same rate would make steps four to five times as
+long. After every step the pixels are clipped to the range that corresponds to [0, 1].
 
 Published settings (CIFAR): 200 rounds of 256 images, 1000 steps per round (2000 in the tables), Adam lr .1 with betas (.5,
 .99); bn 10, oh 1, tv .001, l2 0; 400 student steps per round, SGD lr .1, T 20.
@@ -79,7 +79,7 @@ def l2_norm(images: Tensor) -> Tensor:
 
 
 def jitter(images: Tensor, flip: bool) -> Tensor:
-    """Rolls a batch (B, C, H, W) by up to an eighth of its height and width; if ``flip``, mirrors it with probability 1/2."""
+    """Rolls a batch (B, C, H, W) by up to an eighth of its height and width; if ``flip``, mirrors half of the batches."""
     height, width = images.shape[2:]
     # Drawn on the CPU, because numbers drawn on a GPU would have to be waited for.
     down, right, mirrored = torch.rand(3).tolist()

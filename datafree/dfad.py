@@ -6,15 +6,15 @@ trained to minimize it.
     generator   - adv * mean |S(x) - T(x)|
     student     mean |S(x) - T(x)|
 
-Published settings (CIFAR): 200 epochs of 400 student steps on 256 images, one generator step per 5 student steps; SGD lr .1, Adam
-lr 1e-3.
+Published settings (CIFAR): 200 epochs of 400 student steps on 256 images, one generator step per 5 student steps; SGD lr .1,
+Adam lr 1e-3.
 
-Both learning rates fall. Later scripts of the field keep the generator's learning rate constant (``--lr_g_schedule constant``).
-The generator can then change faster than the student, whose learning rate has fallen, can follow.
+Both learning rates fall. Later scripts of the field keep the generator's learning rate constant (``--lr_g_schedule
+constant``). The generator can then change faster than the student, whose learning rate has fallen, can follow.
 
 Deviations:
-- The generator is the large one, as in the other streaming methods here. The authors' generator has 128 and 64 channels and ends
-  in a BN layer.
+- The generator is the large one, as in the other streaming methods here. The authors' generator has 128 and 64 channels and
+  ends in a BN layer.
 - The authors' code lowers both learning rates by steps. Here they follow a cosine.
 - In the authors' code the student's BN layers use batch statistics while the generator is trained, and the student's weight
   decay is 5e-4.

@@ -1,18 +1,18 @@
 """DFQ: data-free network quantization with adversarial knowledge distillation (Choi et al., CVPRW 2020, arXiv 2005.04136).
 
 This file implements the paper's distillation, not its quantization. A generator's images should be hard for the student and
-match the teacher's BN statistics. The teacher should classify each of them with confidence, and all classes should occur equally
-often.
+match the teacher's BN statistics. The teacher should classify each of them with confidence, and all classes should occur
+equally often.
 
     generator   - adv * KL + bn * L_bn + oh * CE(T(x), argmax T(x)) + balance * sum p log p,   p the batch's mean probabilities
     student     KL_T
 
-Published settings (CIFAR): 200 epochs of 400 student steps on 256 images, one generator step per 10 student steps; SGD lr .1,
-Adam lr 1e-3, T 1 (see ``datafree.stream``); adv 1, bn 1, oh 1, balance 20.
+Published settings (CIFAR): 200 epochs of 400 student steps on 256 images, one generator step per 10 student steps; SGD lr
+.1, Adam lr 1e-3, T 1 (see ``datafree.stream``); adv 1, bn 1, oh 1, balance 20.
 
 Deviations:
-- The paper trains several generators and warms one up first. Here there is one generator without warm-up, as in the later scripts
-  of the field, from which the published settings come.
+- The paper trains several generators and warms one up first. Here there is one generator without warm-up, as in the later
+  scripts of the field, from which the published settings come.
 - The generator is that of the other streaming methods here, with noise vectors of length 256.
 """
 

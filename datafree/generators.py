@@ -30,14 +30,15 @@ class UpsampleConv2d(nn.Conv2d):
 class Generator(nn.Module):
     """Linear layer and BN, then [upsample x2, 3x3 conv, BN, LeakyReLU 0.2] per doubling, then 3x3 conv and sigmoid.
 
-    The small generator has 128 channels, and 64 in its last block. The large one (streaming methods) has 256, 128 and 64. Images
-    of up to 32 px need two doublings. Larger images need one more for each doubling of the size: three at 64 px, five at 224 px
-    (from 7 x 7).
+    The small generator has 128 channels, and 64 in its last block. The large one (streaming methods) has 256, 128 and 64.
+    Images of up to 32 px need two doublings. Larger images need one more for each doubling of the size: three at 64 px, five
+    at 224 px (from 7 x 7).
 
     Args:
         nz: length of the noise vectors.
         image_size: H = W of the images in px, a multiple of 2 ** (number of doublings).
-        channels: channels of the first map and of each block's output; if there are more blocks, the first number is repeated.
+        channels: channels of the first map and of each block's output; if there are more blocks, the first number is
+            repeated.
     Raises:
         UserError: the image size is no such multiple.
     """
@@ -63,7 +64,7 @@ class Generator(nn.Module):
 
 
 def reset(network: nn.Module) -> nn.Module:
-    """Draws new weights in place and returns the network: N(0, .02), BN weights N(1, .02), biases 0, as usual in the field."""
+    """Draws new weights in place, as usual in the field: N(0, .02), BN weights N(1, .02), biases 0; returns the network."""
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.reset_running_stats()

@@ -51,7 +51,7 @@ def rotations(images: Tensor) -> Tensor:
 
 
 def rotation_labels(labels: Tensor) -> Tensor:
-    """Joint labels ``4y + k`` of class y and rotation k, in the order of ``rotations``: (B,) -> (4B,) (CSD, arXiv 2307.04542)."""
+    """Joint labels ``4y + k`` of class y and rotation k, ordered as ``rotations``: (B,) -> (4B,) (CSD, arXiv 2307.04542)."""
     turns = torch.arange(4, device=labels.device)
     return (4 * labels[None, :] + turns[:, None]).reshape(-1)
 
@@ -76,7 +76,7 @@ def adversarial_loss(
 
 
 def balance_loss(teacher_logits: Tensor) -> Tensor:
-    """``sum p log p`` of the batch's mean class probabilities p (DAFL); its minimum, -log C, is at equally frequent classes."""
+    """``sum p log p`` of the batch's mean class probabilities p (DAFL); least, -log C, if all classes are equally frequent."""
     mean = F.softmax(teacher_logits.float(), dim=1).mean(0)
     return torch.xlogy(mean, mean).sum()
 
@@ -99,9 +99,9 @@ class KLDistillation(nn.Module):
 # The BN-statistics loss of DeepInversion (Yin et al. 2020, arXiv 1912.08795).
 #
 # A trained network keeps the running mean and variance of its training data at the input of every BN layer. The loss is the
-# distance of a synthetic batch's mean and variance from them. PyTorch's batch-norm kernel computes the batch statistics in one
-# pass, and their gradient is one fused multiply-add. On a CPU this is about seven times as fast as ``torch.var_mean`` with
-# autograd.
+# distance of a synthetic batch's mean and variance from them. PyTorch's batch-norm kernel computes the batch statistics in
+# one pass, and their gradient is one fused multiply-add. On a CPU this is about seven times as fast as ``torch.var_mean``
+# with autograd.
 
 
 Stats = tuple[Tensor, Tensor]  # (mean, variance)
@@ -199,8 +199,8 @@ class BNStatistics:
             teacher(images)
         loss = bn_loss(batch_stats, statistics.running)
 
-    Outside ``collect`` the hooks do nothing. Any number of BN layers is supported, 1-d to 3-d. Layers are in the order in which
-    they run, and a layer that runs twice counts twice.
+    Outside ``collect`` the hooks do nothing. Any number of BN layers is supported, 1-d to 3-d. Layers are in the order in
+    which they run, and a layer that runs twice counts twice.
 
     Raises:
         UserError: the network has no BN layer with running statistics.

@@ -1,29 +1,29 @@
 """ZSKT: zero-shot knowledge transfer via adversarial belief matching (Micaelli & Storkey, NeurIPS 2019, arXiv 1905.09768).
 
-A generator is trained to make images on which student and teacher disagree. The student learns to match the teacher's outputs
-and the spatial attention of its feature maps.
+A generator is trained to make images on which student and teacher disagree. The student learns to match the teacher's
+outputs and the spatial attention of its feature maps.
 
     generator   - adv * KL_T
     student     KL_T + attention * sum over sizes of mean (a_S - a_T)^2,   a = sum_c map_c^2 over its 2-norm (B, h * w)
 
-Published settings (CIFAR): 200 epochs of 400 student steps on 256 images, one generator step per 5 student steps; noise vectors
-of length 256, the large generator; SGD lr .1, Adam lr 1e-3, T 1 (see ``datafree.stream``), adv 1.
+Published settings (CIFAR): 200 epochs of 400 student steps on 256 images, one generator step per 5 student steps; noise
+vectors of length 256, the large generator; SGD lr .1, Adam lr 1e-3, T 1 (see ``datafree.stream``), adv 1.
 
-The training needs many rounds. The generator's learning rate falls in proportion to the student's, as in the paper. The script
-keeps the generator's learning rate constant (``--lr_g_schedule constant``). The generator can then change faster than the
-student, whose learning rate has fallen, can follow.
+The training needs many rounds. The generator's learning rate falls in proportion to the student's, as in the paper. The
+script keeps the generator's learning rate constant (``--lr_g_schedule constant``). The generator can then change faster than
+the student, whose learning rate has fallen, can follow.
 
 Deviations:
-- The published script with these settings has no attention term. The paper has one with weight 250, which is the default here
-  (``--attention 0`` is the script).
-- Attention is matched at every map size that both networks have, between their last maps of that size. The paper matches layers
-  chosen by hand. The rule used here works for any pair of networks.
+- The published script with these settings has no attention term. The paper has one with weight 250, which is the default
+  here (``--attention 0`` is the script).
+- Attention is matched at every map size that both networks have, between their last maps of that size. The paper matches
+  layers chosen by hand. The rule used here works for any pair of networks.
 
 The authors' own code differs further:
 - Its KL is divided by the number of classes, which raises the relative weight of the attention term by that factor.
 - Both networks are trained by Adam, with gradients clipped to norm 5.
-- The student takes ten steps on each batch, and its BN layers use batch statistics while the generator is trained. Its 80,000
-  batches make 800,000 student steps.
+- The student takes ten steps on each batch, and its BN layers use batch statistics while the generator is trained. Its
+  80,000 batches make 800,000 student steps.
 - The generator is smaller (noise vectors of length 100) and ends in a BN layer.
 """
 
@@ -60,7 +60,7 @@ class ZSKTSynthesizer(GeneratorStream):
 
 
 def attention(feature_map: Tensor) -> Tensor:
-    """Spatial attention of a feature map (B, C, h, w): (B, h * w), rows of 2-norm 1 (Zagoruyko & Komodakis, arXiv 1612.03928)."""
+    """Spatial attention (B, h * w) of a map (B, C, h, w), rows of 2-norm 1 (Zagoruyko & Komodakis, arXiv 1612.03928)."""
     return F.normalize(feature_map.float().pow(2).mean(1).flatten(1), dim=1)
 
 
