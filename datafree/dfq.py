@@ -4,7 +4,8 @@ This file implements the paper's distillation, not its quantization. A generator
 match the teacher's BN statistics. The teacher should classify each of them with confidence, and all classes should occur
 equally often.
 
-    generator   - adv * KL + bn * L_bn + oh * CE(T(x), argmax T(x)) + balance * sum p log p,   p the batch's mean probabilities
+    generator   - adv * KL + bn * L_bn + oh * CE(T(x), argmax T(x)) + balance * sum p log p
+    p           mean class probabilities of the batch
     student     KL_T
 
 Published settings (CIFAR): 200 epochs of 400 student steps on 256 images, one generator step per 10 student steps; SGD lr

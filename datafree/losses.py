@@ -76,7 +76,7 @@ def adversarial_loss(
 
 
 def balance_loss(teacher_logits: Tensor) -> Tensor:
-    """``sum p log p`` of the batch's mean class probabilities p (DAFL); least, -log C, if all classes are equally frequent."""
+    """``sum p log p`` of the batch's mean class probabilities p (DAFL); least, -log C, if p is uniform."""
     mean = F.softmax(teacher_logits.float(), dim=1).mean(0)
     return torch.xlogy(mean, mean).sum()
 
