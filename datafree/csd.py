@@ -18,7 +18,7 @@ blocks; in WRNs these are taken before the last BN and ReLU.
 
 Published settings (CIFAR-10, WRN-40-2): an initial bank of 400 rounds of 200 images, 500 steps each, csd 0; then 100 rounds
 of 200 images, 200 steps each, with 2000 student steps per round on batches of 128; SGD lr .1, T 20, csd 10, feat 30; SGD of
-the head with lr .1, momentum .9, weight decay 1e-4. With fewer than some hundred head steps per round (``kd_steps /
+the head with lr .1, momentum .9, weight decay 1e-4. With fewer than a few hundred head steps per round (``kd_steps /
 head_interval``) the head learns nothing, and csd has almost no effect.
 
 ``--warm_generator`` is not in the paper. With it a round starts from the generator of the previous round. The synthesis loss
@@ -28,7 +28,7 @@ Deviations:
 - Labels are drawn class-balanced, not independently.
 - If the feature maps differ in size, the larger one is pooled. The script resizes the student's map to the teacher's size.
 
-Tried and dropped: raw logits in place of h. -csd * CE then has no lower bound. As soon as the head has learnt something,
+Tried and dropped: raw logits in place of h. The term -csd * CE then has no lower bound. As soon as the head has learnt something,
 synthesis destroys the images, and the teacher classifies none of them as wanted.
 """
 
