@@ -28,8 +28,8 @@ Deviations:
 - Labels are drawn class-balanced, not independently.
 - If the feature maps differ in size, the larger one is pooled. The script resizes the student's map to the teacher's size.
 
-Tried and dropped: raw logits in place of h. The term -csd * CE then has no lower bound. As soon as the head has learnt something,
-synthesis destroys the images, and the teacher classifies none of them as wanted.
+Tried and dropped: raw logits in place of h. The term -csd * CE then has no lower bound. As soon as the head has learnt
+something, synthesis destroys the images, and the teacher classifies none of them as wanted.
 """
 
 from dataclasses import dataclass

@@ -99,9 +99,9 @@ class DDAConfig(CSDConfig):
     )
     diffusion_model: str | None = flag(
         None,
-        "image_variation, image_to_image: hub id or local directory of the model; natural: .safetensors file or name of a "
-        "shipped prior; unset: natural: natural_32, image_variation: lambdalabs/sd-image-variations-diffusers, "
-        "image_to_image: stable-diffusion-v1-5/stable-diffusion-v1-5",
+        "natural: .safetensors file or name of a shipped prior; image_variation, image_to_image: hub id or local directory "
+        "of the model; unset: natural_32, lambdalabs/sd-image-variations-diffusers or "
+        "stable-diffusion-v1-5/stable-diffusion-v1-5",
         affects=AUGMENT,
     )
     diffusion_revision: str | None = flag(
