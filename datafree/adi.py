@@ -52,7 +52,7 @@ class ADIConfig(DeepInversionConfig):
     )
     student_bn: float = flag(
         1e-3,
-        "times --bn: weight with which synthesis increases the distance from the student's own BN statistics",
+        "weight of the distance from the student's own BN statistics, which synthesis increases; multiplied by --bn",
         affects=DISTILL,
         least=0,
     )

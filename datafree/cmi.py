@@ -72,7 +72,12 @@ class CMIConfig:
     """Flags of CMI."""
 
     init_rounds: int = flag(
-        400, "rounds of stage synthesize, the initial bank", affects=("synthesize",), scales=True, least=1, most=1_000_000
+        400,
+        "rounds of stage synthesize, which makes the initial bank",
+        affects=("synthesize",),
+        scales=True,
+        least=1,
+        most=1_000_000,
     )
     init_g_steps: int = flag(
         500, "inversion steps per round of the initial bank", affects=("synthesize",), scales=True, least=1
@@ -89,7 +94,9 @@ class CMIConfig:
         affects=("distill",),
         least=0,
     )
-    cr: float = flag(0.8, "weight of the contrastive loss, InfoNCE between local and global views", affects=BOTH, least=0)
+    cr: float = flag(
+        0.8, "weight of the contrastive loss in synthesis, InfoNCE between local and global views", affects=BOTH, least=0
+    )
     cr_T: float = flag(0.2, "temperature of the contrastive loss", affects=BOTH, above=0)
     memory_size: int = flag(
         40960, "size of the contrastive loss's memory bank: number of latest images kept", affects=BOTH, least=1
@@ -119,7 +126,8 @@ def interpolation(start: Tensor, extent: Tensor, size: int) -> Tensor:
     """Matrices that resample a line of ``size`` pixels bilinearly, one per image; the pixels at the ends are repeated.
 
     Args:
-        start, extent: (B,), start and length of the segment that is stretched to the whole line, as shares of the line.
+        start, extent: (B,), start and length of the segment that is stretched to the whole line, as shares of the line; a
+            negative length mirrors it.
         size: number of pixels of the line.
     Returns:
         (B, size, size): row i holds the weights of the old pixels in new pixel i; a row sums to 1.

@@ -66,7 +66,12 @@ class CSDConfig:
     """Flags of CSD."""
 
     init_rounds: int = flag(
-        400, "rounds of stage synthesize, the initial bank", affects=("synthesize",), scales=True, least=1, most=1_000_000
+        400,
+        "rounds of stage synthesize, which makes the initial bank",
+        affects=("synthesize",),
+        scales=True,
+        least=1,
+        most=1_000_000,
     )
     init_g_steps: int = flag(
         500, "inversion steps per round of the initial bank", affects=("synthesize",), scales=True, least=1

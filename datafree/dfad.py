@@ -66,7 +66,7 @@ class LogitMatching(nn.Module):
         self.temperature = temperature
 
     def forward(self, teacher_out, student_out, labels: Tensor) -> dict[str, Tensor]:
-        """Outputs with logits (B, C) -> {"loss", "l1"}."""
+        """The dictionary {"loss", "l1"}, both the same scalar, of two outputs with logits (B, C)."""
         loss = logit_distance(student_out.logits, teacher_out.logits, self.temperature)
         return {"loss": loss, "l1": loss}
 

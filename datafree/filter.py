@@ -247,7 +247,7 @@ def calibrated_omega(embedding: Embedding, images_u8: Tensor, labels: Tensor, mo
 
 
 def keep_mask(cosine: Tensor, omega: float) -> Tensor:
-    """Mask (M,) bool of the variants whose cosine (M,) is at least ``omega``; a variant with a NaN is not kept.
+    """Mask (M,) bool of the variants whose cosine (M,) is at least ``omega``; a NaN cosine is not kept.
 
     Raises:
         UserError: no variant would be kept.

@@ -43,7 +43,7 @@ KEY = (
 def export_onnx(classifier: torch.nn.Module, file: Path) -> None:
     """Writes a classifier as an ONNX graph: "images" (B, 3, S, S) float32 in [0, 1] -> "logits" (B, C), any B."""
     size = classifier.image_size
-    with warnings.catch_warnings():  # deprecation of the older exporter, which needs no packages but torch and onnx
+    with warnings.catch_warnings():  # about the older exporter, which needs only torch and onnx
         warnings.simplefilter("ignore")
         torch.onnx.export(
             classifier.cpu().eval().to(memory_format=torch.contiguous_format),

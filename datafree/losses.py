@@ -112,7 +112,7 @@ class _BatchStatistics(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, inputs: Tensor) -> Stats:
-        if torch.compiler.is_compiling():  # compiled, var_mean is one pass too
+        if torch.compiler.is_compiling():  # compiled, torch.var_mean takes one pass too
             axes = [axis for axis in range(inputs.dim()) if axis != 1]
             var, mean = torch.var_mean(inputs.float() if inputs.element_size() < 4 else inputs, axes, correction=0)
         else:
