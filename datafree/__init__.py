@@ -1,3 +1,3 @@
-"""Methods, a file each, and what they share."""
+"""Distillation methods, one file each, and the code that they share."""
 
-import engine  # noqa: F401, what it sets comes before torch
+import engine  # noqa: F401, must be imported before torch

@@ -1,9 +1,9 @@
-"""Image banks to and from files for people and other tools.
+"""Exports image banks to files for people and other tools, and imports class folders of images as banks.
 
-python -m datafree.bank export RUN FOLDER                      class folders of PNG
-python -m datafree.bank export RUN FOLDER --format npy         arrays to calibrate on, normalized as the teacher's inputs
-python -m datafree.bank export RUN FOLDER --format imagefolder PNG with metadata.jsonl, as Hugging Face datasets reads it
-python -m datafree.bank import FOLDER BANK --dataset cifar10
+python -m datafree.bank export RUN FOLDER                      class folders of PNG files
+python -m datafree.bank export RUN FOLDER --format npy         arrays for calibration, normalized as the teacher's inputs
+python -m datafree.bank export RUN FOLDER --format imagefolder PNG files with metadata.jsonl, as read by Hugging Face
+datasets python -m datafree.bank import FOLDER BANK --dataset cifar10   a bank from class folders
 """
 
 import argparse
@@ -29,11 +29,16 @@ from engine.runtime.precision import choose_device
 from registry import DATASETS, MODELS
 
 FORMATS = ("png", "npy", "imagefolder")
-BATCH = 256  # images the teacher sees together
+BATCH = 256  # images per forward pass of the teacher
 
 
 def export_folders(bank: ImageBank, folder: Path) -> int:
-    """Writes every image as ``folder/<class id>/<position>.png``, the folder new or empty; returns how many."""
+    """Writes every image as ``<folder>/<class id>/<position>.png``; returns the number of images.
+
+    Args:
+        bank: image bank.
+        folder: folder to write, new or empty.
+    """
     columns = bank.read_all()
     with atomic_folder(folder) as unfinished:
         for position, label in enumerate(tqdm(columns["labels"].tolist(), "export", unit="img")):
@@ -42,14 +47,16 @@ def export_folders(bank: ImageBank, folder: Path) -> int:
 
 
 def export_arrays(bank: ImageBank, folder: Path, normalization: tuple | None, shard_mb: int) -> int:
-    """Writes ``images-<k>.npy`` (n, 3, H, W) and ``labels-<k>.npy`` (n,) int64, the folder new or empty; returns how many.
+    """Writes ``images-<k>.npy`` (n, 3, H, W) and ``labels-<k>.npy`` (n,) int64; returns the number of images.
 
-    ``about.json`` says whose images these are, in which range, and how many each shard holds.
+    ``about.json`` holds the bank's manifest, the layout and range of the values, and the number of images in each shard.
 
     Args:
-        normalization: (mean, std), each of three: float32, normalized by them, as a network without its own
-            normalization takes images; None: uint8.
-        shard_mb: MB (10^6 bytes) that the images of a shard have at most, but for one image that is larger.
+        bank: image bank.
+        folder: folder to write, new or empty.
+        normalization: (mean, std), three values each, to write float32 images for a network without its own normalization;
+            None to write uint8 images.
+        shard_mb: largest size of a shard's images in MB (10^6 bytes); a shard has at least one image.
     """
     columns, size = bank.read_all(), bank.manifest.image_size
     bytes_of_one = 3 * size**2 * (1 if normalization is None else 4)
@@ -74,13 +81,15 @@ def export_arrays(bank: ImageBank, folder: Path, normalization: tuple | None, sh
 
 
 def export_imagefolder(bank: ImageBank, folder: Path, names: tuple[str, ...] | None, teacher) -> int:
-    """Writes ``<position>.png`` and ``metadata.jsonl``, a line an image, the folder new or empty; returns how many.
+    """Writes ``<position>.png`` files and ``metadata.jsonl``, one line per image; returns the number of images.
 
-    A line has file_name, label, class_name (None: not known), method, external_prior, and with a teacher its five most
-    probable classes as "teacher_top5": [{"label", "class_name", "probability"}].
+    A line has file_name, label, class_name (null if unknown), method and external_prior. With a teacher it also has the
+    teacher's five most probable classes as "teacher_top5": [{"label", "class_name", "probability"}].
 
     Args:
-        names: of the classes.
+        bank: image bank.
+        folder: folder to write, new or empty.
+        names: class names in label order, or None.
         teacher: ``models.classifier.Classifier``, or None.
     """
     columns, manifest = bank.read_all(), bank.manifest
@@ -104,7 +113,7 @@ def export_imagefolder(bank: ImageBank, folder: Path, names: tuple[str, ...] | N
 
 @torch.no_grad()
 def top_classes(teacher, images) -> Iterator[list[tuple[int, float]]]:
-    """For each of the images (N, 3, H, W) uint8 the teacher's five most probable classes, as (class, probability)."""
+    """Yields the teacher's five most probable classes, as (class, probability), for each of images (N, 3, H, W) uint8."""
     device = next(teacher.parameters()).device
     for start in range(0, len(images), BATCH):
         logits = teacher(images[start : start + BATCH].to(device).float() / 255).float()
@@ -114,16 +123,16 @@ def top_classes(teacher, images) -> Iterator[list[tuple[int, float]]]:
 
 
 def save_png(image: torch.Tensor, file: Path) -> None:
-    """(3, H, W) uint8."""
+    """Writes an image (3, H, W) uint8 as a PNG file and makes its folder if needed."""
     file.parent.mkdir(exist_ok=True)
     Image.fromarray(image.permute(1, 2, 0).numpy()).save(file)
 
 
 def export(args: argparse.Namespace) -> None:
-    """The command ``export``.
+    """Runs the command ``export``.
 
     Raises:
-        UserError: flags that do not go together, or a bank, dataset or teacher that is not as it should be.
+        UserError: flags do not fit together, or the bank, dataset or teacher is missing or does not fit.
     """
     path = find_bank(args.bank)
     bank = ImageBank(path, read_manifest(path), create=False)
@@ -144,7 +153,13 @@ def export(args: argparse.Namespace) -> None:
 
 
 def only_for(args: argparse.Namespace, formats: str, **defaults: Any) -> None:
-    """Raises a UserError where one of these flags is not at its default and the format has no use for it."""
+    """Raises a UserError if one of these flags is not at its default although ``--format`` does not use it.
+
+    Args:
+        args: parsed command line.
+        formats: the formats that use the flags, as "npy or imagefolder".
+        defaults: default value of each flag.
+    """
     given = [name for name, default in defaults.items() if getattr(args, name) != default]
     if given and args.format not in formats.split(" or "):
         raise UserError(f"--{given[0]} is for --format {formats}; leave it out")
@@ -163,7 +178,7 @@ def describe(args: argparse.Namespace, bank: ImageBank) -> DatasetInfo:
 
 
 def names_only(args: argparse.Namespace, bank: ImageBank) -> DatasetInfo | None:
-    """The same, or None where the dataset is not known here: images go out without the names of their classes."""
+    """The dataset that the bank's manifest names, or None if it is not known here and class names are left out."""
     try:
         return describe(args, bank)
     except UserError as error:
@@ -172,10 +187,10 @@ def names_only(args: argparse.Namespace, bank: ImageBank) -> DatasetInfo | None:
 
 
 def teacher_of(args: argparse.Namespace, bank: ImageBank, info: DatasetInfo | None):
-    """The teacher that the flags name, or None.
+    """Loads the teacher that the flags name; None without ``--teacher``.
 
     Raises:
-        UserError: it is not the one that the bank was made with.
+        UserError: the bank was made with another teacher.
     """
     if not args.teacher:
         return None
@@ -191,7 +206,7 @@ def teacher_of(args: argparse.Namespace, bank: ImageBank, info: DatasetInfo | No
 
 
 def normalization_of(args: argparse.Namespace, bank: ImageBank) -> tuple:
-    """(mean, std): those of --teacher_mean and --teacher_std, else of the --teacher's checkpoint, else the dataset's."""
+    """(mean, std) of --teacher_mean and --teacher_std, else of the checkpoint of --teacher, else of the dataset."""
     if args.teacher:
         chosen = teacher_of(args, bank, describe(args, bank)).normalization
         return chosen.mean, chosen.std
@@ -201,7 +216,7 @@ def normalization_of(args: argparse.Namespace, bank: ImageBank) -> tuple:
 
 
 def rgb(text: str) -> tuple[float, ...]:
-    """ "0.5,0.5,0.5" -> three floats."""
+    """Parses "0.5,0.5,0.5" as three floats."""
     values = tuple(float(value) for value in text.split(","))
     if len(values) != 3:
         raise ValueError
@@ -209,37 +224,72 @@ def rgb(text: str) -> tuple[float, ...]:
 
 
 def main() -> None:
-    """Command line of this module: export and import."""
-    parser = Parser(prog="python -m datafree.bank", description="Image banks to and from files.")
+    """Runs the command line of this module: export or import."""
+    parser = Parser(prog="python -m datafree.bank", description="Exports image banks to files, and imports them.")
     commands = parser.add_subparsers(dest="command", required=True)
-    out = commands.add_parser("export", help="write a bank as class folders of PNG, arrays, or images with metadata")
-    out.add_argument("bank", type=Path, help="a bank, or the run folder whose bank it is")
-    out.add_argument("folder", type=Path, help="new or empty")
-    out.add_argument("--format", choices=FORMATS, default="png", help="png: class folders; npy; imagefolder [png]")
+    out = commands.add_parser("export", help="write a bank as class folders of PNG files, arrays, or images with metadata")
+    out.add_argument("bank", type=Path, help="folder of the image bank, or of the run that has it")
+    out.add_argument("folder", type=Path, help="folder to write, new or empty")
+    out.add_argument(
+        "--format",
+        choices=FORMATS,
+        default="png",
+        help="png: class folders of PNG files; npy: arrays; imagefolder: PNG files with metadata.jsonl [png]",
+    )
     out.add_argument(
         "--dtype",
         choices=("float32", "uint8"),
         default="float32",
-        help="of npy: float32, normalized as --teacher_mean and _std, else teacher or dataset say [float32]",
+        help="npy: float32, normalized as the teacher's inputs (see --teacher_mean), or uint8, not normalized [float32]",
     )
-    out.add_argument("--shard_mb", type=int, least=1, default=256, help="of npy: MB a shard at most [256]")
-    out.add_argument("--data_root", default="data", help="folder of the dataset, of which no image is opened [data]")
-    out.add_argument("--teacher", default=None, help="of npy: normalize as it does; of imagefolder: its top five classes")
-    out.add_argument("--teacher_ckpt", default=None, help="its weights; unset: where datafree_kd.py looks")
-    out.add_argument("--teacher_mean", type=rgb, default=None, help="r,g,b; unset: its checkpoint's, else the dataset's")
-    out.add_argument("--teacher_std", type=rgb, default=None, help="see --teacher_mean")
+    out.add_argument("--shard_mb", type=int, least=1, default=256, help="npy: largest size of a shard in MB [256]")
+    out.add_argument("--data_root", default="data", help="folder of the dataset; none of its images is opened [data]")
     out.add_argument(
-        "--gpu", type=int, least=-1, default=None, help="of the teacher; -1 for the CPU; unset: GPU 0 if there is one"
+        "--teacher",
+        default=None,
+        help="teacher, a network as in datafree_kd.py; npy: images are normalized for it; imagefolder: its five most "
+        "probable classes are added to the metadata",
     )
-    into = commands.add_parser("import", help="make a bank of class folders of images, named by class number or name")
-    into.add_argument("folder", type=Path)
-    into.add_argument("bank", type=Path, help="new or empty")
-    into.add_argument("--dataset", required=True, help="the dataset whose classes the folders are")
-    into.add_argument("--data_root", default="data", help="folder of its data, of which no image is opened [data]")
-    into.add_argument("--domain", default=None, help="of a dataset that has several")
-    into.add_argument("--classes", default=None, help="of such a dataset: ten or all; unset: ten")
-    into.add_argument("--image_size", type=int, least=1, most=4096, default=None, help="px; unset: the dataset's")
-    into.add_argument("--shard_size", type=int, least=1, default=4096, help="images a shard [4096]")
+    out.add_argument(
+        "--teacher_ckpt", default=None, help="checkpoint of --teacher; unset: the file that datafree_kd.py would use"
+    )
+    out.add_argument(
+        "--teacher_mean",
+        type=rgb,
+        default=None,
+        help="r,g,b, mean of the teacher's normalization; unset: that of its checkpoint, else the dataset's",
+    )
+    out.add_argument(
+        "--teacher_std",
+        type=rgb,
+        default=None,
+        help="r,g,b, std of the teacher's normalization; unset: that of its checkpoint, else the dataset's",
+    )
+    out.add_argument(
+        "--gpu",
+        type=int,
+        least=-1,
+        default=None,
+        help="index of the GPU that runs the teacher, -1 for the CPU; unset: GPU 0 if there is one",
+    )
+    into = commands.add_parser("import", help="make a bank from class folders of images, named by class number or name")
+    into.add_argument("folder", type=Path, help="folder of the class folders")
+    into.add_argument("bank", type=Path, help="folder of the image bank to write, new or empty")
+    into.add_argument("--dataset", required=True, help="dataset whose classes the class folders are")
+    into.add_argument("--data_root", default="data", help="folder of the dataset; none of its images is opened [data]")
+    into.add_argument("--domain", default=None, help="domain, for a dataset that has several")
+    into.add_argument(
+        "--classes", default=None, help="classes of a dataset that has domains: ten (its usual subset) or all; unset: ten"
+    )
+    into.add_argument(
+        "--image_size",
+        type=int,
+        least=1,
+        most=4096,
+        default=None,
+        help="size of the bank's images in px; unset: the dataset's",
+    )
+    into.add_argument("--shard_size", type=int, least=1, default=4096, help="images per shard [4096]")
     args = parser.parse_args()
     if args.command == "export":
         export(args)
@@ -252,7 +302,7 @@ def main() -> None:
         last = info.num_classes - 1
         raise UserError(f"{args.folder} has a class {int(labels.max())}, {info.name} has the classes 0 to {last}")
     tell_of_cropping(str(args.folder), info.image_size, files)
-    with atomic_folder(args.bank) as unfinished:  # a damaged image may come late
+    with atomic_folder(args.bank) as unfinished:  # a damaged image may be found late and would leave half a bank
         bank = ImageBank(unfinished, Manifest(info.name, info.num_classes, info.image_size))
         for round, start in enumerate(range(0, len(files), args.shard_size)):
             part = slice(start, start + args.shard_size)

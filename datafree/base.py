@@ -1,13 +1,15 @@
-"""What a method is made of. A new method is one file with these pieces, one line in ``registry.py``, its scripts and a test.
+"""Base classes of the distillation methods.
+
+A new method is one file with these parts, one line in ``registry.py``, its scripts and a test:
 
 Config        frozen dataclass of the method's flags (``engine.runtime.flags.flag``)
-Synthesizer   makes images from the teacher (and the student), one round a call
-Objective     nn.Module: (teacher_out, student_out, labels) -> {"loss": ..., every named term}; ``logits_only = True`` where the
-              teacher's logits are all it looks at, so that they can be kept
-Augmenter     optional: varies bank images (``datafree.diffusion.variation``)
-Method        says which stages there are and builds the pieces
+Synthesizer   makes images with the teacher (and the student), one round per call
+Objective     nn.Module: (teacher_out, student_out, labels) -> {"loss": ..., every named term}; ``logits_only = True`` if the
+              teacher's logits are its only input from the teacher, so that they can be cached
+Augmenter     optional: makes variants of bank images (``datafree.diffusion.variation``)
+Method        defines the stages of a run and builds the other parts
 
-``docs/new_method.md`` makes one from beginning to end. Shared pieces are in ``losses``, ``generators`` and ``stream``.
+``docs/new_method.md`` builds a method from beginning to end. Shared parts are in ``losses``, ``generators`` and ``stream``.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -38,9 +40,12 @@ from engine.runtime.run import earlier_value
 
 @dataclass
 class ImageBatch:
-    """images (B, 3, H, W) float32 in [0, 1]; labels (B,) int64; scalars are named figures to log, () tensors.
+    """A batch of synthetic images.
 
-    Where no label was asked for (images that stream past) labels are -1.
+    Attributes:
+        images: (B, 3, H, W) float32 in [0, 1].
+        labels: (B,) int64; -1 for images that were made for no class.
+        scalars: named figures to log, scalar tensors.
     """
 
     images: Tensor
@@ -50,15 +55,21 @@ class ImageBatch:
 
 @dataclass(frozen=True)
 class Task:
-    """What a method may know of its surroundings; it never sees the command line and never picks a device.
+    """The dataset, device and settings that a method needs. A method never sees the command line and never picks a device.
 
-    ``random_view`` maps images (B, 3, H, W) to randomly cropped and flipped ones, one draw an image, differentiably; in a run it
-    is ``engine.data.crops.Views``.
-    ``precision`` has ``autocast()``, the context in which networks run, and ``fresh()``, which makes one for an optimizer:
-    ``fresh().minimize(loss, optimizer)``. Where that outlives a round, its ``state_dict()`` is part of the synthesizer's.
-    ``kd_steps`` are the student's steps a round. ``training_split`` opens the real training images (``engine.data.splits.Split``) for a method that has ``reads_train_split``.
-    ``average_gradients(parameters)`` comes between backward and step of what ``after_step`` trains: its images are a share of
-    the student's batch where several processes train it.
+    Attributes:
+        info: name, classes and image size of the dataset.
+        device: device of the networks.
+        random_view: differentiable random crop and flip of images (B, 3, H, W), drawn for each image; in a run it is
+            ``engine.data.crops.Views``.
+        precision: mixed precision. Networks run inside ``precision.autocast()``. ``precision.fresh()`` makes an object for
+            one optimizer: ``fresh().minimize(loss, optimizer)``. If that object is used for more than one round, its
+            ``state_dict()`` is part of the synthesizer's.
+        kd_steps: student steps per round.
+        training_split: function that opens the real training images (``engine.data.splits.Split``); None unless the method
+            has ``reads_train_split``.
+        average_gradients: function to call with the parameters that ``after_step`` trains, between backward and step. If
+            several processes train the student, ``after_step`` sees only this process's share of the batch.
     """
 
     info: DatasetInfo
@@ -71,15 +82,17 @@ class Task:
 
 
 class Synthesizer:
-    """Makes the images of one round. It computes: no files, no loaders, no device choice.
+    """Makes the images of one round. It only computes: it opens no files, builds no loaders and chooses no device.
 
     Attributes:
-        images_total: of one that streams, how many different images there are; None: each is new.
-        pictures: of one that streams, the set that its batches are drawn from in the task's random views; None: there is none.
-        independent: a round of the initial bank depends on its number alone, not on the rounds before it.
-        shared: what ``batches`` and ``after_step`` need of it. Where several processes train the student, the main one alone
-            calls ``synthesize``, and the others get the weights of this module after it.
-        rate: the student's learning rate in this round by ``--lr``, for one that anneals with it; stage distill sets it.
+        images_total: streaming methods: number of different images; None if every image is new.
+        pictures: streaming methods: fixed set of images from which batches are drawn, in the task's random views; None if
+            there is no such set.
+        independent: whether a round of the initial bank depends on its number alone, not on earlier rounds.
+        shared: module that ``batches`` and ``after_step`` use. If several processes train the student, only the main process
+            calls ``synthesize``. The other processes then receive this module's weights.
+        rate: the student's learning rate in this round divided by ``--lr``. Stage distill sets it; a synthesizer may scale
+            its own learning rate by it.
     """
 
     images_total: int | None = None
@@ -89,42 +102,46 @@ class Synthesizer:
     rate: float = 1.0
 
     def synthesize(self, student: nn.Module) -> ImageBatch:
-        """One round of synthesis against the teacher and, where the method competes, the student.
+        """Makes the images of one round, with the teacher and, in adversarial methods, the student.
 
-        The student is in eval mode and its weights take no gradients; a gradient through it to the images is fine. Where the
-        method streams, the images returned are only looked at.
+        The student is in eval mode and its weights receive no gradients. Gradients may flow through the student to the
+        images. In streaming methods the returned images are only shown in the log; the student is trained on those of
+        ``batches``.
         """
         raise NotImplementedError
 
     def batches(self, batch_size: int, *, seed: int, rank: int = 0, count: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
-        """Of a method that streams: endless images (B, 3, H, W) in [0, 1] and labels (B,) for the student's steps.
+        """Streaming methods: yields images (B, 3, H, W) in [0, 1] and labels (B,) for the student's steps, without end.
 
-        B is the share of process ``rank`` of ``count`` of every ``batch_size`` images. Images that are not new at every step
-        come in an order that ``seed``, the same in all processes, decides.
+        Args:
+            batch_size: images per student step, over all processes; B is the share of this process.
+            seed: seed of the order of images that are not new at every step; the same in all processes.
+            rank: number of this process.
+            count: number of processes.
         """
         raise NotImplementedError
 
     def after_step(self, student: nn.Module, images: Tensor, labels: Tensor) -> None:
-        """Called after every student step with the images it saw. Default: nothing."""
+        """Called after every student step with the images of that step. Does nothing by default."""
 
     def hot(self) -> list[Hot]:
-        """What a round spends its time on, which the stage compiles where that pays. Default: nothing."""
+        """Functions that take most of a round's time; the stage compiles them if that saves time. None by default."""
         return []
 
     def state_dict(self) -> dict[str, Any]:
-        """Whatever the next round depends on; tensors and plain values only. Default: nothing.
+        """State that the next round depends on, as tensors and plain values. Empty by default.
 
-        What the synthesizer of stage synthesize leaves here is where that of stage distill goes on.
+        The synthesizer of stage distill starts from the last state of the synthesizer of stage synthesize.
         """
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Undoes ``state_dict``."""
+        """Restores what ``state_dict`` returned."""
 
 
 @contextmanager
 def own_state() -> Iterator[None]:
-    """Within it a state that another method left, or that has other sizes, is one line.
+    """Context that turns an error from loading a state of another method, or of other sizes, into a one-line UserError.
 
     Raises:
         UserError: the state does not fit.
@@ -139,14 +156,19 @@ def own_state() -> Iterator[None]:
 
 
 class LowestLoss:
-    """The images of the step with the lowest loss so far, a copy, and its named losses. Nothing leaves the device."""
+    """Copy of the images at the step with the lowest loss so far, with their named losses. All of it stays on the device."""
 
     def __init__(self):
         self.images: Tensor | None = None
         self.losses: dict[str, Tensor] = {}
 
     def update(self, images: Tensor, losses: dict[str, Tensor]) -> None:
-        """images (B, ...) and their named scalar losses, "loss" among them."""
+        """Takes the images (B, ...) of a step if their ``losses["loss"]`` is the lowest so far.
+
+        Args:
+            images: (B, ...).
+            losses: named scalar losses, "loss" among them.
+        """
         losses = {name: value.detach() for name, value in losses.items()}
         if self.images is None:
             self.images, self.losses = images.detach().clone(), losses
@@ -156,21 +178,23 @@ class LowestLoss:
         self.losses = {name: torch.where(better, value, self.losses[name]) for name, value in losses.items()}
 
     def scalars(self) -> dict[str, Tensor]:
-        """Figures to log."""
+        """Losses to log; "loss" is renamed to "loss_synthesis"."""
         return {("loss_synthesis" if name == "loss" else name): value for name, value in self.losses.items()}
 
 
 class Method:
-    """One row of ``registry.METHODS``: the stages of a run and the pieces that they use.
+    """One row of ``registry.METHODS``: the stages of a run and the parts that they use.
 
     Class attributes:
-        Config: the frozen dataclass of flags.
-        streams: the student learns from the newest images and none is kept.
-        reads_train_split: only for the control that distils on real data.
-        defaults: common flags whose default this method changes, as {"epochs": 200}.
-        external_prior: what besides the teacher its synthesizer uses, as the results table names it; an instance may set it.
+        Config: frozen dataclass of the method's flags.
+        streams: whether the student's batches come from ``Synthesizer.batches``; no image bank is kept then.
+        reads_train_split: whether the method opens the real training images; only the control that distils on real data
+            does.
+        defaults: common flags whose default this method changes, for example {"epochs": 200}.
+        external_prior: data or pretrained model that the synthesizer uses besides the teacher, as named in the results
+            table; an instance may set it.
 
-    A Config with the field ``bn`` needs a teacher with BatchNorm layers wherever that weight is not 0.
+    If a Config has the field ``bn`` and its value is not 0, the teacher needs BatchNorm layers.
     """
 
     Config: ClassVar[type]
@@ -184,20 +208,22 @@ class Method:
         self.config, self.teacher, self.student, self.task = config, teacher, student, task
 
     def check_inputs(self, stages: Collection[str]) -> None:
-        """Opens what the flags name, before anything is made: a folder's first file, a model's configuration.
+        """Checks before the first stage that the files and models named by the flags can be opened. Does nothing by default.
+
+        A check should be quick: it may open a folder's first file or a model's configuration.
 
         Args:
-            stages: names of those that are to begin; what one that goes on needs was there when it began.
+            stages: names of the stages that are about to begin. Stages that are resumed were checked when they began.
         Raises:
-            UserError: it is not there, or is something else.
+            UserError: a file or model is missing or of the wrong kind.
         """
 
     def stages(self) -> tuple[Stage, ...]:
-        """The stages of a run, in order. Default: all happens while distilling."""
+        """The stages of a run, in order; by default only stage distill."""
         return (Distill(self, external_prior=self.external_prior),)
 
     def from_initial_bank(self, rounds: int) -> tuple[Stage, ...]:
-        """Stages of a method whose distillation starts from a bank of ``rounds`` rounds of ``initial_synthesizer``."""
+        """Stages synthesize and distill; synthesize fills the bank with ``rounds`` rounds of ``initial_synthesizer``."""
 
         def maker(session: Session) -> SynthesisMaker:
             return SynthesisMaker(self.initial_synthesizer(), self.student, session.seed)
@@ -207,36 +233,36 @@ class Method:
 
     @property
     def images_per_round(self) -> int:
-        """Images that a round of stage distill adds to the bank; 0: there is nothing to synthesize then."""
+        """Images that a round of stage distill adds to the bank; 0 if that stage synthesizes nothing."""
         return self.config.synthesis_batch_size
 
     @property
     def student_view(self) -> Callable[[Tensor], Tensor]:
-        """What the student sees of images (B, 3, H, W) uint8 of the bank: the task's random crop and flip.
+        """Augmentation of bank images (B, 3, H, W) uint8 for the student; by default the task's random crop and flip.
 
-        Only if these are ``Views``, a finite set, can the teacher's answers be kept and ``--views`` make them fewer.
+        The teacher's outputs can be cached, and ``--views`` can be used, only if this is a ``Views``, a finite set of views.
         """
         return self.task.random_view
 
     def initial_synthesizer(self) -> Synthesizer:
-        """For stage synthesize: makes the image bank that distillation starts from; its student knows nothing yet."""
+        """Synthesizer of stage synthesize, which makes the initial image bank; the student it is given is untrained."""
         return self.synthesizer()
 
     def answering_teacher(self) -> nn.Module:
-        """Whose outputs the student learns in stage distill: the teacher, unless a method has it answer otherwise."""
+        """Network whose outputs the student learns in stage distill; by default the teacher."""
         return self.teacher
 
     def synthesizer(self) -> Synthesizer:
-        """For the rounds of stage distill."""
+        """Synthesizer of the rounds of stage distill."""
         raise NotImplementedError
 
     def objective(self) -> nn.Module:
-        """The student's loss. Its own parameters are trained with the student's."""
+        """The student's loss. Parameters of this module are trained together with the student's."""
         raise NotImplementedError
 
 
 def balanced_labels(count: int, num_classes: int, device: torch.device) -> Tensor:
-    """(count,) class ids in random order, each class as often as the others up to one."""
+    """Class ids (count,) in random order; the classes' numbers of images differ by at most one."""
     order = torch.randperm(num_classes, device=device)
     labels = order.repeat(-(-count // num_classes))[:count]
     return labels[torch.randperm(count, device=device)]
@@ -246,7 +272,7 @@ def balanced_labels(count: int, num_classes: int, device: torch.device) -> Tenso
 
 
 def run_folder(name: str, groups: list, dataset: str) -> Path:
-    """Where a run of a method on a dataset of that name is kept."""
+    """Folder of a run of a method on the dataset of this name."""
     task_flags, run_flags = groups[:2]
     pair = f"{dataset}_{short_name(task_flags.teacher)}_{short_name(task_flags.student)}"
     return Path(run_flags.save_dir or Path("checkpoints", name, f"{pair}_seed{run_flags.seed}"))
@@ -261,13 +287,17 @@ def build_method(
     datasets: dict,
     models: dict,
 ) -> Method:
-    """The method with its networks.
+    """Builds a method with its teacher, student and task.
 
     Args:
+        name: name of the method in ``registry.METHODS``.
+        method_class: class of the method.
         groups: the flags: ``TaskFlags``, ``RunFlags``, ``DistillFlags`` and the method's Config.
+        schedule: lengths of stage distill.
+        processes: the processes that train the student together.
         datasets, models: the tables of ``registry.py``.
     Raises:
-        UserError: the dataset, the teacher or a flag of the method is not as it should be.
+        UserError: the dataset, the teacher or a flag of the method is missing or invalid.
     """
     flags, run_flags, _, config = groups
     device = choose_device(run_flags.gpu)
@@ -280,7 +310,7 @@ def build_method(
     if own := own_weights(flags.teacher, info.name, flags.teacher_ckpt):
         info = info.as_known_to(flags.teacher, own, keep_size=flags.image_size is not None)
     teacher = load_teacher(models, flags.teacher, info, device, flags.teacher_ckpt, flags.teacher_mean, flags.teacher_std)
-    if not info.reader:  # what is known of the dataset's pixels is how the teacher normalizes them
+    if not info.reader:  # the dataset is not here: the teacher's normalization is all that is known of its pixels
         info = replace(info, mean=teacher.normalization.mean, std=teacher.normalization.std)
     seed_position(run_flags.seed, "student")
     student = build_classifier(models, flags.student, info, device)

@@ -1,35 +1,42 @@
 """CMI: contrastive model inversion (Fang et al., IJCAI 2021, arXiv 2105.08584).
 
-Inverted images tend to resemble each other. Here a generator, fresh every round, is to make images of which each can be
-told from all others: a local view of an image must be closer to the global view of the same image than to those of the
-other images of its batch and of earlier rounds, in an embedding that is learned meanwhile.
+Inverted images tend to resemble each other. CMI adds a contrastive loss that makes each image distinguishable from all
+others. In a learned embedding, a local view of an image must be closer to the global view of the same image than to the
+global views of other images. These are the other images of its batch and images of earlier rounds. The generator is
+re-initialized every round.
 
-    synthesis   bn * L_bn + oh * CE(T(x), y) + cr * L_cr - adv * KL(S || T) where argmax S = argmax T
+    synthesis   bn * L_bn + oh * CE(T(x), y) + cr * L_cr - adv * KL(S || T), KL only where argmax S = argmax T
     L_cr        mean_i -log [ exp(l_i g_i / cr_T) / (sum_j exp(l_i g_j / cr_T) + sum_m exp(l_i n_m / cr_T)) ]
-    l, g, n     head(r(local view)), head(r(global view)), head(remembered r) on the unit sphere
-    r(x)        the teacher's penultimate features and the inputs of all its BN layers averaged over positions, joined
+    l, g, n     head(r(local view)), head(r(global view)), head(r from memory), each normalized to length 1
+    r(x)        the teacher's penultimate features and the inputs of all its BN layers averaged over positions, concatenated
     student     KL_T
 
-The global view is the field's crop and flip; BN statistics, one-hot and adversarial loss see it alone. The local one is a
-crop of 25 to 100 % of the area, aspect 3/4 to 4/3, resized bilinearly (and flipped). Both go through the teacher in one
-batch. The memory holds r of the latest ``memory_size`` images in half precision on the device; ``negatives`` of them,
-drawn at every step, join the batch's. Memory, head and its optimizer go on from round to round, from the initial bank
-into distillation, and with a checkpoint: 2 bytes x memory_size x length of r, e.g. 230 MB for wrn40_2, 740 for resnet34,
-written once a round of the initial bank.
+The global view is the usual random crop and flip. BN-statistics, one-hot and adversarial loss are computed on the global
+view only. The local view is a crop of 25 to 100 % of the area, with aspect ratio 3/4 to 4/3, resized bilinearly and, if the
+task allows, flipped. Both views go through the teacher in one batch.
 
-Published settings. The defaults are those of CSD's script for this method (CIFAR-10): initial bank of 400 rounds x 200 images
-without student; then 100 rounds of 200 images and 2000 student steps on batches of 128; 500 steps a round, Adam lr 1e-3; bn 1,
-oh 1, adv .5, cr .8, cr_T .2, memory 40,960, 4,096 negatives, head of 256; SGD lr .1, T 20. The scripts have those of the
-method's own: on a bank of about 50,000 images 40 rounds of 256, 200 steps each, with oh .5 and cr_T .1. How that bank was
-made is not published; theirs is 200 rounds of 256 by the same weights, 500 steps each.
+The memory holds r of the latest ``memory_size`` images, in half precision on the device. At every step ``negatives`` of them
+are drawn as additional negatives. Memory, head and the head's optimizer are kept from round to round and from the initial
+bank to stage distill, and are part of the checkpoint. The memory takes 2 bytes x memory_size x length of r, for example 230
+MB for wrn40_2 and 740 MB for resnet34. It is written after each round of the initial bank.
 
-Deviations: labels are drawn class-balanced, not independently. The published script takes r from the BN layers alone (of a
-resnet34 from the inputs of its four stages alone, 512 entries for the 8,000 of all layers), remembers both views of an image
-as they were at the best step, lets remembered pairs be anchors and positives too, and stops the gradient at the global views;
-here L_cr is the formula above, its gradient whole, and remembered images are negatives only, in a global view drawn once the
-round is over. The head's hidden layer is as wide as its output; the script's is as wide as r, which for a resnet34 costs as
-much as the teacher. A crop that would stick out of the image is cut to it instead of drawn again. Without BN layers r is the
-features alone.
+Published settings. The defaults are those of CSD's script for CMI (CIFAR-10): an initial bank of 400 rounds of 200 images
+without the student; then 100 rounds of 200 images and 2000 student steps on batches of 128; 500 steps per round, Adam lr
+1e-3; bn 1, oh 1, adv .5, cr .8, cr_T .2, memory 40,960, 4,096 negatives, head of 256; SGD lr .1, T 20. The scripts of this
+project have the settings of CMI's own script: starting from a bank of about 50,000 images, 40 rounds of 256 images, 200
+steps each, with oh .5 and cr_T .1. How CMI's authors made that bank is not published. The scripts here make it in 200 rounds
+of 256 images with the same weights, 500 steps each.
+
+Deviations:
+- Labels are drawn class-balanced, not independently.
+- The published script takes r from the BN layers alone. For a resnet34 it takes the inputs of the four stages alone, 512
+  entries instead of the 8,000 of all layers. Without BN layers, r here is the features alone.
+- The script remembers both views of an image, as they were at the best step, and uses remembered pairs as anchors and
+  positives too. It stops the gradient at the global views. Here L_cr is the formula above with its full gradient. Remembered
+  images are negatives only, in one global view that is drawn at the end of the round.
+- The head's hidden layer is as wide as its output. The script's is as wide as r, which for a resnet34 costs as much as the
+  teacher.
+- A local crop is clipped to the image if it would exceed it. The script draws such a crop again.
 """
 
 import math
@@ -64,36 +71,50 @@ BOTH = ("synthesize", "distill")
 class CMIConfig:
     """Flags of CMI."""
 
-    init_rounds: int = flag(400, "rounds of the initial bank", affects=("synthesize",), scales=True, least=1, most=1_000_000)
-    init_g_steps: int = flag(
-        500, "inversion steps a round of the initial bank", affects=("synthesize",), scales=True, least=1
+    init_rounds: int = flag(
+        400,
+        "rounds of stage synthesize, which makes the initial bank",
+        affects=("synthesize",),
+        scales=True,
+        least=1,
+        most=1_000_000,
     )
-    g_steps: int = flag(500, "inversion steps a round while distilling", affects=("distill",), scales=True, least=1)
-    synthesis_batch_size: int = flag(200, "images a round", affects=BOTH, least=1, most=1_000_000)
+    init_g_steps: int = flag(
+        500, "inversion steps per round of the initial bank", affects=("synthesize",), scales=True, least=1
+    )
+    g_steps: int = flag(500, "inversion steps per round of stage distill", affects=("distill",), scales=True, least=1)
+    synthesis_batch_size: int = flag(200, "images synthesized per round", affects=BOTH, least=1, most=1_000_000)
     lr_g: float = flag(1e-3, "Adam learning rate of generator, noise and contrastive head", affects=BOTH, above=0)
     nz: int = flag(256, "length of the generator's noise vector", affects=BOTH, least=1)
-    bn: float = flag(1.0, "weight of the BN-statistics loss", affects=BOTH, least=0)
-    oh: float = flag(1.0, "weight of the one-hot loss, CE(T(x), y)", affects=BOTH, least=0)
+    bn: float = flag(1.0, "weight of the BN-statistics loss in synthesis", affects=BOTH, least=0)
+    oh: float = flag(1.0, "weight of the one-hot loss CE(T(x), y) in synthesis", affects=BOTH, least=0)
     adv: float = flag(
         0.5,
-        "weight of the adversarial loss while distilling, -KL where student and teacher agree (the initial bank has 0)",
+        "weight of the adversarial loss in stage distill: -KL where student and teacher predict the same class",
         affects=("distill",),
         least=0,
     )
-    cr: float = flag(0.8, "weight of the contrastive loss, InfoNCE of local against global views", affects=BOTH, least=0)
+    cr: float = flag(
+        0.8, "weight of the contrastive loss in synthesis, InfoNCE between local and global views", affects=BOTH, least=0
+    )
     cr_T: float = flag(0.2, "temperature of the contrastive loss", affects=BOTH, above=0)
-    memory_size: int = flag(40960, "images that are remembered for the contrastive loss", affects=BOTH, least=1)
-    negatives: int = flag(4096, "remembered images in the contrastive loss of a step", affects=BOTH, least=1)
+    memory_size: int = flag(
+        40960, "size of the contrastive loss's memory bank: number of latest images kept", affects=BOTH, least=1
+    )
+    negatives: int = flag(
+        4096, "negatives drawn from the memory bank for the contrastive loss of a step", affects=BOTH, least=1
+    )
     head_dim: int = flag(256, "length of the contrastive embedding", affects=BOTH, least=1)
     T: float = flag(20.0, "temperature of the distillation loss", affects=("distill",), above=0)
 
 
 def info_nce(anchors: Tensor, positives: Tensor, negatives: Tensor, temperature: float) -> Tensor:
-    """Cross-entropy of picking each anchor's positive among all positives and negatives by their dot products.
+    """InfoNCE: cross-entropy of finding each anchor's positive among all positives and negatives by dot products.
 
     Args:
-        anchors, positives: (B, D), of one image in one row, on the unit sphere.
-        negatives: (N, D), likewise; N may be 0.
+        anchors, positives: (B, D), rows of length 1; row i of both belongs to image i.
+        negatives: (N, D), rows of length 1; N may be 0.
+        temperature: divisor of the dot products.
     Returns:
         Scalar >= 0, batch mean.
     """
@@ -102,12 +123,14 @@ def info_nce(anchors: Tensor, positives: Tensor, negatives: Tensor, temperature:
 
 
 def interpolation(start: Tensor, extent: Tensor, size: int) -> Tensor:
-    """Bilinear resampling of a line of ``size`` pixels as a matrix, one an image; beyond the ends it repeats the last pixel.
+    """Matrices that resample a line of ``size`` pixels bilinearly, one per image; the pixels at the ends are repeated.
 
     Args:
-        start, extent: (B,), of the stretch that is to fill the line, in shares of it.
+        start, extent: (B,), start and length of the segment that is stretched to the whole line, as shares of the line; a
+            negative length mirrors it.
+        size: number of pixels of the line.
     Returns:
-        (B, size, size): row i holds the weights of the old pixels in new pixel i, which sum to 1.
+        (B, size, size): row i holds the weights of the old pixels in new pixel i; a row sums to 1.
     """
     pixels = torch.arange(size, device=start.device)
     centres = start[:, None] * size + extent[:, None] * (pixels + 0.5) - 0.5
@@ -116,11 +139,11 @@ def interpolation(start: Tensor, extent: Tensor, size: int) -> Tensor:
 
 
 def crop_resize(images: Tensor, top: Tensor, left: Tensor, height: Tensor, width: Tensor, mirror: Tensor) -> Tensor:
-    """A box of each image, in shares of its sides, at the size of the image; a product with two matrices.
+    """Crops a box out of each image and resizes it to the image's size, by a product with two matrices.
 
     Args:
-        images: (B, C, H, W), float; gradients reach them.
-        top, left, height, width: (B,) in [0, 1].
+        images: float images (B, C, H, W); gradients reach them.
+        top, left, height, width: (B,), the box in shares of the image's sides, in [0, 1].
         mirror: (B,) bool, whether to flip left and right.
     """
     rows = interpolation(top, height, images.shape[2])
@@ -129,7 +152,7 @@ def crop_resize(images: Tensor, top: Tensor, left: Tensor, height: Tensor, width
 
 
 def local_views(images: Tensor, flip: bool) -> Tensor:
-    """One random crop each of images (B, C, H, W), see the module's docstring."""
+    """Local views: one random crop of each image (B, C, H, W), as described in the module's docstring."""
     area, aspect, down, right, side = torch.rand(5, len(images), device=images.device)
     area, aspect = 0.25 + 0.75 * area, ((2 * aspect - 1) * math.log(4 / 3)).exp()
     height, width = (area / aspect).sqrt().clamp(max=1), (area * aspect).sqrt().clamp(max=1)
@@ -137,7 +160,7 @@ def local_views(images: Tensor, flip: bool) -> Tensor:
 
 
 class CMISynthesizer(Synthesizer):
-    """Inverts the teacher by a fresh generator each round, each image unlike the others and those remembered."""
+    """Inverts the teacher with a new generator each round; a contrastive loss makes images unlike each other."""
 
     def __init__(self, config: CMIConfig, teacher: nn.Module, task: Task, *, g_steps: int, adv: float):
         self.config, self.teacher, self.task, self.g_steps, self.adv = config, teacher, task, g_steps, adv
@@ -156,7 +179,7 @@ class CMISynthesizer(Synthesizer):
             self.memory = torch.zeros(0, length, dtype=torch.half, device=task.device)  # oldest first
             groups.append({"params": [*self.head.parameters()]})
         self.generate, self.observe = self.generator, self.represent
-        # One optimizer: the fresh part's state goes at the end of a round, the head's stays.
+        # One optimizer for both: its state for generator and noise is deleted after each round, that for the head is kept.
         self.optimizer = torch.optim.Adam(groups, lr=config.lr_g, fused=True)
 
     def hot(self) -> list[Hot]:
@@ -166,7 +189,7 @@ class CMISynthesizer(Synthesizer):
         ]
 
     def synthesize(self, student: nn.Module) -> ImageBatch:
-        """One inverted batch, the best of ``g_steps`` steps by total loss."""
+        """Inverts one batch; returns its images at the step of lowest total loss."""
         reset(self.generator).train()
         with torch.no_grad():
             self.z.normal_()
@@ -204,7 +227,7 @@ class CMISynthesizer(Synthesizer):
         return weighted_sum(terms)
 
     def represent(self, images: Tensor, rows: int | None = None) -> tuple[Tensor, Tensor, list[Stats] | None]:
-        """Teacher's logits (B, C) and r (B, D) of images, and the BN statistics of the first ``rows`` of them."""
+        """Teacher logits (B, C) and r (B, D) of images, and the BN statistics of the first ``rows`` images."""
         pooled: list[Tensor] = []
         collecting = collected(self.statistics, rows=rows, pooled=pooled if self.config.cr else None)
         with collecting as batch_stats, self.task.precision.autocast():
@@ -212,7 +235,7 @@ class CMISynthesizer(Synthesizer):
         return output.logits, torch.cat([part.float() for part in (output.features, *pooled)], 1), batch_stats
 
     def contrastive_loss(self, global_features: Tensor, local_features: Tensor) -> Tensor:
-        """L_cr of r of the two views, (B, D) each."""
+        """L_cr, the contrastive loss, given r of the global and of the local views, (B, D) each."""
         drawn = torch.randperm(len(self.memory), device=self.memory.device)[: self.config.negatives]
         features = torch.cat([local_features, global_features, self.memory[drawn].float()])
         embedded = F.normalize(self.head(features), dim=1)
@@ -221,7 +244,7 @@ class CMISynthesizer(Synthesizer):
         return info_nce(anchors, positives, negatives, self.config.cr_T)
 
     def remember(self, images: Tensor) -> None:
-        """Puts r of a global view of the images kept into the memory; the oldest make room."""
+        """Adds r of a global view of the kept images to the memory and drops the oldest entries."""
         if self.config.cr:
             with torch.no_grad():
                 features = self.represent(self.task.random_view(images))[1]
@@ -229,7 +252,7 @@ class CMISynthesizer(Synthesizer):
             self.memory = memory[max(0, len(memory) - self.config.memory_size) :].clone()
 
     def state_dict(self) -> dict:
-        """The embedding and what it remembers."""
+        """State of the contrastive head, the optimizer and the memory."""
         if not self.config.cr:
             return {}
         return {"head": self.head.state_dict(), "optimizer": self.optimizer.state_dict(), "memory": self.memory}
@@ -243,12 +266,12 @@ class CMISynthesizer(Synthesizer):
         self.head.load_state_dict(state["head"])
         self.optimizer.load_state_dict(state["optimizer"])
         for group in self.optimizer.param_groups:
-            group["lr"] = self.config.lr_g  # another run's bank may have had another
+            group["lr"] = self.config.lr_g  # --init_bank may come from a run with another learning rate
         self.memory = state["memory"].to(self.task.device)
 
 
 class CMI(Method):
-    """Stages synthesize (initial bank, without the student) and distill (rounds with it)."""
+    """Method with stages synthesize (initial bank, without the student) and distill (rounds with the student)."""
 
     Config = CMIConfig
     defaults = {"epochs": 100, "kd_steps": 2000, "batch_size": 128, "lr": 0.1}

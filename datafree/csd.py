@@ -1,31 +1,35 @@
 """CSD: customizing synthetic data for data-free student learning (Luo et al., ICME 2023, arXiv 2307.04542).
 
-A generator inverts the teacher once a round. Its images must look like training data to the teacher (BN statistics,
-one-hot) and be hard for the student: a self-supervised head on the student's features, trained to name class and
-rotation of bank images, must be unsure of them. The student learns from all images so far by distillation, by the
-labels they were made for, and by matching the teacher's last feature map through a learned alignment.
+Each round trains a generator to invert the teacher. Its images should match the teacher's BN statistics and be classified by
+the teacher as wanted. They should also be hard for the student. A self-supervised head on the student's features is trained
+to predict class and rotation of bank images, and new images should have uncertain predictions. The student is trained on all
+images made so far. Its loss has three terms: distillation, cross-entropy to the labels that the images were made for, and
+distance to the teacher's last feature map through a learned alignment.
 
     synthesis   bn * L_bn + oh * CE(T(x), y) - csd * mean_k CE(h(f_S(rot_k x)), 4y + k)
-    h(f)        MLP(f) / ||MLP(f)||_2, of 4C entries
+    h(f)        MLP(f) / ||MLP(f)||_2, with 4C entries
     student     KL_T + ce * CE(S(x), y) + feat * MSE(align(map_S(x)), map_T(x))
 
-With logits on the unit sphere no image can make the cross-entropy endless: for n = 4C classes it lies between
-log(1 + (n - 1) exp(-s)) and log(1 + (n - 1) exp(s)), s = sqrt(n / (n - 1)): 2.72 and 4.69 for ten classes. The head learns
-by SGD with momentum and weight decay on every student batch; before each round's student steps its weights are drawn anew
-from N(0, .02) and its biases set to 0, while its momentum stays. The feature maps are what the last blocks make: in WRNs
-before the last BN and ReLU.
+The head's output is normalized to length 1, which bounds the cross-entropy. For n = 4C classes it lies between
+log(1 + (n - 1) exp(-s)) and log(1 + (n - 1) exp(s)), s = sqrt(n / (n - 1)): 2.72 and 4.69 for ten classes. The head is
+trained by SGD with momentum and weight decay on the student's batches. Before the student steps of each round, its weights
+are drawn anew from N(0, .02) and its biases are set to 0. Its momentum is kept. The feature maps are the outputs of the last
+blocks; in WRNs these are taken before the last BN and ReLU.
 
-Published settings (CIFAR-10, WRN-40-2): initial bank of 400 rounds x 200 images, 500 steps each, csd 0; then 100 rounds of
-200 images, 200 steps each, and 2000 student steps on batches of 128; SGD lr .1, T 20, csd 10, feat 30; head's SGD lr .1,
-momentum .9, weight decay 1e-4. With few head steps a round (``kd_steps / head_interval`` below some hundreds) the head knows
-nothing and csd does next to nothing.
+Published settings (CIFAR-10, WRN-40-2): an initial bank of 400 rounds of 200 images, 500 steps each, csd 0; then 100 rounds
+of 200 images, 200 steps each, with 2000 student steps per round on batches of 128; SGD lr .1, T 20, csd 10, feat 30; SGD of
+the head with lr .1, momentum .9, weight decay 1e-4. With fewer than a few hundred head steps per round (``kd_steps /
+head_interval``) the head learns nothing, and csd has almost no effect.
 
-``--warm_generator``, which the paper does not have, begins a round with the generator that the round before has left. It gets as
-far in a quarter of the steps, and the student further (docs/speed.md).
+``--warm_generator`` is not in the paper. With it a round starts from the generator of the previous round. The synthesis loss
+then needs only a quarter of the steps, and the student becomes more accurate (docs/speed.md).
 
-Deviations: labels are drawn class-balanced, not independently. Where maps differ in size the larger is pooled; the script
-brings the student's to the teacher's size. Raw logits in the place of h, tried first, leave -csd * CE without a lower bound:
-once the head has learnt anything the images are taken to pieces, and none is to the teacher what it was made for.
+Deviations:
+- Labels are drawn class-balanced, not independently.
+- If the feature maps differ in size, the larger one is pooled. The script resizes the student's map to the teacher's size.
+
+Tried and dropped: raw logits in place of h. The term -csd * CE then has no lower bound. As soon as the head has learnt
+something, synthesis destroys the images, and the teacher classifies none of them as wanted.
 """
 
 from dataclasses import dataclass
@@ -61,35 +65,53 @@ BOTH = ("synthesize", "distill")
 class CSDConfig:
     """Flags of CSD."""
 
-    init_rounds: int = flag(400, "rounds of the initial bank", affects=("synthesize",), scales=True, least=1, most=1_000_000)
-    init_g_steps: int = flag(
-        500, "inversion steps a round of the initial bank", affects=("synthesize",), scales=True, least=1
+    init_rounds: int = flag(
+        400,
+        "rounds of stage synthesize, which makes the initial bank",
+        affects=("synthesize",),
+        scales=True,
+        least=1,
+        most=1_000_000,
     )
-    init_batch_size: int = flag(200, "images a round of the initial bank", affects=("synthesize",), least=1, most=1_000_000)
-    g_steps: int = flag(200, "inversion steps a round while distilling", affects=("distill",), scales=True, least=1)
-    synthesis_batch_size: int = flag(200, "images a round while distilling", affects=("distill",), least=1, most=1_000_000)
+    init_g_steps: int = flag(
+        500, "inversion steps per round of the initial bank", affects=("synthesize",), scales=True, least=1
+    )
+    init_batch_size: int = flag(
+        200, "images synthesized per round of the initial bank", affects=("synthesize",), least=1, most=1_000_000
+    )
+    g_steps: int = flag(200, "inversion steps per round of stage distill", affects=("distill",), scales=True, least=1)
+    synthesis_batch_size: int = flag(
+        200, "images synthesized per round of stage distill", affects=("distill",), least=1, most=1_000_000
+    )
     lr_g: float = flag(1e-3, "Adam learning rate of generator and noise", affects=BOTH, above=0)
     nz: int = flag(256, "length of the generator's noise vector", affects=BOTH, least=1)
-    warm_generator: bool = flag(False, "begin a round with the last round's generator, not with a fresh one", affects=BOTH)
-    bn: float = flag(1.0, "weight of the BN-statistics loss", affects=BOTH, least=0)
-    oh: float = flag(1.0, "weight of the one-hot loss", affects=BOTH, least=0)
+    warm_generator: bool = flag(
+        False, "start each round from the previous round's generator instead of a re-initialized one", affects=BOTH
+    )
+    bn: float = flag(1.0, "weight of the BN-statistics loss in synthesis", affects=BOTH, least=0)
+    oh: float = flag(1.0, "weight of the one-hot loss CE(T(x), y) in synthesis", affects=BOTH, least=0)
     csd: float = flag(
         10.0,
-        "weight of the rotation-uncertainty loss while distilling (the initial bank has 0)",
+        "weight of the adversarial loss in stage distill: minus the cross-entropy of the student's rotation head",
         affects=("distill",),
         least=0,
     )
     lr_head: float = flag(0.1, "SGD learning rate of the rotation head", affects=("distill",), above=0)
-    head_interval: int = flag(1, "train the rotation head at every n-th student step", affects=("distill",), least=1)
+    head_interval: int = flag(1, "student steps per training step of the rotation head", affects=("distill",), least=1)
     T: float = flag(20.0, "temperature of the distillation loss", affects=("distill",), above=0)
     ce: float = flag(
-        1.0, "weight of the student's cross-entropy to the labels the images were made for", affects=("distill",), least=0
+        1.0, "weight of the student's cross-entropy to the labels of the synthetic images", affects=("distill",), least=0
     )
-    feat: float = flag(30.0, "weight of the feature-map loss", affects=("distill",), least=0)
+    feat: float = flag(
+        30.0,
+        "weight of the distance between the last feature maps of student and teacher in the student's loss",
+        affects=("distill",),
+        least=0,
+    )
 
 
 class RotationHead(nn.Module):
-    """Features (B, D) -> logits of class and turn (B, 4C), each row of length 1."""
+    """Rotation head: features (B, D) -> logits of class and rotation (B, 4C), each row normalized to length 1."""
 
     def __init__(self, feature_dim: int, num_classes: int):
         super().__init__()
@@ -100,7 +122,7 @@ class RotationHead(nn.Module):
 
 
 class CSDSynthesizer(Synthesizer):
-    """Inverts the teacher by one generator a round; with ``csd > 0`` against the student's rotation head."""
+    """Inverts the teacher with one generator per round; with ``csd > 0`` adversarially to the student's rotation head."""
 
     def __init__(
         self, config: CSDConfig, teacher: nn.Module, task: Task, *, feature_dim: int, g_steps: int, images: int, csd: float
@@ -126,7 +148,7 @@ class CSDSynthesizer(Synthesizer):
         return steps + ([Hot(self, "measure_head", self.task.kd_steps, "rotation head's step")] if self.csd else [])
 
     def synthesize(self, student: nn.Module) -> ImageBatch:
-        """One inverted batch, the best of ``g_steps`` steps by total loss."""
+        """Inverts one batch; returns its images at the step of lowest total loss."""
         config, device = self.config, self.task.device
         if not (config.warm_generator and self.trained):
             reset(self.generator)
@@ -143,7 +165,7 @@ class CSDSynthesizer(Synthesizer):
             best.update(images, losses)
             precision.minimize(losses["loss"], optimizer)
         if self.csd:
-            reset(self.head)  # the student has moved on; the optimizer's momentum stays
+            reset(self.head)  # the student has changed; the optimizer's momentum is kept
         return ImageBatch(best.images, labels, best.scalars())
 
     def losses(self, images: Tensor, labels: Tensor, student: nn.Module) -> dict[str, Tensor]:
@@ -160,7 +182,7 @@ class CSDSynthesizer(Synthesizer):
         return weighted_sum(terms)
 
     def after_step(self, student: nn.Module, images: Tensor, labels: Tensor) -> None:
-        """Trains the rotation head on the bank images of this student step."""
+        """Takes one step of the rotation head on the images of this student step, at every ``head_interval``-th of them."""
         self.steps += 1
         if not self.csd or self.steps % self.config.head_interval:
             return
@@ -171,13 +193,13 @@ class CSDSynthesizer(Synthesizer):
         self.head_optimizer.step()
 
     def head_loss(self, images: Tensor, labels: Tensor, student: nn.Module) -> Tensor:
-        """Cross-entropy of the rotation head; the student's features are taken as they are."""
+        """Cross-entropy of the rotation head; no gradient reaches the student's features."""
         with torch.no_grad(), self.task.precision.autocast():
             features = student(rotations(images), return_features=True).features
         return F.cross_entropy(self.head(features.float()), rotation_labels(labels))
 
     def state_dict(self) -> dict:
-        """What the next round's images are made by and against: the generator, where it stays; the head and its momentum."""
+        """State of the generator (if it is kept between rounds), the rotation head and the head's optimizer."""
         state = {"generator": self.generator.state_dict()} if self.config.warm_generator and self.trained else {}
         if self.csd:
             state |= {"steps": self.steps, "head": self.head.state_dict()}
@@ -185,7 +207,7 @@ class CSDSynthesizer(Synthesizer):
         return state
 
     def load_state_dict(self, state: dict) -> None:
-        """Undoes ``state_dict``; the initial bank leaves a generator alone."""
+        """Restores what ``state_dict`` returned; a state from the initial bank has a generator at most."""
         with own_state():
             if self.config.warm_generator and "generator" in state:
                 self.generator.load_state_dict(state["generator"])
@@ -197,10 +219,10 @@ class CSDSynthesizer(Synthesizer):
 
 
 class AlignedDistillation(nn.Module):
-    """KL + ce * CE + feat * MSE of the last blocks' maps, the student's passed through a learned alignment.
+    """Student loss KL_T + ce * CE + feat * MSE between the last feature maps, the student's map after a learned alignment.
 
-    The alignment is three convolutions (1x1, 3x3, 1x1), 2 * C_T wide, with BN and ReLU between them; its parameters are
-    trained with the student's and thrown away at the end. Where the maps differ in size, the larger is average-pooled.
+    The alignment is three convolutions (1x1, 3x3, 1x1), 2 * C_T wide, with BN and ReLU between them. Its parameters are
+    trained with the student's and discarded at the end. If the maps differ in size, the larger one is average-pooled.
     """
 
     def __init__(self, config: CSDConfig, student_shape: tuple[int, int, int], teacher_shape: tuple[int, int, int]):
@@ -220,7 +242,7 @@ class AlignedDistillation(nn.Module):
         return [convolution, nn.BatchNorm2d(after), nn.ReLU(inplace=True)]
 
     def forward(self, teacher_out, student_out, labels: Tensor) -> dict[str, Tensor]:
-        """Outputs with logits (B, C) and block_map (B, C_b, h, w) -> named scalar losses."""
+        """Named scalar losses of two outputs with logits (B, C) and block_map (B, C_b, h, w)."""
         losses = {
             "kd": kd_loss(student_out.logits, teacher_out.logits, self.T),
             "ce": F.cross_entropy(student_out.logits.float(), labels),
@@ -234,7 +256,7 @@ class AlignedDistillation(nn.Module):
 
 
 class CSD(Method):
-    """Stages synthesize (initial bank, csd 0) and distill (rounds with csd)."""
+    """Method with stages synthesize (initial bank, csd 0) and distill (rounds with csd)."""
 
     Config = CSDConfig
     defaults = {"epochs": 100, "kd_steps": 2000, "batch_size": 128, "lr": 0.1}

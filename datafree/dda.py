@@ -1,40 +1,44 @@
 """DDA: data-free knowledge distillation with diffusion augmentation (Li et al., ACM MM 2024, arXiv 2410.17606).
 
-Three steps: (1) an image bank is inverted from the teacher; (2) every bank image goes V times through a diffusion model
-with fresh noise, and a variant stays iff its cosine to its source in an embedding is at least omega; (3) the student
-learns from the bank and the kept variants, which carry their sources' labels. Inversion and student loss are CSD's.
+The method has three steps. (1) An image bank is inverted from the teacher. (2) A diffusion model makes V variants of every
+bank image, each from fresh noise. A variant is kept if and only if its cosine similarity to its source, in an embedding, is
+at least omega. (3) The student is trained on the bank and the kept variants, which have their sources' labels. Inversion and
+student loss are those of CSD.
 
-Which diffusion model, ``--prior``:
-    pixel            a small class-conditional model trained here on the bank itself; nothing is downloaded and the run
-                     stays strictly data-free (``datafree.diffusion.pixel``). Default.
-    natural          a pixel model from a file: natural_32, which this project ships, trained on CIFAR-100's training images,
-                     or one of ``datafree.diffusion.train_prior``. Without class, unless it knows as many as the dataset has.
-    image_variation  the paper's: Stable Diffusion taking a CLIP image embedding (``datafree.diffusion.variation``).
-    image_to_image   any Stable Diffusion, SDXL or Turbo checkpoint, from the noised image and a class-name prompt.
+The diffusion model is chosen by ``--prior``:
+    pixel            small class-conditional model that is trained in the run on the bank itself. Nothing is downloaded, and
+                     the run stays strictly data-free (``datafree.diffusion.pixel``). Default.
+    natural          pixel model from a file: natural_32, which this project ships and which was trained on CIFAR-100's
+                     training images, or a model of ``datafree.diffusion.train_prior``. It is run without class condition,
+                     unless it has as many classes as the dataset.
+    image_variation  the paper's model: Stable Diffusion with a CLIP image embedding (``datafree.diffusion.variation``).
+    image_to_image   any Stable Diffusion, SDXL or Turbo checkpoint, from the noised image and a prompt with the class name.
 
-With pixel and natural the teacher may guide the variation, as DiffDFKD's does (``datafree.diffusion.guidance``): at every
-denoising step z <- z - B * d/dz [guidance_oh * CE(T(x0), y) + guidance_bn * L_bn(x0)], with y the source's label and x0 the
-image that the step would end in. 0 and 0, the default, is the paper's variation. With ``--agree`` the filter also asks that
-the teacher names a variant by its source's label; log and result tell the teacher's accuracy and L_bn of what was kept and
-dropped.
+With pixel and natural, the teacher can guide the variation as in DiffDFKD (``datafree.diffusion.guidance``). At every
+denoising step z <- z - B * d/dz [guidance_oh * CE(T(x0), y) + guidance_bn * L_bn(x0)], where y is the source's label and x0
+the image predicted from z. Both weights are 0 by default, which is the paper's variation. With ``--agree`` the filter also
+requires that the teacher classifies a variant as its source's label. Log and result report the teacher's accuracy and L_bn
+on the kept and on the dropped variants.
 
-Variants of 256 images inverted from a resnet20 of CIFAR-10 (two rounds of 150 steps; the teacher names all of them, L_bn
-3.15), natural_32 of 601,600 draws, 20 steps, guidance_oh 1, guidance_bn .1, guidance_max_step 2: the teacher's accuracy,
-L_bn, and the mean squared distance from the source, plain -> guided.
+The table shows variants of 256 images that were inverted from a resnet20 of CIFAR-10 in two rounds of 150 steps. The teacher
+classifies all sources as wanted, and their L_bn is 3.15. Settings: natural_32 after 601,600 training images, 20 steps,
+guidance_oh 1, guidance_bn .1, guidance_max_step 2. Columns: the teacher's accuracy, L_bn, and the mean squared distance from
+the source, each unguided -> guided.
 
     strength      natural                                          pixel, 40 passes over so few images
     .4            43 -> 99.6 %   5.12 -> 3.82   .006 -> .007       18 -> 100 %    9.04 -> 7.25   .009 -> .008
     .6            30 -> 98.8 %   5.20 -> 3.91   .012 -> .013       13 -> 100 %    9.82 -> 7.91   .015 -> .015
     .8            19 -> 100 %    5.09 -> 3.86   .025 -> .027       13 -> 99.6 %  10.18 -> 8.15   .026 -> .026
 
-With guidance_bn .3 natural's L_bn at .6 is 3.28 (of 128 images; .1: 3.91). Guided natural variants look like photographs of
-what the source only hints at; those of so little a pixel prior are grain that the teacher takes for the class.
+With guidance_bn .3, natural's L_bn at strength .6 is 3.28 (measured on 128 images; .1 gives 3.91). Guided variants of
+natural look like photographs of objects that the source only suggests. Guided variants of a pixel prior trained on so few
+images look like grain, which the teacher nevertheless classifies as the class.
 
-Published settings: CSD's, but for 200 rounds of 400 images; of the diffusion stage none.
+Published settings: those of CSD, except 200 rounds of 400 images. For the diffusion stage no settings are published.
 
-Deviations: CSD's. The published code ships no diffusion step and no filter; the default prior is this project's. Omega, the
-embedding and V are not known: the paper's figure keeps .83 and .76 and drops .45. All three are flags; omega's default is
-measured on the bank (``datafree.filter``).
+Deviations: those of CSD. The published code has no diffusion step and no filter. The default prior is this project's own.
+Omega, the embedding and V are not known; a figure of the paper keeps cosines of .83 and .76 and drops .45. All three are
+flags here. The default omega is measured on the bank (``datafree.filter``).
 """
 
 from collections.abc import Callable, Collection
@@ -64,7 +68,7 @@ FILTER = ("distill",)
 
 @dataclass(frozen=True)
 class PriorDefaults:
-    """What a choice of ``--prior`` means where the other flags are unset."""
+    """Defaults of the other diffusion flags for one choice of ``--prior``."""
 
     model: str | None = None
     revision: str | None = None
@@ -82,95 +86,129 @@ PRIORS = {
 
 @dataclass(frozen=True)
 class DDAConfig(CSDConfig):
-    """Flags of DDA: CSD's, and those of the diffusion stage."""
+    """Flags of DDA, those of CSD included."""
 
-    synthesis_batch_size: int = flag(400, "images a round while distilling", affects=("distill",), least=1, most=1_000_000)
+    synthesis_batch_size: int = flag(
+        400, "images synthesized per round of stage distill", affects=("distill",), least=1, most=1_000_000
+    )
     prior: str = flag(
         "pixel",
-        "the diffusion model: pixel is trained on the bank, the others are pretrained",
+        "diffusion model that makes the variants; pixel is trained on the image bank, the others are pretrained",
         choices=tuple(PRIORS),
         affects=AUGMENT,
     )
     diffusion_model: str | None = flag(
         None,
-        "hub id or local directory of a pretrained one, for natural a .safetensors file or the name of a shipped one; unset: "
-        "natural_32, lambdalabs/sd-image-variations-diffusers, stable-diffusion-v1-5/stable-diffusion-v1-5",
+        "natural: .safetensors file or name of a shipped prior; image_variation, image_to_image: hub id or local directory "
+        "of the model; unset: natural_32, lambdalabs/sd-image-variations-diffusers or "
+        "stable-diffusion-v1-5/stable-diffusion-v1-5",
         affects=AUGMENT,
     )
     diffusion_revision: str | None = flag(
-        None, "revision of the hub id; unset: v2.0 of the default image_variation model", affects=AUGMENT
+        None,
+        "revision of the model on the hub; unset: v2.0 for the default image_variation model, else the default branch",
+        affects=AUGMENT,
     )
-    variants: int = flag(1, "V, variants of each bank image", affects=AUGMENT, least=1)
+    variants: int = flag(1, "V, number of variants per bank image", affects=AUGMENT, least=1)
     strength: float = flag(
         0.3,
-        "share of the way back to pure noise from which a variant is drawn; image_variation always draws from pure noise",
+        "how far a source is noised before denoising, from 0: not at all to 1: pure noise; image_variation always starts "
+        "from pure noise",
         affects=AUGMENT,
         above=0,
         most=1,
     )
     num_inference_steps: int | None = flag(
-        None, "denoising steps from pure noise; unset: 25, pixel 12, natural 20", affects=AUGMENT, least=1, most=1000
+        None,
+        "denoising steps from pure noise, of which a variant takes the share --strength; unset: pixel 12, natural 20, "
+        "others 25",
+        affects=AUGMENT,
+        least=1,
+        most=1000,
     )
     guidance_scale: float | None = flag(
-        None, "classifier-free guidance; unset: 3, pixel and natural 1, which is none", affects=AUGMENT, least=0
+        None,
+        "classifier-free guidance scale; at most 1: no guidance; unset: pixel and natural 1, others 3",
+        affects=AUGMENT,
+        least=0,
     )
     guidance_oh: float = flag(
-        0.0, "pixel, natural: weight of CE(T(x), y) in the teacher's guidance", affects=AUGMENT, least=0
+        0.0, "pixel, natural: weight of the one-hot loss CE(T(x), y) in the teacher's guidance", affects=AUGMENT, least=0
     )
     guidance_bn: float = flag(
         0.0, "pixel, natural: weight of the BN-statistics loss in the teacher's guidance", affects=AUGMENT, least=0
     )
-    prompt: str = flag("a photo of a {label}", "prompt of image_to_image", affects=AUGMENT)
+    prompt: str = flag("a photo of a {label}", "image_to_image: prompt; {label} stands for the class name", affects=AUGMENT)
     resolution: int | None = flag(
-        None, "px at which a pretrained model draws; unset: its own", affects=AUGMENT, least=1, most=4096
+        None,
+        "image_variation, image_to_image: size in px at which the model makes images; unset: the model's own",
+        affects=AUGMENT,
+        least=1,
+        most=4096,
     )
     diffusion_dtype: str | None = flag(
-        None, "of a pretrained model; unset: fp16 on a GPU, else fp32", choices=tuple(DTYPES), affects=AUGMENT
+        None,
+        "data type of a pretrained diffusion or embedding model; unset: fp16 on a GPU, else fp32",
+        choices=tuple(DTYPES),
+        affects=AUGMENT,
     )
     guidance_max_step: float = flag(
         0.0,
-        "greatest length of a variant's guidance step in pixels of [-1, 1], longer ones are shortened; 0: any",
+        "pixel, natural: largest L2 norm of a teacher-guidance step of one image, pixels in [-1, 1]; longer steps are "
+        "shortened to it; 0: no limit",
         affects=AUGMENT,
         least=0,
     )
     diffusion_batch_size: int = flag(
         64,
-        "variants drawn together; but by rounding they depend on it with --guidance_bn only, whose statistics are theirs",
+        "variants made together; with --guidance_bn they share batch statistics and depend on it, else only by rounding",
         affects=AUGMENT,
         least=1,
         most=1_000_000,
     )
     pixel_channels: tuple[int, ...] | None = flag(
         None,
-        "pixel: channels of each level of its U-Net; unset: 32,64 up to 32 px, else 64,128,128",
+        "pixel: channels of each level of the U-Net, comma-separated; unset: 32,64 up to 32 px, else 64,128,128",
         affects=AUGMENT,
         least=1,
     )
     fit_passes: int = flag(
-        40, "pixel: passes over the bank in training, a checkpoint after each", affects=AUGMENT, scales=True, least=1
+        40,
+        "pixel: training epochs over the image bank; a checkpoint is saved after each",
+        affects=AUGMENT,
+        scales=True,
+        least=1,
     )
-    fit_batch_size: int = flag(16, "pixel: images a training step", affects=AUGMENT, least=1, most=1_000_000)
-    fit_lr: float = flag(2e-3, "pixel: AdamW learning rate", affects=AUGMENT, above=0)
-    embedding: str = flag("teacher", "where variant and source are compared", choices=EMBEDDINGS, affects=FILTER)
-    embedding_model: str | None = flag(None, "hub id or local directory of clip or dinov2", affects=FILTER)
+    fit_batch_size: int = flag(16, "pixel: images per training step", affects=AUGMENT, least=1, most=1_000_000)
+    fit_lr: float = flag(2e-3, "pixel: peak learning rate of AdamW", affects=AUGMENT, above=0)
+    embedding: str = flag(
+        "teacher", "embedding in which the filter compares a variant with its source", choices=EMBEDDINGS, affects=FILTER
+    )
+    embedding_model: str | None = flag(
+        None,
+        "clip, dinov2: hub id or local directory of the embedding model; unset: openai/clip-vit-base-patch32, "
+        "facebook/dinov2-small",
+        affects=FILTER,
+    )
     omega: float | None = flag(
         None,
-        "least cosine of a kept variant, -1 keeps all; unset: above 99 % of the cosines between bank images of two classes",
+        "the filter keeps variants with at least this cosine similarity to their source, -1: all; unset: 99 % quantile of "
+        "the cosines between bank images of different classes",
         affects=FILTER,
         least=-1,
         most=1,
     )
-    agree: bool = flag(False, "keep only variants that the teacher names by their source's label", affects=FILTER)
+    agree: bool = flag(False, "keep only variants that the teacher classifies as their source's label", affects=FILTER)
     variant_labels: str = flag(
         "source",
-        "of the student's CE on variants: the source's, or the teacher's",
+        "labels of variants in the student's cross-entropy; source: the source's label, teacher: the teacher's prediction",
         choices=("source", "teacher"),
         affects=FILTER,
     )
 
 
 class DDA(CSD):
-    """Stages synthesize (initial bank), augment (variants, filter) and distill (CSD's rounds on bank and variants)."""
+    """Method with stages synthesize (initial bank), augment (variants and filter) and distill (CSD's rounds on both)."""
 
     Config = DDAConfig
     defaults = CSD.defaults | {"epochs": 200}
@@ -224,11 +262,11 @@ class DDA(CSD):
         return bool(self.config.guidance_oh or self.config.guidance_bn)
 
     def prior_file(self) -> Path:
-        """That of ``--prior natural``."""
+        """File of the prior for ``--prior natural``."""
         return shipped_prior(self.model) or Path(self.model)
 
     def dtype(self) -> torch.dtype:
-        """Of pretrained models."""
+        """Data type of pretrained models."""
         return diffusion_dtype(self.config.diffusion_dtype, self.task.device)
 
     def augmenter(self) -> Augmenter:
@@ -277,11 +315,11 @@ class DDA(CSD):
         return ImageToImage(self.model, self.revision, **words, **common)
 
     def guidance(self) -> Guidance:
-        """The teacher's part in the variation."""
+        """The teacher's guidance of the variation."""
         config = self.config
         weights = {"bn": config.guidance_bn, "oh": config.guidance_oh, "max_step": config.guidance_max_step}
         return Guidance(self.teacher, self.task.info.image_size, **weights)
 
     def embedding(self) -> Callable[[Tensor], Tensor]:
-        """For the filter: images (B, 3, H, W) in [0, 1] to embeddings (B, D)."""
+        """Embedding of the filter: a function from images (B, 3, H, W) in [0, 1] to embeddings (B, D)."""
         return build_embedding(self.config.embedding, self.embedding_model, self.teacher, self.task.device, self.dtype())

@@ -1,27 +1,32 @@
 """DeepInversion: images from the teacher's weights alone (Yin et al., CVPR 2020, arXiv 1912.08795).
 
-The pixels of a batch are optimised, without a generator, until the teacher names their classes and finds the BN
-statistics of its training data in them. The student plays no part in it (that is ``datafree.adi``) and learns from all
-images so far.
+The pixels of a batch are optimised directly, without a generator. The teacher should classify each image as its wanted
+class, and the batch should have the BN statistics of the teacher's training data. The student plays no part in synthesis
+(``datafree.adi`` adds it). The student is trained on all images made so far.
 
     synthesis   oh * CE(T(x), y) + bn * L_bn + tv * TV(x) + l2 * mean_b ||x_b||_2
-    TV          sum over the right, lower and both diagonal neighbours of the mean |x_p - x_q|
+    TV          mean |x_p - x_q| for the right, lower and both diagonal neighbours, the four means summed
     student     KL_T
 
-Before the teacher, the whole batch is rolled by up to an eighth of its size and, where the task allows, mirrored; the
-draw is new at every step, one for the batch. Pixels are variables in the teacher's normalized space, where they start as
-N(0, 1): Adam's steps are as long as its learning rate, and .1 is the published length there (in [0, 1] it would be four
-to five times as long). After every step they are clipped to what [0, 1] becomes in that space.
+Before each forward pass of the teacher, the whole batch is rolled by up to an eighth of its height and width. If the task
+allows flips, it is also mirrored with probability 1/2. One roll and one flip are drawn for the whole batch, anew at every
+step. Pixels are optimised in the teacher's normalized space, starting from N(0, 1). An Adam step is about as long as its
+learning rate, and the published .1 refers to this space. In [0, 1] the same rate would make steps four to five times as
+long. After every step the pixels are clipped to the range that corresponds to [0, 1].
 
-Published settings (CIFAR): 200 rounds of 256 images, 1000 steps each (2000 in the tables), Adam lr .1 with betas (.5,
-.99); bn 10, oh 1, tv .001, l2 0; 400 student steps a round, SGD lr .1, T 20.
+Published settings (CIFAR): 200 rounds of 256 images, 1000 steps per round (2000 in the tables), Adam lr .1 with betas (.5,
+.99); bn 10, oh 1, tv .001, l2 0; 400 student steps per round, SGD lr .1, T 20.
 
-Deviations: labels are drawn class-balanced, not independently. The images kept are a copy of the batch at its lowest
-loss; the published script keeps an alias that goes on changing. TV is that script's mean of absolute differences, where
-the paper's code for CIFAR takes norms of the whole batch, and is taken as there before the roll, which would make
-neighbours of opposite edges. L2 is the paper's, of an image; the script takes the norm of the whole batch, which grows
-with its size. The start is clipped like every step after it. Left out: the multi-resolution start and the separate weight
-of the first BN layer, which the paper's code uses for ImageNet.
+Deviations:
+- Labels are drawn class-balanced, not independently.
+- The images kept are a copy of the batch at its lowest loss. The published script keeps an alias of the batch, which later
+  steps change.
+- TV is the published script's mean of absolute differences. The paper's code for CIFAR takes norms of the whole batch.
+- As in the published script, TV is computed before the roll, because the roll makes opposite edges neighbours.
+- L2 is the mean norm of an image, as in the paper. The script takes the norm of the whole batch, which grows with its size.
+- The initial pixels are clipped, as the pixels after every step are.
+
+Left out: the multi-resolution start and the separate weight of the first BN layer, which the paper's code uses for ImageNet.
 """
 
 from dataclasses import dataclass
@@ -41,20 +46,26 @@ DISTILL = ("distill",)
 class DeepInversionConfig:
     """Flags of DeepInversion."""
 
-    g_steps: int = flag(1000, "inversion steps a round", affects=DISTILL, scales=True, least=1)
-    synthesis_batch_size: int = flag(256, "images a round", affects=DISTILL, least=1, most=1_000_000)
-    lr_g: float = flag(
-        0.1, "Adam learning rate of the pixels, in units of the dataset's standard deviation", affects=DISTILL, above=0
+    g_steps: int = flag(1000, "inversion steps per round", affects=DISTILL, scales=True, least=1)
+    synthesis_batch_size: int = flag(256, "images synthesized per round", affects=DISTILL, least=1, most=1_000_000)
+    lr_g: float = flag(0.1, "Adam learning rate of the pixels, in the teacher's normalized space", affects=DISTILL, above=0)
+    bn: float = flag(10.0, "weight of the BN-statistics loss in synthesis", affects=DISTILL, least=0)
+    oh: float = flag(1.0, "weight of the one-hot loss CE(T(x), y) in synthesis", affects=DISTILL, least=0)
+    tv: float = flag(
+        1e-3,
+        "weight of the total variation in synthesis: mean |x_p - x_q|, summed over four neighbour directions",
+        affects=DISTILL,
+        least=0,
     )
-    bn: float = flag(10.0, "weight of the BN-statistics loss", affects=DISTILL, least=0)
-    oh: float = flag(1.0, "weight of the one-hot loss, CE(T(x), y)", affects=DISTILL, least=0)
-    tv: float = flag(1e-3, "weight of the total variation, mean |x_p - x_q| over four neighbours", affects=DISTILL, least=0)
-    l2: float = flag(0.0, "weight of the mean ||x||_2 of an image", affects=DISTILL, least=0)
+    l2: float = flag(0.0, "weight of the mean L2 norm of an image in synthesis", affects=DISTILL, least=0)
     T: float = flag(20.0, "temperature of the distillation loss", affects=DISTILL, above=0)
 
 
 def total_variation(images: Tensor) -> Tensor:
-    """Mean absolute difference of neighbours in (B, C, H, W): right, below, and both diagonals, the four means summed."""
+    """Total variation of images (B, C, H, W), scalar.
+
+    It is the mean absolute difference to the right, lower and both diagonal neighbours, the four means summed.
+    """
     right = images[..., 1:] - images[..., :-1]
     below = images[..., 1:, :] - images[..., :-1, :]
     falling = images[..., 1:, 1:] - images[..., :-1, :-1]
@@ -63,24 +74,24 @@ def total_variation(images: Tensor) -> Tensor:
 
 
 def l2_norm(images: Tensor) -> Tensor:
-    """Mean over images of ||x||_2, (B, C, H, W) -> ()."""
+    """Mean L2 norm of an image: (B, C, H, W) -> scalar."""
     return torch.linalg.vector_norm(images.flatten(1), dim=1).mean()
 
 
 def jitter(images: Tensor, flip: bool) -> Tensor:
-    """Rolls a batch (B, C, H, W) by up to an eighth of its height and width, and mirrors half of the batches if ``flip``."""
+    """Rolls a batch (B, C, H, W) by up to an eighth of its height and width; if ``flip``, mirrors half of the batches."""
     height, width = images.shape[2:]
-    # Drawn on the CPU: three numbers that no GPU has to be waited for.
+    # Drawn on the CPU, because numbers drawn on a GPU would have to be waited for.
     down, right, mirrored = torch.rand(3).tolist()
     shifts = int(down * (2 * (height // 8) + 1)) - height // 8, int(right * (2 * (width // 8) + 1)) - width // 8
     rolled = torch.roll(images, shifts, (2, 3))
     rolled = rolled.flip(3) if flip and mirrored < 0.5 else rolled
     layout = torch.channels_last if images.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
-    return rolled.contiguous(memory_format=layout)  # roll alone would lose it
+    return rolled.contiguous(memory_format=layout)  # torch.roll does not keep the memory format
 
 
 class DeepInversionSynthesizer(Synthesizer):
-    """Inverts the teacher into the pixels of one batch a round."""
+    """Optimises the pixels of one batch per round."""
 
     def __init__(self, config: DeepInversionConfig, teacher: nn.Module, task: Task):
         self.config, self.teacher, self.task = config, teacher, task
@@ -91,7 +102,7 @@ class DeepInversionSynthesizer(Synthesizer):
         return [Hot(self, "measure", self.config.g_steps, "synthesis losses")]
 
     def synthesize(self, student: nn.Module) -> ImageBatch:
-        """One inverted batch, the best of ``g_steps`` steps by total loss."""
+        """Inverts one batch; returns its images at the step of lowest total loss."""
         config, task, mean, std = self.config, self.task, self.teacher.mean, self.teacher.std
         black, white = (0 - mean) / std, (1 - mean) / std
         labels = balanced_labels(config.synthesis_batch_size, task.info.num_classes, task.device)
@@ -110,7 +121,14 @@ class DeepInversionSynthesizer(Synthesizer):
         return ImageBatch((best.images * std + mean).clamp(0, 1), labels, best.scalars())
 
     def losses(self, pixels: Tensor, jittered: Tensor, labels: Tensor, student: nn.Module) -> dict[str, Tensor]:
-        """Named losses of normalized pixels (B, 3, H, W), and of the same jittered, that are to be of classes ``labels`` (B,)."""
+        """Named synthesis losses; "loss" is their weighted sum.
+
+        Args:
+            pixels: normalized images (B, 3, H, W), for total variation and L2.
+            jittered: the same images after ``jitter``, for the networks.
+            labels: wanted classes (B,).
+            student: the student, for ``student_terms``.
+        """
         config = self.config
         images = jittered * self.teacher.std + self.teacher.mean
         with collected(self.statistics) as batch_stats, self.task.precision.autocast():
@@ -125,12 +143,12 @@ class DeepInversionSynthesizer(Synthesizer):
         return weighted_sum(terms | self.student_terms(images, logits, student))
 
     def student_terms(self, images: Tensor, teacher_logits: Tensor, student: nn.Module) -> Terms:
-        """Those that depend on the student; here none."""
+        """Loss terms that depend on the student; none here."""
         return {}
 
 
 class DeepInversion(Method):
-    """Stage distill only: the bank starts empty, and each round adds its batch."""
+    """Method with stage distill only. The image bank starts empty, and each round adds its batch."""
 
     Config = DeepInversionConfig
     defaults = {"epochs": 200, "kd_steps": 400, "batch_size": 256, "lr": 0.1}

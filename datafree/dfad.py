@@ -1,18 +1,23 @@
 """DFAD: data-free adversarial distillation (Fang et al. 2019, arXiv 1912.11006).
 
-Generator and student play for the mean absolute difference of their logits: the one makes it large, the other small.
+The generator is trained to maximize the mean absolute difference between the logits of student and teacher. The student is
+trained to minimize it.
 
     generator   - adv * mean |S(x) - T(x)|
     student     mean |S(x) - T(x)|
 
-Published settings (CIFAR): 200 epochs of 400 student steps of 256 images, a generator step every 5; SGD lr .1, Adam lr 1e-3.
+Published settings (CIFAR): 200 epochs of 400 student steps on 256 images, one generator step per 5 student steps; SGD lr .1,
+Adam lr 1e-3.
 
-Both learning rates fall: a generator that keeps its own (``--lr_g_schedule constant``, as in later scripts of the field) can
-run away from a student that can no longer follow.
+Both learning rates fall. Later scripts of the field keep the generator's learning rate constant (``--lr_g_schedule
+constant``). The generator can then change faster than the student, whose learning rate has fallen, can follow.
 
-Deviations: the large generator, as the other streaming methods here; the authors' has 128 and 64 channels and ends in a BN
-layer. Their code lowers both rates by steps, here they fall as a cosine. There, the student normalizes by the batch while
-the generator learns, and its weight decay is 5e-4.
+Deviations:
+- The generator is the large one, as in the other streaming methods here. The authors' generator has 128 and 64 channels and
+  ends in a BN layer.
+- The authors' code lowers both learning rates by steps. Here they follow a cosine.
+- In the authors' code the student's BN layers use batch statistics while the generator is trained, and the student's weight
+  decay is 5e-4.
 """
 
 from dataclasses import dataclass
@@ -29,41 +34,45 @@ from engine.runtime.flags import flag
 class DFADConfig(StreamConfig):
     """Flags of DFAD."""
 
-    T: float = flag(1.0, "logits of both are divided by T before they are compared", affects=DISTILL, above=0)
+    T: float = flag(
+        1.0, "temperature: student and teacher logits are divided by T before the L1 loss", affects=DISTILL, above=0
+    )
     lr_g_schedule: str = rate_flag("student")
-    adv: float = flag(1.0, "weight of the adversarial loss, - mean |S - T|", affects=DISTILL, least=0)
+    adv: float = flag(
+        1.0, "generator: weight of the adversarial loss, -mean |S(x) - T(x)| over the logits", affects=DISTILL, least=0
+    )
 
 
 def logit_distance(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
-    """Mean absolute difference of logits (B, C) over samples and classes, divided by the temperature."""
+    """Mean absolute difference of two batches of logits (B, C), divided by the temperature; scalar."""
     return F.l1_loss(student_logits.float(), teacher_logits.float()) / temperature
 
 
 class DFADSynthesizer(GeneratorStream):
-    """A generator that drives the logits apart."""
+    """Generator trained to increase the difference between student and teacher logits."""
 
     def losses(self, images: Tensor, student: nn.Module) -> dict[str, Tensor]:
-        """See the module's first lines."""
+        """The generator's loss, as defined in the module's docstring."""
         with self.task.precision.autocast():
             adv = -logit_distance(student(images), self.teacher(images), self.config.T)
         return weighted_sum({"loss_adv": (self.config.adv, adv)})
 
 
 class LogitMatching(nn.Module):
-    """The student's side of the game."""
+    """Student loss: L1 distance between the logits of student and teacher."""
 
     def __init__(self, temperature: float):
         super().__init__()
         self.temperature = temperature
 
     def forward(self, teacher_out, student_out, labels: Tensor) -> dict[str, Tensor]:
-        """Outputs with logits (B, C) -> {"loss", "l1"}."""
+        """The dictionary {"loss", "l1"}, both the same scalar, of two outputs with logits (B, C)."""
         loss = logit_distance(student_out.logits, teacher_out.logits, self.temperature)
         return {"loss": loss, "l1": loss}
 
 
 class DFAD(StreamingMethod):
-    """Stage distill only."""
+    """Method with stage distill only."""
 
     Config = DFADConfig
 

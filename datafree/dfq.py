@@ -1,16 +1,20 @@
 """DFQ: data-free network quantization with adversarial knowledge distillation (Choi et al., CVPRW 2020, arXiv 2005.04136).
 
-Here its distillation, not its quantization: a generator's images should be hard for the student, have the teacher's BN
-statistics, be of one class without doubt, and of all classes equally often.
+This file implements the paper's distillation, not its quantization. A generator's images should be hard for the student and
+match the teacher's BN statistics. The teacher should classify each of them with confidence, and all classes should occur
+equally often.
 
-    generator   - adv * KL + bn * L_bn + oh * CE(T(x), argmax T(x)) + balance * sum p log p,   p the batch's mean probabilities
+    generator   - adv * KL + bn * L_bn + oh * CE(T(x), argmax T(x)) + balance * sum p log p
+    p           mean class probabilities of the batch
     student     KL_T
 
-Published settings (CIFAR): 200 epochs of 400 student steps of 256 images, a generator step every 10; SGD lr .1, Adam lr 1e-3,
-T 1 (see ``datafree.stream``), all weights 1 but balance 20.
+Published settings (CIFAR): 200 epochs of 400 student steps on 256 images, one generator step per 10 student steps; SGD lr
+.1, Adam lr 1e-3, T 1 (see ``datafree.stream``); adv 1, bn 1, oh 1, balance 20.
 
-Deviations: the paper plays against several generators and warms one up first; as in the later scripts of the field, whose
-settings these are, there is one and no warm-up. Its size is that of the other streaming methods here (noise of 256).
+Deviations:
+- The paper trains several generators and warms one up first. Here there is one generator without warm-up, as in the later
+  scripts of the field, from which the published settings come.
+- The generator is that of the other streaming methods here, with noise vectors of length 256.
 """
 
 from dataclasses import dataclass
@@ -27,21 +31,26 @@ from engine.runtime.flags import flag
 class DFQConfig(StreamConfig):
     """Flags of DFQ."""
 
-    adv: float = flag(1.0, "weight of the adversarial loss, -KL at temperature 1", affects=DISTILL, least=0)
-    bn: float = flag(1.0, "weight of the BN-statistics loss", affects=DISTILL, least=0)
-    oh: float = flag(1.0, "weight of the one-hot loss, to the teacher's own argmax", affects=DISTILL, least=0)
-    balance: float = flag(20.0, "weight of the class-balance loss, sum p log p", affects=DISTILL, least=0)
+    adv: float = flag(1.0, "generator: weight of the adversarial loss, -KL at temperature 1", affects=DISTILL, least=0)
+    bn: float = flag(1.0, "generator: weight of the BN-statistics loss", affects=DISTILL, least=0)
+    oh: float = flag(1.0, "generator: weight of the one-hot loss CE(T(x), argmax T(x))", affects=DISTILL, least=0)
+    balance: float = flag(
+        20.0,
+        "generator: weight of the class-balance loss sum p log p, p the batch's mean class probabilities",
+        affects=DISTILL,
+        least=0,
+    )
 
 
 class DFQSynthesizer(GeneratorStream):
-    """A generator that is held to the teacher's statistics while it competes."""
+    """Generator trained against the student, with the teacher's BN statistics as a constraint."""
 
     def __init__(self, config: DFQConfig, teacher: nn.Module, task: Task):
         super().__init__(config, teacher, task)
         self.statistics = BNStatistics(teacher) if config.bn else None
 
     def losses(self, images: Tensor, student: nn.Module) -> dict[str, Tensor]:
-        """See the module's first lines."""
+        """The generator's losses, as defined in the module's docstring; "loss" is their weighted sum."""
         config = self.config
         with collected(self.statistics) as batch_stats, self.task.precision.autocast():
             logits = self.teacher(images)
@@ -57,7 +66,7 @@ class DFQSynthesizer(GeneratorStream):
 
 
 class DFQ(StreamingMethod):
-    """Stage distill only."""
+    """Method with stage distill only."""
 
     Config = DFQConfig
     defaults = StreamingMethod.defaults | {"kd_steps": 10}

@@ -1,18 +1,21 @@
 """DiffDFKD: a diffusion model guided by the teacher makes the transfer set (Qi et al., IEEE ICME 2025, arXiv 2504.00870).
 
-No generator is trained. A pretrained prior draws images of every class, and at every timestep the teacher pulls the latent
-towards what it knows: its BN statistics, the wanted class, and where a student still differs from it.
+No generator is trained. A pretrained generative prior makes images of every class. At every denoising step the teacher
+guides the latent: towards its BN statistics, towards the wanted class, and towards images on which a student still differs
+from it.
 
     generate    z <- z - lr * d/dz [bn * L_bn + oh * CE(T(x), y) + adv * L_adv]  at every denoising step; latent CutMix
     distill     KL_T + msarc * L_mSARC  on those images, and on nothing else
 
-``--oh 0 --bn 0 --adv 0 --lca_every 0`` is the unguided baseline, DM-KD (arXiv 2305.12954). ``--diffusion_model`` says which
-prior (``datafree.diffusion.priors``); for digits it is a file of this repository.
+``--oh 0 --bn 0 --adv 0 --lca_every 0`` is the unguided baseline, DM-KD (arXiv 2305.12954). ``--diffusion_model`` chooses the
+prior (``datafree.diffusion.priors``). For digits the default prior is a file of this repository.
 
-A class-conditional prior of other classes than the dataset's is told no class, or its own in turn (``--prior_classes``), and
-the teacher alone makes an image one of its class. Where it does not guide either, images carry the label that it gives them.
-CIFAR-10 with natural_32 (of 601,600 draws), 100 images of a resnet20's ten classes, in 20 steps with oh 1: the teacher's
-accuracy, its L_bn of them all, and what one sees.
+A class-conditional prior can have other classes than the dataset. It is then run without class, or with its own classes in
+turn (``--prior_classes``), and only the teacher's guidance gives an image its class. If the guidance has no one-hot loss
+either (``--oh 0``), an image gets the teacher's prediction as its label.
+
+The table shows CIFAR-10 with natural_32 (after 601,600 training images): 100 images of a resnet20's ten classes, made in 20
+steps with oh 1. Columns: setting, the teacher's accuracy, L_bn over all 100 images, and the visual impression.
 
     no class, unguided                            12 %   4.97   blurred scenes
     ddim, bn 0 / .1 / .3                          92 / 97 / 97 %   4.83 / 3.92 / 3.19   few classes recognisable; some grain
@@ -24,37 +27,42 @@ accuracy, its L_bn of them all, and what one sees.
     ddim, bn .1, --guidance_lr 10                 84 %   6.60
     ancestral, bn .3, max_step 2, 50 steps        82 %   4.62   the best to look at, but for a fine checked pattern
 
-Published settings: Stable Diffusion 1.5 by DDPM's ancestral steps (``--scheduler ancestral``), one class a batch
+Published settings: Stable Diffusion 1.5 with DDPM's ancestral steps (``--scheduler ancestral``), one class per batch
 (``--batch_classes one``), no latent CutMix (``--lca_every 0``), T 30. CIFAR-10: prompt "A realistic photo of {label}",
-guidance scale 3, oh 1, adv 0, bn .1 and 50 steps (teacher resnet34: bn 0 and 10 steps), 5000 images a class; SGD lr .2,
-240 epochs, weight decay 5e-4. DomainNet: prompt "an image.", without the label, scale 7 (3 in the distilled sets), 70 steps,
-bn .1, oh 1, adv 1 from 20 images a class on, its student at lr .1 on batches of 256, 200 images a class; lr .1, 220 epochs,
-weight decay 1e-4, ``--student_crop resized``, at most 4500 images a class. Its teachers there were trained with mean and
-std .5: ``--teacher_mean .5,.5,.5 --teacher_std .5,.5,.5`` for one of them.
+guidance scale 3, oh 1, adv 0, bn .1 and 50 steps (teacher resnet34: bn 0 and 10 steps), 5000 images per class; SGD lr .2,
+240 epochs, weight decay 5e-4. DomainNet: prompt "an image.", without the label, guidance scale 7 (3 in the distilled sets),
+70 steps, bn .1, oh 1, adv 1 from 20 images per class on, with a student trained at lr .1 on batches of 256; 200 images per
+class; distillation with lr .1, 220 epochs, weight decay 1e-4, ``--student_crop resized``, at most 4500 images per class. The
+authors trained their DomainNet teachers with mean and std .5. To use one of them, give ``--teacher_mean .5,.5,.5
+--teacher_std .5,.5,.5``.
 
-Deviations. The published script takes the gradient of a tensor computed without one, and its authors call it a recreation of
-lost code, so there is no run of it to follow; this is the paper's algorithm.
-- The step is the gradient of B times the batch-mean loss, so that it does not shrink as batches grow. The script's batches
-  are single images (``--diffusion_batch_size 1``), of which L_bn compares statistics of one image.
-- By default a batch has all classes, whose mixture is what the teacher's BN statistics describe, and latent CutMix is on, as
-  in the paper.
-- The noise prediction is made once a step: guidance moves the latent, and the sampler's step reuses the prediction. The
-  script predicts again.
-- "Current student": what is known of the paper leaves open which. Here one of the run's architecture, from its initial
-  weights, learns by KL for ``--adv_steps`` steps at a constant rate before each round from what was made so far, cropped and
-  flipped as the task says, and goes on from there before the next. The script gives it 30 epochs of all images after every
-  10 a class, with a cosine of their own. L_adv has temperature 1.
-- Latent CutMix pastes at most half of the area, and the mixed labels are the one-hot term's soft targets; the bank keeps the
-  label that an image was prompted for. Its repair (``--lca_repair``) is our reading of the paper's inpainting: RePaint's
-  resampling by the same prior, a latent pixel to either side of the seam.
-- mSARC (SpaceshipNet, Yu et al., CVPR 2023): class activation maps need the classifier's weights, which fit the last scale
-  only; at the others it compares attention maps, mean squares over channels. The class is the teacher's.
-- PNDM, the scheduler that Stable Diffusion 1.5 is saved with, is replaced by DPM-Solver++, another multistep solver, where
-  ``--scheduler`` says nothing else.
-- Resizing from the prior's to the dataset's size is bicubic with antialiasing, in guidance and for the bank alike; the
-  student's crops are of images at the dataset's size, the script's of the full-size ones at 256 px.
-- The student's learning rate follows a warm-up and a cosine; the script has flags for both and divides it by 10 after epochs
-  150, 180 and 210.
+Deviations. The published script cannot run: it takes the gradient of a tensor that was computed without gradient. Its
+authors call it a recreation of lost code. There is therefore no run of the script to reproduce, and this file follows the
+paper.
+- The guidance step is the gradient of B times the batch-mean loss, so that it does not shrink as batches grow. The script's
+  batches are single images (``--diffusion_batch_size 1``), and its L_bn compares the statistics of one image.
+- By default a batch has images of all classes, because the teacher's BN statistics describe a mixture of all classes. By
+  default latent CutMix is on, as in the paper.
+- The noise prediction is computed once per step. Guidance moves the latent, and the sampler's step reuses the prediction.
+  The script computes the prediction again.
+- The paper does not say which student L_adv uses. Here it is a network of the run's student architecture, starting from its
+  initial weights. Before each round it is trained for ``--adv_steps`` steps by KL, at a constant learning rate, on the
+  images made so far with the task's random crop and flip. It keeps its weights from round to round. The script trains its
+  student for 30 epochs on all images whenever 10 more images per class exist, each time with a cosine schedule. L_adv has
+  temperature 1.
+- Latent CutMix pastes at most half of the area. The mixed labels are soft targets of the one-hot loss. The bank keeps the
+  label for which an image was prompted.
+- The repair of the seams (``--lca_repair``) is our reading of the paper's inpainting. It is RePaint's resampling with the
+  same prior, applied to one latent pixel on either side of the seam.
+- mSARC (SpaceshipNet, Yu et al., CVPR 2023) compares class activation maps. These need the classifier's weights, which fit
+  the last scale only. At the other scales attention maps are compared, the mean squares over channels. The class is the one
+  that the teacher predicts.
+- Stable Diffusion 1.5 is saved with the scheduler PNDM. It is replaced by DPM-Solver++, another multistep solver, unless
+  ``--scheduler`` names a rule.
+- Images are resized from the prior's size to the dataset's size by bicubic interpolation with antialiasing, both in guidance
+  and for the bank. The student's crops are taken from images at the dataset's size, the script's from images at 256 px.
+- The student's learning rate has a warm-up and a cosine schedule. The script has flags for both, and divides the learning
+  rate by 10 after epochs 150, 180 and 210.
 """
 
 import json
@@ -99,116 +107,177 @@ class DiffDFKDConfig:
 
     diffusion_model: str | None = flag(
         None,
-        "hub id or directory of a text-to-image, DiT or class-conditional pixel pipeline, or a prior of this project, by its "
-        ".safetensors file or its name (glyphs_digits_16, natural_32); unset: the embedded glyphs for digits, else stable-diffusion-v1-5/stable-diffusion-v1-5",
+        "generative prior: hub id or directory of a text-to-image, DiT or class-conditional pixel pipeline, or .safetensors "
+        "file or name (glyphs_digits_16, natural_32) of a prior of this project; unset: glyphs_digits_16 for digits, else "
+        "stable-diffusion-v1-5/stable-diffusion-v1-5",
         affects=GENERATE,
     )
-    diffusion_revision: str | None = flag(None, "revision of the hub id", affects=GENERATE)
+    diffusion_revision: str | None = flag(None, "revision of the model on the hub", affects=GENERATE)
     prompt: str | None = flag(
         None,
-        "of a text-to-image prior; several, separated by |, take turns within a class; unset: the dataset's, as "
-        "'a photo of a {label}'",
+        "prompt for a text-to-image prior; several prompts, separated by |, are used in turn for the images of a class; "
+        "unset: the dataset's prompt, for example 'a photo of a {label}'",
         affects=GENERATE,
     )
     class_map: tuple[int, ...] | None = flag(
         None,
-        "of a class-conditional prior: its class id of each class of the dataset; unset: the same ids",
+        "class-conditional prior: the prior's class id for each class of the dataset, comma-separated; unset: the same ids",
         affects=GENERATE,
         least=0,
     )
     prior_classes: str | None = flag(
         None,
-        "of a class-conditional prior, for an image of a class; same: that of --class_map; own: all of its classes in turn; "
-        "none: no class; unset: same, but none for a prior of this project with another number of classes",
+        "class-conditional prior: class that is given to the prior; same: that of --class_map; own: all classes of the "
+        "prior in turn; none: no class; unset: same, or none for a prior of this project with another number of classes",
         choices=CLASSES,
         affects=GENERATE,
     )
     null_class: int | None = flag(
         None,
-        "of a class-conditional pixel pipeline: its id for no class; unset: the id after the dataset's last",
+        "class-conditional pixel pipeline: the prior's class id for 'no class'; unset: the id after the dataset's last "
+        "class, if the prior has exactly one class more than the dataset",
         affects=GENERATE,
         least=0,
     )
-    images_per_class: int = flag(5000, "images to draw of each class", affects=GENERATE, scales=True, least=1)
+    images_per_class: int = flag(5000, "images to generate per class", affects=GENERATE, scales=True, least=1)
     synthesis_batch_size: int = flag(
-        200, "images a round: a shard of the bank, and what a kill costs", affects=GENERATE, least=1, most=1_000_000
+        200,
+        "images per round; a round is one shard of the bank, and an interrupted round is repeated",
+        affects=GENERATE,
+        least=1,
+        most=1_000_000,
     )
     diffusion_batch_size: int = flag(
         16,
-        "images drawn together; BN statistics and latent CutMix range over them",
+        "images generated together; the guidance's BN statistics and latent CutMix are computed over this batch",
         affects=GENERATE,
         least=1,
         most=1_000_000,
     )
     batch_classes: str = flag(
-        "all", "classes of images drawn together; one: the same for all of them", choices=("all", "one"), affects=GENERATE
+        "all",
+        "classes of the images generated together; all: images of all classes; one: images of one class",
+        choices=("all", "one"),
+        affects=GENERATE,
     )
-    num_inference_steps: int = flag(20, "denoising steps", affects=GENERATE, least=1, most=1000)
+    num_inference_steps: int = flag(20, "denoising steps per image", affects=GENERATE, least=1, most=1000)
     scheduler: str = flag(
-        "own", "how a step is made; own: as the prior's scheduler does", choices=("own", *RULES), affects=GENERATE
+        "own",
+        "sampling rule of the denoising steps; own: the rule nearest to the prior's scheduler",
+        choices=("own", *RULES),
+        affects=GENERATE,
     )
     guidance_scale: float = flag(
-        3.0, "classifier-free guidance by prompt or class; at most 1 is none", affects=GENERATE, least=0
+        3.0, "classifier-free guidance scale, for prompt or class; at most 1: no guidance", affects=GENERATE, least=0
     )
     resolution: int | None = flag(
-        None, "px at which a text-to-image prior draws; unset: its own", affects=GENERATE, least=1, most=4096
+        None,
+        "text-to-image prior: size in px at which the prior makes images; unset: the prior's own",
+        affects=GENERATE,
+        least=1,
+        most=4096,
     )
     diffusion_dtype: str | None = flag(
-        None, "of the prior (the guidance is fp32); unset: fp16 on a GPU, else fp32", choices=tuple(DTYPES), affects=GENERATE
+        None,
+        "data type of the prior; the guidance loss is always fp32; unset: fp16 on a GPU, else fp32",
+        choices=tuple(DTYPES),
+        affects=GENERATE,
     )
-    bn: float = flag(0.1, "weight of the BN-statistics loss in the guidance", affects=GENERATE, least=0)
-    oh: float = flag(1.0, "weight of CE(T(x), y) in the guidance", affects=GENERATE, least=0)
-    adv: float = flag(0.0, "weight of -KL(S||T) where both name the same class, in the guidance", affects=GENERATE, least=0)
-    adv_from: int = flag(20, "images a class from which on the adversarial term counts", affects=GENERATE, least=0)
+    bn: float = flag(0.1, "weight of the BN-statistics loss in the teacher's guidance", affects=GENERATE, least=0)
+    oh: float = flag(1.0, "weight of the one-hot loss CE(T(x), y) in the teacher's guidance", affects=GENERATE, least=0)
+    adv: float = flag(
+        0.0,
+        "weight of the adversarial loss in the teacher's guidance: -KL where student and teacher predict the same class",
+        affects=GENERATE,
+        least=0,
+    )
+    adv_from: int = flag(
+        20, "with --adv: number of images per class from which on the adversarial loss is used", affects=GENERATE, least=0
+    )
     adv_steps: int = flag(
-        200, "steps that its student learns before each round of images", affects=GENERATE, scales=True, least=1
+        200,
+        "with --adv: training steps of the adversarial loss's student before each round",
+        affects=GENERATE,
+        scales=True,
+        least=1,
     )
-    adv_batch_size: int = flag(128, "images a step of its student", affects=GENERATE, least=1, most=1_000_000)
-    adv_lr: float = flag(0.05, "SGD learning rate of its student", affects=GENERATE, above=0)
-    adv_T: float = flag(30.0, "temperature at which its student learns", affects=GENERATE, above=0)
+    adv_batch_size: int = flag(
+        128,
+        "with --adv: images per training step of the adversarial loss's student",
+        affects=GENERATE,
+        least=1,
+        most=1_000_000,
+    )
+    adv_lr: float = flag(0.05, "with --adv: SGD learning rate of the adversarial loss's student", affects=GENERATE, above=0)
+    adv_T: float = flag(
+        30.0, "with --adv: temperature of the distillation loss of the adversarial loss's student", affects=GENERATE, above=0
+    )
     guidance_lr: float = flag(
-        1.0, "lr of the guidance, z <- z - lr * gradient at every denoising step", affects=GENERATE, least=0
+        1.0,
+        "step size of the teacher's guidance: z <- z - guidance_lr * gradient at every denoising step",
+        affects=GENERATE,
+        least=0,
     )
     guidance_max_step: float = flag(
         0.0,
-        "greatest length of an image's guidance step in the latent space, longer ones are shortened; 0: any",
+        "largest L2 norm of a teacher-guidance step of one image, in latent space; longer steps are shortened to it; "
+        "0: no limit",
         affects=GENERATE,
         least=0,
     )
     guidance_backprop: str = flag(
-        "unet", "the gradient's way: decoder and denoising network, or the decoder alone", choices=BACKPROP, affects=GENERATE
+        "unet",
+        "path of the guidance gradient; unet: through decoder and denoising network; decoder: through the decoder alone",
+        choices=BACKPROP,
+        affects=GENERATE,
     )
     guidance_micro_batch: int = flag(
-        0, "images that go through prior and decoder at a time, to save memory; 0: all", least=0
+        0, "images that pass through prior and decoder at a time, to save memory; 0: all of a batch", least=0
     )
-    gradient_checkpointing: bool = flag(False, "save memory by computing the prior's activations twice")
+    gradient_checkpointing: bool = flag(False, "save memory by recomputing the prior's activations in the backward pass")
     lca_every: int | None = flag(
-        None, "denoising steps from one latent CutMix to the next; unset: a fifth of all; 0: none", affects=GENERATE, least=0
+        None,
+        "denoising steps from one latent CutMix to the next; unset: a fifth of all steps; 0: no latent CutMix",
+        affects=GENERATE,
+        least=0,
     )
-    lca_repair: int = flag(0, "rounds of inpainting of the seams after each latent CutMix", affects=GENERATE, least=0)
-    export_png: str | None = flag(None, "folder to which images are written in full size, too: <class id>/<position>.png")
+    lca_repair: int = flag(0, "inpainting passes over the seams after each latent CutMix", affects=GENERATE, least=0)
+    export_png: str | None = flag(None, "folder to which images are also written in full size, as <class id>/<position>.png")
     T: float = flag(30.0, "temperature of the distillation loss", affects=DISTILL, above=0)
-    msarc: float = flag(0.0, "weight of the consistency of activation maps at every scale", affects=DISTILL, least=0)
-    mix: str = flag("no", "mixing of the student's batches", choices=("no", "mixup", "cutmix"), affects=DISTILL)
+    msarc: float = flag(
+        0.0,
+        "weight of the distance between activation maps of student and teacher, at every scale, in the student's loss",
+        affects=DISTILL,
+        least=0,
+    )
+    mix: str = flag(
+        "no", "mixing of the images in the student's batches", choices=("no", "mixup", "cutmix"), affects=DISTILL
+    )
     student_crop: str = flag(
         "padded",
-        "crop of the student's images; padded: out of a zero-padded image; resized: 8 to 100 % of the area at full size",
+        "random crop of the student's images; padded: of the zero-padded image; resized: of 8 to 100 % of the area, resized "
+        "to full size",
         choices=("padded", "resized"),
         affects=DISTILL,
     )
     student_images_per_class: int | None = flag(
-        None, "images of each class that the student learns from, the first ones; unset: all", affects=DISTILL, least=1
+        None,
+        "images per class that the student is trained on, the first ones of the bank; unset: all",
+        affects=DISTILL,
+        least=1,
     )
 
 
 class MapDistillation(nn.Module):
-    """KL_T + msarc * L_mSARC.
+    """Student loss KL_T + msarc * L_mSARC.
 
-    L_mSARC is the sum over scales, paired from the last one backwards, of the squared distance between the normalised
-    activation maps of teacher and student, batch mean; the finer map is pooled to the coarser one's size.
+    L_mSARC is the squared distance between the normalised activation maps of teacher and student, batch mean, summed over
+    scales. Scales are paired from the last one backwards. The finer map is pooled to the size of the coarser one.
 
     Args:
-        teacher, student: classifiers, for their last linear layers. They are not part of this module.
+        temperature: T.
+        msarc: weight of L_mSARC.
+        teacher, student: classifiers whose last linear layers are used. They do not become submodules.
     """
 
     def __init__(self, temperature: float, msarc: float, teacher: nn.Module, student: nn.Module):
@@ -217,7 +286,7 @@ class MapDistillation(nn.Module):
         self.heads = (head_of(teacher), head_of(student))
 
     def forward(self, teacher_out, student_out, labels: Tensor) -> dict[str, Tensor]:
-        """Outputs with logits (B, C) and feature_maps -> named scalar losses."""
+        """Named scalar losses of two outputs with logits (B, C) and feature_maps."""
         losses = {"kd": kd_loss(student_out.logits, teacher_out.logits, self.temperature)}
         losses["loss"] = losses["kd"]
         if self.msarc:
@@ -227,7 +296,12 @@ class MapDistillation(nn.Module):
         return losses
 
     def map_distance(self, teacher_maps: dict, student_maps: dict, classes: Tensor) -> Tensor:
-        """L_mSARC of {(h, w): (B, C_l, h, w)}, fine to coarse, for classes (B,), scalar in [0, 4 * scales]."""
+        """L_mSARC, a scalar in [0, 4 * scales].
+
+        Args:
+            teacher_maps, student_maps: feature maps {(h, w): (B, C_l, h, w)}, fine to coarse.
+            classes: classes (B,) of the class activation maps.
+        """
         pairs = list(zip(reversed(teacher_maps.values()), reversed(student_maps.values())))
         total = torch.zeros((), device=classes.device)
         for scale, pair in enumerate(pairs):
@@ -245,18 +319,21 @@ class MapDistillation(nn.Module):
 
 
 def head_of(classifier: nn.Module) -> nn.Module | None:
-    """The last linear layer or 1x1 convolution with as many outputs as there are classes."""
+    """The last linear layer or 1x1 convolution with as many outputs as there are classes; None if there is none."""
     layers = [m for m in classifier.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
     heads = [m for m in layers if m.weight.shape[0] == classifier.num_classes and m.weight[0, 0].numel() == 1]
     return heads[-1] if heads else None
 
 
 def mixed(images: Tensor, kind: str) -> Tensor:
-    """Each image of (B, 3, H, W), uint8 or float, mixed with another by a uniform share of its own.
+    """Mixes each image with another one of the batch; the share is uniform and drawn for each image.
+
+    Labels are not mixed, because the teacher is run on the mixed images.
 
     Args:
+        images: (B, 3, H, W), uint8 or float.
         kind: "mixup" blends pixels (Zhang et al. 2017, arXiv 1710.09412), "cutmix" pastes a box (Yun et al. 2019, arXiv
-            1905.04899). No labels are mixed: the teacher says what the result is.
+            1905.04899).
     """
     count, device = len(images), images.device
     others = images[torch.randperm(count, device=device)]
@@ -271,7 +348,7 @@ def mixed(images: Tensor, kind: str) -> Tensor:
 
 
 class DiffDFKD(Method):
-    """Stages generate (the teacher-guided bank) and distill (on that bank)."""
+    """Method with stages generate (the teacher-guided bank) and distill (on that bank)."""
 
     Config = DiffDFKDConfig
     defaults = {"epochs": 240, "kd_steps": 200, "batch_size": 256, "lr": 0.2, "weight_decay": 5e-4, "warmup_epochs": 20}
@@ -284,7 +361,7 @@ class DiffDFKD(Method):
         self.prompts = tuple(text.strip() for text in (config.prompt or task.info.prompt).split("|") if text.strip())
 
     def check_inputs(self, stages: Collection[str]) -> None:
-        """The prior, and that something makes an image one of its class."""
+        """Checks the prior and the export folder, and that prompt or one-hot loss gives an image its class."""
         from datafree.diffusion.priors import check_prior
 
         if "generate" not in stages:
@@ -325,7 +402,7 @@ class DiffDFKD(Method):
 
     @property
     def student_view(self) -> Callable[[Tensor], Tensor]:
-        """A random crop and flip of (B, 3, H, W) uint8, mixed with another where ``--mix`` says so."""
+        """Augmentation of images (B, 3, H, W) uint8: random crop and flip, then mixing if ``--mix`` asks for it."""
         view = self.task.random_view
         if self.config.student_crop == "resized":
             view = partial(resized_crop_flip, flip=self.task.info.flip)
@@ -333,18 +410,18 @@ class DiffDFKD(Method):
 
     @property
     def images_per_round(self) -> int:
-        """None: the bank of stage generate is all."""
+        """0, because stage distill adds no images to the bank of stage generate."""
         return 0
 
     def synthesizer(self) -> Synthesizer:
-        """Of no use: nothing is synthesized while distilling."""
+        """Placeholder: stage distill synthesizes nothing."""
         return Synthesizer()
 
     def sampler(self) -> GuidedSampler:
-        """For stage generate.
+        """Builds the guided sampler of stage generate.
 
         Raises:
-            UserError: the prior cannot be had, or does not fit the flags or the dataset.
+            UserError: the prior cannot be loaded, or does not fit the flags or the dataset.
         """
         from datafree.diffusion.priors import load_prior
 
@@ -395,9 +472,9 @@ class DiffDFKD(Method):
 
 
 def default_model(task: Task, embedded: Path = EMBEDDED) -> str:
-    """The embedded prior where it draws this dataset's classes at this size, else Stable Diffusion.
+    """The shipped digits prior if it has this dataset's class names and image size, else Stable Diffusion.
 
-    Where it would draw the classes under other names or at another size, one line says so.
+    If the dataset may be digits under other class names or at another size, a printed line names the shipped prior.
     """
     embedded = shipped(embedded)
     if embedded.exists():
@@ -414,7 +491,7 @@ def default_model(task: Task, embedded: Path = EMBEDDED) -> str:
 
 
 def are_digits(names: tuple[str, ...] | None) -> bool:
-    """Whether ten class names mean 0 to 9 in this order ("3", "digit_3", "three"), or, without any, could."""
+    """Whether ten class names mean 0 to 9 in this order ("3", "digit_3", "three"); True if there are no names."""
     if not names:
         return True
     words = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")

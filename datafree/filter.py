@@ -1,16 +1,18 @@
-"""The image filter of DDA: how alike a variant and its source are in an embedding, and which variants stay.
+"""The image filter of DDA: keeps the variants that are similar to their source in an embedding.
 
-Li et al., ACM MM 2024, arXiv 2410.17606: variant G_k of image f is kept iff cos(embed(G_k), embed(f)) >= omega. Neither
-the embedding nor omega is known from the paper, whose figure keeps .83 and .76 and drops .45. Three embeddings here:
+Li et al., ACM MM 2024, arXiv 2410.17606: variant G_k of image f is kept if and only if cos(embed(G_k), embed(f)) >= omega.
+The embedding and omega are not known; a figure of the paper keeps cosines of .83 and .76 and drops .45. Three embeddings can
+be chosen:
 
     teacher  penultimate features of the teacher: strictly data-free (default)
     clip     image embedding of CLIP (Radford et al. 2021, arXiv 2103.00020)
     dinov2   class token of DINOv2 (Oquab et al. 2023, arXiv 2304.07193)
 
-Besides, ``agree`` asks that the teacher still names the source's label: this project's addition.
+With ``agree`` a variant must also be classified by the teacher as its source's label. This is an addition of this project.
 
-Cosines of one embedding mean nothing in another: between bank images of different classes, 99 % lie below .50 for a resnet20
-of CIFAR-10 and below .84 for one of digits. So the default omega is measured, not fixed: ``calibrated_omega``.
+Cosines of different embeddings cannot be compared. For example, 99 % of the cosines between bank images of different classes
+are below .50 for a resnet20 of CIFAR-10, and below .84 for a resnet20 of digits. The default omega is therefore measured on
+the bank (``calibrated_omega``).
 """
 
 from collections.abc import Callable
@@ -31,7 +33,7 @@ DEFAULT_MODELS = {"clip": "openai/clip-vit-base-patch32", "dinov2": "facebook/di
 EMBEDDINGS = ("teacher", "clip", "dinov2")
 OMEGA_QUANTILE = 0.99
 MODEL_TYPES = {"clip": ("clip", "clip_vision_model"), "dinov2": ("dinov2", "dinov2_with_registers")}
-# (mean, std) where the model's directory has no preprocessor_config.json.
+# (mean, std) for a model without preprocessor_config.json.
 NORMALIZATION = {
     "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
     "dinov2": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
@@ -45,15 +47,16 @@ def build_embedding(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Embedding:
-    """An embedding by name: images (B, 3, H, W) float32 in [0, 1] -> (B, D) float32 on ``device``.
+    """Builds an embedding by name: images (B, 3, H, W) float32 in [0, 1] -> (B, D) float32 on ``device``.
 
     Args:
         kind: "teacher", "clip" or "dinov2".
-        model_id: hub id or local directory of a pretrained one; None: ``DEFAULT_MODELS``.
-        teacher: for "teacher"; eval mode, ``teacher(images, return_features=True).features`` is (B, D).
-        dtype: of a pretrained model's weights.
+        model_id: hub id or local directory of the pretrained model; None: that of ``DEFAULT_MODELS``.
+        teacher: teacher for kind "teacher", in eval mode; ``teacher(images, return_features=True).features`` is (B, D).
+        device: device of the embedding.
+        dtype: dtype of the pretrained model's weights.
     Raises:
-        UserError: the pretrained model cannot be had, or is of another kind.
+        UserError: the pretrained model cannot be loaded, or is of another kind.
     """
     if kind == "teacher":
         return _TeacherEmbedding(teacher, device)
@@ -61,10 +64,10 @@ def build_embedding(
 
 
 def check_embedding(kind: str, model_id: str | None) -> None:
-    """That the pretrained model of an embedding is there and of its kind, by its configuration alone.
+    """Checks from its configuration alone that the pretrained model of an embedding exists and is of the right kind.
 
     Raises:
-        UserError: it is not.
+        UserError: the model is missing or of another kind.
     """
     if kind == "teacher":
         return
@@ -87,9 +90,10 @@ class _TeacherEmbedding:
 
 
 class _PretrainedEmbedding:
-    """CLIP or DINOv2 at its own input size: the whole image, antialiased bicubic, its own mean and std.
+    """CLIP or DINOv2 at the model's input size, with the model's mean and std.
 
-    DINOv2's published preprocessing crops the centre out of a larger resize; inverted images have no margin to lose.
+    The whole image is resized, bicubically with antialiasing. DINOv2's published preprocessing instead crops the centre of a
+    larger resized image, which would cut off parts of inverted images.
     """
 
     def __init__(self, kind: str, model_id: str, device: torch.device | str, dtype: torch.dtype):
@@ -105,7 +109,7 @@ class _PretrainedEmbedding:
         self.std = torch.tensor(std, device=device).view(1, 3, 1, 1)
 
     def _preprocessing(self, model_id: str) -> tuple[int, tuple[float, ...], tuple[float, ...]]:
-        """Side of the input in px, mean and std: the preprocessor's where there is one."""
+        """Side of the input in px, mean and std; those of the model's preprocessor if there is one."""
         from transformers import ImageProcessingMixin
 
         try:
@@ -114,7 +118,7 @@ class _PretrainedEmbedding:
             settings = {}
         mean, std = NORMALIZATION[self.kind]
         size = self.model.config.image_size
-        if self.kind == "dinov2":  # its configuration names the 518 px of its last training phase
+        if self.kind == "dinov2":  # its configuration has the 518 px of the last training phase
             crop = settings.get("crop_size", min(size, 224))
             size = crop["height"] if isinstance(crop, dict) else crop
         return size, settings.get("image_mean", mean), settings.get("image_std", std)
@@ -130,15 +134,15 @@ class _PretrainedEmbedding:
 
 @dataclass(frozen=True)
 class CosineFilter:
-    """The filter of a run: ``engine.loops.makers`` calls it.
+    """The filter of a run. It is called by ``engine.loops.makers``.
 
     Args:
-        name: of the embedding, for the file of the cosines.
-        omega: the least cosine that stays; None: ``calibrated_omega``.
-        build: makes the embedding, when it is first needed.
-        judge: what the teacher says of images, ``datafree.diffusion.guidance.Judgement``.
-        agree: whether only variants stay to which the teacher gives their source's label.
-        check: raises a UserError where it could not be built.
+        name: name of the embedding, used in the name of the file that holds the cosines.
+        omega: least cosine of a kept variant; None: ``calibrated_omega``.
+        build: function that builds the embedding; called when the embedding is first needed.
+        judge: the teacher's predictions for images, ``datafree.diffusion.guidance.Judgement``.
+        agree: whether a kept variant must also be classified by the teacher as its source's label.
+        check: function that raises a UserError if the embedding cannot be built.
     """
 
     name: str
@@ -149,30 +153,34 @@ class CosineFilter:
     check: Callable[[], None] = lambda: None
 
     def score(self, sources: dict[str, Any], variants: dict[str, Any], show: Callable[[int], None]) -> tuple[Tensor, float]:
-        """The cosine of each variant to its source (M,), and the calibrated omega.
+        """Computes the cosine between each variant and its source (M,), and the calibrated omega.
 
         Args:
-            sources: images (N, 3, H, W) uint8, labels (N,).
-            variants: images (M, 3, H, W) uint8, source_index (M,).
-            show: called with the number of images embedded since.
+            sources: bank images: "images" (N, 3, H, W) uint8, "labels" (N,).
+            variants: "images" (M, 3, H, W) uint8, "source_index" (M,).
+            show: progress function, called with the number of images embedded since its last call.
         """
         embedding = self.build()
         cosine = cosines(embedding, sources["images"], variants["images"], variants["source_index"], progress=show)
         return cosine, calibrated_omega(embedding, sources["images"], sources["labels"])
 
     def keep(self, cosine: Tensor, omega: float, agrees: Tensor) -> Tensor:
-        """``keep_mask`` and, with ``agree``, those to which the teacher gives their source's label, (M,) bool.
+        """Mask (M,) bool of the kept variants: ``keep_mask``, and ``agrees`` if the filter has ``agree``.
 
+        Args:
+            cosine: cosine of each variant to its source (M,).
+            omega: least cosine of a kept variant.
+            agrees: whether the teacher classifies a variant as its source's label (M,) bool.
         Raises:
-            UserError: none would stay.
+            UserError: no variant would be kept.
         """
         near = keep_mask(cosine, omega)
         if not self.agree:
             return near
         if not (near & agrees).any():
             raise UserError(
-                f"--agree keeps none of the {int(near.sum())} variants that are near enough to their sources: the teacher names "
-                "none of them as its source; lower --strength, or give --guidance_oh 1"
+                f"--agree keeps none of the {int(near.sum())} variants that are near enough to their sources: the teacher "
+                "classifies none of them as their source's label; lower --strength, or give --guidance_oh 1"
             )
         return near & agrees
 
@@ -188,14 +196,14 @@ def cosines(
     """Cosine between each variant and its source; every source is embedded once.
 
     Args:
-        embedding: images (B, 3, H, W) in [0, 1] -> (B, D).
-        sources_u8: (N, 3, H, W) uint8, a tensor or ``MappedImages``.
-        variants_u8: (M, 3, H, W) uint8, M = N * V, likewise.
+        embedding: function from images (B, 3, H, W) in [0, 1] to embeddings (B, D).
+        sources_u8: sources (N, 3, H, W) uint8, a tensor or ``MappedImages``.
+        variants_u8: variants (M, 3, H, W) uint8 with M = N * V, a tensor or ``MappedImages``.
         source_index: (M,) int64, the row of each variant's source.
         batch_size: images embedded at a time.
-        progress: called with the number of images after each batch, N + M in all.
+        progress: progress function, called after each batch with its number of images, N + M in all.
     Returns:
-        (M,) float32 on the CPU in [-1, 1]; 0 where an embedding is all zero.
+        (M,) float32 on the CPU in [-1, 1]; 0 if an embedding is all zero.
     """
     assert len(variants_u8) == len(source_index)
 
@@ -210,7 +218,7 @@ def cosines(
     source_index, found = source_index.cpu(), torch.empty(len(variants_u8))
     starts = range(0, len(sources_u8), batch_size)
     counts = torch.bincount(source_index // batch_size, minlength=len(starts)).tolist()
-    # Variants in the order of their sources, so that the embeddings of one batch of sources are all that is held.
+    # Variants are embedded in the order of their sources, so that only one batch of source embeddings is held at a time.
     for start, mine in zip(starts, source_index.argsort(stable=True).split(counts)):
         sources = embed(sources_u8[start : start + batch_size])
         for part in mine.split(batch_size) if len(mine) else ():
@@ -220,13 +228,15 @@ def cosines(
 
 @torch.no_grad()
 def calibrated_omega(embedding: Embedding, images_u8: Tensor, labels: Tensor, most: int = 2000) -> float:
-    """The default omega: a variant must be closer to its source than 99 % of bank images of other classes are.
+    """The default omega: the 99 % quantile of the cosines between bank images of different classes.
 
     Args:
-        embedding: images (B, 3, H, W) in [0, 1] -> (B, D).
-        images_u8: (N, 3, H, W) uint8; labels: (N,). Of more than ``most``, evenly spaced ones are compared.
+        embedding: function from images (B, 3, H, W) in [0, 1] to embeddings (B, D).
+        images_u8: bank images (N, 3, H, W) uint8.
+        labels: labels (N,) of the bank images.
+        most: largest number of images to compare; of more images, evenly spaced ones are taken.
     Returns:
-        The ``OMEGA_QUANTILE`` of the cosines between images of different classes; -1, which keeps all, if there is one class.
+        The ``OMEGA_QUANTILE`` quantile; -1, which keeps all variants, if there is only one class.
     """
     chosen = torch.arange(0, len(labels), -(-len(labels) // most))
     parts = (images_u8[part].float() / 255 for part in chosen.split(256))
@@ -237,10 +247,10 @@ def calibrated_omega(embedding: Embedding, images_u8: Tensor, labels: Tensor, mo
 
 
 def keep_mask(cosine: Tensor, omega: float) -> Tensor:
-    """Which variants stay, (M,) bool: those of cosine (M,) at least ``omega``; a NaN does not stay.
+    """Mask (M,) bool of the variants whose cosine (M,) is at least ``omega``; a NaN cosine is not kept.
 
     Raises:
-        UserError: none would stay.
+        UserError: no variant would be kept.
     """
     keep = cosine >= omega
     if not keep.any():
@@ -255,5 +265,5 @@ def keep_mask(cosine: Tensor, omega: float) -> Tensor:
 
 
 def _floor(cosine: Tensor) -> float:
-    """Rounded down to two places, so that at least as many are kept."""
+    """Rounds a cosine down to two decimal places, so that at least as many variants are kept."""
     return torch.floor(cosine * 100).item() / 100

@@ -1,4 +1,4 @@
-"""Generators: noise -> images in [0, 1]. Two sizes serve the whole field; both follow the image size."""
+"""Generators that turn noise into images in [0, 1]. The field uses two widths; both work at several image sizes."""
 
 import math
 
@@ -7,14 +7,14 @@ from torch import Tensor, nn
 
 from engine.runtime.errors import UserError
 
-LARGE = (256, 128, 64)  # channels of the large one
+LARGE = (256, 128, 64)  # channels of the large generator
 
 
 class UpsampleConv2d(nn.Conv2d):
     """Nearest-neighbour upsampling x2 and a 3x3 convolution, in one step: (B, C, h, w) -> (B, C', 2h, 2w).
 
-    The two together are a transposed convolution whose 4x4 kernel is the 3x3 one summed over 2x2 windows. It needs 4
-    multiplications where they need 9, and is the same map; weights are those of the 3x3 convolution.
+    The two operations together equal a transposed convolution. Its 4x4 kernel is the 3x3 kernel summed over 2x2 windows. The
+    transposed convolution needs 4 multiplications instead of 9. The stored weights are those of the 3x3 convolution.
     """
 
     def __init__(self, in_channels: int, out_channels: int):
@@ -28,17 +28,19 @@ class UpsampleConv2d(nn.Conv2d):
 
 
 class Generator(nn.Module):
-    """Linear, then [upsample x2, 3x3 conv, BN, LeakyReLU 0.2] per doubling, then 3x3 conv and sigmoid.
+    """Linear layer and BN, then [upsample x2, 3x3 conv, BN, LeakyReLU 0.2] per doubling, then 3x3 conv and sigmoid.
 
-    The small one has 128 channels and 64 in its last block; the large one (DAFL, ZSKT) 256, 128 and 64. Up to 32 px
-    there are two doublings, above that one more for each doubling of the image (64 px three, 224 px five from 7 x 7).
+    The small generator has 128 channels, and 64 in its last block. The large one (streaming methods) has 256, 128 and 64.
+    Images of up to 32 px need two doublings. Larger images need one more for each doubling of the size: three at 64 px, five
+    at 224 px (from 7 x 7).
 
     Args:
         nz: length of the noise vectors.
-        image_size: H = W of the images, px; a multiple of 2 ** (number of doublings).
-        channels: of the first map and of the blocks' outputs; the last is repeated or cut to the number of blocks + 1.
+        image_size: H = W of the images in px, a multiple of 2 ** (number of doublings).
+        channels: channels of the first map and of each block's output; if there are more blocks, the first number is
+            repeated.
     Raises:
-        UserError: the image size does not divide.
+        UserError: the image size is no such multiple.
     """
 
     def __init__(self, nz: int = 256, image_size: int = 32, channels: tuple[int, ...] = (128, 128, 64)):
@@ -62,7 +64,7 @@ class Generator(nn.Module):
 
 
 def reset(network: nn.Module) -> nn.Module:
-    """Fresh weights in place, as the field draws them: N(0, .02), BN weight N(1, .02), biases 0."""
+    """Draws new weights in place, as usual in the field: N(0, .02), BN weights N(1, .02), biases 0; returns the network."""
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.reset_running_stats()

@@ -1,10 +1,11 @@
-"""Static int8 quantization of a teacher, calibrated without data: what an image bank is good for besides a student.
+"""Static int8 quantization of a teacher, calibrated without real data: another use of an image bank.
 
     python -m datafree.int8 --dataset digits --teacher resnet20 --teacher_ckpt TEACHER --bank RUN --lines results.jsonl
 
-The teacher becomes an ONNX graph (normalization inside), and onnxruntime's static quantizer (QDQ, MinMax ranges of the
-activations, weights by channel) is calibrated on equally many images of uniform noise, of the bank, and of the real training
-set. Weights have 8 bits, and once more 4; activations have 8. The accuracy of each on the test split is a result line.
+The teacher is exported as an ONNX graph with its normalization. onnxruntime's static quantizer (QDQ, MinMax ranges of the
+activations, per-channel weights) is calibrated on images of three kinds: uniform noise, the bank, and the real training set.
+The number of images is the same for each kind. Weights have 8 bits in one graph and 4 bits in another; activations have 8
+bits. The accuracy of each graph on the test split is one result line.
 """
 
 import argparse
@@ -32,8 +33,8 @@ from engine.runtime.run import progress
 from registry import DATASETS, MODELS
 
 BATCH = 100
-BITS = {8: "QInt8", 4: "QInt4"}  # of weights, and onnxruntime's name for them
-CLOSE = 1e-3  # between logits of PyTorch and of the graph
+BITS = {8: "QInt8", 4: "QInt4"}  # bits of the weights: onnxruntime's name for the type
+CLOSE = 1e-3  # largest difference between the logits of PyTorch and of the graph
 KEY = (
     "dataset", "teacher_digest", "calibration", "method", "external_prior", "images", "test_images", "weight_bits", "seed",
 )  # fmt: skip
@@ -42,7 +43,7 @@ KEY = (
 def export_onnx(classifier: torch.nn.Module, file: Path) -> None:
     """Writes a classifier as an ONNX graph: "images" (B, 3, S, S) float32 in [0, 1] -> "logits" (B, C), any B."""
     size = classifier.image_size
-    with warnings.catch_warnings():  # on the older exporter, which needs nothing but torch and onnx
+    with warnings.catch_warnings():  # about the older exporter, which needs only torch and onnx
         warnings.simplefilter("ignore")
         torch.onnx.export(
             classifier.cpu().eval().to(memory_format=torch.contiguous_format),
@@ -57,11 +58,13 @@ def export_onnx(classifier: torch.nn.Module, file: Path) -> None:
 
 
 def quantize(source: Path, target: Path, images: np.ndarray, bits: int) -> None:
-    """Writes the graph ``source`` with weights of ``bits`` and activations of 8 bits, whose ranges ``images`` show.
+    """Writes a quantized copy of an ONNX graph, with activations of 8 bits.
 
     Args:
-        images: (N, 3, S, S) float32 in [0, 1].
-        bits: 8 or 4.
+        source: file of the graph.
+        target: file to write.
+        images: images for the calibration of the activation ranges, (N, 3, S, S) float32 in [0, 1].
+        bits: bits of the weights, 8 or 4.
     """
     from onnxruntime import quantization
 
@@ -87,7 +90,7 @@ def quantize(source: Path, target: Path, images: np.ndarray, bits: int) -> None:
 
 
 class Graph:
-    """An ONNX graph as something that ``evaluate`` can measure: images (B, 3, S, S) in [0, 1] -> logits (B, C)."""
+    """An ONNX graph with the interface that ``evaluate`` needs: images (B, 3, S, S) in [0, 1] -> logits (B, C)."""
 
     def __init__(self, file: Path):
         import onnxruntime
@@ -101,7 +104,7 @@ class Graph:
         return torch.from_numpy(self.session.run(["logits"], {"images": images.contiguous().numpy()})[0])
 
     def modules(self) -> Iterator[torch.nn.Module]:
-        """None: a graph has no training mode."""
+        """Yields no modules, because a graph has no training mode."""
         return iter(())
 
     def eval(self) -> "Graph":
@@ -109,7 +112,7 @@ class Graph:
 
 
 class Part:
-    """Some images of a split, for ``evaluate``."""
+    """A subset of a split, with the interface that ``evaluate`` needs."""
 
     def __init__(self, split, order: torch.Tensor):
         self.split, self.order, self.num_classes = split, order, split.num_classes
@@ -122,7 +125,11 @@ class Part:
 
 
 def calibration_images(args: argparse.Namespace, info) -> dict[str, tuple[np.ndarray, dict[str, str]]]:
-    """{kind: ((N, 3, S, S) float32 in [0, 1], what the result line says of it)}, of each kind equally many."""
+    """The same number of calibration images of each kind.
+
+    Returns:
+        {kind: (images (N, 3, S, S) float32 in [0, 1], further entries of the result line)}.
+    """
     path = find_bank(args.bank)
     bank = ImageBank(path, read_manifest(path), create=False)
     made, real = bank.read_all()["images"], load_split(info, "train", "cpu")
@@ -143,10 +150,10 @@ def calibration_images(args: argparse.Namespace, info) -> dict[str, tuple[np.nda
 
 
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """One result line for each kind of calibration images and each number of bits.
+    """Measures all quantized graphs; returns one result line for each kind of calibration images and each number of bits.
 
     Raises:
-        UserError: the bank is another teacher's, or the graph does not compute what the teacher does.
+        UserError: the bank was made with another teacher, or the graph's logits differ from the teacher's.
     """
     info = dataset_info(DATASETS, args.dataset, args.data_root, args.image_size)
     device = torch.device("cpu")
@@ -190,7 +197,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def write_lines(file: Path, lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Puts result lines into a file, each in place of one measured under the same conditions; returns all it then has."""
+    """Adds result lines to a file and returns all lines of the file; a line replaces one with the same conditions."""
 
     def key(line: dict[str, Any]) -> str:
         return json.dumps([line.get(name) for name in KEY])
@@ -202,10 +209,10 @@ def write_lines(file: Path, lines: list[dict[str, Any]]) -> list[dict[str, Any]]
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
-    """The result lines in a file; none where there is no such file.
+    """The result lines of a file; an empty list if the file does not exist.
 
     Raises:
-        UserError: a line is none.
+        UserError: a line is not a result line.
     """
     lines = []
     for number, text in enumerate(file.read_text().splitlines() if file.exists() else [], start=1):
@@ -218,7 +225,7 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
 
 
 def rows(lines: list[dict[str, Any]]) -> list[dict[str, str]]:
-    """The rows of the table: a teacher and a number of bits each, a column for each kind of calibration images."""
+    """The rows of the table, one for each teacher and number of bits; each kind of calibration images has a column."""
     found: dict[tuple, dict[str, str]] = {}
     for line in lines:
         made = line.get("method", "")
@@ -247,21 +254,41 @@ def main() -> None:
     from datafree.bank import rgb
 
     parser = Parser(prog="python -m datafree.int8", description="Static int8 quantization, calibrated on an image bank.")
-    parser.add_argument("--dataset", required=True, help="a name of registry.DATASETS; both its splits are opened")
-    parser.add_argument("--data_root", default="data", help="folder of its data [data]")
-    parser.add_argument("--image_size", type=int, least=1, most=4096, default=None, help="px; unset: the dataset's own")
-    parser.add_argument("--teacher", required=True, help="as of datafree_kd.py")
-    parser.add_argument("--teacher_ckpt", default=None, help="its weights; unset: where datafree_kd.py looks")
-    parser.add_argument("--teacher_mean", type=rgb, default=None, help="r,g,b; unset: its checkpoint's, else the dataset's")
-    parser.add_argument("--teacher_std", type=rgb, default=None, help="see --teacher_mean")
-    parser.add_argument("--bank", type=Path, required=True, help="an image bank made with this teacher, or its run folder")
+    parser.add_argument("--dataset", required=True, help="name of registry.DATASETS; training and test split are opened")
+    parser.add_argument("--data_root", default="data", help="folder of the dataset [data]")
     parser.add_argument(
-        "--images", type=int, least=1, default=500, help="to calibrate on, at most; of each kind equally many [500]"
+        "--image_size", type=int, least=1, most=4096, default=None, help="image size in px; unset: the dataset's own"
     )
-    parser.add_argument("--test_images", type=int, least=1, default=None, help="to measure on, chosen at random; unset: all")
-    parser.add_argument("--seed", type=int, least=0, default=0, help="of the noise and of the choice of images [0]")
-    parser.add_argument("--lines", type=Path, required=True, metavar="FILE.jsonl", help="put the results into this file")
-    parser.add_argument("--into", type=Path, default=None, help="rewrite the table 'int8' of this Markdown file")
+    parser.add_argument("--teacher", required=True, help="teacher, a network as in datafree_kd.py")
+    parser.add_argument(
+        "--teacher_ckpt", default=None, help="checkpoint of the teacher; unset: the file that datafree_kd.py would use"
+    )
+    parser.add_argument(
+        "--teacher_mean",
+        type=rgb,
+        default=None,
+        help="r,g,b, mean of the teacher's normalization; unset: that of its checkpoint, else the dataset's",
+    )
+    parser.add_argument(
+        "--teacher_std",
+        type=rgb,
+        default=None,
+        help="r,g,b, std of the teacher's normalization; unset: that of its checkpoint, else the dataset's",
+    )
+    parser.add_argument("--bank", type=Path, required=True, help="image bank made with this teacher, or its run folder")
+    parser.add_argument(
+        "--images", type=int, least=1, default=500, help="largest number of calibration images of each kind [500]"
+    )
+    parser.add_argument(
+        "--test_images", type=int, least=1, default=None, help="number of random test images to measure on; unset: all"
+    )
+    parser.add_argument(
+        "--seed", type=int, least=0, default=0, help="seed of the noise and of the random choice of images [0]"
+    )
+    parser.add_argument(
+        "--lines", type=Path, required=True, metavar="FILE.jsonl", help="file to which the results are added"
+    )
+    parser.add_argument("--into", type=Path, default=None, help="Markdown file whose table 'int8' is rewritten")
     args = parser.parse_args()
     try:
         import onnx  # noqa: F401

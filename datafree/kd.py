@@ -1,12 +1,12 @@
 """KD: ordinary distillation on the real training images (Hinton et al. 2015, arXiv 1503.02531). A control, not data-free.
 
-It is the upper bound of the tables: the same student loss and steps as the methods, on the images that they do without. It is
-the only method that may open the training split, says so when it does, and stands in tables with "real training images" for
-its external prior.
+KD is the upper bound of the tables. It has the same student loss and number of steps as the data-free methods, but trains on
+the real images. No other method may open the training split. KD prints a line when it does, and its external prior in tables
+is "real training images".
 
     student     KL_T + ce * CE(S(x), y)
 
-Deviations: T 20 and no cross-entropy by default, as the data-free methods have, so that nothing but the images differs.
+Deviations: by default T is 20 and there is no cross-entropy, as in the data-free methods. Only the images then differ.
 """
 
 from collections.abc import Iterator
@@ -30,11 +30,11 @@ class KDConfig:
     """Flags of KD."""
 
     T: float = flag(20.0, "temperature of the distillation loss", affects=DISTILL, above=0)
-    ce: float = flag(0.0, "weight of the cross-entropy to the real labels", affects=DISTILL, least=0)
+    ce: float = flag(0.0, "weight of the cross-entropy to the real labels in the student's loss", affects=DISTILL, least=0)
 
 
 class RealImages(Synthesizer):
-    """Makes nothing: hands on the training split, cropped and flipped."""
+    """Streams the real training images, cropped and flipped; synthesizes nothing."""
 
     def __init__(self, task: Task):
         self.task, split = task, task.training_split()
@@ -45,12 +45,15 @@ class RealImages(Synthesizer):
             self.split = None
 
     def synthesize(self, student: nn.Module) -> ImageBatch:
-        """Some images to look at."""
+        """Returns up to 64 training images, to be shown in the log."""
         images, labels = next(self.batches(min(64, self.images_total), seed=0))
         return ImageBatch(images, labels)
 
     def batches(self, batch_size: int, *, seed: int, rank: int = 0, count: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
-        """Endless shuffled passes; of images that are decoded as they come, what is left over at the end of one is left out."""
+        """Yields batches of endless shuffled epochs.
+
+        If images are decoded when they are needed, the incomplete batch at the end of an epoch is skipped.
+        """
         if self.pictures:
             return self.pictures.batches(batch_size, self.task.random_view, seed=seed, rank=rank, count=count)
         return self._decoded(batch_size, seed, rank, count)
@@ -66,14 +69,14 @@ class RealImages(Synthesizer):
 
 
 class KDObjective(KLDistillation):
-    """KL, and cross-entropy to real labels where it has a weight."""
+    """Student loss: KL at temperature T plus ``ce`` times the cross-entropy to the real labels."""
 
     def __init__(self, temperature: float, ce: float):
         super().__init__(temperature)
         self.ce = ce
 
     def forward(self, teacher_out, student_out, labels: Tensor) -> dict[str, Tensor]:
-        """Outputs with logits (B, C), labels (B,) -> named scalar losses."""
+        """Named scalar losses of two outputs with logits (B, C) and labels (B,)."""
         losses = super().forward(teacher_out, student_out, labels)
         if self.ce:
             losses["ce"] = F.cross_entropy(student_out.logits.float(), labels)
@@ -82,7 +85,7 @@ class KDObjective(KLDistillation):
 
 
 class KD(Method):
-    """Stage distill, on real images."""
+    """Method with stage distill only, on real images."""
 
     Config = KDConfig
     streams = True

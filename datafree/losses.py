@@ -1,4 +1,4 @@
-"""Losses that more than one method uses. Each is a function of tensors, float32 inside, scalar out."""
+"""Losses that more than one method uses. Each is a function of tensors that computes in float32 and returns a scalar."""
 
 import copy
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ Terms = dict[str, tuple[float, Tensor]]  # {name: (weight, scalar)}
 
 
 def weighted_sum(terms: Terms) -> dict[str, Tensor]:
-    """{"loss": sum of weight * term, and every term unweighted}."""
+    """The dictionary {"loss": sum of weight * term} with every term added, unweighted, under its name."""
     total = sum(weight * term for weight, term in terms.values())
     return {"loss": total} | {name: term for name, (_, term) in terms.items()}
 
@@ -26,7 +26,7 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) 
     Args:
         student_logits, teacher_logits: (B, C).
     Returns:
-        Scalar >= 0; 0 iff the softened distributions agree.
+        Scalar >= 0; 0 if and only if the softened distributions agree.
     """
     student = F.log_softmax(student_logits.float() / temperature, dim=1)
     teacher = F.log_softmax(teacher_logits.float() / temperature, dim=1)
@@ -34,24 +34,24 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) 
 
 
 def one_hot_loss(teacher_logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of the teacher's logits (B, C) to the wanted classes (B,) (DAFL, arXiv 1904.01186)."""
+    """Cross-entropy between the teacher's logits (B, C) and the wanted classes (B,) (DAFL, arXiv 1904.01186)."""
     return F.cross_entropy(teacher_logits.float(), labels)
 
 
 def feature_loss(student_map: Tensor, teacher_map: Tensor) -> Tensor:
-    """Mean squared difference of two feature maps (B, C, h, w) of one shape (SimKD, arXiv 2203.14001)."""
+    """Mean squared difference of two feature maps (B, C, h, w) of the same shape (SimKD, arXiv 2203.14001)."""
     return F.mse_loss(student_map.float(), teacher_map.float())
 
 
 def rotations(images: Tensor) -> Tensor:
-    """All four quarter turns: (B, C, H, H) -> (4B, C, H, H), turn k in rows kB .. (k+1)B - 1."""
+    """Images rotated by 0, 90, 180 and 270 degrees: (B, C, H, H) -> (4B, C, H, H), rotation k in rows kB .. (k+1)B - 1."""
     turned = [images, images.flip(3).transpose(2, 3), images.flip((2, 3)), images.transpose(2, 3).flip(3)]
     layout = torch.channels_last if images.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
     return torch.cat([t.contiguous(memory_format=layout) for t in turned])
 
 
 def rotation_labels(labels: Tensor) -> Tensor:
-    """Joint class-and-turn labels ``4y + k`` of ``rotations``: (B,) -> (4B,) (CSD, arXiv 2307.04542)."""
+    """Joint labels ``4y + k`` of class y and rotation k, ordered as ``rotations``: (B,) -> (4B,) (CSD, arXiv 2307.04542)."""
     turns = torch.arange(4, device=labels.device)
     return (4 * labels[None, :] + turns[:, None]).reshape(-1)
 
@@ -59,12 +59,13 @@ def rotation_labels(labels: Tensor) -> Tensor:
 def adversarial_loss(
     student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0, *, agreeing_only: bool = False
 ) -> Tensor:
-    """``-T^2 * KL(teacher || student)``, batch mean: low where the student is wrong about the image (ZSKT, arXiv 1905.09768).
+    """``-T^2 * KL(teacher || student)``, batch mean; low if student and teacher disagree (ZSKT, arXiv 1905.09768).
 
     Args:
         student_logits, teacher_logits: (B, C).
-        agreeing_only: count only samples on which both name the same class (CMI, arXiv 2105.08584, and later methods), so
-            that images are hard without leaving the teacher's classes. The mean is still over all B.
+        temperature: T.
+        agreeing_only: count only images to which both networks assign the same class (CMI, arXiv 2105.08584, and later
+            methods). Images then become hard without leaving their class. The mean is still over all B images.
     """
     student = F.log_softmax(student_logits.float() / temperature, dim=1)
     teacher = F.log_softmax(teacher_logits.float() / temperature, dim=1)
@@ -75,13 +76,13 @@ def adversarial_loss(
 
 
 def balance_loss(teacher_logits: Tensor) -> Tensor:
-    """``sum p log p`` of the batch's mean class probabilities p: least, -log C, where all classes are as frequent (DAFL)."""
+    """``sum p log p`` of the batch's mean class probabilities p (DAFL); least, -log C, if p is uniform."""
     mean = F.softmax(teacher_logits.float(), dim=1).mean(0)
     return torch.xlogy(mean, mean).sum()
 
 
 class KLDistillation(nn.Module):
-    """The objective of most methods: ``kd_loss`` at temperature T and nothing else; labels play no part."""
+    """The student loss of most methods: ``kd_loss`` at temperature T. Labels are not used."""
 
     logits_only = True
 
@@ -90,34 +91,35 @@ class KLDistillation(nn.Module):
         self.temperature = temperature
 
     def forward(self, teacher_out, student_out, labels: Tensor) -> dict[str, Tensor]:
-        """Outputs with logits (B, C) -> {"loss", "kd"}, the same scalar."""
+        """The dictionary {"loss", "kd"}, both the same scalar, of two outputs with logits (B, C)."""
         loss = kd_loss(student_out.logits, teacher_out.logits, self.temperature)
         return {"loss": loss, "kd": loss}
 
 
-# The teacher's BatchNorm statistics as a loss: the one trace of the training data that a trained network keeps.
+# The BN-statistics loss of DeepInversion (Yin et al. 2020, arXiv 1912.08795).
 #
-# DeepInversion (Yin et al. 2020, arXiv 1912.08795) asks that a synthetic batch have, at the input of every BN layer, the
-# mean and variance that training left there. Statistics are taken in one pass by the library's batch-norm kernel, and
-# their gradient is one fused multiply-add: on a CPU about seven times as fast as ``torch.var_mean`` under autograd.
+# A trained network keeps the running mean and variance of its training data at the input of every BN layer. The loss is the
+# distance of a synthetic batch's mean and variance from them. PyTorch's batch-norm kernel computes the batch statistics in
+# one pass, and their gradient is one fused multiply-add. On a CPU this is about seven times as fast as ``torch.var_mean``
+# with autograd.
 
 
-Stats = tuple[Tensor, Tensor]
+Stats = tuple[Tensor, Tensor]  # (mean, variance)
 
 
 class _BatchStatistics(torch.autograd.Function):
-    """(B, C, ...) -> mean (C,), biased variance (C,), in float32 at least."""
+    """Computes mean (C,) and biased variance (C,) of inputs (B, C, ...), in float32 or the inputs' higher precision."""
 
     @staticmethod
     def forward(ctx, inputs: Tensor) -> Stats:
-        if torch.compiler.is_compiling():  # one pass there, too
+        if torch.compiler.is_compiling():  # compiled, torch.var_mean takes one pass too
             axes = [axis for axis in range(inputs.dim()) if axis != 1]
             var, mean = torch.var_mean(inputs.float() if inputs.element_size() < 4 else inputs, axes, correction=0)
         else:
-            # Of inputs in half precision the kernel gives float32 statistics only beside a float32 weight.
+            # For inputs in half precision the kernel returns float32 statistics only if it is given a float32 weight.
             weight = torch.ones(inputs.shape[1], device=inputs.device) if inputs.element_size() < 4 else None
             _, mean, inverse_std = torch.native_batch_norm(inputs, weight, None, None, None, True, 0.0, 0.0)
-            # The kernel reports 0 where the variance is 0 (a dead channel).
+            # The kernel returns an inverse std of 0 if the variance is 0 (a dead channel).
             var = torch.where(inverse_std == 0, inverse_std, inverse_std.pow(-2))
         ctx.save_for_backward(inputs, mean)
         return mean, var
@@ -133,12 +135,12 @@ class _BatchStatistics(torch.autograd.Function):
 
 
 def batch_statistics(inputs: Tensor) -> Stats:
-    """Mean and biased variance over all axes but the channels', differentiable.
+    """Mean and biased variance of each channel over the batch and all positions, differentiable.
 
     Args:
-        inputs: (B, C, ...), any memory format, B * positions >= 2.
+        inputs: (B, C, ...) in any memory format, with at least two values per channel.
     Returns:
-        mean (C,), variance (C,), float32 also of inputs in half precision.
+        Mean (C,) and variance (C,); float32 for inputs in half precision.
     """
     return _BatchStatistics.apply(inputs)
 
@@ -148,9 +150,9 @@ def bn_loss(batch_stats: list[Stats], running_stats: list[Stats]) -> Tensor:
 
     Args:
         batch_stats: one (mean, var) per BN layer, each (C_l,), biased variance.
-        running_stats: the teacher's, same order and shapes.
+        running_stats: the teacher's running statistics, in the same order and shapes.
     Returns:
-        Scalar >= 0: sum over layers of ||mean - running_mean||_2 + ||var - running_var||_2; 0 iff all agree.
+        Scalar >= 0: sum over layers of ||mean - running_mean||_2 + ||var - running_var||_2; 0 if and only if all agree.
     Raises:
         ValueError: the two lists differ in length.
     """
@@ -165,7 +167,7 @@ def bn_loss(batch_stats: list[Stats], running_stats: list[Stats]) -> Tensor:
 
 
 def collected(statistics: "BNStatistics | None", **options):
-    """``statistics.collect(**options)``, or an empty context where a method does without them (``--bn 0``)."""
+    """``statistics.collect(**options)``, or an empty context if ``statistics`` is None (``--bn 0``)."""
     return statistics.collect(**options) if statistics else nullcontext()
 
 
@@ -175,7 +177,7 @@ def layers_with_statistics(network: nn.Module) -> list[nn.Module]:
 
 
 def normalizing_by_batch(network: nn.Module) -> nn.Module:
-    """A copy of a network whose BN layers normalize by each batch's own statistics, also in eval mode.
+    """Copy of a network whose BN layers normalize by the statistics of the current batch, also in eval mode.
 
     Raises:
         UserError: the network has no BN layer with running statistics.
@@ -197,8 +199,8 @@ class BNStatistics:
             teacher(images)
         loss = bn_loss(batch_stats, statistics.running)
 
-    Outside ``collect`` its hooks do nothing. Works for any number of BN layers, 1-d to 3-d; layers are in the order in which
-    they run, and one that runs twice counts twice.
+    Outside ``collect`` the hooks do nothing. Any number of BN layers is supported, 1-d to 3-d. Layers are in the order in
+    which they run, and a layer that runs twice counts twice.
 
     Raises:
         UserError: the network has no BN layer with running statistics.
@@ -212,7 +214,7 @@ class BNStatistics:
         self._batch: list[Stats] | None = None
         self._rows: int | None = None
         self._pooled: list[Tensor] | None = None
-        for layer in layers:  # for good: compiled code cannot put hooks on and take them off
+        for layer in layers:  # hooks stay registered: compiled code cannot add or remove them
             layer.register_forward_pre_hook(self._record)
 
     def _record(self, layer: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -226,11 +228,11 @@ class BNStatistics:
 
     @contextmanager
     def collect(self, rows: int | None = None, pooled: list[Tensor] | None = None) -> Iterator[list[Stats]]:
-        """Within this context each forward pass appends to the yielded list, and sets ``running`` to match it.
+        """Context in which forward passes append to the yielded list; ``running`` gets the matching running statistics.
 
         Args:
-            rows: statistics of the first ``rows`` images only; None: of the whole batch.
-            pooled: a list that takes every layer's input averaged over positions, (B, C_l) each, of the whole batch.
+            rows: number of images, from the first one, over which statistics are computed; None: the whole batch.
+            pooled: list to which every layer's input is appended, averaged over positions: (B, C_l), always the whole batch.
         """
         batch: list[Stats] = []
         self.running, self._batch, self._rows, self._pooled = [], batch, rows, pooled

@@ -1,4 +1,7 @@
-"""``--minutes``: the scale at which a run takes about so long, from rates measured on this machine in a few seconds."""
+"""``--minutes``: chooses the ``--scale`` at which a run takes about the given time.
+
+The times of single steps are measured on this machine in a few seconds, and the time of a run is computed from them.
+"""
 
 import dataclasses
 import math
@@ -27,18 +30,19 @@ from engine.runtime.processes import seed_position
 from engine.runtime.stage_record import show
 from models.classifier import eval_mode, weights_fixed
 
-TRIAL = {"g_steps": 5, "init_g_steps": 5, "g_loops": 1, "init_g_loops": 1, "num_inference_steps": 5}  # at most
+# Largest values of these flags in a trial.
+TRIAL = {"g_steps": 5, "init_g_steps": 5, "g_loops": 1, "init_g_loops": 1, "num_inference_steps": 5}
 STUDENT_STEPS, TEST_BATCH, VARIED, PATIENCE = 5, 500, 16, 20.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Rate:
-    """What one of something takes, and how many of it there are in a run.
+    """Cost of one unit of work, for example a student step, and the number of such units in a run.
 
     Args:
-        what: it is, in words.
-        seconds: of one.
-        count: flags of a run and their schedule -> how many.
+        what: name of the unit, in words.
+        seconds: seconds that one unit takes.
+        count: function from the flags of a run and its schedule to the number of units.
     """
 
     what: str
@@ -47,25 +51,25 @@ class Rate:
 
 
 def run_seconds(rates: list[Rate], groups: list) -> float:
-    """Of a whole run with the flags ``groups``."""
+    """Seconds that a run takes with the flags ``groups``."""
     flags, schedule = flat(groups), groups[2].schedule()
     return sum(rate.seconds * rate.count(flags, schedule) for rate in rates)
 
 
 def flat(groups: list) -> dict[str, Any]:
-    """All flags by name."""
+    """All flags of all groups as one dictionary {name: value}."""
     return {name: value for group in groups for name, value in vars(group).items()}
 
 
 def choose_scale(folder: Path, method: Method, groups: list, stages: list[str], at: Callable[[float], list]) -> float:
-    """The scale that a run folder was begun with, else one by the rates of a trial.
+    """Returns the scale that an existing run was begun with, or else a scale chosen by a trial.
 
     Args:
-        folder: of the run, which may not exist yet.
-        method, groups, stages: as of ``measure``.
-        at: scale -> the flags of the run.
+        folder: run folder, which may not exist yet.
+        method, groups, stages: see ``measure``.
+        at: function from a scale to the flags of the run at that scale.
     Raises:
-        UserError: ``--scale`` is given too, or the run was begun otherwise.
+        UserError: ``--scale`` is given too, or the existing run was begun with another ``--minutes``.
     """
     minutes, scale = groups[1].minutes, groups[1].scale
     if scale != 1:
@@ -75,8 +79,8 @@ def choose_scale(folder: Path, method: Method, groups: list, stages: list[str], 
         if begun.get("minutes") != minutes:
             raise UserError(
                 f"the run in {folder} was begun with --minutes {show(begun.get('minutes'))} and --scale "
-                f"{begun.get('scale', 1):g}, now --minutes {minutes:g} is asked for; give what it was begun with, or another "
-                "--save_dir"
+                f"{begun.get('scale', 1):g}, now --minutes {minutes:g} is asked for; give what it was begun with, or "
+                "another --save_dir"
             )
         return begun["scale"]
     rates = measure(method, groups, stages)
@@ -87,16 +91,17 @@ def choose_scale(folder: Path, method: Method, groups: list, stages: list[str], 
     chosen = fitting_scale(seconds, 60 * minutes)
     told = ", ".join(f"{rate.what} {1000 * rate.seconds:.3g} ms" for rate in rates)
     print(
-        f"--minutes {minutes:g}: --scale {chosen:g}, by {told}; the published lengths would take about {duration(seconds(1.0))}"
+        f"--minutes {minutes:g}: --scale {chosen:g}, by {told}; the published lengths would take about "
+        f"{duration(seconds(1.0))}"
     )
     return chosen
 
 
 def trial_groups(groups: list) -> list:
-    """The flags of a run with rounds of a few steps."""
+    """The flags of a trial: those of the run, with only a few steps per round."""
     *common, config = groups
     short = {name: min(most, getattr(config, name)) for name, most in TRIAL.items() if getattr(config, name, None)}
-    if hasattr(config, "strength"):  # of which a trial takes all steps: few may leave none
+    if hasattr(config, "strength"):  # --strength takes a share of the steps, and of a few steps none might be left
         short.pop("num_inference_steps", None)
     if getattr(config, "export_png", None):
         short["export_png"] = None
@@ -104,11 +109,12 @@ def trial_groups(groups: list) -> list:
 
 
 def measure(method: Method, groups: list, stages: list[str]) -> list[Rate]:
-    """A round of every kind twice, the second by the clock.
+    """Runs one round of every kind twice and measures the time of the second one.
 
     Args:
-        method: built with ``trial_groups``, which ``groups`` are.
-        stages: of the run.
+        method: method that was built with ``groups``.
+        groups: flags of the trial, see ``trial_groups``.
+        stages: names of the stages that the run will execute.
     """
     flags, device, rates = flat(groups), method.task.device, []
     seed_position(flags["seed"], "minutes")
@@ -125,11 +131,11 @@ def measure(method: Method, groups: list, stages: list[str]) -> list[Rate]:
 
 
 def initial_rate(stage, flags: dict[str, Any], info, device: torch.device) -> Rate:
-    """Of a step of inversion or denoising in a stage that fills the initial bank (``engine.loops.stages.FillBank``).
+    """Rate of an inversion or denoising step in a stage that fills the initial bank (``engine.loops.stages.FillBank``).
 
-    What a maker learns between rounds is not counted.
+    Training between rounds, such as that of an adversarial student, is not counted.
     """
-    maker = stage.maker(SimpleNamespace(seed=flags["seed"]))  # of a session, a maker takes the seed
+    maker = stage.maker(SimpleNamespace(seed=flags["seed"]))  # a maker needs only the seed of a session
 
     def first_batch() -> None:
         maker.make(0, Share(0, sys.maxsize), lambda count: None)
@@ -144,10 +150,13 @@ def initial_rate(stage, flags: dict[str, Any], info, device: torch.device) -> Ra
 
 
 def variant_rates(stage, flags: dict[str, Any], info, device: torch.device) -> list[Rate]:
-    """Of a variant, of the filter's look at an image, and of an image in the training of a prior that learns from the bank.
+    """Rates of one variant, of one image in the filter, and of one training image of a prior that is trained on the bank.
 
     Args:
-        stage: ``engine.loops.stages.Augment``.
+        stage: the ``engine.loops.stages.Augment`` of the run.
+        flags: flags of the trial.
+        info: dataset.
+        device: device of the networks.
     """
     augmenter, embed = stage.augmenter(), stage.filter.build()
     varied = min(VARIED, stage.batch_size)
@@ -172,10 +181,10 @@ def variant_rates(stage, flags: dict[str, Any], info, device: torch.device) -> l
 
 
 def bank_labels(path: Path) -> torch.Tensor:
-    """Of a finished bank.
+    """Labels (N,) of a finished image bank.
 
     Raises:
-        UserError: there is none, or it is damaged.
+        UserError: the bank is missing or damaged.
     """
     folder = find_bank(path)
     if not (folder / "manifest.json").exists():
@@ -184,7 +193,7 @@ def bank_labels(path: Path) -> torch.Tensor:
 
 
 def distillation_rates(method: Method, groups: list) -> list[Rate]:
-    """Of a student step, a step of synthesis between them, and a measurement of accuracy."""
+    """Rates of a student step, of a synthesis step of stage distill, and of one measurement of accuracy."""
     flags, device, info, student = flat(groups), method.task.device, method.task.info, method.student
     schedule = dataclasses.replace(groups[2].schedule(), epochs=1, ep_steps=STUDENT_STEPS, kd_steps=STUDENT_STEPS)
     rates, synthesizer = [], method.synthesizer()
@@ -214,16 +223,16 @@ def distillation_rates(method: Method, groups: list) -> list[Rate]:
     steps = _Counter()
     per_step = seconds_of(lambda: distillation.student_steps(batches, 0, steps), device) / STUDENT_STEPS
     rates.append(Rate("student step", per_step, lambda _, schedule: schedule.rounds * schedule.kd_steps))
-    if not flags["no_test"]:  # after each epoch, the teacher's before the first round, and both networks' at the end
+    if not flags["no_test"]:  # the student after each epoch, the teacher before the first round, both at the end
         rates.append(Rate("test", _seconds_of_a_test(method), lambda _, schedule: schedule.epochs + 3))
     return rates
 
 
 class _Counter:
-    """Takes the place of a progress bar."""
+    """Stands in for a progress bar."""
 
     def update(self) -> None:
-        """Nothing."""
+        """Does nothing."""
 
 
 @torch.no_grad()
@@ -239,7 +248,7 @@ def _seconds_of_a_test(method: Method) -> float:
 
 
 def seconds_of(function: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of a second call; of the first where that took longer than ``PATIENCE``."""
+    """Seconds of the second call of a function; of the first call if it took longer than ``PATIENCE`` seconds."""
     for _ in range(2):
         began = _now(device)
         function()
@@ -255,12 +264,13 @@ def _now(device: torch.device) -> float:
 
 
 def fitting_scale(seconds: Callable[[float], float], wanted: float) -> float:
-    """The largest scale up to 1, of three digits, at which a run takes up to ``wanted`` seconds; by bisection.
+    """Largest scale up to 1, rounded to three digits, at which a run takes at most ``wanted`` seconds; by bisection.
 
     Args:
-        seconds: scale -> seconds, growing.
+        seconds: increasing function from a scale to the seconds of a run.
+        wanted: seconds that the run may take.
     Raises:
-        UserError: the shortest run of all takes longer.
+        UserError: even the shortest run takes longer.
     """
     if seconds(1.0) <= wanted:
         return 1.0

@@ -1,30 +1,36 @@
 """NAYER: noise as a layer, labels as input (Tran et al., CVPR 2024, arXiv 2310.00258).
 
-The generator's input is not noise but an embedding of the wanted label, which is constant. What differs between images of
-one class is the *noisy layer* that the embedding goes through: drawn anew for every batch, and trained with the generator.
+The generator's input is not noise but an embedding of the wanted label, which is the same for all images of a class. Before
+the generator, the embedding passes through a *noisy layer*, which makes images of one class differ. Noisy layers are drawn
+anew for every batch and are trained together with the generator.
 
     z_i = BN1d(e(y_i)) W_g      e(y) (d,), W_g (d, nz) ~ N(0, 1), one layer g for one image of each class ("K to 1")
     x_i = generator(z_i)
-    synthesis   bn * L_bn + oh * CE(T(x), y) - adv * KL(T(x) || S(x)), the last where S and T name the same class
+    synthesis   bn * L_bn + oh * CE(T(x), y) - adv * KL(T(x) || S(x)), KL only where S and T predict the same class
 
-A batch of B images of C classes has ceil(B / C) noisy layers. L_bn takes a running average over batches (``datafree.fast``).
-Every ``g_life`` rounds the generator starts afresh. The first ``init_rounds`` rounds are a warm-up without competition, of
-``init_g_loops`` batches each: stage synthesize. The student learns from all images so far by KL at temperature T.
+A batch of B images of C classes has ceil(B / C) noisy layers. L_bn uses a running average over batches (``datafree.fast``).
+Every ``g_life`` rounds the generator is re-initialized. The first ``init_rounds`` rounds are a warm-up without the
+adversarial loss, with ``init_g_loops`` batches each: stage synthesize. The student is trained on all images made so far, by
+KL at temperature T.
 
-Where e comes from, ``--label_embedding``:
-    orthogonal  a random orthonormal code for each class, the same in every run: prior-free, nothing is downloaded. Default.
-                (With more classes than ``label_dim``: random unit vectors.)
-    clip        the paper's: text embeddings, by any CLIP text encoder, of a prompt with the class name. An external prior;
-                read once, then kept with the synthesizer's state.
+The embedding e is chosen by ``--label_embedding``:
+    orthogonal  random orthonormal codes, one for each class, the same in every run. They need no prior and no download.
+                With more classes than ``label_dim`` the codes are random unit vectors. Default.
+    clip        the paper's choice: text embeddings of a prompt with the class name, by any CLIP text encoder. This is an
+                external prior. The embeddings are computed once and then kept in the synthesizer's state.
 
-Published settings (CIFAR): 20 rounds of warm-up, then 100, 200 or 300 of 400 student steps on batches of 512; SGD lr .2,
-cosine to 2e-4, T 20; 2 batches of 400 images a round, 10 in warm-up; g_steps 30 (CIFAR-100: 40), lr_g 4e-3, g_life 10;
+Published settings (CIFAR): 20 rounds of warm-up, then 100, 200 or 300 rounds of 400 student steps on batches of 512; SGD lr
+.2, cosine to 2e-4, T 20; 2 batches of 400 images per round, 10 in warm-up; g_steps 30 (CIFAR-100: 40), lr_g 4e-3, g_life 10;
 bn 10, bn_mmt .9, adv 1.33, oh .5; nz 1000; CLIP ViT-B/32, "a image of <label>".
 
-Deviations: the default embedding is not the paper's. Noisy layers have no bias (the script's starts at 0, below outputs
-of standard deviation sqrt(d)). In an incomplete group each class is there at most once; the script draws its labels
-independently. Generators start from N(0, .02). The images kept are a copy of each batch's best, and the script's best
-loss is not reset between the batches of a round. Rounds of ``g_life`` are counted from the beginning of each stage.
+Deviations:
+- The default embedding is not the paper's.
+- Noisy layers have no bias. The script's bias starts at 0 and is small next to outputs of standard deviation sqrt(d).
+- An incomplete group has each class at most once. The script draws the labels of such a group independently.
+- Generators are initialized from N(0, .02).
+- The images kept are a copy of the best of each batch. The script does not reset its best loss between the batches of a
+  round.
+- Rounds for ``g_life`` are counted from the beginning of each stage.
 
 Left out: the script's settings for ImageNet (a deeper generator, jitter).
 """
@@ -58,37 +64,59 @@ class NAYERConfig:
     """Flags of NAYER."""
 
     init_rounds: int = flag(
-        20, "rounds of warm-up, without competition", affects=("synthesize",), scales=True, least=1, most=1_000_000
+        20,
+        "warm-up rounds of stage synthesize, without the adversarial loss",
+        affects=("synthesize",),
+        scales=True,
+        least=1,
+        most=1_000_000,
     )
-    init_g_loops: int = flag(10, "batches a round of warm-up", affects=("synthesize",), least=1)
-    g_loops: int = flag(2, "batches a round while distilling", affects=("distill",), least=0)
-    g_steps: int = flag(30, "steps of generator and noisy layers a batch", affects=BOTH, least=1)
-    g_life: int = flag(10, "rounds after which the generator starts afresh", affects=BOTH, least=1)
-    synthesis_batch_size: int = flag(400, "images a batch", affects=BOTH, least=2, most=1_000_000)
+    init_g_loops: int = flag(10, "batches synthesized per warm-up round", affects=("synthesize",), least=1)
+    g_loops: int = flag(2, "batches synthesized per round of stage distill", affects=("distill",), least=0)
+    g_steps: int = flag(30, "training steps of generator and noisy layers per batch", affects=BOTH, least=1)
+    g_life: int = flag(10, "rounds after which the generator is re-initialized", affects=BOTH, least=1)
+    synthesis_batch_size: int = flag(400, "images per synthesized batch", affects=BOTH, least=2, most=1_000_000)
     lr_g: float = flag(4e-3, "Adam learning rate of generator and noisy layers", affects=BOTH, above=0)
-    nz: int = flag(1000, "outputs of a noisy layer, inputs of the generator", affects=BOTH, least=1)
+    nz: int = flag(1000, "length of a noisy layer's output, which is the generator's input", affects=BOTH, least=1)
     label_embedding: str = flag(
         "orthogonal",
-        "what stands for a label: fixed random codes (no prior), or text embeddings of its name",
+        "label embeddings, the input of the noisy layers; orthogonal: fixed random codes, no external prior; clip: CLIP "
+        "text embeddings of --prompt",
         choices=("orthogonal", "clip"),
         affects=BOTH,
     )
-    label_dim: int = flag(512, "length of the orthogonal codes; clip has its own", affects=BOTH, least=1)
+    label_dim: int = flag(
+        512, "orthogonal: length of the label embeddings (those of clip have the encoder's length)", affects=BOTH, least=1
+    )
     text_model: str = flag(
         "openai/clip-vit-base-patch32", "clip: hub id or local directory of a CLIP text encoder", affects=BOTH
     )
-    prompt: str = flag("a image of {label}", "clip: the text that is embedded", affects=BOTH)
-    bn: float = flag(10.0, "weight of the BN-statistics loss", affects=BOTH, least=0)
-    bn_mmt: float = flag(
-        0.9, "share of earlier batches' statistics in the BN-statistics loss", affects=BOTH, least=0, below=1
+    prompt: str = flag(
+        "a image of {label}", "clip: text to embed for a class; {label} stands for the class name", affects=BOTH
     )
-    oh: float = flag(0.5, "weight of the one-hot loss", affects=BOTH, least=0)
-    adv: float = flag(1.33, "weight of the competition with the student (warm-up has 0)", affects=("distill",), least=0)
+    bn: float = flag(10.0, "weight of the BN-statistics loss in synthesis", affects=BOTH, least=0)
+    bn_mmt: float = flag(
+        0.9,
+        "momentum of the running average of batch statistics in the BN-statistics loss; 0: the batch alone",
+        affects=BOTH,
+        least=0,
+        below=1,
+    )
+    oh: float = flag(0.5, "weight of the one-hot loss CE(T(x), y) in synthesis", affects=BOTH, least=0)
+    adv: float = flag(
+        1.33,
+        "weight of the adversarial loss in stage distill: -KL where student and teacher predict the same class",
+        affects=("distill",),
+        least=0,
+    )
     T: float = flag(20.0, "temperature of the distillation loss", affects=("distill",), above=0)
 
 
 def orthogonal_codes(num_classes: int, dim: int) -> Tensor:
-    """(C, dim) float32: orthonormal rows, or random rows of length 1 where C > dim; a function of its arguments alone."""
+    """Random orthonormal codes (C, dim) float32, one row per class; random unit rows if C > dim.
+
+    The codes depend on the arguments alone.
+    """
     normal = torch.randn(dim, num_classes, dtype=torch.double, generator=torch.Generator().manual_seed(CODE_SEED))
     if num_classes > dim:
         return F.normalize(normal, dim=0).T.float().contiguous()
@@ -97,10 +125,10 @@ def orthogonal_codes(num_classes: int, dim: int) -> Tensor:
 
 
 def check_text_model(model_id: str) -> None:
-    """That --text_model is there and of the right kind, by its configuration alone.
+    """Checks from its configuration alone that --text_model exists and is a CLIP model or CLIP text encoder.
 
     Raises:
-        UserError: it is not.
+        UserError: the model is missing or of another kind.
     """
     from transformers import AutoConfig
 
@@ -116,11 +144,12 @@ def text_codes(names: tuple[str, ...], prompt: str, model_id: str, device: torch
     """Text embeddings of the prompts, not normalized: (C, D) float32 on ``device``.
 
     Args:
-        names: of the classes, in label order.
-        prompt: {label} in it stands for a name.
+        names: class names in label order.
+        prompt: text in which {label} stands for a class name.
         model_id: hub id or local directory of a CLIP model or CLIP text encoder.
+        device: device of model and embeddings.
     Raises:
-        UserError: the model cannot be had, is of another kind, or cannot tell the classes apart.
+        UserError: the model cannot be loaded, is of another kind, or gives different classes the same embedding.
     """
     from transformers import AutoTokenizer, CLIPTextModelWithProjection
 
@@ -132,7 +161,7 @@ def text_codes(names: tuple[str, ...], prompt: str, model_id: str, device: torch
     parts = [prompts[first : first + 100] for first in range(0, len(prompts), 100)]
     tokens = (tokenizer(part, padding=True, truncation=True, return_tensors="pt").to(device) for part in parts)
     codes = torch.cat([model(**part).text_embeds for part in tokens])
-    if len(codes.unique(dim=0)) < len(set(prompts)):  # what a directory without vocabulary gives, without a word
+    if len(codes.unique(dim=0)) < len(set(prompts)):  # silent result of a model directory without a vocabulary
         raise UserError(
             f"--text_model {model_id} embeds different classes alike; give one whose tokenizer reads the --prompt"
         )
@@ -140,17 +169,18 @@ def text_codes(names: tuple[str, ...], prompt: str, model_id: str, device: torch
 
 
 def grouped_labels(count: int, num_classes: int, device: torch.device) -> Tensor:
-    """(count,) class ids: whole groups of all classes in order, then one of different classes drawn at random."""
+    """Class ids (count,): complete groups of all classes in order, then an incomplete group of random distinct classes."""
     whole = torch.arange(num_classes, device=device).repeat(count // num_classes)
     return torch.cat([whole, torch.randperm(num_classes, device=device)[: count % num_classes]])
 
 
 def noisy_layers(inputs: Tensor, weights: Tensor, group: int) -> Tensor:
-    """Each group of rows through its own linear layer.
+    """Applies to each group of rows its own linear layer.
 
     Args:
-        inputs: (B, d); rows ``g * group`` to ``(g + 1) * group - 1`` are group g, the last may have fewer.
-        weights: (G, d, nz).
+        inputs: (B, d); rows ``g * group`` to ``(g + 1) * group - 1`` are group g, and the last group may be smaller.
+        weights: weights of the G layers, (G, d, nz).
+        group: number of rows in a group.
     Returns:
         (B, nz).
     """
@@ -159,10 +189,13 @@ def noisy_layers(inputs: Tensor, weights: Tensor, group: int) -> Tensor:
 
 
 class NAYERSynthesizer(Synthesizer):
-    """``g_loops`` batches a round, each from noisy layers of its own.
+    """Synthesizer of ``g_loops`` batches per round, each with its own noisy layers.
 
     Args:
-        warm_up: no competition, and ``init_g_loops`` batches.
+        config: flags of NAYER.
+        teacher: the teacher.
+        task: see ``datafree.base.Task``.
+        warm_up: whether this is the warm-up, with ``init_g_loops`` batches per round and without the adversarial loss.
     """
 
     independent = False
@@ -176,16 +209,16 @@ class NAYERSynthesizer(Synthesizer):
         self.rounds = 0
         clip = ["clip", Path(config.text_model).name, config.prompt]
         self.source = clip if config.label_embedding == "clip" else ["orthogonal", config.label_dim]
-        self.codes: Tensor | None = None  # of this source; made in the first round, unless a state brings them
+        self.codes: Tensor | None = None  # label embeddings; made in the first round unless a loaded state has them
         self.norm: nn.BatchNorm1d | None = None
 
     def use_codes(self, codes: Tensor) -> None:
-        """Takes label embeddings (C, d)."""
+        """Sets the label embeddings (C, d) and a new BN layer for them."""
         self.codes = codes.to(self.task.device)
         self.norm = nn.BatchNorm1d(codes.shape[1]).to(self.task.device)
 
     def make_codes(self) -> Tensor:
-        """Label embeddings (C, d) as the flags say."""
+        """Label embeddings (C, d) that the flags ask for."""
         config, task = self.config, self.task
         if config.label_embedding == "clip":
             return text_codes(task.info.class_names, config.prompt, config.text_model, task.device)
@@ -198,7 +231,7 @@ class NAYERSynthesizer(Synthesizer):
         ]
 
     def synthesize(self, student: nn.Module) -> ImageBatch:
-        """The batches of one round, with the mean of their losses."""
+        """Makes the batches of one round; returns them as one batch with the mean of their losses."""
         if self.codes is None:
             self.use_codes(self.make_codes())
         if self.rounds % self.config.g_life == 0:
@@ -210,7 +243,7 @@ class NAYERSynthesizer(Synthesizer):
         return ImageBatch(torch.cat([b.images for b in batches]), torch.cat([b.labels for b in batches]), scalars)
 
     def batch(self, student: nn.Module) -> ImageBatch:
-        """``g_steps`` steps of the generator together with new noisy layers."""
+        """Trains the generator and new noisy layers for ``g_steps`` steps; returns the best images."""
         config, task = self.config, self.task
         labels = grouped_labels(config.synthesis_batch_size, task.info.num_classes, task.device)
         group = min(task.info.num_classes, len(labels))
@@ -225,7 +258,7 @@ class NAYERSynthesizer(Synthesizer):
         return self.inversion.descend(generate, optimizer, labels, student)
 
     def state_dict(self) -> dict[str, Any]:
-        """Label embeddings, generator, the running average, the loss scale and the count of rounds."""
+        """State of label embeddings, generator, running average, loss scale and the number of rounds."""
         return {
             "warm_up": self.warm_up,
             "rounds": self.rounds,
@@ -237,7 +270,10 @@ class NAYERSynthesizer(Synthesizer):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Undoes ``state_dict``; after warm-up the count begins again. Embeddings of another source are not taken."""
+        """Restores what ``state_dict`` returned. The number of rounds starts from 0 again after the warm-up.
+
+        Label embeddings that were made with other flags are not restored.
+        """
         with own_state():
             self.rounds = state["rounds"] if state["warm_up"] == self.warm_up else 0
             self.generator.load_state_dict(state["generator"])
@@ -248,7 +284,7 @@ class NAYERSynthesizer(Synthesizer):
 
 
 class NAYER(Method):
-    """Stages synthesize (warm-up, without competition) and distill (rounds with it)."""
+    """Method with stages synthesize (warm-up, without the adversarial loss) and distill (rounds with it)."""
 
     Config = NAYERConfig
     defaults = {"epochs": 300, "kd_steps": 400, "batch_size": 512, "lr": 0.2, "lr_min": 2e-4}
@@ -265,7 +301,7 @@ class NAYER(Method):
             self.external_prior = prior_name(config.text_model)
 
     def check_inputs(self, stages: Collection[str]) -> None:
-        """The text model; of a bank that is given, the synthesizer's state brings the codes."""
+        """Checks the text model. With --init_bank the label embeddings come from the synthesizer's state instead."""
         if self.config.label_embedding == "clip" and "synthesize" in stages:
             check_text_model(self.config.text_model)
 

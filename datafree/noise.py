@@ -1,16 +1,18 @@
-"""Noise: distillation on images that have nothing to do with the task. The control at the lower end of the tables.
+"""Noise: distillation on images that have nothing to do with the task. It is the control at the lower end of the tables.
 
-``--images`` takes any tree of unrelated pictures, or another dataset's NAME.npz, of which it reads ``x_train``. Without it
-every batch is fresh noise, each value of each pixel uniform in [0, 1] or normal (mean 1/2, standard deviation 1/4, clamped).
-The teacher's answers are all that is learnt from.
+``--images`` takes a folder of unrelated pictures, to any depth, or the NAME.npz of another dataset, whose ``x_train`` is
+read. Without this flag every batch is fresh noise. Each channel of each pixel is uniform in [0, 1] or normal (mean 1/2,
+standard deviation 1/4, clamped to [0, 1]). The student learns from the teacher's outputs alone.
 
     student     KL_T
 
-To noise a teacher gives one and the same answer, since its BatchNorm layers expect images. With ``--bn_mode batch`` they
-normalize by the batch they see, so that the answers spread over the classes; the student is evaluated as ever.
+A teacher predicts nearly the same for all noise images, because its BatchNorm layers expect the statistics of real images.
+With ``--bn_mode batch`` they normalize by the statistics of the current batch, and the predictions spread over the classes.
+The student is evaluated as usual.
 
-A method that does not beat this has not found anything out about the training data. Unrelated pictures are no weak control:
-what they lack is the classes, not the look of images (see Beyer et al. 2022, arXiv 2106.05237, on out-of-domain transfer).
+A method that is not better than this control has extracted nothing about the training data. Unrelated pictures are a strong
+control: they have the statistics of natural images and lack only the classes (see Beyer et al. 2022, arXiv 2106.05237, on
+out-of-domain transfer).
 """
 
 from collections.abc import Collection, Iterator
@@ -38,14 +40,17 @@ class NoiseConfig:
     """Flags of the noise control."""
 
     images: str | None = flag(
-        None, "folder of unrelated pictures, to any depth, or NAME.npz of another dataset; unset: noise", affects=DISTILL
+        None,
+        "folder of unrelated pictures, subfolders included, or NAME.npz of another dataset; unset: noise",
+        affects=DISTILL,
     )
     noise: str = flag(
-        "uniform", "distribution of the pixels where no folder is given", choices=("uniform", "normal"), affects=DISTILL
+        "uniform", "without --images: distribution of the pixels", choices=("uniform", "normal"), affects=DISTILL
     )
     bn_mode: str = flag(
         "running",
-        "by which statistics the teacher normalizes what the student learns from: its running ones, or the batch's own",
+        "statistics by which the teacher's BatchNorm layers normalize while the student is trained; running: the running "
+        "statistics, batch: those of the current batch",
         choices=("running", "batch"),
         affects=DISTILL,
     )
@@ -53,17 +58,17 @@ class NoiseConfig:
 
 
 class NoiseImages(Synthesizer):
-    """Fresh noise at every step."""
+    """Streams fresh noise at every step."""
 
     def __init__(self, task: Task, noise: str):
         self.task, self.noise = task, noise
 
     def synthesize(self, student: nn.Module) -> ImageBatch:
-        """Some images to look at."""
+        """Returns 64 images, to be shown in the log."""
         return ImageBatch(*next(self.batches(64, seed=0)))
 
     def batches(self, batch_size: int, *, seed: int, rank: int = 0, count: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images of independent pixels."""
+        """Yields batches of images with independent pixels, labels -1."""
         shape = (batch_size // count, 3, self.task.info.image_size, self.task.info.image_size)
         while True:
             if self.noise == "uniform":
@@ -74,10 +79,10 @@ class NoiseImages(Synthesizer):
 
 
 def pictures_in(folder: str) -> list[str]:
-    """The image files below the folder of --images.
+    """Paths of the image files below the folder of --images.
 
     Raises:
-        UserError: there are none.
+        UserError: there are no image files.
     """
     files = image_files(folder)
     if not files:
@@ -86,10 +91,10 @@ def pictures_in(folder: str) -> list[str]:
 
 
 def read_pictures(source: str, size: int) -> Tensor:
-    """(N, 3, size, size) uint8 of the folder or archive of --images.
+    """Reads the images (N, 3, size, size) uint8 of the folder or archive of --images.
 
     Raises:
-        UserError: there are none, or one cannot be read.
+        UserError: there are no images, or one cannot be read.
     """
     if is_archive(source):
         arrays = read_npz_images(Path(source))
@@ -101,12 +106,12 @@ def read_pictures(source: str, size: int) -> Tensor:
 
 
 def is_archive(source: str) -> bool:
-    """Whether --images names a file of arrays."""
+    """Whether --images names a NAME.npz archive instead of a folder."""
     return source.endswith(".npz")
 
 
 class UnrelatedImages(NoiseImages):
-    """Shuffled passes over unrelated pictures, cropped and flipped."""
+    """Streams unrelated pictures in shuffled epochs, cropped and flipped."""
 
     def __init__(self, task: Task, source: str):
         self.task = task
@@ -116,12 +121,12 @@ class UnrelatedImages(NoiseImages):
         self.images_total = len(images)
 
     def batches(self, batch_size: int, **share: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """As ``TransferSet.batches``, labels -1."""
+        """Yields batches as ``TransferSet.batches``, with labels -1."""
         return self.pictures.batches(batch_size, self.task.random_view, **share)
 
 
 class Noise(Method):
-    """Stage distill, on noise or unrelated images."""
+    """Method with stage distill only, on noise or unrelated images."""
 
     Config = NoiseConfig
     streams = True
@@ -132,7 +137,7 @@ class Noise(Method):
             self.external_prior = f"images of {Path(config.images).resolve().name.removesuffix('.npz')}"
 
     def check_inputs(self, stages: Collection[str]) -> None:
-        self.answering_teacher()  # raises where there is nothing to normalize
+        self.answering_teacher()  # raises if --bn_mode batch is given and the teacher has no BatchNorm layers
         source = self.config.images
         if source and "distill" in stages:
             if is_archive(source):

@@ -1,20 +1,25 @@
 """One image: distillation on crops of a single picture, a control (Asano & Saeed 2021, arXiv 2112.00725).
 
-Every batch is drawn afresh from one large picture: a box of random place, size and aspect, turned, sheared, mirrored, its
-colours jittered. The teacher's answers to these crops are all that is learnt from.
+Every batch consists of new crops of one large picture. A crop is a box of random place, size and aspect ratio, which is
+rotated, sheared, flipped and colour-jittered. The student learns from the teacher's outputs for these crops alone.
 
     student     KL_T
 
-Strong and often left out: a method that inverts its teacher should beat what one photograph does. The richer the picture in
-different things, the better; scikit-learn brings two small ones (``sklearn/datasets/images``).
+This control is strong and often left out. A method that inverts its teacher should be better than one photograph. The more
+different objects the picture has, the better; scikit-learn comes with two small pictures (``sklearn/datasets/images``).
 
-Draws are the published script's for CIFAR: area 1/500 to 1 of a square with half the picture's shorter side, aspect 3/4 to
-4/3, turned by up to 30 degrees, sheared by up to 30, of which the middle (1 / sqrt 2 of each side) is kept; with probability
-1/2 brightness, contrast and saturation change by up to 40 %, the hue by up to 10 % of its circle; T 8.
+The random draws are those of the published script for CIFAR. The area of a box is 1/500 to 1 times that of a square with
+half the picture's shorter side, its aspect ratio 3/4 to 4/3. The box is rotated by up to 30 degrees and sheared by up to 30
+degrees, and its middle part (1 / sqrt 2 of each side) is kept. With probability 1/2 brightness, contrast and saturation
+change by up to 40 %, and the hue by up to 10 % of its circle. T is 8.
 
-Deviations. New crops at every step, where the script stores 50,000. One resampling from a pyramid of halved pictures does
-crop, turn and shear at once, bilinearly. The hue is a turn in the YIQ plane, and the changes of colour have a fixed order.
-Optimizer and lengths are those of the other controls; the script has Adam and 1000 epochs. Left out: mixing of the crops.
+Deviations:
+- Crops are new at every step. The script stores 50,000 crops.
+- Crop, rotation and shear are one bilinear resampling from a pyramid of halved pictures.
+- The hue is changed by a rotation in the YIQ plane, and the colour changes have a fixed order.
+- Optimizer and lengths are those of the other controls. The script uses Adam and 1000 epochs.
+
+Left out: mixing of the crops.
 """
 
 import math
@@ -34,12 +39,12 @@ from engine.runtime.errors import UserError
 from engine.runtime.flags import flag
 
 DISTILL = ("distill",)
-LARGEST = 0.5  # side of the largest box, of the picture's shorter side
-LEAST_AREA = 1 / 500  # of that box
-ASPECT = 4 / 3
-ANGLE = math.radians(30)  # of turn and of shear, at most
-KEPT = 1 / math.sqrt(2)  # of each side of a box
-COLOURS, HUE = 0.4, 0.1
+LARGEST = 0.5  # side of the largest box, as a share of the picture's shorter side
+LEAST_AREA = 1 / 500  # area of the smallest box, as a share of the largest box's
+ASPECT = 4 / 3  # largest aspect ratio; its inverse is the smallest
+ANGLE = math.radians(30)  # largest angle of rotation and of shear
+KEPT = 1 / math.sqrt(2)  # share of each side of a box that is kept
+COLOURS, HUE = 0.4, 0.1  # largest relative change of brightness, contrast and saturation; largest change of hue, in circles
 TO_YIQ = ((0.299, 0.587, 0.114), (0.596, -0.274, -0.322), (0.211, -0.523, 0.312))
 
 
@@ -47,16 +52,20 @@ TO_YIQ = ((0.299, 0.587, 0.114), (0.596, -0.274, -0.322), (0.211, -0.523, 0.312)
 class OneImageConfig:
     """Flags of the one-image control."""
 
-    image: str | None = flag(None, "file of the picture, large and full of different things", affects=DISTILL)
+    image: str | None = flag(
+        None, "file of the one picture, required; best large and with many different objects", affects=DISTILL
+    )
     T: float = flag(8.0, "temperature of the distillation loss", affects=DISTILL, above=0)
 
 
 class Pyramid:
-    """A picture and its halves, one below the other in one tensor, so that each crop reads from the size that fits it.
+    """Image pyramid: a picture and its repeatedly halved copies, stacked vertically in one tensor.
+
+    Each crop is sampled from the level whose resolution fits the crop's size.
 
     Args:
         picture: (3, H, W) float32 in [0, 1].
-        size: of the crops, in pixels; halving ends before a side is shorter.
+        size: side of the crops in pixels; halving ends before a side becomes shorter than this.
     """
 
     def __init__(self, picture: Tensor, size: int):
@@ -71,28 +80,31 @@ class Pyramid:
         self.tops = self.heights.cumsum(0) - self.heights
 
     def sample(self, centre: Tensor, axes: Tensor) -> Tensor:
-        """Crops (B, 3, size, size); what lies beyond the picture repeats its edge.
+        """Samples crops (B, 3, size, size); beyond the picture its edge is repeated.
 
         Args:
-            centre: (B, 2), x and y in pixels of the picture.
-            axes: (B, 2, 2), columns the half sides of a crop, across and down, as (x, y) in pixels of the picture.
+            centre: centres of the crops (B, 2), x and y in pixels of the picture.
+            axes: (B, 2, 2); the columns are a crop's half sides, across and down, as (x, y) in pixels of the picture.
         """
         across = (torch.arange(self.size, device=centre.device) + 0.5) * (2 / self.size) - 1
         corners = torch.stack(torch.meshgrid(across, across, indexing="xy"), -1)  # (size, size, 2), x and y
         x, y = (centre[:, None, None] + torch.einsum("bij,hwj->bhwi", axes, corners)).unbind(-1)
-        shrunk = 2 * axes.norm(dim=1).amax(1) / self.size  # pixels of the picture a pixel of the crop
+        shrunk = 2 * axes.norm(dim=1).amax(1) / self.size  # pixels of the picture per pixel of the crop
         level = shrunk.log2().round().clamp(0, len(self.heights) - 1).long()
         height, width, top = (values[level][:, None, None] for values in (self.heights, self.widths, self.tops))
         x = torch.minimum((x * width / self.width).clamp(min=0.5), width - 0.5)
         y = torch.minimum((y * height / self.height).clamp(min=0.5), height - 0.5) + top
         grid = torch.stack([2 * x / self.width - 1, 2 * y / self.pixels.shape[1] - 1], -1)
-        rows = grid.view(1, -1, self.size, 2)  # all crops as one, from one picture
+        rows = grid.view(1, -1, self.size, 2)  # all crops as one image, so that grid_sample needs the pyramid once
         crops = F.grid_sample(self.pixels[None], rows, mode="bilinear", padding_mode="border", align_corners=False)
         return crops.view(3, len(centre), self.size, self.size).transpose(0, 1)
 
 
 def random_crops(pyramid: Pyramid, count: int) -> Tensor:
-    """(count, 3, size, size) in [0, 1], drawn as the module's docstring says from the device's global random stream."""
+    """Draws crops (count, 3, size, size) in [0, 1], as the module's docstring describes.
+
+    Random numbers come from the device's global random stream.
+    """
     device = pyramid.pixels.device
 
     def within(bound: float) -> Tensor:
@@ -107,7 +119,7 @@ def random_crops(pyramid: Pyramid, count: int) -> Tensor:
     turn, shear = within(ANGLE), within(ANGLE).tan()
     mirror = torch.where(torch.rand(count, device=device) < 0.5, -1.0, 1.0)
     cos, sin = turn.cos(), turn.sin()
-    # Columns of turn @ shear: where the crop's x and y axes lie.
+    # Columns of turn @ shear: directions of the crop's x and y axes in the picture.
     axes = torch.stack([torch.stack([cos, shear * cos - sin], 1), torch.stack([sin, shear * sin + cos], 1)], 1)
     axes = axes * (KEPT / 2 * sides[:, None])
     axes = torch.stack([axes[..., 0] * mirror[:, None], axes[..., 1]], -1)
@@ -115,11 +127,15 @@ def random_crops(pyramid: Pyramid, count: int) -> Tensor:
 
 
 def jittered(images: Tensor, brightness: Tensor, contrast: Tensor, saturation: Tensor, hue: Tensor) -> Tensor:
-    """Images (B, 3, H, W) in [0, 1], each with probability 1/2 as it is, else with its colours changed.
+    """Changes the colours of each image with probability 1/2.
 
     Args:
-        brightness, contrast, saturation: (B,), factors of the value, its distance from the mean, that from grey.
-        hue: (B,), turn in the plane of colours, in circles.
+        images: (B, 3, H, W) in [0, 1].
+        brightness, contrast, saturation: factors (B,) of the values, of their distance from the mean, and of their distance
+            from grey.
+        hue: rotation (B,) in the plane of colours, in circles.
+    Returns:
+        (B, 3, H, W) in [0, 1].
     """
     yiq = torch.tensor(TO_YIQ, device=images.device)
     y, i, q = torch.einsum("cd,bdhw->bchw", yiq, images * brightness.view(-1, 1, 1, 1)).unbind(1)
@@ -133,24 +149,24 @@ def jittered(images: Tensor, brightness: Tensor, contrast: Tensor, saturation: T
 
 
 class OneImageCrops(Synthesizer):
-    """Fresh crops at every step."""
+    """Streams fresh crops at every step."""
 
     def __init__(self, task: Task, picture: Tensor):
         self.pyramid = Pyramid(picture.to(task.device).float() / 255, task.info.image_size)
 
     def synthesize(self, student: nn.Module) -> ImageBatch:
-        """Some crops to look at."""
+        """Returns 64 crops, to be shown in the log."""
         return ImageBatch(*next(self.batches(64, seed=0)))
 
     def batches(self, batch_size: int, *, seed: int, rank: int = 0, count: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
-        """New crops at every step."""
+        """Yields batches of new crops, labels -1."""
         while True:
             images = random_crops(self.pyramid, batch_size // count).contiguous(memory_format=torch.channels_last)
             yield images, unlabelled(images)
 
 
 class OneImage(Method):
-    """Stage distill, on crops of one picture."""
+    """Method with stage distill only, on crops of one picture."""
 
     Config = OneImageConfig
     streams = True
@@ -166,7 +182,7 @@ class OneImage(Method):
             self._picture()
 
     def _picture(self) -> Tensor:
-        """(3, H, W) uint8."""
+        """Reads the picture, (3, H, W) uint8."""
         picture, least = read_picture(self.config.image), 2 * self.task.info.image_size
         if min(picture.shape[1:]) < least:
             raise UserError(

@@ -1,13 +1,13 @@
-"""What methods share whose student learns from a generator's newest images, of which none is kept.
+"""Shared code of the streaming methods: the student learns from a generator's newest images, and no image is kept.
 
-A round is ``g_steps`` steps of the generator against its losses, then ``kd_steps`` student steps on fresh noise.
+A round is ``g_steps`` steps of the generator, then ``kd_steps`` student steps on images from fresh noise.
 
-The temperature is 1. Published scripts of DAFL, ZSKT and DFQ pass ``--T 20``, but the loops of CMI and of Fast, from which
-their published tables come, put a KL at temperature 1 in its place; CSD's alone runs T 20.
+The default temperature is 1. Published scripts of DAFL, ZSKT and DFQ pass ``--T 20``. The training loops of CMI and Fast,
+which produced the published tables, replace that loss by KL at temperature 1. Only CSD's loop uses T 20.
 
-Deviation: the generator normalizes by batch statistics throughout, as in the loop of Fast. CMI's and CSD's switch it to
-running averages while the student learns. At one generator step a round these trail the weights, and the student would see
-another map than the one that was trained.
+Deviation: the generator's BN layers always normalize by batch statistics, as in Fast's loop. The loops of CMI and CSD switch
+the generator to running averages while the student learns. With one generator step per round these averages lag behind the
+weights, and the student would see images of a different function than the trained one.
 """
 
 from collections.abc import Iterator
@@ -27,8 +27,8 @@ DISTILL = ("distill",)
 
 
 def rate_flag(default: str):
-    """The flag lr_g_schedule."""
-    text = "how the generator's learning rate goes on; student: it falls as the student's does"
+    """Returns the flag lr_g_schedule with the given default."""
+    text = "schedule of the generator's learning rate; student: proportional to the student's learning rate"
     return flag(default, text, choices=("constant", "student"), affects=DISTILL)
 
 
@@ -36,8 +36,8 @@ def rate_flag(default: str):
 class StreamConfig:
     """Flags of every method with a streaming generator."""
 
-    g_steps: int = flag(1, "generator steps a round", affects=DISTILL, least=1)
-    synthesis_batch_size: int = flag(256, "images a generator step", affects=DISTILL, least=1, most=1_000_000)
+    g_steps: int = flag(1, "generator steps per round", affects=DISTILL, least=1)
+    synthesis_batch_size: int = flag(256, "images per generator step", affects=DISTILL, least=1, most=1_000_000)
     lr_g: float = flag(1e-3, "Adam learning rate of the generator", affects=DISTILL, above=0)
     lr_g_schedule: str = rate_flag("constant")
     nz: int = flag(256, "length of the generator's noise vector", affects=DISTILL, least=1)
@@ -45,7 +45,7 @@ class StreamConfig:
 
 
 class GeneratorStream(Synthesizer):
-    """One generator, trained all along. Subclasses say what its images should be in ``losses``."""
+    """One generator, trained during the whole run. Subclasses define its loss in ``losses``."""
 
     def __init__(self, config: StreamConfig, teacher: nn.Module, task: Task):
         self.config, self.teacher, self.task = config, teacher, task
@@ -61,7 +61,7 @@ class GeneratorStream(Synthesizer):
         raise NotImplementedError
 
     def generate(self, count: int) -> Tensor:
-        """(count, 3, H, W) in [0, 1] from fresh noise."""
+        """Images (count, 3, H, W) in [0, 1] from fresh noise."""
         with self.task.precision.autocast():
             return self.run_generator(torch.randn(count, self.config.nz, device=self.task.device)).float()
 
@@ -72,7 +72,7 @@ class GeneratorStream(Synthesizer):
         ]
 
     def synthesize(self, student: nn.Module) -> ImageBatch:
-        """``g_steps`` steps of the generator; the batch returned is that of the last one."""
+        """Takes ``g_steps`` generator steps; returns the image batch of the last one."""
         if self.config.lr_g_schedule == "student":
             for group in self.optimizer.param_groups:
                 group["lr"] = self.config.lr_g * self.rate
@@ -84,31 +84,31 @@ class GeneratorStream(Synthesizer):
         return ImageBatch(images.detach(), unlabelled(images), scalars)
 
     def batches(self, batch_size: int, *, seed: int, rank: int = 0, count: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
-        """New images at every step, without augmentation."""
+        """Endless batches of new images, without augmentation, with labels -1."""
         while True:
             with torch.no_grad():
                 images = self.generate(batch_size // count)
             yield images, unlabelled(images)
 
     def state_dict(self) -> dict[str, Any]:
-        """Generator, optimizer and its loss scale."""
+        """State of the generator, its optimizer and its loss scale."""
         parts = {"generator": self.generator, "optimizer": self.optimizer, "precision": self.precision}
         return {name: part.state_dict() for name, part in parts.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Undoes ``state_dict``."""
+        """Restores what ``state_dict`` returned."""
         self.generator.load_state_dict(state["generator"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.precision.load_state_dict(state.get("precision", {}))
 
 
 def unlabelled(images: Tensor) -> Tensor:
-    """(B,) of -1: these images were made for no class."""
+    """Labels (B,) of -1, for images that were made for no class."""
     return torch.full((len(images),), -1, device=images.device)
 
 
 class StreamingMethod(Method):
-    """One stage, distill; the student's loss is KL at temperature T unless a method says otherwise."""
+    """Method with stage distill only. The default student loss is KL at temperature T."""
 
     streams = True
     defaults = {"epochs": 200, "kd_steps": 5, "ep_steps": 400, "batch_size": 256, "lr": 0.1}
