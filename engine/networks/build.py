@@ -24,7 +24,11 @@ PRETRAINED = Path("checkpoints/pretrained")
 
 
 def short_name(spec: str) -> str:
-    """A network's name in file names: "nets/mine.py:big" -> "mine_big", "nets.mine:big(depth=3)" -> "nets_mine_big_depth_3".    "timm:resnet18.a1_in1k" -> "timm_resnet18_a1_in1k", "hf-hub:org/net" -> "org_net", "local-dir:nets/mine" -> "mine"."""
+    """A network's name in file names.
+
+    "nets/mine.py:big" -> "mine_big", "nets.mine:big(depth=3)" -> "nets_mine_big_depth_3",
+    "timm:resnet18.a1_in1k" -> "timm_resnet18_a1_in1k", "hf-hub:org/net" -> "org_net", "local-dir:nets/mine" -> "mine".
+    """
     if spec.startswith("local-dir:"):
         return re.sub(r"[^\w-]+", "_", Path(spec.removeprefix("local-dir:")).resolve().name)
     if public.is_public(spec):
