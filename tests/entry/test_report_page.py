@@ -120,7 +120,7 @@ def test_the_page_escapes_what_it_shows(tmp_path, monkeypatch):
     write_result(tmp_path / "a", method="<b>&", command="python x.py --y '<script>'", commit="c+", versions={})
     text = make_page(monkeypatch, tmp_path, tmp_path / "a").read_text()
     assert "<b>&<" not in text and "&lt;b&gt;&amp;" in text and "&lt;script&gt;" in text
-    assert "changes that are in no commit (c+)" in text
+    assert "uncommitted changes (c+)" in text
 
 
 def test_cautions_name_what_is_there_and_nothing_else(tmp_path):
@@ -131,11 +131,11 @@ def test_cautions_name_what_is_there_and_nothing_else(tmp_path):
     moving = [{"stage": "distill", "round": k, "kd": 3.0 - k, "acc1": 50.0 + k} for k in range(3)]
     assert cautions(runs, moving, 10) == []
     stuck = [line | {"kd": 2.0} for line in moving]
-    assert cautions(runs, stuck, 10) == ["kd of stage distill never moved from its start (2)."]
+    assert cautions(runs, stuck, 10) == ["kd of stage distill changed by at most 1 % (first value 2)."]
     (said,) = cautions([run | {"external_prior": "tiny"} for run in runs], moving, 10)
     assert "External prior tiny" in said
     flat = [run | {"history": [{"acc1": 10.0 + k / 10} for k in range(3)]} for run in runs]
-    assert "above chance" in cautions(flat, moving, 10)[0] and "never moved" in cautions(flat, moving, None)[0]
+    assert "chance level" in cautions(flat, moving, 10)[0] and "changed by less" in cautions(flat, moving, None)[0]
 
 
 def test_rows_side_by_side_have_cautions_of_their_own(tmp_path):
