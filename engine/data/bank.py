@@ -43,7 +43,7 @@ def memory_limit(device: torch.device) -> int:
     free = _read_bytes("/proc/meminfo", "MemAvailable:", 1024)
     if free is None:
         free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    limit, used = (_read_bytes(f"/sys/fs/cgroup/memory.{what}") for what in ("max", "current"))  # limit of a container
+    limit, used = (_read_bytes(f"/sys/fs/cgroup/memory.{what}") for what in ("max", "current"))  # memory of a container
     if limit is not None and used is not None:
         free = min(free, max(limit - used, 0))
     return free // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", 1))

@@ -58,7 +58,7 @@ UNSEEN = {name: UNREGISTERED[name] for name in ("mean", "std", "flip")} | {"read
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """Facts about a dataset that need no image.
+    """Facts about a dataset that are known without opening an image.
 
     ``crop_padding`` is in pixels of ``image_size``. ``classes`` lists the names on disk of the labels 0, 1, … (folder
     names, or label numbers of a subset); it is empty if the labels are used as stored. ``crop_fraction`` is the share of the

@@ -5,7 +5,7 @@ python -m engine.report RUNS... --wide                                 a table w
 python -m engine.report RUNS... --rounds --budget 100 --target 95      also the accuracy during training
 python -m engine.report RUNS... --csv table.csv                        also a CSV file with all columns
 python -m engine.report RUNS... --html report.html                     one page with table, curves, pictures and cautions
-python -m engine.report RUNS... --images                               figures of the runs' images (engine.report.images)
+python -m engine.report RUNS... --images                               measures of the runs' images (engine.report.images)
 python -m engine.report RUNS... --plot plot.png --x cpu_minutes        accuracy curves of all runs
 python -m engine.report RUNS... --lines results.jsonl                  results, a line a run, to keep without the folders
 python -m engine.report results.jsonl --wide --into docs/results.md --name digits      replaces that table in a file
@@ -69,7 +69,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--images",
         action="store_true",
-        help="print figures of the runs' images instead (defined in engine/report/images.py); with --lines, store them",
+        help="print measures of the runs' images instead (defined in engine/report/images.py); with --lines, store them",
     )
     parser.add_argument(
         "--plot", type=Path, metavar="FILE", help="plot accuracy curves to this .png, .svg or .pdf file, and print no table"

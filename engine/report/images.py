@@ -1,8 +1,8 @@
-"""Figures of a run's images: how its teacher classifies them, and how they compare with the real test images.
+"""Measures of a run's images: how its teacher classifies them, and how they compare with the real test images.
 
-The figures are of up to ``MOST`` evenly spaced images that the student of a run learnt from. They are compared with as many
-test images, which are used only to report. Density, coverage and diversity are measured in the features of the teacher's
-penultimate layer.
+The measures are of up to ``MOST`` evenly spaced images that the student of a run learnt from. They are compared with as
+many test images, which are used only to report. Density, coverage and diversity are measured in the features of the
+teacher's penultimate layer.
 
     wanted        % of the images that the teacher classifies as their label; empty if a method has no labels
     classes       entropy of the teacher's predicted classes, as a share of its maximum: 1 all equally frequent, 0 one class
@@ -53,7 +53,7 @@ def measured(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def figures(folder: Path, known: dict[str, Any]) -> dict[str, float | int | None]:
-    """Figures of the images of one run folder.
+    """Computes the measures of the images of one run folder.
 
     Args:
         known: cache of teachers and of their features of the test images; it is extended here.
@@ -125,7 +125,7 @@ def features(teacher: nn.Module, batches: list[Tensor]) -> Tensor:
 
 @torch.no_grad()
 def compare(teacher: nn.Module, batches: list[Tensor], labels: Tensor, real: Tensor) -> dict[str, float | int | None]:
-    """Computes the figures that the module's docstring defines.
+    """Computes the measures that the module's docstring defines.
 
     Args:
         batches: batches of images (B, 3, H, W) in [0, 1].

@@ -13,7 +13,7 @@ from engine.runtime.errors import UserError
 from engine.runtime.files import atomic_path
 from engine.runtime.run import progress
 
-# Cautions: reasons not to trust the figures of a row without a closer look.
+# Cautions: reasons to look closer before trusting the results of a row.
 
 
 CLOSE = 0.2  # points by which the best epoch may exceed the last without a caution

@@ -270,17 +270,17 @@ def rounds_rows(groups: Groups, columns: int = 10) -> list[dict[str, str]]:
     return [{"acc1 after student steps": r["method"]} | {n: r.get(n, "") for n in names} for r in rows]
 
 
-IMAGE_FIGURES = {  # figures of engine.report.images: {name: (column, digits)}
+IMAGE_FIGURES = {  # measures of engine.report.images: {name: (column, digits)}
     "wanted": ("wanted %", 1), "classes": ("classes", 2), "density": ("density", 2), "coverage": ("coverage", 2),
     "bn_distance": ("BN distance", 1), "diversity": ("diversity", 2),
 }  # fmt: skip
 
 
 def image_rows(groups: Groups, folders: bool = False) -> list[dict[str, str]]:
-    """Rows with the image figures of each group, mean ± std over seeds, the highest student accuracy first.
+    """Rows with the image measures of each group, mean ± std over seeds, the highest student accuracy first.
 
     Raises:
-        UserError: no run has figures of its images.
+        UserError: no run has measures of its images.
     """
     rows = []
     for runs, flags in zip(groups, differing_flags(groups)):
