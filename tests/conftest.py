@@ -1,9 +1,9 @@
-"""A debug task for every test: digits at 16 px, a resnet8 with random weights for a teacher, seconds for a run."""
+"""A debug task for all tests: digits at 16 px, a resnet8 teacher with random weights, and runs of a few seconds."""
 
 import os
 from pathlib import Path
 
-# torch.compile generates plain code: to find out which vector instructions work here takes it seven processes.
+# torch.compile generates plain code here; otherwise it starts seven processes to find out which vector instructions work.
 COMPILER = {"TORCHINDUCTOR_COMPILE_THREADS": "1", "TORCHINDUCTOR_VEC_ISA_OK": "0"}
 for name, value in ({"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"} | COMPILER).items():
     os.environ.setdefault(name, value)
@@ -44,7 +44,7 @@ all_digits = readers.read_digits
 
 @functools.cache
 def few_digits(split: str) -> readers.RawSplit:
-    """The digits, read once a process; of the test split every sixth, as no tiny run asks for more than that there are some."""
+    """The digits, read once in each process. The test split has only every sixth digit, which is enough for a tiny run."""
     found = all_digits(None, split)
     return found._replace(images=found.images[::6], labels=found.labels[::6]) if split == "test" else found
 
@@ -53,11 +53,11 @@ readers.read_digits = lambda info, split: few_digits(split)
 STREAMED_BYTES, stages.STREAMED_BYTES = (
     stages.STREAMED_BYTES,
     3 * 16**2 * 100,
-)  # 100 images of a stream for its record, not 1000
+)  # a streaming run stores its last 100 images, not 1000
 
 
 def make_task(**changes) -> Task:
-    """Ten classes at 16 px on the CPU, without augmentation, but for what is named: fields of the task or its dataset."""
+    """A task of ten classes at 16 px on the CPU, without augmentation; ``changes`` set fields of the task or its dataset."""
     about = {
         "name": "debug",
         "num_classes": 10,
@@ -77,12 +77,12 @@ def make_task(**changes) -> Task:
 
 
 def make_classifier(network="resnet8", num_classes=10, image_size=16, mean=0.3, std=0.3) -> Classifier:
-    """A network, or a new one by its name, behind the normalization of all three channels by ``mean`` and ``std``."""
+    """Wraps a network, or a new one of that name, as a classifier; ``mean`` and ``std`` hold for all three channels."""
     network = build_network(network, num_classes) if isinstance(network, str) else network
     return Classifier(network, num_classes, image_size, (mean,) * 3, (std,) * 3)
 
 
-# What shrinks a run of each method to a few seconds, whatever flags its script has.
+# Flags that shrink a run of each method to a few seconds, whatever flags its script has.
 TINY = {
     "kd": "",
     "noise": "",
@@ -107,7 +107,7 @@ TINY_TASK = "--dataset digits --teacher resnet8 --student resnet8 --epochs 2 --k
 
 
 def script_commands(scripts: list[str], flags: str = "", **variables: str) -> dict[str, list[str]]:
-    """{script: the arguments of its python, with flags behind its own}, by bash, where a function stands for python."""
+    """{script: its arguments to python, then ``flags``}; bash runs each script with a function in place of python."""
     loop = r"""
         python() { printf '%s\0' "$@"; }
         export -f python
@@ -121,7 +121,7 @@ def script_commands(scripts: list[str], flags: str = "", **variables: str) -> di
 
 @pytest.fixture(autouse=True)
 def no_hub(monkeypatch):
-    """No hub, also where huggingface_hub was imported before, which reads the variable once."""
+    """Keeps tests off the hub, even if huggingface_hub was imported before, because it reads the variable only once."""
     import huggingface_hub.constants
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -130,7 +130,7 @@ def no_hub(monkeypatch):
 
 @pytest.fixture(scope="session")
 def common(tmp_path_factory):
-    """common(name, make): a path that ``make(path)`` writes once, whichever of pytest's worker processes wants it first."""
+    """common(name, make): a path that all pytest workers share; the first worker that needs it calls ``make(path)``."""
     worker = "PYTEST_XDIST_WORKER" in os.environ
     root = tmp_path_factory.getbasetemp().parent / "common" if worker else tmp_path_factory.mktemp("common")
 
@@ -148,7 +148,7 @@ def common(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def teacher_file(common):
-    """Weights of a resnet8 for ten classes."""
+    """Path of a checkpoint with random weights of a resnet8 for ten classes."""
 
     def make(path: Path) -> None:
         torch.manual_seed(0)
@@ -159,13 +159,13 @@ def teacher_file(common):
 
 @pytest.fixture(scope="session")
 def miniature(common):
-    """miniature("sdxl"): the path of a random miniature of that kind, made once; to read or copy, never to change."""
+    """miniature("sdxl"): path of a random miniature of that model, made once; tests may read or copy it, not change it."""
     return lambda kind: str(common(f"{kind}.safetensors" if kind == "patch_prior" else kind, getattr(tiny_pipelines, kind)))
 
 
 @pytest.fixture(scope="session")
 def generative(miniature):
-    """{kind: path} of every kind of prior that stage generate draws with."""
+    """{kind: path} of a miniature of every kind of prior that stage generate can use."""
     return {kind: miniature(kind) for kind in tiny_pipelines.GENERATIVE}
 
 
@@ -185,13 +185,13 @@ def command(monkeypatch, teacher_file):
 
 
 def tiny_flags(method: str, teacher_file: Path, save_dir: Path, extra: str = "") -> str:
-    """Of a tiny data-free run."""
+    """The flags of a tiny data-free run."""
     return f"--method {method} {TINY_TASK} --teacher_ckpt {teacher_file} {TINY[method]} --save_dir {save_dir} {extra}"
 
 
 @pytest.fixture
 def distill(command, teacher_file):
-    """Runs a tiny data-free run: distill("csd", save_dir, "--seed 1")."""
+    """Does a tiny data-free run in this process: distill("csd", save_dir, "--seed 1")."""
 
     def call(method: str, save_dir: Path, extra: str = "") -> None:
         command("datafree_kd", tiny_flags(method, teacher_file, save_dir, extra))
@@ -201,7 +201,7 @@ def distill(command, teacher_file):
 
 @pytest.fixture(scope="session")
 def finished(common, teacher_file):
-    """finished("csd", flags): the folder of a tiny run, made once; to look at, compare with or copy, never to change."""
+    """finished("csd", flags): folder of a tiny run, made once; tests may read, compare or copy it, not change it."""
     folders: dict[tuple[str, str], Path] = {}
 
     def call(method: str, extra: str = "") -> Path:
@@ -224,13 +224,13 @@ def finished(common, teacher_file):
 
 @pytest.fixture
 def copied(finished, tmp_path):
-    """copied("csd", flags): a copy of such a run, to go on from."""
+    """copied("csd", flags): a copy of the folder of a finished tiny run, which a test may continue or change."""
     return lambda method, extra="": shutil.copytree(finished(method, extra), tmp_path / "copied")
 
 
 @pytest.fixture
 def forked(tmp_path):
-    """forked(function): the exit code, stdout and stderr of a process that calls it, a copy of this one: all is imported."""
+    """forked(function): exit code, stdout and stderr of a fork that calls the function with all modules imported."""
 
     def call(function: Callable[[], None]) -> tuple[int, str, str]:
         files = [tmp_path / "forked.out", tmp_path / "forked.err"]
@@ -255,7 +255,7 @@ def forked(tmp_path):
 
 @pytest.fixture
 def interrupted(monkeypatch):
-    """``with interrupted("module.function", n):`` the n-th call of that function stops what is done within, as Ctrl-C does."""
+    """``with interrupted("module.function", n):`` stops the block, as Ctrl-C does, at the n-th call of that function."""
 
     @contextlib.contextmanager
     def within(place: str, call: int):
@@ -274,7 +274,7 @@ def interrupted(monkeypatch):
 
 
 def outcome(folder: Path) -> tuple[dict[Path, bytes], str, str]:
-    """What must be equal when two runs are: weights, images, metrics."""
+    """The shards, student weights and metrics of a run, for a comparison with another run."""
     shards = {f.relative_to(folder): f.read_bytes() for f in sorted(folder.rglob("*.safetensors"))}
     student = weights_digest(load_checkpoint(folder / "student.pth")["state_dict"])
     return shards, student, (folder / "metrics.jsonl").read_text()

@@ -1,9 +1,10 @@
-"""Tiny runs of two processes, many times: every one must end with exit code 0 and a finished run folder.
+"""Does many tiny runs of two processes each; every run must end with exit code 0 and a finished run folder.
 
     python -m tests.many_processes --runs 200
 
-The processes are copies (fork) of this one, which has imported all they need, and end as ``python datafree_kd.py`` does.
-``tests/entry/test_processes.py`` looks at what such runs compute; this looks at how they end, which fails once in many times.
+The processes are forks of this one, which has imported all modules that they need. They end as ``python datafree_kd.py``
+does. ``tests/entry/test_processes.py`` tests what such runs compute. This module tests how they end, because a fault there
+shows only once in many runs.
 """
 
 import argparse
@@ -35,11 +36,11 @@ def start(rank: int, port: int, words: list[str], log: Path) -> int:
     os.dup2(file, 1), os.dup2(file, 2)
     sys.argv = ["datafree_kd.py", *words]
     runpy.run_path(str(ROOT / "datafree_kd.py"), run_name="__main__")
-    sys.exit()  # up the stack and out, so that the interpreter is finalized as that of any script is
+    sys.exit()  # leaves through all frames, so that the interpreter is finalized like that of any script
 
 
 def run(number: int, folder: Path, method: str, teacher: Path) -> list[int]:
-    """One run of two processes; returns their exit codes, a signal's as a negative number."""
+    """Does one run of two processes; returns their exit codes, negative after a signal."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -65,7 +66,7 @@ def main() -> int:
     torch.set_num_threads(1)
     for module in IMPORTED:
         importlib.import_module(module)
-    folder = Path(tempfile.mkdtemp())  # by a context manager the copies would delete it, too
+    folder = Path(tempfile.mkdtemp())  # no context manager, because the forks would delete the folder too
     teacher = folder / "teacher.pth"
     torch.manual_seed(0)
     torch.save(build_network("resnet8", 10).state_dict(), teacher)

@@ -1,4 +1,4 @@
-"""A small classifier, without BatchNorm layers unless they are asked for."""
+"""A small classifier, by default without BatchNorm layers."""
 
 from functools import partial
 
@@ -6,7 +6,7 @@ from torch import nn
 
 
 def plain(num_classes: int = 10, batch_norm: bool = False) -> nn.Module:
-    """Two convolutions with norms, pooled, and a linear layer."""
+    """A network of two convolutions with norms, average pooling, and a linear layer."""
     norm = nn.BatchNorm2d if batch_norm else partial(nn.GroupNorm, 2)
     return nn.Sequential(
         nn.Conv2d(3, 8, 3, 2, 1),

@@ -1,6 +1,6 @@
-"""What a GPU must do as the CPU does: every method, every precision, a stop and a start. Skipped where there is none.
+"""Tests on a GPU: every method in every precision, CUDA graphs, guidance, and a stopped run. Skipped without a GPU.
 
-The tests hide GPUs from themselves: CUDA_VISIBLE_DEVICES=0 python -m pytest tests/test_cuda.py
+The test suite hides all GPUs by default. To use one: CUDA_VISIBLE_DEVICES=0 python -m pytest tests/test_cuda.py
 """
 
 import json
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 
 
 def look_at(folder) -> dict:
-    """The result of a finished run, whose student and figures must be finite."""
+    """Returns the result of a finished run, after checking that its student and metrics are finite."""
     result = json.loads((folder / "result.json").read_text())
     assert 0 <= result["acc1_last"] <= 100
     assert all(tensor.isfinite().all() for tensor in load_checkpoint(folder / "student.pth")["state_dict"].values())
@@ -83,7 +83,7 @@ def test_stopped_run_goes_on(distill, tmp_path):
 
 
 def test_statistics_agree_with_the_cpu():
-    """The BN loss and its gradient with respect to images, in float32 with TF32 products."""
+    """Compares the BN loss and its gradient with respect to the images, in float32 with TF32 products."""
     torch.manual_seed(0)
     images, found = torch.rand(16, 3, 16, 16), {}
     classifier = make_classifier().eval().requires_grad_(False)

@@ -1,4 +1,4 @@
-"""README and docs are true: links lead somewhere, commands parse, tables are made from results, the example method runs."""
+"""Checks README and docs: links exist, commands parse, tables are generated from results, and the example method runs."""
 
 import ast
 import importlib
@@ -24,14 +24,14 @@ TABLES = [pytest.param(*found, id=f"{page}-{found[0]}") for page, text in PAGES.
 
 
 def anchors(text):
-    """The anchors of a page's headings, as GitHub makes them."""
+    """The anchors that GitHub makes from a page's headings."""
     headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_links_and_paths_lead_somewhere(page):
-    """Links, relative to the page; paths named in backticks or commands, relative to the root."""
+    """Links are relative to the page; paths in backticks or commands are relative to the root."""
     text, folder = PAGES[page], (ROOT / page).parent
     for link in re.findall(r"\]\(([^)\s]+)\)", text):
         path, _, anchor = link.partition("#")
@@ -39,16 +39,16 @@ def test_links_and_paths_lead_somewhere(page):
             target = folder / path if path else ROOT / page
             assert target.exists(), link
             assert not anchor or anchor in anchors(target.read_text()), link
-    if page == "CHANGELOG.md":  # names what is gone
+    if page == "CHANGELOG.md":  # names files that no longer exist
         return
     rooms = "scripts|engine|datafree|models|tests|docs|checkpoints/results|checkpoints/priors"
     for path in re.findall(rf"(?<![\w/.:}}])((?:{rooms})/[\w./-]+\w)", text):
-        allowed = {"datafree/warm.py"}  # which docs/new_method.md makes
+        allowed = {"datafree/warm.py"}  # docs/new_method.md tells readers to write it
         assert path in allowed or (ROOT / path).exists() or (ROOT / f"{path}.py").exists(), path
 
 
 def commands(text):
-    """(program, its arguments) of the commands in blocks of bash, variables filled in, and in backticks."""
+    """Yields (program, arguments) of the commands in backticks and in bash blocks, with variables filled in."""
     lines, variables = re.findall(r"`(python [^`\n]+)`", text), {}
     for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL):
         lines += re.sub(r"\\\n|\n(?= )", " ", block).splitlines()
@@ -67,7 +67,7 @@ def commands(text):
 
 
 def parse(program, arguments):
-    """Parses the flags of a command; what it should not know is an error."""
+    """Parses the flags of a command; an unknown program or flag is an error."""
     if program == "datafree_kd.py":
         datafree_kd.parse(arguments)
     elif program == "train_scratch.py":
@@ -120,7 +120,7 @@ def test_the_readme_is_short_and_lists_every_method():
 
 @pytest.fixture
 def warm(tmp_path, monkeypatch, command, teacher_file):
-    """Runs the example method: the file, the registry's line and the tiny flags as the page gives them."""
+    """Runs the example method with the file, the registry line and the tiny flags that the page shows."""
     code, line, tiny = re.findall(r"```python\n(.*?)```", PAGES["docs/new_method.md"], re.DOTALL)
     (tmp_path / "warm.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)

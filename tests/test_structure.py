@@ -1,4 +1,4 @@
-"""House rules that a machine can check."""
+"""Rules of this project's structure: imports, names, flags and file lengths."""
 
 import ast
 import dataclasses
@@ -12,9 +12,9 @@ from engine.runtime.errors import resolve
 from tests.conftest import ROOT
 
 SOURCES = {p: p.read_text() for room in ("engine", "datafree", "models") for p in ROOT.glob(f"{room}/**/*.py")}
-# Imports run from right to left only: a room may use itself and the rooms before it.
+# Packages in the order of imports: each may import itself and those before it.
 ROOMS = ("models", "engine.runtime", "engine.data", "engine.networks", "engine.loops", "engine", "datafree", "registry")
-ENTRY_POINTS = (  # they alone look names up
+ENTRY_POINTS = (  # only these modules may import the registry
     "datafree.bank", "datafree.benchmark", "datafree.diffusion.train_prior", "datafree.int8", "engine.evaluate", "engine.export",
     "engine.report.images",
 )  # fmt: skip
@@ -67,10 +67,10 @@ def test_methods_are_named_in_the_registry_alone():
 
 
 def test_a_method_is_one_file():
-    """No other file of datafree/ names a method in its code, but one that builds on it and imports from its file."""
+    """No other file of datafree/ names a method in its code, except a file that imports from the method's file."""
     for name, target in registry.METHODS.items():
         own = ROOT / (target.split(":")[0].replace(".", "/") + ".py")
-        if name in ("kd", "noise", "fast"):  # words with other meanings
+        if name in ("kd", "noise", "fast"):  # words that have other meanings too
             continue
         for path in (ROOT / "datafree").glob("**/*.py"):
             text = path.read_text()
@@ -94,7 +94,7 @@ OWNERS = ("config", "flags", "task_flags", "run_flags", "distill_flags", "self")
 
 
 def read(text):
-    """What is read of a group of flags: ``config.name``, or a name in quotes."""
+    """Yields the names of flags that a source text may read: ``config.name``, or a name in quotes."""
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Attribute) and ast.unparse(node.value).split(".")[-1] in OWNERS:
             yield node.attr

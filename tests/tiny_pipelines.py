@@ -1,6 +1,6 @@
-"""Random miniatures of every pretrained model that the toolkit can load, saved as their originals are.
+"""Random miniatures of every pretrained model that the toolkit can load, saved in the format of the original.
 
-Each builder writes ``folder`` as ``save_pretrained`` does, without a network, and returns it as a string.
+Each builder writes ``folder`` as ``save_pretrained`` does, offline, and returns its path as a string.
 """
 
 import json
@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-WIDTH = 32  # of every text and image embedding
-LATENT = 16  # latent side; the autoencoder halves once, so a model draws 32 px
+WIDTH = 32  # width of every text and image embedding
+LATENT = 16  # side of the latent; the autoencoder halves images once, so they have 32 px
 
 
 def _autoencoder():
@@ -75,7 +75,7 @@ def _text_config():
 
 
 def _tokenizer():
-    """One token a byte, alone or at the end of a word, and no merges."""
+    """A tokenizer with one token for each byte, within and at the end of a word, and no merges."""
     from transformers import CLIPTokenizer
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -89,7 +89,7 @@ def _noise_schedule():
 
 
 def image_variation(folder: Path) -> str:
-    """As lambdalabs/sd-image-variations-diffusers."""
+    """Like lambdalabs/sd-image-variations-diffusers."""
     from diffusers import PNDMScheduler, StableDiffusionImageVariationPipeline
     from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
@@ -107,7 +107,7 @@ def image_variation(folder: Path) -> str:
 
 
 def stable_diffusion(folder: Path) -> str:
-    """As Stable Diffusion 1.5."""
+    """Like Stable Diffusion 1.5."""
     from diffusers import DDIMScheduler, StableDiffusionPipeline
     from transformers import CLIPTextModel
 
@@ -126,7 +126,7 @@ def stable_diffusion(folder: Path) -> str:
 
 
 def sdxl(folder: Path, scheduler=None) -> str:
-    """As Stable Diffusion XL."""
+    """Like Stable Diffusion XL."""
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
@@ -150,14 +150,14 @@ def sdxl(folder: Path, scheduler=None) -> str:
 
 
 def turbo(folder: Path) -> str:
-    """As SDXL Turbo: ancestral steps from trailing timesteps, for guidance 0."""
+    """Like SDXL Turbo: ancestral Euler steps at trailing timesteps, for a guidance scale of 0."""
     from diffusers import EulerAncestralDiscreteScheduler
 
     return sdxl(folder, EulerAncestralDiscreteScheduler(**_noise_schedule(), timestep_spacing="trailing"))
 
 
 def clip(folder: Path) -> str:
-    """As openai/clip-vit-base-patch32, with its preprocessor_config.json; mean and std unlike the standard ones."""
+    """Like openai/clip-vit-base-patch32, with a preprocessor_config.json whose mean and std are not CLIP's usual ones."""
     from transformers import CLIPConfig, CLIPModel
 
     torch.manual_seed(0)
@@ -169,7 +169,7 @@ def clip(folder: Path) -> str:
 
 
 def dinov2(folder: Path) -> str:
-    """As facebook/dinov2-small, without a preprocessor_config.json."""
+    """Like facebook/dinov2-small, without a preprocessor_config.json."""
     from transformers import Dinov2Config, Dinov2Model
 
     torch.manual_seed(0)
@@ -179,7 +179,7 @@ def dinov2(folder: Path) -> str:
 
 
 def dit(folder: Path, classes: int = 10) -> str:
-    """As facebook/DiT-XL-2-256, which also predicts a variance; trained weights would not be zero at the end."""
+    """Like facebook/DiT-XL-2-256, which predicts a variance too. The weights of the last layer are not zero."""
     from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 
     torch.manual_seed(0)
@@ -199,7 +199,7 @@ def dit(folder: Path, classes: int = 10) -> str:
 
 
 def pixel_unet(folder: Path, classes: int | None = 11, channels: int = 3) -> str:
-    """A class-conditional model of 16 px images with DDPM's scheduler; its last class is no class."""
+    """A class-conditional model of 16 px images with DDPM's scheduler; the last class stands for "no class"."""
     from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
     torch.manual_seed(0)
@@ -219,7 +219,7 @@ def pixel_unet(folder: Path, classes: int | None = 11, channels: int = 3) -> str
 
 
 def patch_prior(file: Path, classes: int = 10, size: int = 16) -> str:
-    """As checkpoints/priors/glyphs_digits_16.safetensors: this project's own format."""
+    """Like checkpoints/priors/glyphs_digits_16.safetensors, in this project's own format."""
     from datafree.diffusion.pixel import PatchUNet
     from engine.runtime.files import save_tensors
 
@@ -231,5 +231,5 @@ def patch_prior(file: Path, classes: int = 10, size: int = 16) -> str:
     return str(file)
 
 
-# Every kind of prior that stage generate draws with.
+# All kinds of prior that stage generate can use.
 GENERATIVE = ("stable_diffusion", "sdxl", "turbo", "dit", "pixel_unet", "patch_prior")

@@ -1,11 +1,12 @@
-"""The image bank: synthetic images with labels, in append-only uint8 shards that are whole or absent.
+"""The image bank: a folder of synthetic images and their labels, stored in append-only uint8 shards.
 
-    bank/manifest.json                     whose images these are
+    bank/manifest.json                     dataset, teacher and method of the images
     bank/<stage>-<round>.safetensors       images (n, 3, H, W) uint8, labels (n,) int64, and any further columns
 
-A shard is named by the position that made it. Writing a position again (after a kill) replaces it by the same bytes,
-so nothing is ever made twice or lost. Reading maps the shards, whatever their size, and reads what is indexed. In use the
-images live on the device or in host memory where they fit, else in the mapped shards: ``TransferSet``.
+Each shard is written whole or not at all, and its name gives its stage and round. A run that was killed writes its last
+round again with the same bytes, so no image is duplicated or lost. Reading memory-maps the shards and copies only the
+images that are indexed. During training, ``TransferSet`` keeps the images in device or host memory if they fit there, and
+otherwise in the mapped shards.
 """
 
 import os
@@ -26,30 +27,30 @@ from engine.runtime.errors import UserError
 from engine.runtime.files import load_tensors, read_json, save_tensors, write_json
 from engine.runtime.schema import SIZE, Array, require
 
-# Where images live: on the device, in host memory, or on the disk.
+# Storage of images: device memory, host memory or disk.
 
 
 def home_of(num_bytes: int, device: torch.device) -> torch.device | None:
-    """Where that many bytes of images live: the device, else the host, else None (neither has room for them)."""
+    """Memory in which to store that many bytes of images: the GPU's, else the host's, else None if neither has room."""
     places = [device] * (device.type == "cuda") + [torch.device("cpu")]
     return next((place for place in places if num_bytes <= memory_limit(place)), None)
 
 
 def memory_limit(device: torch.device) -> int:
-    """Bytes that images may take: half of the GPU's free memory, half of this process's share of the host's."""
+    """Bytes that images may take: half of a GPU's free memory, or half of this process's share of free host memory."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] // 2
     free = _read_bytes("/proc/meminfo", "MemAvailable:", 1024)
     if free is None:
         free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    limit, used = (_read_bytes(f"/sys/fs/cgroup/memory.{what}") for what in ("max", "current"))  # a container's
+    limit, used = (_read_bytes(f"/sys/fs/cgroup/memory.{what}") for what in ("max", "current"))  # memory of a container
     if limit is not None and used is not None:
         free = min(free, max(limit - used, 0))
     return free // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def _read_bytes(path: str, key: str = "", unit: int = 1) -> int | None:
-    """The first number in a kernel file, or on its line that begins with ``key``; None where there is none."""
+    """First number in a kernel file (on its line that begins with ``key``), times ``unit``; None if there is none."""
     try:
         line = next(line for line in Path(path).read_text().splitlines() if line.startswith(key))
         return int(line.removeprefix(key).split()[0]) * unit
@@ -57,25 +58,25 @@ def _read_bytes(path: str, key: str = "", unit: int = 1) -> int | None:
         return None
 
 
-# Images that stay in the mapped files of a bank, and batches that are read ahead of the step that needs them.
+# Images that stay in the mapped files of a bank, and batches that are read ahead of the training steps.
 #
-# A mapped page is a page of the operating system's file cache: it counts as resident (``ru_maxrss``) while it is there, and is
-# given back as soon as memory is short. What is bounded, whatever the size of a bank, is the anonymous memory: some 40 bytes
-# an image (where it lies, its label, its place in the order of a pass), and the batches under way.
+# A mapped page belongs to the file cache of the operating system. It counts as resident memory (``ru_maxrss``) while it is
+# cached, and the system drops it as soon as memory is short. Anonymous memory is small: about 40 bytes an image (part and
+# row, label, position in the shuffled order), and the batches in flight.
 
 
 T = TypeVar("T")
 
 
 class MappedImages:
-    """Images (N, 3, H, W) uint8 in any number of tensors, most of them mapped files; to be read, not written.
+    """Read-only images (N, 3, H, W) uint8, spread over any number of arrays, most of them memory-mapped files.
 
-    An int, a slice or a LongTensor of any shape copies those images into an ordinary tensor, in time proportional to their
-    number. A bool mask (N,) copies none: it gives the ``MappedImages`` it selects.
+    Indexing with an int, a slice or a LongTensor of any shape copies the chosen images into an ordinary tensor. The time is
+    proportional to their number. Indexing with a bool mask (N,) copies no image and returns the chosen ``MappedImages``.
 
     Args:
-        parts: at least one array (n_i, 3, H, W); to copy a row of an array costs a fraction of what a torch call does.
-        where: (N, 2) int32, the part and row of every image.
+        parts: at least one array (n_i, 3, H, W). Copying a row of a NumPy array costs a fraction of a torch call.
+        where: (N, 2) int32, the part and row of each image.
     """
 
     dtype, device = torch.uint8, torch.device("cpu")
@@ -85,7 +86,7 @@ class MappedImages:
 
     @classmethod
     def of(cls, parts: list[Tensor]) -> "MappedImages":
-        """All images of at least one tensor (n_i, 3, H, W) on the CPU, in order."""
+        """Wraps one or more CPU tensors (n_i, 3, H, W), in order and without copying them."""
         lengths = torch.tensor([len(part) for part in parts])
         number = torch.arange(len(parts)).repeat_interleave(lengths)
         row = torch.arange(len(number)) - (lengths.cumsum(0) - lengths)[number]
@@ -108,19 +109,19 @@ class MappedImages:
         return images
 
     def split(self, size: int) -> Iterator[Tensor]:
-        """All images in order as tensors of up to ``size``, each read when its turn comes."""
+        """Iterates over all images in order, in tensors of up to ``size`` images that are read when they are needed."""
         return (self[start : start + size] for start in range(0, len(self), size))
 
     def refer(self, start: int, images: "MappedImages") -> None:
-        """Makes the places from ``start`` on stand for ``images``, of which none is copied."""
+        """Makes the entries from position ``start`` on refer to ``images``, without copying them."""
         self.where[start : start + len(images)] = images.where + torch.tensor([len(self.parts), 0], dtype=torch.int32)
         self.parts.extend(images.parts)
 
 
 def prefetch(items: Iterator[T], depth: int = 2) -> Iterator[T]:
-    """The items of an endless iterator, made by one background thread up to ``depth`` ahead.
+    """Yields the items of an endless iterator, which one background thread computes up to ``depth`` items ahead.
 
-    What goes wrong in the thread is raised here. The thread ends with this generator: when it is closed or forgotten.
+    An exception in the thread is raised in the caller. The thread ends when this generator is closed or garbage-collected.
     """
     thread = ThreadPoolExecutor(1, "prefetch")
     try:
@@ -142,7 +143,7 @@ SHARD_NAME = re.compile(r"^(?P<stage>[a-z]+)-(?P<round>\d{6})\.safetensors$")
 
 @dataclass(frozen=True)
 class Manifest:
-    """Whose images these are. ``teacher_digest`` None (imported images) fits any teacher."""
+    """Origin of a bank's images: dataset, teacher and method. A ``teacher_digest`` of None (imported) fits any teacher."""
 
     dataset: str
     num_classes: int
@@ -155,15 +156,16 @@ class Manifest:
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Images (B, 3, H, W) float in [0, 1] to uint8, rounded to nearest."""
+    """Converts float images (B, 3, H, W) in [0, 1] to uint8, rounded to nearest."""
     return (images.detach().clamp(0, 1) * 255).round_().to(torch.uint8)
 
 
 class ImageBank:
-    """A folder of shards. Create or open it with the manifest of this run; another run's is an error.
+    """A folder of shards, created or opened with the manifest that this run expects.
 
     Raises:
-        UserError: the folder holds the images of another teacher, dataset, class count or size.
+        UserError: the folder's images are of another teacher, dataset, class count or size, or ``create`` is False and the
+            folder is no bank.
     """
 
     def __init__(self, path: Path, manifest: Manifest, *, create: bool = True):
@@ -197,7 +199,7 @@ class ImageBank:
     def append(
         self, stage: str, round: int, images: Tensor, labels: Tensor, **columns: Tensor
     ) -> tuple[MappedImages, Tensor]:
-        """Writes one shard of images (n, 3, H, W), float in [0, 1] or uint8; returns them, mapped, and the labels."""
+        """Writes images (n, 3, H, W), float in [0, 1] or uint8, as one shard; returns them memory-mapped, and the labels."""
         images = images if images.dtype == torch.uint8 else to_uint8(images)
         size = self.manifest.image_size
         assert images.shape[1:] == (3, size, size), images.shape
@@ -205,13 +207,15 @@ class ImageBank:
         return MappedImages.of([load_tensors(self.shard(stage, round))["images"]]), labels
 
     def rounds(self, stage: str) -> list[int]:
-        """The rounds of a stage that are present, in order."""
+        """Round numbers of a stage's shards in the folder, in ascending order."""
         found = (SHARD_NAME.match(f.name) for f in self.path.iterdir())
         return sorted(int(m["round"]) for m in found if m and m["stage"] == stage)
 
     def read(self, stage: str, stop: int | None = None) -> dict[str, MappedImages | Tensor]:
-        """All columns of a stage's shards in order: rounds 0 .. stop - 1 (default: all that are there).
+        """Reads all columns of a stage's shards in order.
 
+        Args:
+            stop: number of rounds to read, from round 0 on; None: all rounds in the folder.
         Returns:
             "images" as ``MappedImages`` (N, 3, H, W), "labels" and any other column as a tensor (N,).
         Raises:
@@ -226,15 +230,15 @@ class ImageBank:
         return self.open_shards([self.shard(stage, round) for round in wanted])
 
     def read_all(self) -> dict[str, MappedImages | Tensor]:
-        """images and labels of every shard there is, stages in alphabetical order."""
+        """Reads the images and labels of all shards in the folder, with the stages in alphabetical order."""
         columns = self.open_shards(sorted(f for f in self.path.iterdir() if SHARD_NAME.match(f.name)))
         return {name: columns[name] for name in ("images", "labels")}
 
     def open_shards(self, files: list[Path]) -> dict[str, MappedImages | Tensor]:
-        """The columns that all of these files have, in order; see ``read``.
+        """Reads the columns that all of these files have, in order, in the form that ``read`` returns.
 
         Raises:
-            UserError: one is missing or damaged, or holds images or labels that do not fit the manifest.
+            UserError: a file is missing or damaged, or holds images or labels that do not fit the manifest.
         """
         size, classes = self.manifest.image_size, self.manifest.num_classes
         nothing = {"images": torch.empty(0, 3, size, size, dtype=torch.uint8), "labels": torch.empty(0, dtype=torch.long)}
@@ -257,16 +261,16 @@ class ImageBank:
 
 
 def find_bank(path: Path, folder: str = "bank") -> Path:
-    """A bank's folder, given as such or by the run folder whose ``folder`` it is."""
+    """The folder of a bank; ``path`` is that folder itself, or a run folder that holds the bank as ``folder``."""
     path = Path(path)
     return path / folder if not (path / "manifest.json").exists() and (path / folder).is_dir() else path
 
 
 def read_manifest(path: Path) -> Manifest:
-    """The manifest of a bank folder.
+    """Reads the manifest of a bank folder.
 
     Raises:
-        UserError: missing, damaged, or of a newer format.
+        UserError: the manifest is missing, damaged, or of another format.
     """
     file = Path(path) / "manifest.json"
     value = read_json(file)

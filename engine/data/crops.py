@@ -11,18 +11,18 @@ from engine.runtime.processes import position_seed
 
 
 def crop_flip(images: Tensor, padding: int, flip: bool, generator: torch.Generator | None = None) -> Tensor:
-    """Flips each image with probability 1/2, then crops it at random out of its zero-padded self.
+    """Flips each image with probability 1/2, pads it with zeros, and crops it at a random position.
 
-    The zeros are black in image space [0, 1]: augment before the model's wrapper normalizes. Runs on the device of
-    ``images`` and keeps their memory format. With a generator on the CPU the draws are the same on every device.
+    The zeros are black in image space [0, 1], so augment before the model's wrapper normalizes. Runs on the device of
+    ``images`` and keeps their memory format. A generator on the CPU gives the same random numbers on every device.
 
     Args:
-        images: (B, C, H, W), float or uint8; gradients reach float images.
-        padding: zero pixels added on each side, and so the largest shift.
-        flip: mirror left and right.
-        generator: source of the draws; None is the global one of the images' device.
+        images: batch of shape (B, C, H, W), float or uint8; differentiable for float images.
+        padding: zero pixels added on each side; also the largest shift.
+        flip: whether to flip images left to right.
+        generator: source of the random numbers; None: the global generator of the images' device.
     Returns:
-        (B, C, H, W), same dtype; ``images`` itself where there is nothing to draw.
+        (B, C, H, W), same dtype; ``images`` itself if ``padding`` is 0 and ``flip`` is False.
     """
     if not padding and not flip:
         return images
@@ -34,12 +34,12 @@ def crop_flip(images: Tensor, padding: int, flip: bool, generator: torch.Generat
 
 
 def flip_shift(images: Tensor, rows: Tensor, columns: Tensor, mirror: Tensor | None, padding: int) -> Tensor:
-    """The deterministic half of ``crop_flip``: mirrors, pads with zeros and crops at the given corners.
+    """Deterministic part of ``crop_flip``: flips, pads with zeros, and crops at the given corners.
 
     Args:
-        images: (B, C, H, W).
-        rows, columns: (B,) int64 in 0..2*padding, the crop's corner in the padded image.
-        mirror: (B,) bool, or None for no flip.
+        images: batch of shape (B, C, H, W).
+        rows, columns: top left corner of each crop in the padded image, (B,) int64 in 0..2*padding.
+        mirror: images to flip, (B,) bool; None: no image.
         padding: zero pixels on each side.
     Returns:
         (B, C, H, W).
@@ -48,9 +48,9 @@ def flip_shift(images: Tensor, rows: Tensor, columns: Tensor, mirror: Tensor | N
 
 
 class _FlipShift(torch.autograd.Function):
-    """A flip and shift moves pixels, so its gradient is the opposite shift and the same flip: the forward kernel again.
+    """``flip_shift`` with its own gradient: the opposite shift and the same flip, computed by the forward kernel.
 
-    Autograd's own way back, a scatter, is slower (twice the time on channels_last batches, one CPU core) and needs
+    Autograd's own backward pass is a scatter. It takes twice the time on channels_last batches (one CPU core) and needs
     atomic adds on GPUs.
     """
 
@@ -64,13 +64,13 @@ class _FlipShift(torch.autograd.Function):
     def backward(ctx, gradient):
         rows, columns, mirror = ctx.saved_tensors
         opposite = 2 * ctx.padding - columns
-        if mirror is not None:  # the kernel flips first, the inverse should flip last: swapping them negates the shift
+        if mirror is not None:  # the kernel flips first, the inverse must flip last; swapping the two negates the shift
             opposite = torch.where(mirror, columns, opposite)
         return _FlipShift.apply(gradient, 2 * ctx.padding - rows, opposite, mirror, ctx.padding), None, None, None, None
 
 
 def _flip_shift(images: Tensor, rows: Tensor, columns: Tensor, mirror: Tensor | None, padding: int) -> Tensor:
-    """Crops as copies of whole image rows, which are contiguous in both memory formats: W*C values, or W."""
+    """Flips and crops by copying whole image rows, contiguous in both memory formats (W*C values, or W)."""
     channels_last = images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous()
     pixels = images.permute(0, 2, 3, 1).unsqueeze(1) if channels_last else images.unsqueeze(-1)
     batch, planes, height, width, depth = pixels.shape  # (B, 1, H, W, C) or (B, C, H, W, 1)
@@ -88,12 +88,12 @@ def _flip_shift(images: Tensor, rows: Tensor, columns: Tensor, mirror: Tensor | 
 
 
 def _pad_mirrored(pixels: Tensor, mirror: Tensor, padding: int) -> Tensor:
-    """(B, R, H, W, K) -> (B, R, H+2p, W+2p, K), with the images named by ``mirror`` (B,) flipped left to right."""
+    """Pads (B, R, H, W, K) to (B, R, H+2p, W+2p, K), and flips the images left to right where ``mirror`` (B,) is True."""
     batch, planes, height, width, depth = pixels.shape
     padded = pixels.new_zeros(batch, planes, height + 2 * padding, width + 2 * padding, depth)
     inside = padded[:, :, padding : padding + height, padding : padding + width]
     choice, flipped = mirror.view(-1, 1, 1, 1, 1), pixels.flip(3)
-    if pixels.is_floating_point():  # exact at weights 0 and 1, and three times as fast as where() on CPUs
+    if pixels.is_floating_point():  # lerp is exact at weights 0 and 1, and three times as fast as where() on CPUs
         torch.lerp(pixels, flipped, choice.to(pixels.dtype), out=inside)
     else:
         torch.where(choice, flipped, pixels, out=inside)
@@ -101,17 +101,17 @@ def _pad_mirrored(pixels: Tensor, mirror: Tensor, padding: int) -> Tensor:
 
 
 def resized_crop_flip(images: Tensor, flip: bool, scale: float = 0.08, ratio: float = 3 / 4, attempts: int = 10) -> Tensor:
-    """A box of each image at the size of the whole, and mirrored with probability 1/2 (Szegedy et al. 2014, 1409.4842).
+    """Random resized crop of each image, flipped with probability 1/2 (Szegedy et al. 2014, 1409.4842).
 
-    Boxes are drawn as torchvision's ``RandomResizedCrop`` draws them, but not rounded to pixels: a uniform share of the
-    area, log-uniform aspect, again where a box sticks out of the image. None is larger than the image, so nothing aliases.
+    Boxes are drawn as in torchvision's ``RandomResizedCrop``, without rounding to pixels: uniform area, log-uniform aspect
+    ratio. A box that does not fit into the image is drawn again. No box is larger than the image, so resizing cannot alias.
 
     Args:
-        images: (B, C, H, W), float in [0, 1] or uint8.
-        flip: mirror left and right.
-        scale: least share of the area.
-        ratio: least width over height, relative to the image's; its inverse is the largest.
-        attempts: after so many boxes that stick out an image is left whole.
+        images: batch of shape (B, C, H, W), float in [0, 1] or uint8.
+        flip: whether to flip images left to right.
+        scale: smallest area of a box, as a share of the image.
+        ratio: smallest ratio of width to height, relative to the image's; the largest is its inverse.
+        attempts: number of boxes drawn for each image; if none fits, the whole image is used.
     Returns:
         (B, C, H, W), same dtype and memory format.
     """
@@ -129,12 +129,12 @@ def resized_crop_flip(images: Tensor, flip: bool, scale: float = 0.08, ratio: fl
 
 
 def resized_boxes(images: Tensor, top: Tensor, left: Tensor, height: Tensor, width: Tensor, sign: Tensor) -> Tensor:
-    """The deterministic half of ``resized_crop_flip``, bicubic.
+    """Deterministic part of ``resized_crop_flip``: resizes one box of each image by bicubic interpolation.
 
     Args:
-        images: (B, C, H, W), float in [0, 1] or uint8.
-        top, left, height, width: (B,), a box in shares of the image's sides.
-        sign: (B,), -1 mirrors.
+        images: batch of shape (B, C, H, W), float in [0, 1] or uint8.
+        top, left, height, width: the boxes, each (B,), as shares of the image's sides.
+        sign: (B,), -1 for images to flip, else 1.
     """
     zero = torch.zeros_like(top)
     across = torch.stack([sign * width, zero, 2 * left + width - 1], 1)
@@ -145,19 +145,19 @@ def resized_boxes(images: Tensor, top: Tensor, left: Tensor, height: Tensor, wid
     return values.round_().to(images.dtype) if images.dtype == torch.uint8 else values.to(images.dtype)
 
 
-# The views of an image that a student sees: crops out of its zero-padded self, mirrored or not, a finite set with numbers.
+# Views: the crops of a zero-padded image, flipped or not, that a student sees. They form a finite, numbered set.
 #
-# Image and view together have a key, ``image * count + number``. Which views a round shows is a function of its seed, drawn on
-# the host for all of its steps at once; what follows from a key happens on the device.
+# An image and a view together have a key, ``image * count + number``. The seed of a round determines its views, which are
+# drawn on the host for all steps at once. Everything that is computed from a key runs on the device.
 
 
 @dataclass(frozen=True)
 class Views:
-    """All shifts by up to ``padding`` px, and their mirror images where ``flip`` says so. Called, it draws one an image.
+    """All shifts by up to ``padding`` px, and with ``flip`` their mirror images. Calling it draws one view for each image.
 
     Args:
-        padding: zero pixels on each side, and so the largest shift.
-        flip: mirror left and right.
+        padding: zero pixels on each side; also the largest shift.
+        flip: whether flipped images are views too.
     """
 
     padding: int
@@ -168,11 +168,11 @@ class Views:
         return (2 * self.padding + 1) ** 2 * (1 + self.flip)
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in views from the global random stream, differentiably."""
+        """Returns images (B, 3, H, W) in views drawn from the global random stream; differentiable."""
         return crop_flip(images, self.padding, self.flip)
 
     def show(self, images: Tensor, number: Tensor) -> Tensor:
-        """Images (B, 3, H, W), float or uint8, in the views of these numbers (B,) in 0 .. count - 1."""
+        """Returns images (B, 3, H, W), float or uint8, in the views with these numbers (B,), each in 0 .. count - 1."""
         if self.count == 1:
             return images
         mirror = number % 2 == 1 if self.flip else None
@@ -182,14 +182,14 @@ class Views:
 
 
 class KeyedViews:
-    """The views of a set of images, by key.
+    """The views of a set of images, addressed by key.
 
     Args:
-        views: of any image.
-        images: how many there are, or will be.
-        few: of each image only so many views, drawn once by its place in the set (one may come twice); None: all.
-        seed: decides which.
-        device: where keys are.
+        views: possible views of an image.
+        images: number of images that the set will have in the end.
+        few: number of views for each image, drawn once by its position in the set (a view may be drawn twice); None: all.
+        seed: seed of that draw.
+        device: device of the keys.
     """
 
     def __init__(self, views: Views, images: int, few: int | None = None, seed: int = 0, device: torch.device | str = "cpu"):
@@ -201,15 +201,15 @@ class KeyedViews:
             self.chosen = torch.randint(views.count, (images * self.few,), generator=generator, dtype=torch.int32).to(device)
 
     def __len__(self) -> int:
-        """Keys."""
+        """Number of keys."""
         return self.images * self.count
 
     def draw(self, index: Tensor, seed: int) -> Tensor:
-        """Keys of random views of the images at these places, of ``index``'s shape, on the device."""
+        """Keys of random views of the images at the positions ``index``, with the shape of ``index``, on the device."""
         generator = torch.Generator().manual_seed(position_seed(seed, "views"))
         number = torch.randint(self.count, index.shape, generator=generator)
         return index.to(self.device) * self.count + number.to(self.device)
 
     def show(self, images: Tensor, keys: Tensor) -> Tensor:
-        """The images (B, 3, H, W) at the places of keys (B,), in their views."""
+        """Returns images (B, 3, H, W) in the views of their keys (B,)."""
         return self.views.show(images, self.chosen[keys] if self.few else keys % self.count)

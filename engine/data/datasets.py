@@ -1,4 +1,4 @@
-"""What a dataset is: its classes, sizes and normalization, known without opening an image."""
+"""Describes datasets: classes, image size and normalization, without opening an image."""
 
 import re
 from dataclasses import dataclass, replace
@@ -7,7 +7,7 @@ from typing import Any
 
 from engine.runtime.errors import UserError, lookup, resolve
 
-# Names of the classes, in label order: prompts, label embeddings and tables read them.
+# Class names in label order, used in prompts, label embeddings and tables.
 
 
 DIGITS = ("0", "1", "2", "3", "4", "5", "6", "7", "8", "9")
@@ -29,14 +29,14 @@ CIFAR100 = (
 
 
 def imagenet(folder: Path) -> tuple[str, ...]:
-    """The 1000 names that torchvision's weights carry; nothing is downloaded."""
+    """The 1000 class names in the metadata of torchvision's weights; downloads nothing."""
     from torchvision.models import ResNet18_Weights
 
     return tuple(ResNet18_Weights.DEFAULT.meta["categories"])
 
 
 def tiny_imagenet(folder: Path) -> tuple[str, ...] | None:
-    """First synonym of each class in ``words.txt``, sorted by WordNet id; None where the lists are not there."""
+    """First synonym of each class in ``words.txt``, sorted by WordNet id; None if the lists are missing."""
     if not ((folder / "wnids.txt").is_file() and (folder / "words.txt").is_file()):
         return None
     lines = (folder / "words.txt").read_text().splitlines()
@@ -44,7 +44,7 @@ def tiny_imagenet(folder: Path) -> tuple[str, ...] | None:
     return tuple(words.get(wnid, wnid).split(",")[0] for wnid in sorted((folder / "wnids.txt").read_text().split()))
 
 
-# What is assumed of a NAME.npz that the registry does not know; the rest is read from the file.
+# Defaults for a NAME.npz that is not in the registry; everything else is read from the file.
 UNREGISTERED = {
     "reader": "engine.data.readers:read_npz",
     "describe": "engine.data.readers:describe_npz",
@@ -52,18 +52,18 @@ UNREGISTERED = {
     "std": (0.5, 0.5, 0.5),
     "flip": True,
 }
-# And of a name without any file, whose images are never opened.
+# Defaults for a dataset that is not in the registry and has no file; its images are never opened.
 UNSEEN = {name: UNREGISTERED[name] for name in ("mean", "std", "flip")} | {"reader": ""}
 
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """What there is to know about a dataset without opening an image.
+    """Facts about a dataset that are known without opening an image.
 
-    ``crop_padding`` is in pixels of ``image_size``. ``classes`` holds what stands for label 0, 1, … on disk (folder
-    names, label numbers of a subset), empty where the labels are used as found. ``crop_fraction`` is the share of the
-    shorter side that the centre crop of an image file keeps. ``prompt`` is what a text-to-image model is told of a class,
-    ``{label}`` standing for its name. ``archive`` is the file in ``data_root`` that comes before any other source.
+    ``crop_padding`` is in pixels of ``image_size``. ``classes`` lists the names on disk of the labels 0, 1, … (folder
+    names, or label numbers of a subset); it is empty if the labels are used as stored. ``crop_fraction`` is the share of the
+    shorter side that the centre crop of an image file keeps. ``prompt`` is the prompt of a class for a text-to-image model;
+    ``{label}`` stands for the class name. ``archive`` is the file in ``data_root`` that is preferred to any other source.
     """
 
     name: str
@@ -85,18 +85,18 @@ class DatasetInfo:
 
     @property
     def folder(self) -> Path:
-        """Where a dataset of image files lies."""
+        """The folder of a dataset of image files."""
         return Path(self.data_root, self.source)
 
     def as_known_to(self, spec: str, config: dict[str, Any], keep_size: bool = False) -> "DatasetInfo":
-        """The dataset in the image size and with the class names of a model's own configuration.
+        """Returns the dataset with the image size and class names of a model's own configuration.
 
         Args:
-            spec: how errors call the model.
-            config: its num_classes, image_size and class_names (None: it knows none).
-            keep_size: a flag has given the size.
+            spec: name of the model, for error messages.
+            config: num_classes, image_size and class_names of the model (None: the model has no class names).
+            keep_size: whether to keep the dataset's image size, because a flag sets it.
         Raises:
-            UserError: the model has another number of classes, or the same ones in another order.
+            UserError: the model has another number of classes, or the same classes in another order.
         """
         names, size = config.get("class_names"), config["image_size"]
         if config["num_classes"] != self.num_classes:
@@ -116,7 +116,7 @@ class DatasetInfo:
         return replace(self, **changes)
 
     def for_checkpoint(self) -> dict[str, Any]:
-        """What a network trained for this dataset must be told to be of use elsewhere; plain values."""
+        """Facts that a checkpoint stores so that its network can be used without this dataset; plain values."""
         return {
             "dataset": self.name,
             "num_classes": self.num_classes,
@@ -138,20 +138,21 @@ def dataset_info(
     num_classes: int | None = None,
     unseen: bool = False,
 ) -> DatasetInfo:
-    """Describes a dataset; opens no images.
+    """Describes a dataset without opening an image.
 
-    ``DATA_ROOT/NAME.npz`` comes before any download, and makes a dataset of a name that the registry does not know.
+    ``DATA_ROOT/NAME.npz`` is preferred to a download. It also defines a dataset whose name is not in the registry.
 
     Args:
         table: ``registry.DATASETS``.
-        name: one of its names, ``<name>_<domain>`` for one with domains, or that of an npz file.
-        image_size: px; None is the dataset's own.
-        domain, classes: of a dataset with domains: which, and 'ten' (default) or 'all' classes.
-        alias: what checkpoints, run folders and tables call it; None is its own name, a tree's that of its folder.
-        num_classes: how many are wanted; with ``unseen`` and a size they describe a dataset of which there is nothing here.
-        unseen: no image of it will be opened.
+        name: a name in ``table``, ``<name>_<domain>`` for a dataset with domains, or the name of an npz file.
+        image_size: image size in px; None: the dataset's own.
+        domain: name of the domain, for a dataset with domains.
+        classes: 'ten' (default) or 'all', for a dataset with domains.
+        alias: name of the dataset in checkpoints, run folders and tables; None: its own name, or that of its folder.
+        num_classes: expected number of classes. With ``unseen`` and ``image_size`` it describes a dataset that is not here.
+        unseen: whether no image of the dataset will be opened.
     Raises:
-        UserError: unknown name, domain or classes, or what must be read from the disk is not there.
+        UserError: unknown name, domain or classes, or a file that describes the dataset is missing.
     """
     base, _, suffix = name.rpartition("_")
     if suffix in table.get(base, {}).get("domains", ()):
@@ -182,7 +183,7 @@ def dataset_info(
         class_names = class_names(root / row["source"])
     size = image_size or row["size"]
     own_name = row.get("name", name)
-    if own_name in table and own_name != name:  # a folder that is called like a registered dataset
+    if own_name in table and own_name != name:  # a folder that has the name of a registered dataset
         own_name = f"{name}_{own_name}"
     return DatasetInfo(
         name=alias or own_name,
@@ -205,7 +206,7 @@ def dataset_info(
 
 
 def _row(table: dict[str, dict[str, Any]], name: str, root: Path, has_archive: bool) -> dict:
-    """The table's row, with the archive ``NAME.npz`` in place of its reader where there is one."""
+    """The dataset's row of ``table``; if ``NAME.npz`` exists and the row has no describer, the row reads that file."""
     if name not in table and has_archive:
         return UNREGISTERED
     try:

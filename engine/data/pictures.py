@@ -1,4 +1,4 @@
-"""Pictures: image files that are read, and grids of images for people."""
+"""Reads image files, and draws grids of images for people to look at."""
 
 import os
 import struct
@@ -16,16 +16,16 @@ from engine.data.bank import to_uint8
 from engine.runtime.errors import UserError
 from engine.runtime.processes import is_main
 
-# Image files in folders, as uint8 tensors: which files are images, and the one function that opens one.
+# Image files in folders, read as uint8 tensors.
 
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff")
-MOST_PIXELS = 2**26  # of an image file: decoded and converted it takes half a GB
-LONGEST = 8  # times the shorter side; what is beyond is cut off before anything is resized
+MOST_PIXELS = 2**26  # largest image file; decoded and converted, it takes half a GB
+LONGEST = 8  # largest ratio of the longer to the shorter side; longer images lose their ends before they are resized
 
 
 def is_image(name: str) -> bool:
-    """Whether a file of this name is taken for an image; hidden files are not."""
+    """Whether a file with this name counts as an image; hidden files do not."""
     return os.path.splitext(name)[1].lower() in SUFFIXES and not name.startswith(".")
 
 
@@ -39,7 +39,7 @@ def image_files(folder: Path | str) -> list[str]:
 
 
 def read_picture(path: str | Path) -> Tensor:
-    """An image file as it is, (3, H, W) uint8 RGB; of a very long one the middle.
+    """Reads an image file in its own size, as (3, H, W) uint8 RGB; of a very long image only the middle.
 
     Raises:
         UserError: the file is missing, damaged or too large.
@@ -48,7 +48,7 @@ def read_picture(path: str | Path) -> Tensor:
 
 
 def _open_rgb(path: str | Path) -> Image.Image:
-    """Decoded, RGB, cut to at most ``LONGEST`` times its shorter side."""
+    """Decodes an image file to RGB and cuts it to at most ``LONGEST`` times its shorter side."""
     try:
         with Image.open(path) as image:
             width, height = image.size
@@ -66,7 +66,9 @@ def _open_rgb(path: str | Path) -> Image.Image:
 
 
 def decode_image(path: str | Path, size: int, crop_fraction: float = 1.0) -> Tensor:
-    """(size, size, 3) uint8 RGB: shorter side to size / crop_fraction, bilinear antialiased, centre crop.
+    """Decodes an image file to (size, size, 3) uint8 RGB.
+
+    The shorter side is resized to size / crop_fraction (bilinear, antialiased), and the centre is cropped.
 
     Raises:
         UserError: the file is missing, damaged or too large.
@@ -82,10 +84,10 @@ def decode_image(path: str | Path, size: int, crop_fraction: float = 1.0) -> Ten
 
 
 def read_images(files: list[str], image_size: int) -> Tensor:
-    """Image files as (N, 3, H, W) uint8; see ``decode_image``.
+    """Reads image files as (N, 3, H, W) uint8, each by ``decode_image``.
 
     Raises:
-        UserError: one cannot be read.
+        UserError: a file cannot be read.
     """
     images = torch.empty(len(files), image_size, image_size, 3, dtype=torch.uint8)
     for row, file in zip(images, tqdm(files, "read images", unit="img", delay=2)):
@@ -94,7 +96,7 @@ def read_images(files: list[str], image_size: int) -> Tensor:
 
 
 def tell_of_cropping(what: str, size: int, images: np.ndarray | list[str]) -> None:
-    """Prints one line if images are not square: of an array all, of files up to 32 are looked at."""
+    """Prints one line if images are not square; of image files, an evenly spaced sample of fewer than 64 is checked."""
     if isinstance(images, np.ndarray):
         shapes = [(images.shape[2], images.shape[1])]
     else:
@@ -108,7 +110,7 @@ def tell_of_cropping(what: str, size: int, images: np.ndarray | list[str]) -> No
 
 
 def _image_size(file: str) -> tuple[int, int] | None:
-    """(width, height) by the file's header; None where it has none: decoding it will say what is wrong."""
+    """(width, height) from the header of an image file; None if it cannot be read (decoding then reports the error)."""
     try:
         with Image.open(file) as image:
             return image.size
@@ -117,13 +119,13 @@ def _image_size(file: str) -> tuple[int, int] | None:
 
 
 def class_files(folder: Path | str, class_names: tuple[str, ...] = ()) -> tuple[list[str], Tensor]:
-    """The files below class folders and their labels (N,).
+    """Image files in class folders, and their labels (N,).
 
-    A folder's name is the label itself where all names are numbers, so that a class without images leaves its label free.
-    Other names are looked for in ``class_names``; without it they count in alphabetical order.
+    If all folder names are numbers, each number is the label; a class without a folder leaves its label unused. Other names
+    are looked up in ``class_names``. If ``class_names`` is empty, the folders are numbered in alphabetical order.
 
     Raises:
-        UserError: no class folder, no image in any, or a folder that is no class.
+        UserError: there is no class folder or no image, or a folder is no class.
     """
     entries = list(Path(folder).iterdir()) if Path(folder).is_dir() else []
     folders = [f for f in entries if f.is_dir() and not f.name.startswith(".")]
@@ -144,12 +146,12 @@ def class_files(folder: Path | str, class_names: tuple[str, ...] = ()) -> tuple[
     return [file for file, _ in found], torch.tensor([label for _, label in found])
 
 
-SHOWN = 64  # px an image is enlarged to, if it is smaller
-LINE = 13  # px of a line of text
+SHOWN = 64  # px; smaller images are enlarged to about this size
+LINE = 13  # height of a line of text in px
 
 
 def enlarge(images: Tensor) -> Tensor:
-    """(N, 3, H, W) uint8, small images enlarged by a whole factor to about ``SHOWN`` px without smoothing."""
+    """Enlarges small images (N, 3, H, W) uint8 by a whole factor to about ``SHOWN`` px, without smoothing."""
     factor = max(1, SHOWN // images.shape[-1])
     return F.interpolate(images, scale_factor=factor, mode="nearest") if factor > 1 else images
 
@@ -157,10 +159,14 @@ def enlarge(images: Tensor) -> Tensor:
 def grid(
     images: Tensor, columns: int = 16, padding: int = 2, labels: Tensor | None = None, names: Sequence[str] | None = None
 ) -> Tensor:
-    """Images (N, 3, H, W) uint8, or float in [0, 1], N >= 1 -> one image (3, H', W') uint8 on white.
+    """Draws images in a grid, on white.
 
     Args:
-        labels: (N,) class ids, negative where there is none; names: of the classes. With both, each image has its name below.
+        images: batch of shape (N, 3, H, W), N >= 1, uint8 or float in [0, 1].
+        labels: class ids (N,), negative for an image without a class.
+        names: class names; if ``labels`` are given too, each image has its class name below it.
+    Returns:
+        (3, H', W') uint8.
     """
     if images.is_floating_point():
         images = to_uint8(images)
@@ -180,7 +186,7 @@ def grid(
 
 
 def shortened(draw: ImageDraw.ImageDraw, text: str, width: int) -> str:
-    """As much of a text as is at most ``width`` px wide; what is cut off ends in a point."""
+    """Cuts a text to at most ``width`` px; a text that was cut ends in a period."""
     if draw.textlength(text) <= width:
         return text
     while text and draw.textlength(text + ".") > width:
@@ -189,11 +195,13 @@ def shortened(draw: ImageDraw.ImageDraw, text: str, width: int) -> str:
 
 
 def variants_grid(sources: Tensor, variants: Tensor, cosines: Tensor, keep: Tensor) -> Tensor:
-    """Sources in the first row, their variants below, each with its cosine and a green (kept) or red (dropped) frame.
+    """Draws sources in a row and their variants below, each with its cosine and a green (kept) or red (dropped) frame.
 
     Args:
-        sources: (N, 3, H, W) uint8.
-        variants: (V, N, 3, H, W) uint8; cosines, keep: (V, N).
+        sources: source images (N, 3, H, W) uint8.
+        variants: V variants of each source, (V, N, 3, H, W) uint8.
+        cosines: cosine of each variant, (V, N).
+        keep: whether each variant is kept, (V, N) bool.
     Returns:
         (3, H', W') uint8.
     """

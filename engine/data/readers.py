@@ -1,7 +1,7 @@
-"""Readers: where the images and labels of a dataset lie, one function a layout.
+"""Readers of images and labels, one function for each layout on disk.
 
-A reader takes the dataset's description and a split and returns a ``RawSplit``. A describer fills in what only the
-disk knows (number of classes, their names, image size); it opens no images.
+A reader takes a ``DatasetInfo`` and a split and returns a ``RawSplit``. A describer reads from disk the facts that the
+registry cannot know (number of classes, class names, image size). It opens no images.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from engine.runtime.errors import UserError
 if TYPE_CHECKING:
     from engine.data.datasets import DatasetInfo
 
-OF_A_HEADER = (SyntaxError, TypeError, tokenize.TokenError, RecursionError)  # of a text that numpy takes for one of an array
-MOST_PACKED = 1100  # times that deflate can shrink anything
-# The names that a split goes by on disk, best first.
+OF_A_HEADER = (SyntaxError, TypeError, tokenize.TokenError, RecursionError)  # errors of numpy at a damaged array header
+MOST_PACKED = 1100  # upper bound of deflate's compression ratio
+# Folder names of each split, in order of preference.
 SPLIT_FOLDERS = {"train": ("train",), "test": ("test", "val")}
 
 
 class RawSplit(NamedTuple):
-    """What a reader found.
+    """Images and labels of a split, as a reader finds them.
 
-    images: uint8 array, (N, H, W) or (N, H, W, 3), or a list of N image files.
-    labels: (N,) integers.
-    origin: the file or folder to name when something in it is wrong.
+    images: uint8 array (N, H, W) or (N, H, W, 3), or a list of N image files.
+    labels: integers (N,).
+    origin: file or folder to name in error messages.
     """
 
     images: np.ndarray | list[str]
@@ -50,7 +50,10 @@ class RawSplit(NamedTuple):
 
 
 def describe_npz(row: dict[str, Any], root: Path, name: str, domain: str | None, classes: str | None) -> dict[str, Any]:
-    """Class count and image size of an unregistered ``NAME.npz``, from its class list or test labels and a header."""
+    """Class count, class names and image size of an unregistered ``NAME.npz``.
+
+    They come from the archive's class list, or else its test labels, and from the header of its test images.
+    """
     path = root / f"{name}.npz"
     with open_npz(path) as archive:
         names = next((_member(archive, path, key) for key in ("classes", "class_names") if key in archive), None)
@@ -74,14 +77,14 @@ def describe_npz(row: dict[str, Any], root: Path, name: str, domain: str | None,
 
 
 def read_npz(info: DatasetInfo, split: str) -> RawSplit:
-    """``x_train, y_train, x_test, y_test`` of ``DATA_ROOT/NAME.npz``; only the members of ``split`` are read."""
+    """Reads one split of ``DATA_ROOT/NAME.npz`` (x_train, y_train, x_test, y_test); the other split stays unread."""
     path = Path(info.data_root, info.archive)
     with open_npz(path) as archive:
         return RawSplit(_images(archive, path, split), _labels(archive, path, split), str(path))
 
 
 def read_npz_images(path: Path) -> np.ndarray:
-    """``x_train`` of any archive, uint8 (N, H, W) or (N, H, W, 3)."""
+    """Reads ``x_train`` of any npz archive, uint8 (N, H, W) or (N, H, W, 3)."""
     with open_npz(path) as archive:
         return _images(archive, path, "train")
 
@@ -99,7 +102,7 @@ def _images(archive, path: Path, split: str) -> np.ndarray:
 
 @contextmanager
 def open_npz(path: Path) -> Iterator[np.lib.npyio.NpzFile]:
-    """Opens an archive without ever unpickling; anything wrong with it, found now or while reading, is a UserError."""
+    """Opens an npz archive and never unpickles; any fault found on opening or reading is raised as a UserError."""
     try:
         archive = np.load(path, allow_pickle=False)
         if not isinstance(archive, np.lib.npyio.NpzFile):
@@ -119,10 +122,10 @@ def _require(archive, path: Path, key: str) -> None:
 
 
 def _member(archive, path: Path, key: str) -> np.ndarray:
-    """An array whose shape is what the archive holds of it.
+    """Reads an array of an archive, after checking its size.
 
     Raises:
-        UserError: it is no array, or of another size than it says.
+        UserError: the member is missing or no array, holds less data than its header says, or does not fit in memory.
     """
     shape, dtype = _header(archive, path, key)
     stored = archive.zip.getinfo(f"{key}.npy")
@@ -137,7 +140,7 @@ def _member(archive, path: Path, key: str) -> np.ndarray:
 
 
 def _labels(archive, path: Path, split: str) -> np.ndarray:
-    """(N,) or Keras's (N, 1) integers."""
+    """Labels (N,); the archive may store them as (N,) or, like Keras, as (N, 1) integers."""
     labels = _member(archive, path, f"y_{split}")
     if labels.dtype.kind not in "iu" or labels.shape[1:] not in ((), (1,)):
         raise UserError(f"{path}: y_{split} is {labels.dtype} of shape {labels.shape}; wanted integers (N,)")
@@ -145,12 +148,12 @@ def _labels(archive, path: Path, split: str) -> np.ndarray:
 
 
 def _shape(archive, path: Path, key: str) -> tuple[int, ...]:
-    """Shape of a member, from its header alone."""
+    """Shape of an archive's array, from its header alone."""
     return _header(archive, path, key)[0]
 
 
 def _header(archive, path: Path, key: str) -> tuple[tuple[int, ...], np.dtype]:
-    """Shape and dtype of a member."""
+    """Shape and dtype of an archive's array, from its header alone."""
     _require(archive, path, key)
     if f"{key}.npy" not in archive.zip.namelist():
         raise UserError(f"{path}: {key} is no array; wanted what numpy.savez writes")
@@ -163,11 +166,11 @@ def _header(archive, path: Path, key: str) -> tuple[tuple[int, ...], np.dtype]:
     return shape, dtype
 
 
-# Datasets that a package brings or downloads
+# Datasets that a Python package contains or downloads
 
 
 def read_digits(info: DatasetInfo, split: str) -> RawSplit:
-    """scikit-learn's 1797 embedded digits; a fixed third of every class is the test split."""
+    """Reads scikit-learn's 1797 embedded digits; a fixed third of every class is the test split."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -182,7 +185,7 @@ def read_digits(info: DatasetInfo, split: str) -> RawSplit:
 
 
 def read_torchvision(info: DatasetInfo, split: str) -> RawSplit:
-    """A dataset of torchvision's (``info.source`` is its class), downloaded into the data root where it is missing."""
+    """Reads the torchvision dataset of class ``info.source``, and downloads it into the data root if it is missing."""
     import torchvision
 
     dataset_class = getattr(torchvision.datasets, info.source)
@@ -207,31 +210,34 @@ def read_torchvision(info: DatasetInfo, split: str) -> RawSplit:
 
 
 def describe_folders(row: dict[str, Any], root: Path, name: str, domain: str | None, classes: str | None) -> dict[str, Any]:
-    """The name of a tree of one's own, and its classes: the class folders of its test split."""
+    """Name and classes of the user's own folder tree; the classes are the class folders of its test split."""
     folders = tuple(class_folders(split_folder(root, "test")))
     own_name = re.sub(r"[^\w.-]+", "_", root.resolve().name).lstrip(".-") or name
     return {"name": own_name, "num_classes": len(folders), "class_names": folders, "classes": folders}
 
 
 def read_folders(info: DatasetInfo, split: str) -> RawSplit:
-    """``ROOT/<split>/<class>/**/*``, labels in the order of the class folders."""
+    """Reads ``ROOT/<split>/<class>/**/*``; labels follow the order of the class folders."""
     return _from_folders(info, split_folder(info.folder, split))
 
 
 def read_class_folders(info: DatasetInfo, split: str) -> RawSplit:
-    """``SOURCE/<class>/**/*`` of a test split alone, the folders named by class names or numbers; classes may be missing."""
+    """Reads ``SOURCE/<class>/**/*``, a test split alone; folders are class names or numbers, and classes may be missing."""
     files, labels = class_files(info.folder, info.class_names or ())
     return RawSplit(files, labels.numpy(), str(info.folder))
 
 
 def read_unlabelled(info: DatasetInfo, split: str) -> RawSplit:
-    """All images below a folder, with labels 0 that stand for none."""
+    """Reads all images below a folder; the labels are unknown and set to 0."""
     files = image_files(info.folder)
     return RawSplit(files, np.zeros(len(files), np.int64), str(info.folder))
 
 
 def read_tiny_imagenet(info: DatasetInfo, split: str) -> RawSplit:
-    """The published zip (its test images have no labels: ``val`` and its annotations are the test split), or class folders."""
+    """Reads the extracted archive as published, or class folders.
+
+    The test images of the published archive have no labels, so ``val`` with its annotations is the test split.
+    """
     annotations = info.folder / "val" / "val_annotations.txt"
     if split == "train" or not annotations.is_file():
         return _from_folders(info, split_folder(info.folder, "train") if split == "train" else info.folder / "val")
@@ -263,10 +269,10 @@ def _check_count(info: DatasetInfo, found: int, where: Path) -> None:
 
 
 def split_folder(root: Path, split: str) -> Path:
-    """The first folder of ``root`` that a split goes by and that holds class folders.
+    """The first folder of ``root`` that has a name of the split (``SPLIT_FOLDERS``) and holds class folders.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no such folder.
     """
     for name in SPLIT_FOLDERS[split]:
         if (root / name).is_dir() and class_folders(root / name):
@@ -276,7 +282,7 @@ def split_folder(root: Path, split: str) -> Path:
 
 
 def class_folders(folder: Path) -> list[str]:
-    """Names of the class folders in label order: by value where all are numbers ('2' before '10'), else alphabetical."""
+    """Names of the class folders in label order: by value if all are numbers ('2' before '10'), else alphabetical."""
     if not folder.is_dir():
         raise UserError(f"{folder} does not exist; wanted one folder of images a class in it")
     names = [entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith(".")]
@@ -290,7 +296,10 @@ def class_folders(folder: Path) -> list[str]:
 def describe_domainnet(
     row: dict[str, Any], root: Path, name: str, domain: str | None, classes: str | None
 ) -> dict[str, Any]:
-    """One domain; its ten-class subset, or, with "_all" behind the name, all 345 classes named as their folders."""
+    """Describes one domain: its ten-class subset, or all 345 classes.
+
+    With all classes, the dataset's name ends in "_all" and the class names are those of the folders.
+    """
     if domain not in row["domains"]:
         found = f"unknown --domain '{domain}'" if domain else "--domain is missing"
         raise UserError(f"{found}; {name} has {', '.join(row['domains'])}")
@@ -313,7 +322,7 @@ def describe_domainnet(
 
 
 def read_domainnet(info: DatasetInfo, split: str) -> RawSplit:
-    """The images of ``<domain>_<split>.txt``; a subset's label numbers become 0, 1, … in the subset's order."""
+    """Reads the images listed in ``<domain>_<split>.txt``; label numbers of a subset become 0, 1, … in its order."""
     listing = info.folder / f"{info.domain}_{split}.txt"
     files, labels = _read_list(listing)
     if info.classes:
@@ -324,7 +333,7 @@ def read_domainnet(info: DatasetInfo, split: str) -> RawSplit:
 
 
 def _read_list(listing: Path) -> tuple[list[str], list[int]]:
-    """Lines ``path label``; blanks are allowed in the path."""
+    """Reads lines ``path label`` as paths and labels; a path may contain blanks."""
     try:
         lines = listing.read_text(errors="replace").splitlines()
     except FileNotFoundError:

@@ -1,7 +1,7 @@
 """Real data: the splits of a dataset as batches of float images in [0, 1].
 
-Images are kept as uint8 on the device where they fit, decoded by worker processes where they do not; ``Split.batches``
-is the same for both. Normalization is the model's.
+Images are kept as uint8 in device or host memory if they fit there. Image files that do not fit are decoded by worker
+processes, batch by batch. ``Split.batches`` is the same in both cases. Normalization is part of the model.
 """
 
 import hashlib
@@ -25,20 +25,20 @@ from engine.data.readers import RawSplit
 from engine.runtime.errors import UserError, resolve
 from engine.runtime.files import digest
 
-# Which data a result depends on, in a few words that change when the data do.
+# Identity of the data that a result depends on: a short text that changes when the data change.
 #
-# The words stand in the fingerprint of every stage that depends on them, and in result.json: two runs on different images
-# are never taken for one, whatever their folders are called.
+# The text is part of result.json and of the fingerprint of every stage that depends on the data. Runs on different images
+# are therefore never mistaken for the same run, whatever their folders are called.
 
 
-SAMPLE = 256  # images of a split that are looked at, evenly spaced
+SAMPLE = 256  # images of a split that enter its digest, evenly spaced
 
 
 def data_identity(info: DatasetInfo, *splits: str) -> str:
-    """Name, classes, image size, and of each named split the number of images and a digest.
+    """Text that identifies a dataset: its name, classes and image size, and the size and a digest of each given split.
 
-    What is made without real images depends on no split: ``(pics: 2 classes 0f3c…, 16 px)``. What is trained or measured
-    on one does: ``(pics: 2 classes 0f3c…, 16 px, 40 test images 9a1d…)``.
+    A stage without real images depends on no split: ``(pics: 2 classes 0f3c…, 16 px)``. A stage that trains or measures on
+    a split depends on it: ``(pics: 2 classes 0f3c…, 16 px, 40 test images 9a1d…)``.
 
     Raises:
         UserError: a split is missing or damaged, or a data-free run asks for 'train'.
@@ -49,7 +49,7 @@ def data_identity(info: DatasetInfo, *splits: str) -> str:
 
 
 def _split_identity(info: DatasetInfo, split: str) -> str:
-    """Its size and a digest of all its labels and of a sample of its images: pixels of arrays, undecoded bytes of files."""
+    """Size of a split and a digest of all labels and of a sample of images (pixels of arrays, undecoded bytes of files)."""
     raw, labels = read_split(info, split)
     chosen = np.unique(np.linspace(0, len(labels) - 1, SAMPLE).round().astype(int))
     if isinstance(raw.images, np.ndarray):
@@ -70,14 +70,14 @@ _train_split_forbidden = False
 
 
 def forbid_train_split() -> None:
-    """From here on ``load_split(info, "train")`` is an error: said once, by the data-free entry point."""
+    """Makes ``load_split(info, "train")`` an error from now on; the data-free entry point calls this once."""
     global _train_split_forbidden
     _train_split_forbidden = True
 
 
 @contextmanager
 def allow_train_split(allowed: bool = True) -> Iterator[None]:
-    """Lifts the ban inside the block: for the control that trains the student on real data, and says so."""
+    """Lifts the ban inside the block, for the control method, which declares that it trains the student on real data."""
     global _train_split_forbidden
     before, _train_split_forbidden = _train_split_forbidden, _train_split_forbidden and not allowed
     try:
@@ -92,8 +92,8 @@ class Split:
     def __init__(self, pixels: Tensor, labels: Tensor, num_classes: int):
         """
         Args:
-            pixels: (N, H, W, 3) uint8, on the device or, where they do not fit there, on the host.
-            labels: (N,) int64 on the device.
+            pixels: images (N, H, W, 3) uint8, on the device, or on the host if they do not fit there.
+            labels: (N,) int64, on the device.
         """
         self.labels = labels
         self.num_classes = num_classes
@@ -104,7 +104,7 @@ class Split:
 
     @property
     def images(self) -> Tensor | None:
-        """(N, 3, H, W) uint8, channels_last; None where the images are decoded as they are needed."""
+        """All images (N, 3, H, W) uint8, channels_last; None if the images are decoded batch by batch."""
         return self._pixels.permute(0, 3, 1, 2)
 
     def batches(
@@ -113,8 +113,8 @@ class Split:
         """Yields (images, labels): (B, 3, H, W) float32 in [0, 1], channels_last, and (B,) int64, on the device.
 
         Args:
-            order: (M,) indices into the split, which images in which order; None is all, as stored.
-            drop_last: leave out a last batch that is smaller.
+            order: (M,) indices of the images to yield, in that order; None: all images, as stored.
+            drop_last: whether to leave out an incomplete last batch.
         """
         order = torch.arange(len(self)) if order is None else order
         chunks = [c for c in order.split(batch_size) if len(c) == batch_size or (len(c) and not drop_last)]
@@ -124,13 +124,13 @@ class Split:
             yield images.to(torch.float32).div_(255), self.labels[chunk.to(device)]
 
     def _gather(self, chunks: list[Tensor]) -> Iterator[Tensor]:
-        """(B, H, W, 3) uint8 for each chunk of indices."""
+        """Yields images (B, H, W, 3) uint8 for each chunk of indices."""
         for chunk in chunks:
             yield self._pixels[chunk.to(self._pixels.device)]
 
 
 class StreamedSplit(Split):
-    """Labelled images that do not fit into memory: worker processes decode each batch."""
+    """Labelled image files that do not fit into memory; worker processes decode each batch."""
 
     def __init__(self, files: "ImageFiles", labels: Tensor, num_classes: int, workers: int):
         self.labels = labels
@@ -151,8 +151,8 @@ def load_split(info: DatasetInfo, split: str, device: torch.device | str, worker
 
     Args:
         split: 'train' or 'test'.
-        device: where batches (and, where they fit, all images) are wanted.
-        workers: processes that decode image files; 0 decodes in this one.
+        device: device of the batches, and of all images if they fit there.
+        workers: number of processes that decode image files; 0: decode in this process.
     Raises:
         UserError: files are missing or damaged, labels do not fit the classes, or a data-free run asks for 'train'.
     """
@@ -177,8 +177,12 @@ def load_split(info: DatasetInfo, split: str, device: torch.device | str, worker
 
 
 def read_split(info: DatasetInfo, split: str) -> tuple[RawSplit, Tensor]:
-    """What the reader finds of 'train' or 'test', no image file opened, and its checked labels (N,) int64.
+    """Runs the dataset's reader for one split and checks the labels; opens no image file.
 
+    Args:
+        split: 'train' or 'test'.
+    Returns:
+        What the reader found, and the checked labels (N,) int64.
     Raises:
         UserError: files are missing or damaged, labels do not fit the classes, or a data-free run asks for 'train'.
     """
@@ -192,7 +196,7 @@ def read_split(info: DatasetInfo, split: str) -> tuple[RawSplit, Tensor]:
 
 
 def _checked_labels(raw: RawSplit, info: DatasetInfo, split: str) -> Tensor:
-    """(N,) int64, one an image, all below the class count."""
+    """Labels (N,) int64, after checking that each image has one and that all lie in 0 .. num_classes - 1."""
     if len(raw.images) != len(raw.labels):
         raise UserError(f"{raw.origin}: {len(raw.images)} {split} images, but {len(raw.labels)} labels")
     if not len(raw.labels):
@@ -206,7 +210,10 @@ def _checked_labels(raw: RawSplit, info: DatasetInfo, split: str) -> Tensor:
 
 
 def resized(images: np.ndarray, size: int) -> Tensor:
-    """(N, H, W) or (N, H, W, 3) uint8 -> (N, size, size, 3): shorter side to size, bilinear antialiased, centre crop."""
+    """Resizes (N, H, W) or (N, H, W, 3) uint8 to (N, size, size, 3) by the shorter side and a centre crop.
+
+    Interpolation is bilinear and antialiased.
+    """
     pixels = torch.from_numpy(np.ascontiguousarray(images))
     if pixels.dim() == 3:
         pixels = pixels.unsqueeze(3).expand(-1, -1, -1, 3)
@@ -236,7 +243,7 @@ class ImageFiles(Dataset):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Tensor | UserError:
-        """An error is returned: raised in a worker, it would arrive wrapped in the worker's traceback."""
+        """Returns the image or the error. An error raised in a worker would arrive wrapped in the worker's traceback."""
         try:
             return decode_image(self.paths[index], self.size, self.crop_fraction)
         except UserError as error:
@@ -244,7 +251,7 @@ class ImageFiles(Dataset):
 
 
 def decode(files: ImageFiles, chunks: list[list[int]], workers: int, pin_memory: bool = False) -> Iterator[Tensor]:
-    """Decodes image files in worker processes, a chunk of indices at a time.
+    """Decodes image files in worker processes, one chunk of indices at a time.
 
     Yields:
         (B, size, size, 3) uint8.

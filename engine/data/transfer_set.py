@@ -1,4 +1,4 @@
-"""The images that a student learns from, on the device, in host memory, or in the shards of a bank."""
+"""The images that a student learns from, stored in device memory, in host memory, or in the shards of a bank."""
 
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -9,20 +9,21 @@ from torch import Tensor
 from engine.data.bank import MappedImages, home_of, prefetch
 from engine.data.crops import KeyedViews
 
-COPIED_AT_ONCE = 256  # images on their way from the shards to memory
+COPIED_AT_ONCE = 256  # images copied from the shards to memory at a time
 
 
 class TransferSet:
-    """The images that a student learns from, with room for those still to come.
+    """The images that a student learns from, with room for images that later rounds add.
 
-    Where they live is decided once, by their size: on the device of the networks if they take at most half of its free
-    memory, else in host memory by the same rule, else in the shards alone. From the last two, batches are read ahead of
-    the steps.
+    Storage is chosen once, from the total size: device memory if the images fit in half of what is free there, else host
+    memory by the same rule, else the memory-mapped shards. Images outside the memory of ``device`` are read by a background
+    thread, ahead of the training steps.
 
     Args:
-        capacity: number of images it will hold in the end.
-        device: where the networks are.
-        mapped: in the shards, whatever there is room for.
+        capacity: number of images that the set will hold in the end.
+        image_size: height and width of the images in px.
+        device: device of the networks.
+        mapped: True: keep the images in the shards, however much memory is free.
     """
 
     def __init__(self, capacity: int, image_size: int, device: torch.device, mapped: bool = False):
@@ -42,12 +43,12 @@ class TransferSet:
 
     @property
     def description(self) -> str:
-        """Room and home, in one line."""
+        """Capacity, size and storage of the set, in one line."""
         place = "in mapped shards" if self.mapped else "in host memory" if self.home.type == "cpu" else f"on {self.home}"
         return f"transfer set: {self.capacity} images, {self.bytes / 1e6:.0f} MB, {place}"
 
     def add(self, images: MappedImages | Tensor, labels: Tensor) -> None:
-        """Appends images (n, 3, H, W) uint8 and labels (n,); a mapped set holds on to ``images`` and copies nothing."""
+        """Appends images (n, 3, H, W) uint8 and labels (n,); a mapped set refers to ``images`` and copies nothing."""
         end = self.count + len(images)
         assert images.dtype == torch.uint8 and end <= self.capacity, f"{end} images for room for {self.capacity}"
         if self.mapped:
@@ -59,7 +60,7 @@ class TransferSet:
         self.count = end
 
     def spaced(self, most: int, batch_size: int = 250) -> Iterator[Tensor]:
-        """Up to ``most`` of the images so far, evenly spaced: batches of float32 (B, 3, H, W) in [0, 1], unchanged."""
+        """Yields up to ``most`` of the images so far, evenly spaced, not augmented: (B, 3, H, W) float32 in [0, 1]."""
         chosen = torch.linspace(0, self.count - 1, min(most, self.count)).round().long()
         for part in chosen.split(batch_size):
             images = self.images[part] if self.mapped else self.images.index_select(0, part.to(self.home))
@@ -68,15 +69,17 @@ class TransferSet:
     def batches(
         self, batch_size: int, augment: Callable[[Tensor], Tensor], *, seed: int, rank: int = 0, count: int = 1
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Endless shuffled passes: images float32 (B, 3, H, W) in [0, 1] channels_last, labels (B,).
+        """Yields batches of endless shuffled passes: images (B, 3, H, W) float32 in [0, 1], channels_last, and labels (B,).
 
-        The last batch of a pass is filled from the next one, so every batch has ``batch_size`` images.
+        The last batch of a pass is filled with images of the next pass, so every batch has ``batch_size`` images.
 
         Args:
-            batch_size: images a step, of all processes together.
-            augment: uint8 images on the device -> the same; draws from the global random stream, in the caller's thread.
-            seed: decides the order, which depends neither on that stream nor on where the images live.
-            rank, count: of these processes this one gets every ``count``-th image of each batch, from ``rank`` on.
+            batch_size: images a training step, of all processes together.
+            augment: function from uint8 images on the device to uint8 images. It draws from the global random stream, in the
+                caller's thread.
+            seed: seed of the order, which depends neither on the global random stream nor on where the images are stored.
+            rank, count: index and number of the processes; this one gets every ``count``-th image of each batch, from
+                ``rank`` on.
         """
         for images, labels in self._drawn(batch_size, seed, rank, count):
             yield _to_float(augment(images)), labels
@@ -93,10 +96,14 @@ class TransferSet:
         rank: int = 0,
         count: int = 1,
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """So many batches as of ``batches``, in views that ``seed`` decides as well, and the keys (B,) of these views.
+        """Yields the first ``steps`` batches in the order of ``batches``, in views that ``seed`` determines too.
 
         Args:
-            prepare: is given the keys (at most ``ahead``, batch_size) of the batches that come next, of all processes.
+            views: views to draw from.
+            prepare: function called every ``ahead`` steps with the keys (at most ``ahead``, batch_size) of the next batches,
+                for all processes together.
+        Yields:
+            Images (B, 3, H, W) and labels (B,), as ``batches`` does, and the keys (B,) of their views.
         """
         index = torch.stack([*islice(self._order(batch_size, seed), steps)])
         keys = views.draw(index, seed)
@@ -107,12 +114,12 @@ class TransferSet:
             yield _to_float(views.show(images, mine)), labels, mine
 
     def look(self, views: KeyedViews, keys: Tensor) -> Tensor:
-        """The images (B, 3, H, W) of these keys (B,), as ``viewed`` gives them."""
+        """Returns the images (B, 3, H, W) of these keys (B,), as ``viewed`` yields them."""
         images = self._select((keys // views.count).to(self.home))
         return _to_float(views.show(images.to(self.device), keys))
 
     def _order(self, batch_size: int, seed: int) -> Iterator[Tensor]:
-        """The places (batch_size,) of each batch's images, at home."""
+        """Yields the positions (batch_size,) of each batch's images, on ``home``, the device that stores the images."""
         assert self.count, "no images to draw from"
         generator, total = torch.Generator().manual_seed(seed), self.count
         order = torch.empty(0, dtype=torch.long, device=self.home)
@@ -123,23 +130,23 @@ class TransferSet:
             order = order[batch_size:]
 
     def _drawn(self, batch_size: int, seed: int, rank: int, count: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """This process's images (b, 3, H, W) uint8 and labels (b,) of each batch, on the device."""
+        """Yields this process's images (b, 3, H, W) uint8 and labels (b,) of each batch, on the device of the networks."""
         drawn = self._at_home(batch_size, seed, rank, count)
         for images, labels in prefetch(drawn) if self.mapped or self.home != self.device else drawn:
             yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
 
     def _at_home(self, batch_size: int, seed: int, rank: int, count: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The same at home, pinned on the way to a GPU."""
+        """Yields the batches of ``_drawn`` on ``home``; in pinned memory if they go to a GPU from there."""
         for places in self._order(batch_size, seed):
             chosen = places[rank::count]
             batch = self._select(chosen), self.labels[chosen]
             yield batch if self.home == self.device else (batch[0].pin_memory(), batch[1].pin_memory())
 
     def _select(self, places: Tensor) -> Tensor:
-        """The images at these places at home; index_select copies whole ones, on a CPU twenty times as fast as [places]."""
+        """The images at these positions, on ``home``. On a CPU, index_select is twenty times as fast as [places]."""
         return self.images[places] if self.mapped else self.images.index_select(0, places)
 
 
 def _to_float(images: Tensor) -> Tensor:
-    """uint8 (B, 3, H, W) -> float32 in [0, 1], channels_last."""
+    """Converts uint8 (B, 3, H, W) to float32 in [0, 1], channels_last."""
     return images.to(torch.float32, memory_format=torch.channels_last).div_(255)

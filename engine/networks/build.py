@@ -1,4 +1,4 @@
-"""Teachers and students as a run uses them: built by name, weights checked, normalization on board."""
+"""Builds the teachers and students of a run by name, with checked weights and with normalization inside the model."""
 
 import ast
 import functools
@@ -24,8 +24,9 @@ PRETRAINED = Path("checkpoints/pretrained")
 
 
 def short_name(spec: str) -> str:
-    """A network's name for file names: "nets/mine.py:big" -> "mine_big", "nets.mine:big(depth=3)" -> "nets_mine_big_depth_3".
+    """A network's name in file names.
 
+    "nets/mine.py:big" -> "mine_big", "nets.mine:big(depth=3)" -> "nets_mine_big_depth_3",
     "timm:resnet18.a1_in1k" -> "timm_resnet18_a1_in1k", "hf-hub:org/net" -> "org_net", "local-dir:nets/mine" -> "mine".
     """
     if spec.startswith("local-dir:"):
@@ -38,10 +39,12 @@ def short_name(spec: str) -> str:
 
 
 def find_checkpoint(spec: str, dataset: str, given: str | None, folder: Path = PRETRAINED) -> Path:
-    """The teacher's weights: ``given``, else ``<folder>/<dataset>_<name>.pth`` or ``.safetensors``, here or in the project.
+    """Path of the teacher's weights: ``given``, else ``<folder>/<dataset>_<name>.pth`` or ``.safetensors``.
+
+    The second is looked for in the working directory and in the project.
 
     Raises:
-        UserError: neither exists; says how to get one.
+        UserError: no file is given or found; the message says how to get one.
     """
     if given:
         return Path(given)
@@ -56,17 +59,17 @@ def find_checkpoint(spec: str, dataset: str, given: str | None, folder: Path = P
 
 
 def build_network(table: dict[str, str], spec: str, num_classes: int, image_size: int | None = None) -> nn.Module:
-    """A network with random weights.
+    """Builds a network with random weights.
 
     Args:
         table: ``registry.MODELS``.
-        spec: one of its names, ``path/to/file.py:factory`` or ``package.module:factory``, or a public name (``timm:resnet18``;
-            see ``engine.networks.public``). Behind it, where the factory takes them, arguments by name with literal values:
-            ``torchvision.models:get_model(name="resnet18")``.
-        num_classes: given to the factory, unless it takes no argument of that name.
-        image_size: px, told to a public network whose weights depend on it; None: its own.
+        spec: a name in ``table``, ``path/to/file.py:factory``, ``package.module:factory``, or a public name
+            (``timm:resnet18``; see ``engine.networks.public``). Arguments for the factory may follow in brackets, by name
+            and with literal values: ``torchvision.models:get_model(name="resnet18")``.
+        num_classes: number of classes, passed to the factory if it takes an argument of that name.
+        image_size: image size in px, passed to a public network whose weights depend on it; None: the network's own.
     Raises:
-        UserError: no such name, file or factory, or the factory fails or makes something else.
+        UserError: there is no such name, file or factory, or the factory fails or returns no ``torch.nn.Module``.
     """
     place, arguments = split_arguments(spec)
     if (config := public.own_config(place)) is not None:
@@ -81,7 +84,7 @@ def build_network(table: dict[str, str], spec: str, num_classes: int, image_size
         network = factory(**arguments)
     except UserError:
         raise
-    except Exception as error:  # whatever a user's file raises
+    except Exception as error:  # a user's file may raise anything
         raise UserError(f"model '{spec}' failed: {first_line(error)}") from error
     if not isinstance(network, nn.Module):
         raise UserError(f"model '{spec}' made a {type(network).__name__}, wanted a torch.nn.Module")
@@ -89,10 +92,10 @@ def build_network(table: dict[str, str], spec: str, num_classes: int, image_size
 
 
 def exported_spec(table: dict[str, str], config: dict[str, Any], place: str) -> str:
-    """The network that the configuration of an exported folder names; never code that it would have us import.
+    """Spec of the network that an exported folder's configuration names; code that it names is never imported.
 
     Raises:
-        UserError: it names code.
+        UserError: the configuration names no network of this project or of torchvision.
     """
     name, arguments = config["architecture"], config.get("model_args") or {}
     if config["library_name"] == "torchvision":
@@ -108,10 +111,10 @@ def exported_spec(table: dict[str, str], config: dict[str, Any], place: str) -> 
 
 
 def split_arguments(spec: str) -> tuple[str, dict[str, Any]]:
-    """``"place:factory(depth=3)"`` -> ``"place:factory"``, {"depth": 3}. Values are literals; nothing is executed.
+    """Splits ``"place:factory(depth=3)"`` into ``"place:factory"`` and {"depth": 3}. Nothing is executed.
 
     Raises:
-        UserError: what stands in the brackets is anything else.
+        UserError: the brackets hold anything but arguments by name with literal values.
     """
     place, bracket, rest = spec.partition("(")
     if not bracket or public.says_which_weights(spec):
@@ -160,7 +163,7 @@ def _takes_num_classes(factory: Callable[..., Any]) -> bool:
 
 
 def build_classifier(table: dict[str, str], spec: str, info, device: torch.device) -> Classifier:
-    """A randomly initialized classifier for a dataset, normalized as that is, channels_last on ``device``.
+    """Builds a randomly initialized classifier with the dataset's normalization, channels_last on ``device``.
 
     Args:
         table: ``registry.MODELS``.
@@ -173,7 +176,7 @@ def build_classifier(table: dict[str, str], spec: str, info, device: torch.devic
 
 
 def wrap(network: nn.Module, spec: str, info, device: torch.device, normalization: Normalization) -> Classifier:
-    """The classifier around a network; its attribute ``normalization`` says how it normalizes and why.
+    """Wraps a network as a classifier; its attribute ``normalization`` holds mean, std and the source of each.
 
     Raises:
         UserError: the network does not fit the dataset.
@@ -189,12 +192,13 @@ def wrap(network: nn.Module, spec: str, info, device: torch.device, normalizatio
 
 
 def require_batch_norm(teacher: Classifier, config, methods: dict[str, str]) -> None:
-    """Stops a method that would match BN statistics (a flag ``--bn`` above 0) at a teacher that has none.
+    """Raises an error if a method matches BN statistics (``--bn`` above 0) and the teacher has none.
 
     Args:
-        methods: ``registry.METHODS``, for the advice.
+        config: configuration of the method.
+        methods: ``registry.METHODS``, from which the message names methods without BN statistics.
     Raises:
-        UserError: names the methods that need none.
+        UserError: the teacher has no BN statistics to match.
     """
     has_statistics = any(isinstance(m, _BatchNorm) and m.track_running_stats for m in teacher.modules())
     if getattr(config, "bn", 0) and not has_statistics:
@@ -206,10 +210,10 @@ def require_batch_norm(teacher: Classifier, config, methods: dict[str, str]) -> 
 
 
 def own_weights(spec: str, dataset: str, given: str | None) -> dict[str, Any] | None:
-    """The configuration of a public model that is taken with its own weights; None where they are in a file.
+    """Configuration of a public model that is used with its own weights; None if the weights come from a checkpoint.
 
-    A file that ``--teacher_ckpt`` names comes first, then one of that network and dataset in ``PRETRAINED``, unless the name
-    itself says which weights (``hf-hub:``, ``local-dir:``).
+    A checkpoint given by ``--teacher_ckpt`` comes first. Next comes a checkpoint of that network and dataset in
+    ``PRETRAINED``, unless the name itself stands for one set of weights (``hf-hub:``, ``local-dir:``).
 
     Raises:
         UserError: there is no such model.
@@ -224,12 +228,12 @@ def own_weights(spec: str, dataset: str, given: str | None) -> dict[str, Any] | 
 
 
 def with_own_weights(table: dict[str, str], spec: str, num_classes: int | None = None) -> nn.Module:
-    """A public model with its own weights.
+    """Builds a public model with its own weights.
 
     Args:
-        num_classes: of a new head where the model's own has another size; None: its own head.
+        num_classes: number of classes; the model gets a new head if its own has another number. None: its own head.
     Raises:
-        UserError: the weights cannot be had.
+        UserError: the weights cannot be loaded.
     """
     place, arguments = split_arguments(spec)
     return public.load_public(place, arguments, num_classes, lambda *wanted: build_network(table, spec, *wanted))
@@ -238,13 +242,15 @@ def with_own_weights(table: dict[str, str], spec: str, num_classes: int | None =
 def load_teacher(
     table: dict[str, str], spec: str, info, device: torch.device, checkpoint: str | None, mean=None, std=None
 ) -> Classifier:
-    """The frozen teacher with its weights, normalizing as ``mean`` and ``std``, else its checkpoint, else the dataset say.
+    """Builds the frozen teacher with its weights.
 
     Args:
-        info: ``engine.data.datasets.DatasetInfo``; of a public model with its own weights, as ``DatasetInfo.as_known_to`` its
-            configuration.
+        info: ``engine.data.datasets.DatasetInfo``; for a public model with its own weights, the result of
+            ``DatasetInfo.as_known_to`` for its configuration.
+        checkpoint: path of the weights; None: see ``own_weights`` and ``find_checkpoint``.
+        mean, std: input normalization; None: that of the checkpoint, else that of the dataset.
     Raises:
-        UserError: no such checkpoint, or it does not fit.
+        UserError: there is no such checkpoint, or it does not fit the network.
     """
     if own := own_weights(spec, info.name, checkpoint):
         network = with_own_weights(table, spec)
@@ -260,7 +266,7 @@ def load_teacher(
 def load_named_weights(
     table: dict[str, str], network: nn.Module, path: Path, what: str, *, num_classes: int, new_head: bool = False
 ) -> dict[str, Any]:
-    """``load_weights``; where they are another network's, the error names those that fit.
+    """Calls ``load_weights``; if the weights are another network's, the error names the networks that fit.
 
     Args:
         table: ``registry.MODELS``.
@@ -274,17 +280,17 @@ def load_named_weights(
 
 
 def fitting(table: dict[str, str], shapes: dict[str, torch.Size], num_classes: int) -> list[str]:
-    """The names in a table whose networks have the keys and shapes of a state dict; no memory is taken for them.
+    """Names in a table whose networks have the keys and shapes of a state dict; their weights take no memory.
 
     Args:
-        shapes: of the state dict, without BN's batch counters.
+        shapes: shapes of the state dict's tensors, without BN's batch counters.
     """
     return [name for name, place in table.items() if _shapes(name, place, num_classes) == shapes]
 
 
 @functools.cache
 def _shapes(name: str, place: str, num_classes: int) -> dict[str, torch.Size]:
-    """What a network's state dict holds, without BN's batch counters; it is built once a process, in a second for all."""
+    """Shapes in a network's state dict, without BN's batch counters. Cached; all networks together take about a second."""
     with torch.device("meta"):
         state = build_network({name: place}, name, num_classes).state_dict()
     return {key: tensor.shape for key, tensor in state.items() if not key.endswith("num_batches_tracked")}

@@ -5,7 +5,7 @@
     torchvision:resnet18         a network of torchvision; ``torchvision:resnet18.IMAGENET1K_V1`` names the weights
     local-dir:PATH               config.json and model.safetensors of a folder: timm's, or one that engine.export wrote
 
-timm and torchvision are imported when such a name is used. No code from a model's files is ever run.
+timm and torchvision are imported only when such a name is used. No code from a model's files is ever run.
 """
 
 import difflib
@@ -34,24 +34,24 @@ FILES = ("config.json", "model.safetensors")
 
 
 def is_public(spec: str) -> bool:
-    """Whether a network's name is one of these."""
+    """Whether a network's name begins with one of ``SOURCES``."""
     return spec.startswith(SOURCES)
 
 
 def says_which_weights(spec: str) -> bool:
-    """Whether a public name stands for one set of weights, so that no other file is looked for."""
+    """Whether a public name always stands for one set of weights, so that no checkpoint is looked for."""
     return spec.startswith(("hf-hub:", "local-dir:"))
 
 
 def configuration(spec: str) -> dict[str, Any]:
-    """What the model's own configuration says of its weights, like the plain values of a checkpoint; no weights are read.
+    """Reads a model's own configuration, in the form of the plain values of a checkpoint; reads no weights.
 
     Args:
         spec: a public name, without arguments.
     Returns:
-        num_classes, image_size, mean, std, and class_names where it knows them.
+        num_classes, image_size, mean, std, and class_names (None if they are not known).
     Raises:
-        UserError: there is no such model, or its images are not square RGB ones.
+        UserError: there is no such model, or it takes other images than square RGB ones.
     """
     if (config := own_config(spec)) is not None:
         found = dict(config)
@@ -78,14 +78,14 @@ def configuration(spec: str) -> dict[str, Any]:
 
 
 def build_public(spec: str, arguments: dict[str, Any], num_classes: int, image_size: int | None) -> nn.Module:
-    """A network with random weights.
+    """Builds a network with random weights.
 
     Args:
-        spec: a public name that ``own_config`` has nothing on.
-        arguments: for the network's factory, before all others.
-        image_size: px; told to a network whose weights depend on it (ViT).
+        spec: a public name for which ``own_config`` returns None.
+        arguments: arguments for the network's factory; they override all others.
+        image_size: image size in px, passed to a network whose weights depend on it (ViT).
     Raises:
-        UserError: there is no such network, or its configuration cannot be had.
+        UserError: there is no such network, or its configuration cannot be read.
     """
     if spec.startswith("torchvision:"):
         import torchvision
@@ -104,14 +104,14 @@ def build_public(spec: str, arguments: dict[str, Any], num_classes: int, image_s
 
 
 def load_public(spec: str, arguments: dict[str, Any], num_classes: int | None, build: Callable[..., nn.Module]) -> nn.Module:
-    """A network with its own weights.
+    """Builds a network with its own weights.
 
     Args:
-        arguments: for the network's factory.
-        num_classes: of a new head, random where it is not the size of the model's own; None: its own head.
-        build: (num_classes, image_size) -> the network with random weights.
+        arguments: arguments for the network's factory.
+        num_classes: number of classes; if it is not the model's own, the head is new and random. None: the model's own.
+        build: function (num_classes, image_size) -> the network with random weights.
     Raises:
-        UserError: the weights cannot be had; says where to put which files.
+        UserError: the weights cannot be loaded; the message says which files to put where.
     """
     if own_config(spec) is not None:
         network = build(num_classes or configuration(spec)["num_classes"], None)
@@ -138,7 +138,7 @@ def load_public(spec: str, arguments: dict[str, Any], num_classes: int | None, b
 
 
 def own_config(spec: str) -> dict[str, Any] | None:
-    """The configuration in a folder or repository that ``engine.export`` wrote of a network that is not timm's; else None.
+    """Reads the configuration that ``engine.export`` wrote for a network that is not timm's; None for any other name.
 
     Raises:
         UserError: the folder or its configuration is missing or damaged.
@@ -160,7 +160,7 @@ def own_config(spec: str) -> dict[str, Any] | None:
 
 
 def _file(spec: str, name: str) -> Path:
-    """A file of a folder, or of a repository of the hub, fetched into its cache unless it is there."""
+    """Path of a file in a folder or in a hub repository; a file of the hub is downloaded if it is not in the cache."""
     kind, _, place = spec.partition(":")
     if kind == "local-dir":
         if not (file := Path(place, name)).is_file():
@@ -178,7 +178,7 @@ def _file(spec: str, name: str) -> Path:
 
 
 def _how_to_bring(spec: str) -> str:
-    """What to do where there is no network."""
+    """Advice for an error message: what to do on a machine without a network."""
     if spec.startswith("local-dir:"):
         return f"wanted {' and '.join(FILES)} of one model in that folder"
     repository = spec.removeprefix("hf-hub:").partition("@")[0]
@@ -194,7 +194,7 @@ def _how_to_bring(spec: str) -> str:
 
 
 def _timm_arguments(spec: str, image_size: int | None = None) -> dict[str, Any]:
-    """What ``timm.create_model`` wants for a name: model_name, pretrained_cfg, and arguments that its configuration names."""
+    """Arguments of ``timm.create_model`` for a name: model_name, pretrained_cfg, and those that its configuration sets."""
     import timm
 
     name = spec.removeprefix("timm:")
@@ -209,12 +209,12 @@ def _timm_arguments(spec: str, image_size: int | None = None) -> dict[str, Any]:
             raise UserError(f"timm has no weights '{tag}' of {architecture}; it has {', '.join(tags) or 'none'}")
     try:
         return timm.models.resolve_model_input_args(name, {"img_size": image_size} if image_size else None)
-    except Exception as error:  # whatever a damaged configuration leads to
+    except Exception as error:  # a damaged configuration may raise anything
         raise UserError(f"{spec}: its configuration is none of timm's ({first_line(error)})") from None
 
 
 def _timm_names(config: dict[str, Any], spec: str) -> list[str] | None:
-    """Class names by label, the words for them where there are; those of ImageNet's sets are timm's own knowledge."""
+    """Class names by label, as words if the configuration has words; for ImageNet and its subsets timm knows both."""
     import timm.data
 
     names, words = config.get("label_names"), config.get("label_descriptions") or {}
@@ -239,7 +239,7 @@ def _torchvision_name(spec: str) -> str:
 
 
 def _torchvision_weights(spec: str) -> Any:
-    """The weights that the name stands for: those behind the point, else the best."""
+    """torchvision's weights for a name: those after the period, else the default, which is the best."""
     import torchvision
 
     known = torchvision.models.get_model_weights(_torchvision_name(spec))
@@ -250,13 +250,13 @@ def _torchvision_weights(spec: str) -> Any:
 
 
 def published_weights(table: dict[str, str], spec: str) -> Path:
-    """The file of torchvision's ImageNet weights of a registered network.
+    """Path of the file with torchvision's ImageNet weights for a registered network.
 
     Args:
         table: ``registry.MODELS``.
-        spec: a name in it that ``models.imagenet`` builds.
+        spec: a name in ``table`` of a network that ``models.imagenet`` builds.
     Raises:
-        UserError: torchvision has none of that network, or they cannot be fetched.
+        UserError: torchvision has no weights for that network, or they cannot be downloaded.
     """
     module, _, name = table.get(spec, "").partition(":")
     if module != "models.imagenet":
@@ -270,14 +270,15 @@ def published_weights(table: dict[str, str], spec: str) -> Path:
 
 
 def fetch_torchvision(weights: Any, what: str, advice: str) -> Path:
-    """The file of torchvision's weights, downloaded into torch's cache unless it is there.
+    """Path of a file of torchvision's weights, downloaded if it is not in torch's cache.
 
     Args:
-        weights: a member of one of torchvision's enumerations.
-        what: begins the error.
-        advice: ends the sentence "fetch it where there is a network and …"; {name} and {folder} stand for the file's.
+        weights: a member of one of torchvision's enumerations of weights.
+        what: beginning of the error message.
+        advice: end of its sentence "fetch it where there is a network and …"; {name} and {folder} stand for the file's
+            name and folder.
     Raises:
-        UserError: it cannot be fetched.
+        UserError: the file cannot be downloaded.
     """
     file = Path(torch.hub.get_dir(), "checkpoints", weights.url.rpartition("/")[2])
     if not file.is_file():

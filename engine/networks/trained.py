@@ -1,4 +1,4 @@
-"""A trained model by whatever name its user has for it: a public name, a run folder, an exported folder, a file of weights."""
+"""Opens a trained model that is given as a public name, a run folder, an exported folder, or a file of weights."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,8 +22,10 @@ ABOUT = ("dataset", "num_classes", "image_size", "class_names", "mean", "std")
 class Trained(NamedTuple):
     """A network with its weights, on the CPU.
 
-    spec: the name by which ``build_network`` makes it. origin: where its weights are from. about: what is known of it of
-    ``ABOUT``. kind: what ``about`` is of, as ``Normalization`` names it.
+    spec: name from which ``build_network`` builds the network.
+    origin: where its weights come from.
+    about: the fields of ``ABOUT`` that are known.
+    kind: source of ``about``, 'checkpoint' or 'model', as ``Normalization`` names it.
     """
 
     network: nn.Module
@@ -39,12 +41,12 @@ def open_trained(table: dict[str, str], place: str, info=None, arch: str | None 
     Args:
         table: ``registry.MODELS``.
         place: a public name, a run folder, a folder that engine.export or timm wrote, a file of weights, or the name of a
-            network whose weights lie in ``checkpoints/pretrained`` for the dataset.
-        info: ``engine.data.datasets.DatasetInfo``, where a dataset is named.
-        arch: the network of a file that does not say it, or says that code outside this project makes it.
-        flag: which gives ``arch``.
+            network that has weights for the dataset in ``checkpoints/pretrained``.
+        info: ``engine.data.datasets.DatasetInfo``; None if no dataset is given.
+        arch: name of the network, for a file that names none or names one that code outside this project builds.
+        flag: flag that gives ``arch``, for error messages.
     Raises:
-        UserError: there is no such model, or it is not known of which network it is.
+        UserError: there is no such model, or the network of its weights is not known.
     """
     path = Path(place)
     if path.is_dir() and (path / public.FILES[0]).is_file():
@@ -84,10 +86,10 @@ def _named_arch(table: dict[str, str], stored: dict[str, Any], path: Path, flag:
 
 
 def weights_of_run(run: Path) -> Path:
-    """The weights that a run folder's run has made: its student's, or those that train_scratch.py put elsewhere.
+    """Path of the weights that a finished run made: its student, or the file that train_scratch.py wrote elsewhere.
 
     Raises:
-        UserError: it is no run folder, or its run is not finished.
+        UserError: the folder is no run folder, its run is not finished, or the weights are no longer there.
     """
     if (run / "result.json").is_file():
         if (run / "student.pth").is_file():

@@ -1,4 +1,4 @@
-"""Published weights as they are (fetched, checked and loaded), and the normalization that belongs to them."""
+"""Loads and checks published weights, and chooses the normalization that belongs to them."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from engine.runtime.errors import UserError
 from engine.runtime.files import load_checkpoint
 
-# How a network's inputs are normalized, and who says so: a flag, else its checkpoint, else the dataset.
+# Normalization of a network's inputs: from a flag, else from its checkpoint, else from the dataset.
 #
-# Of weights that come with their model's own configuration (``timm:resnet18``), this stands in the checkpoint's place.
+# For weights with a configuration of their own (``timm:resnet18``), the configuration takes the checkpoint's place.
 
 
 class Normalization(NamedTuple):
-    """Subtracted and divided by, one value a channel of images in [0, 1], and where each comes from."""
+    """Mean and std of the input normalization, one value a channel of images in [0, 1], and the source of each."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -25,7 +25,7 @@ class Normalization(NamedTuple):
     std_from: str
 
     def as_flags(self, prefix: str = "") -> dict[str, list[float]]:
-        """For the fingerprint of what depends on it: {"<prefix>mean": ..., "<prefix>std": ...}."""
+        """{"<prefix>mean": ..., "<prefix>std": ...}, for the fingerprints of stages that depend on the normalization."""
         return {f"{prefix}mean": list(self.mean), f"{prefix}std": list(self.std)}
 
     def __str__(self) -> str:
@@ -42,17 +42,17 @@ def choose_normalization(
     prefix: str = "--",
     kind: str = "checkpoint",
 ) -> Normalization:
-    """Mean and std, each from the first that has it of flag, checkpoint and dataset.
+    """Takes mean and std each from the first source that gives it: the flag, the checkpoint, the dataset.
 
     Args:
         info: ``engine.data.datasets.DatasetInfo``.
-        mean, std: the flags' values; None where unset.
-        stored: the plain values beside the checkpoint's weights; published checkpoints have no normalization among them.
-        file: how errors call the checkpoint.
-        prefix: of the flags' names.
-        kind: what ``stored`` is of, as ``Normalization`` names it.
+        mean, std: values of the flags; None if a flag is not given.
+        stored: plain values stored beside the checkpoint's weights; those of published checkpoints have no mean and std.
+        file: name of the checkpoint in error messages.
+        prefix: prefix of the flags' names.
+        kind: word for the source ``stored`` in the result ('checkpoint' or 'model').
     Raises:
-        UserError: a flag or the checkpoint has anything but three finite numbers, std above 0.
+        UserError: a flag or the checkpoint gives anything but three finite numbers, or a std that is not above 0.
     """
     chosen, sources = [], []
     for name, given in (("mean", mean), ("std", std)):
@@ -78,11 +78,11 @@ def _checked(name: str, values: Any, what: str, advice: str) -> tuple[float, ...
 
 
 WRAPPERS = ("state_dict", "model", "net")
-PREFIXES = ("module.", "_orig_mod.")  # of DataParallel and of torch.compile
+PREFIXES = ("module.", "_orig_mod.")  # added by DataParallel and by torch.compile
 
 
 class WrongNetwork(UserError):
-    """A checkpoint is another network's. ``shapes`` are its tensors', without BN's batch counters."""
+    """A checkpoint holds another network. ``shapes`` are the shapes of its tensors, without BN's batch counters."""
 
     def __init__(self, message: str, shapes: dict[str, torch.Size]):
         super().__init__(message)
@@ -94,19 +94,20 @@ def first_line(error: Exception) -> str:
 
 
 def load_weights(network: nn.Module, path: Path, what: str = "teacher checkpoint", new_head: bool = False) -> dict[str, Any]:
-    """Loads a published checkpoint into ``network``, cast to its dtypes, or leaves it untouched and says why.
+    """Loads a published checkpoint into ``network``, cast to the network's dtypes. After an error ``network`` is unchanged.
 
-    Taken are a plain state dict or one under ``state_dict``, ``model`` or ``net``, with or without the prefixes of
-    DataParallel and torch.compile, as ``torch.save`` or safetensors file. No code from the file is ever run.
+    The file is a ``torch.save`` or safetensors file. Its state dict is plain or stored under ``state_dict``, ``model`` or
+    ``net``, with or without the prefixes of DataParallel and torch.compile. No code from the file is ever run.
 
     Args:
-        what: how errors call the file.
-        new_head: where the last layer alone differs, in its number of classes, leave the network's as it is.
+        what: name of the file in error messages.
+        new_head: if only the last layer differs, in its number of classes, keep that of ``network``.
     Returns:
-        The plain values that lie beside a wrapped state dict (arch, epoch, mean, class_names, ...), and ``dropped_head``,
-        its name and class count, where that was left out.
+        The plain values stored beside a wrapped state dict (arch, epoch, mean, class_names, ...), and ``dropped_head``,
+        the name and class count of a last layer that was left out.
     Raises:
-        UserError: unreadable, no state dict, NaN or infinite weights, another architecture or number of classes.
+        UserError: the file is unreadable, has no state dict, has NaN or infinite weights, or is of another architecture or
+            number of classes.
     """
     state, metadata = _unwrap(load_checkpoint(path, what), f"{what} {path}")
     wanted = network.state_dict()
@@ -144,7 +145,7 @@ def _unwrap(checkpoint: Any, file: str) -> tuple[dict[str, Tensor], dict[str, An
 
 
 def _check_fit(state: dict[str, Tensor], wanted: dict[str, Tensor], file: str, network: str, arch: str | None) -> None:
-    """Raises a UserError unless keys and shapes agree; BN's batch counters, which older files lack, do not matter."""
+    """Raises a UserError unless keys and shapes agree. BN's batch counters are ignored, because older files lack them."""
     missing = [key for key in wanted if key not in state and not key.endswith("num_batches_tracked")]
     unexpected = [key for key in state if key not in wanted and not key.endswith("num_batches_tracked")]
     misshaped = [key for key in wanted if key in state and state[key].shape != wanted[key].shape]
@@ -165,7 +166,7 @@ def _check_fit(state: dict[str, Tensor], wanted: dict[str, Tensor], file: str, n
 
 
 def _is_head(keys: list[str], state: dict[str, Tensor], wanted: dict[str, Tensor]) -> bool:
-    """Whether ``keys`` are one layer's weight and bias, which differ in the number of outputs only."""
+    """Whether ``keys`` are the weight and bias of one layer and differ only in the number of outputs."""
     return len({key.rpartition(".")[0] for key in keys}) == 1 and all(
         state[key].ndim == wanted[key].ndim > 0 and state[key].shape[1:] == wanted[key].shape[1:] for key in keys
     )

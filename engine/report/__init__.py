@@ -1,4 +1,4 @@
-"""Results -> tables, and a page to look at. Every table of results is made here; none is typed."""
+"""Turns the results of runs into tables, plots and a page. Every table of results is generated here, none is typed."""
 
 from engine.report.command import main, parse, table
 from engine.report.results import collect, group, published, write_lines

@@ -1,14 +1,14 @@
 """The command ``python -m engine.report``.
 
 python -m engine.report checkpoints/dda checkpoints/csd                 a table that fits a terminal
-python -m engine.report RUNS... --wide                                 with all columns
-python -m engine.report RUNS... --rounds --budget 100 --target 95      and the accuracy on the way there
-python -m engine.report RUNS... --csv table.csv
-python -m engine.report RUNS... --html report.html                     one page to look at: table, curves, pictures, cautions
-python -m engine.report RUNS... --images                               what their images are like (engine.report.images)
-python -m engine.report RUNS... --plot plot.png --x cpu_minutes        accuracy on the way there, of all runs
-python -m engine.report RUNS... --lines results.jsonl                  keep the results, a line a run, without the folders
-python -m engine.report results.jsonl --wide --into docs/results.md --name digits      rewrite that table in a file
+python -m engine.report RUNS... --wide                                 a table with all columns
+python -m engine.report RUNS... --rounds --budget 100 --target 95      also the accuracy during training
+python -m engine.report RUNS... --csv table.csv                        also a CSV file with all columns
+python -m engine.report RUNS... --html report.html                     one page with table, curves, pictures and cautions
+python -m engine.report RUNS... --images                               measures of the runs' images (engine.report.images)
+python -m engine.report RUNS... --plot plot.png --x cpu_minutes        accuracy curves of all runs
+python -m engine.report RUNS... --lines results.jsonl                  results, a line a run, to keep without the folders
+python -m engine.report results.jsonl --wide --into docs/results.md --name digits      replaces that table in a file
 """
 
 import argparse
@@ -34,29 +34,55 @@ from engine.runtime.flags import Parser
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line.
+    """Parses the command line.
 
     Raises:
-        UserError: --into without --name, or the other way round.
+        UserError: --into without --name, or --name without --into.
     """
-    parser = Parser(prog="python -m engine.report", description="Results -> a table, a row for all seeds.")
-    parser.add_argument("runs", nargs="+", type=Path, help="run folders, folders of them, or files written with --lines")
-    parser.add_argument("--wide", action="store_true", help="all columns")
-    parser.add_argument("--markdown", action="store_true", help="the table in Markdown")
-    parser.add_argument("--rounds", action="store_true", help="add the accuracy on the way")
-    parser.add_argument("--budget", type=int, least=1, metavar="STEPS", help="add the accuracy after so many student steps")
-    parser.add_argument(
-        "--target", type=float, above=0, most=100, metavar="ACC1", help="add the student steps to this accuracy in %%"
+    parser = Parser(
+        prog="python -m engine.report", description="Prints the results of runs as a table, one row for all seeds."
     )
-    parser.add_argument("--folders", action="store_true", help="name rows by their folders, not by the flags that differ")
-    parser.add_argument("--csv", type=Path, help="write the table here too, with all columns")
-    parser.add_argument("--html", type=Path, metavar="FILE.html", help="write a page with everything in it instead")
-    parser.add_argument("--images", action="store_true", help="what the runs' images are like; with --lines, keep that too")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the accuracies into this .png, .svg or .pdf")
-    parser.add_argument("--x", choices=AXES, default="steps", help="what the plot has them against [steps]")
-    parser.add_argument("--lines", type=Path, metavar="FILE.jsonl", help="put the results into this file, a line a run")
-    parser.add_argument("--into", type=Path, help="rewrite a Markdown table in this file instead of printing it")
-    parser.add_argument("--name", help="which table of that file")
+    parser.add_argument(
+        "runs", nargs="+", type=Path, help="run folders, folders of run folders, or files written by --lines"
+    )
+    parser.add_argument("--wide", action="store_true", help="show all columns")
+    parser.add_argument("--markdown", action="store_true", help="print the table in Markdown")
+    parser.add_argument("--rounds", action="store_true", help="add a table of the accuracy during training")
+    parser.add_argument(
+        "--budget", type=int, least=1, metavar="STEPS", help="add a column: accuracy after this number of student steps"
+    )
+    parser.add_argument(
+        "--target",
+        type=float,
+        above=0,
+        most=100,
+        metavar="ACC1",
+        help="add a column: student steps until this accuracy in %% was reached",
+    )
+    parser.add_argument(
+        "--folders", action="store_true", help="name rows by their run folders, not by the flags in which they differ"
+    )
+    parser.add_argument("--csv", type=Path, help="also write the table, with all columns, to this CSV file")
+    parser.add_argument(
+        "--html", type=Path, metavar="FILE.html", help="write a page with table, curves and pictures, and print no table"
+    )
+    parser.add_argument(
+        "--images",
+        action="store_true",
+        help="print measures of the runs' images instead (defined in engine/report/images.py); with --lines, store them",
+    )
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="plot accuracy curves to this .png, .svg or .pdf file, and print no table"
+    )
+    parser.add_argument("--x", choices=AXES, default="steps", help="--plot: horizontal axis [steps]")
+    parser.add_argument(
+        "--lines",
+        type=Path,
+        metavar="FILE.jsonl",
+        help="write the results to this file, one line a run, in place of lines of the same folders",
+    )
+    parser.add_argument("--into", type=Path, help="replace a Markdown table in this file instead of printing it")
+    parser.add_argument("--name", help="--into: name of the table between <!-- table:NAME --> and <!-- /table:NAME -->")
     args = parser.parse_args(argv)
     if bool(args.into) != bool(args.name):
         raise UserError("--into FILE and --name TABLE belong together; give both or none")
@@ -64,7 +90,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def table(args: argparse.Namespace) -> str:
-    """The table of every result under ``args.runs``, as the command line asks for it."""
+    """The table of all results under ``args.runs``, in the form that the command line asks for."""
     groups = group(_results(args))
     warn_of_repeated_seeds(groups)
     if args.images:
@@ -98,7 +124,7 @@ def main() -> None:
         print(f"{args.plot}: {lines} line{'s' * (lines != 1)}")
         return
     if args.html:
-        from engine.report.page import write_page  # needs matplotlib, which takes a second
+        from engine.report.page import write_page  # imports matplotlib, which takes a second
 
         write_page(args.html, group(collect(args.runs)))
         print(f"{args.html}: {args.html.stat().st_size / 1e6:.1f} MB")

@@ -1,4 +1,4 @@
-"""Curves and bars as SVG that stands inside a page: its words are text, its colours are the page's (light, dark, paper)."""
+"""Draws curves and bars as SVG inside a page, with words as text and colours from the page (light, dark, print)."""
 
 import io
 import re
@@ -9,21 +9,21 @@ from engine.report.tables import Groups, differing_flags, folder_of_every_seed
 from engine.runtime.errors import UserError
 from engine.runtime.files import atomic_path
 
-SERIES = 8  # colours of the page, --series-0 and on; after them the same again, dashed
+SERIES = 8  # number of line colours of the page, --series-0 and on; further lines repeat them, dashed
 DASHES = ("-", (0, (4, 2)), (0, (1, 1.5)))
-INK, GRID = "#010101", "#020202"  # stand for the colours of the page
-POINTS = 200  # of a line; more cannot be told apart
+INK, GRID = "#010101", "#020202"  # placeholders for the page's colours
+POINTS = 200  # largest number of points drawn of a line; more cannot be told apart
 
-Line = tuple[int, list[float], list[float]]  # which of the series, x, y
+Line = tuple[int, list[float], list[float]]  # number of the series, x values, y values
 
 
 def curves(lines: list[Line], x: str, title: str, size: tuple[float, float] = (4.2, 2.6)) -> str:
-    """Lines over one x axis.
+    """Draws lines over one x axis, as SVG.
 
     Args:
         x: name of the axis.
-        title: of the curve, also what a screen reader says.
-        size: inches; the page scales it.
+        title: description of the figure for screen readers.
+        size: width and height in inches; the page scales them.
     """
     figure, axes = _axes(size)
     for series, xs, ys in lines:
@@ -45,7 +45,7 @@ def curves(lines: list[Line], x: str, title: str, size: tuple[float, float] = (4
 
 
 def bars(counts: list[int], title: str, size: tuple[float, float] = (4.2, 1.8)) -> str:
-    """Counts by class number."""
+    """Draws counts by class number as a bar chart, as SVG."""
     figure, axes = _axes(size)
     axes.bar(range(len(counts)), counts, color=_color(0), width=0.8 if len(counts) <= 50 else 1.0)
     axes.set_xlabel("class")
@@ -83,7 +83,7 @@ def _svg(figure: Any, title: str) -> str:
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = file.getvalue()[file.getvalue().index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->|<style.*?</style>", "", text, flags=re.DOTALL)
-    text = re.sub(r'<g id="[^"]*"', "<g", text)  # of several pictures in one page they would be the same
+    text = re.sub(r'<g id="[^"]*"', "<g", text)  # several figures in one page would share their ids
     text = re.sub(r" font-family: [^;]*;| transform=\"rotate\(-0 [^)]*\)\"", "", text)
     text = text.replace(INK, "currentColor").replace(GRID, "var(--rule)")
     text = re.sub(r"#0300([0-9a-f]{2})", lambda m: f"var(--series-{int(m[1], 16)})", text)
@@ -91,7 +91,7 @@ def _svg(figure: Any, title: str) -> str:
     return re.sub(r"\s*\n\s*", "\n", text)
 
 
-# One plot of all runs: accuracy on the way, against minutes or student steps.
+# One plot of all runs: accuracy during training, against student steps, minutes or CPU-minutes.
 
 
 AXES = {"steps": "student_steps", "minutes": "minutes", "cpu_minutes": "cpu_minutes"}
@@ -100,15 +100,15 @@ FORMATS = (".png", ".svg", ".pdf")
 
 
 def plot(groups: Groups, file: Path, x: str = "steps", folders: bool = False) -> int:
-    """Draws a line a group, the mean over its seeds with a band from the least to the most; returns how many lines.
+    """Plots one line for each group, the mean over its seeds in a band from lowest to highest; returns their number.
 
-    Minutes begin with the run, so that making the first bank is in them.
+    Minutes count from the start of the run, so they include the time to make the first bank.
 
     Args:
         x: a key of ``AXES``.
-        folders: name lines by their folders.
+        folders: whether to name lines by their run folders.
     Raises:
-        UserError: there is nothing to draw, the file's ending is unknown, or matplotlib is missing.
+        UserError: there is nothing to plot, the file's suffix is unknown, or matplotlib is missing.
     """
     if file.suffix not in FORMATS:
         raise UserError(f"--plot {file} found, a name that ends in {', '.join(FORMATS)} wanted")
@@ -140,10 +140,13 @@ def plot(groups: Groups, file: Path, x: str = "steps", folders: bool = False) ->
 def lines_of(
     groups: Groups, axis: str, folders: bool
 ) -> list[tuple[str, list[float], list[float], list[float], list[float]]]:
-    """(name, x, mean, least, most accuracy over seeds), the highest last accuracy first; seeds meet epoch by epoch.
+    """Lines of the plot: (name, x, and mean, lowest and highest accuracy), sorted by final accuracy, highest first.
+
+    Mean, lowest and highest are taken over seeds, epoch by epoch.
 
     Args:
-        axis: name in a line of a run's history.
+        axis: key of the x value in the lines of a run's history.
+        folders: whether to name lines by their run folders.
     """
     found = []
     for runs, flags in zip(groups, differing_flags(groups)):

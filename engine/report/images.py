@@ -1,13 +1,15 @@
-"""Why a run stands where it stands: what its images are like, in its teacher's eyes and beside the real test images.
+"""Measures of a run's images: how its teacher classifies them, and how they compare with the real test images.
 
-Of each run up to ``MOST`` images that its student learnt from, evenly spaced, and as many test images, only to report:
+The measures are of up to ``MOST`` evenly spaced images that the student of a run learnt from. They are compared with as
+many test images, which are used only to report. Density, coverage and diversity are measured in the features of the
+teacher's penultimate layer.
 
-    wanted        % that the teacher names as the label says; none where a method asks for no label
-    classes       entropy of the histogram of the teacher's classes, by that of equal shares: 1 all alike, 0 one class alone
-    density       how deep the images lie among the real ones, about 1 where the two agree   } features of the teacher's
-    coverage      share of the real images that have one of them near, in [0, 1]             } last layer but one
+    wanted        % of the images that the teacher classifies as their label; empty if a method has no labels
+    classes       entropy of the teacher's predicted classes, as a share of its maximum: 1 all equally frequent, 0 one class
+    density       how deep the images lie among the real images; about 1 if both have the same distribution
+    coverage      share of the real images that have a synthetic image nearby, in [0, 1]
     BN distance   sum over the teacher's BN layers of |mean - running mean| + |variance - running variance|, of all images
-    diversity     mean distance of an image to the nearest other one, by that of the real images
+    diversity     mean distance of an image to its nearest other image, divided by that of the real images
 """
 
 import json
@@ -36,10 +38,10 @@ TEACHER = ("teacher", "teacher_ckpt", "teacher_mean", "teacher_std")
 
 
 def measured(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The results, each with its "image_figures"; those of a file of lines have them from there.
+    """Adds "image_figures" to the results of run folders; a result that has them from a file of lines keeps them.
 
     Raises:
-        UserError: a run's teacher or its test images are not there.
+        UserError: the teacher, the test images or the images of a run are missing.
     """
     found, known = [], {}
     for result in results:
@@ -51,10 +53,10 @@ def measured(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def figures(folder: Path, known: dict[str, Any]) -> dict[str, float | int | None]:
-    """Of one run folder.
+    """Computes the measures of the images of one run folder.
 
     Args:
-        known: teachers, with what they say of the test images, that other runs have needed.
+        known: cache of teachers and of their features of the test images; it is extended here.
     """
     images, labels = learnt_from(folder)
     args = json.loads((folder / "args.json").read_text())["args"]
@@ -70,7 +72,7 @@ def figures(folder: Path, known: dict[str, Any]) -> dict[str, float | int | None
 
 
 def open_teacher(args: dict[str, Any]):
-    """The teacher of a run on the CPU, and its dataset, by the run's flags."""
+    """Loads the teacher of a run on the CPU, and describes its dataset, from the run's flags."""
     info = dataset_info(DATASETS, *(args[name] for name in TASK))
     if own := own_weights(args["teacher"], info.name, args["teacher_ckpt"]):
         info = info.as_known_to(args["teacher"], own, keep_size=args["image_size"] is not None)
@@ -79,12 +81,13 @@ def open_teacher(args: dict[str, Any]):
 
 
 def learnt_from(folder: Path) -> tuple[Tensor, Tensor]:
-    """Up to ``MOST`` images (N, 3, H, W) uint8 that a run's student learnt from, and their labels (N,), -1 where it has none.
+    """Up to ``MOST`` images (N, 3, H, W) uint8 that a run's student learnt from, and their labels (N,), -1 for none.
 
-    Of a bank these are the initial images, those of its rounds and the variants that were kept; else its last images.
+    In a run with a bank they are from the initial images, the images of the rounds, and the kept variants. A run that
+    streams its images has stored only the last ones.
 
     Raises:
-        UserError: the run has left none.
+        UserError: the run has stored no images.
     """
     args = json.loads((folder / "args.json").read_text())["args"]
     if (folder / STREAMED).exists():
@@ -110,22 +113,24 @@ def learnt_from(folder: Path) -> tuple[Tensor, Tensor]:
 
 
 def spaced(count: int, most: int) -> Tensor:
-    """Up to ``most`` of ``count`` positions, evenly spaced."""
+    """Up to ``most`` evenly spaced positions in 0 .. count - 1."""
     return torch.linspace(0, count - 1, min(most, count)).round().long()
 
 
 @torch.no_grad()
 def features(teacher: nn.Module, batches: list[Tensor]) -> Tensor:
-    """(N, D) of images (B, 3, H, W) in [0, 1]."""
+    """The teacher's features (N, D) of batches of images (B, 3, H, W) in [0, 1]."""
     return torch.cat([teacher(images, return_features=True).features for images in batches]).float()
 
 
 @torch.no_grad()
 def compare(teacher: nn.Module, batches: list[Tensor], labels: Tensor, real: Tensor) -> dict[str, float | int | None]:
-    """What the module's docstring names, of images (B, 3, H, W) in [0, 1] with labels (N,).
+    """Computes the measures that the module's docstring defines.
 
     Args:
-        real: features (M, D) of real images; as many of either are compared.
+        batches: batches of images (B, 3, H, W) in [0, 1].
+        labels: labels of the images (N,), -1 for none.
+        real: features (M, D) of real images; min(N, M) of both kinds are compared.
     """
     with Statistics(teacher) as statistics:
         told = [teacher(images, return_features=True) for images in batches]
@@ -147,12 +152,12 @@ def compare(teacher: nn.Module, batches: list[Tensor], labels: Tensor, real: Ten
 
 
 def nearest(points: Tensor) -> float:
-    """Mean distance of a point to the nearest other one, of (N, D)."""
+    """Mean distance from a point to its nearest other point, for points (N, D)."""
     return float(torch.cdist(points, points).fill_diagonal_(torch.inf).amin(1).mean())
 
 
 class Statistics:
-    """Within this context the means and variances at the input of each BN layer are summed up, over all batches."""
+    """Context that collects the mean and variance at the input of each BN layer, over all batches."""
 
     def __init__(self, network: nn.Module):
         layers = [module for module in network.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
@@ -172,7 +177,7 @@ class Statistics:
         self.sums[layer] = [before + more for before, more in zip(self.sums[layer], added)]
 
     def distance(self) -> float | None:
-        """From the layers' running statistics; None where there is no such layer."""
+        """Distance of the collected statistics from the running statistics, summed over layers; None without BN layers."""
         total = 0.0
         for layer, (count, sums, squares) in self.sums.items():
             mean = sums / count

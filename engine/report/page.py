@@ -1,4 +1,4 @@
-"""The page of a report: one HTML file with everything in it, to be sent, printed and kept."""
+"""Writes a report as one self-contained HTML file, which can be sent, printed and kept."""
 
 import re
 import shlex
@@ -13,93 +13,95 @@ from engine.runtime.errors import UserError
 from engine.runtime.files import atomic_path
 from engine.runtime.run import progress
 
-# What a careful reader wants to know before believing a row.
+# Cautions: reasons to look closer before trusting the results of a row.
 
 
-CLOSE = 0.2  # points between best and last that are not worth a word
+CLOSE = 0.2  # points by which the best epoch may exceed the last without a caution
 
 
 def cautions(runs: list[dict[str, Any]], lines: list[dict[str, Any]], classes: int | None) -> list[str]:
     """One sentence for each reason to be careful with the runs of one row.
 
     Args:
-        runs: results that differ in the seed alone.
-        lines: metrics of the first of them, all stages.
-        classes: of its dataset; None: not known.
+        runs: results that differ only in the seed.
+        lines: metrics of the first run, of all stages.
+        classes: number of classes of its dataset; None: not known.
     """
     first, found = runs[0], []
     if len(runs) == 1:
-        found.append(f"One seed ({first['seed']}): nothing is known of the spread. Run more with --seeds.")
+        found.append(f"One seed ({first['seed']}): the spread over seeds is not known. Run more seeds with --seeds.")
     elif len(runs) < 3:
-        found.append("Two seeds: the spread is hardly known.")
+        found.append("Two seeds: the spread over seeds is only a rough estimate.")
     above = max(
         run["acc1_best"] - run["acc1_last"] if "acc1_last" in run else 0 for run in runs
     )  # with --no_test there is none
     if above >= CLOSE:
         found.append(
-            f"The best epoch on the test set is up to {above:.2f} points above the last. It was chosen on the test set, as "
-            "papers do; the last epoch is the result."
+            f"The best epoch on the test set is up to {above:.2f} points above the last. It is selected on the test set, as "
+            "in papers. The last epoch is the result."
         )
     if (prior := first.get("external_prior", "none")) != "none":
-        found.append(f"External prior {prior}: these images come from more than the teacher.")
+        found.append(f"External prior {prior}: the images do not come from the teacher alone.")
     if (share := first.get("bank_teacher_acc1")) is not None and share < 50:
-        found.append(f"The teacher names only {share:.1f} % of the bank's images as their labels say.")
+        found.append(f"The teacher classifies only {share:.1f} % of the bank's images as their labels.")
     if str(first.get("commit", "unknown")) == "unknown":
         found.append("The commit of the code is not recorded.")
     elif first["commit"].endswith("+"):
-        found.append(f"The code had changes that are in no commit ({first['commit']}).")
+        found.append(f"The code had uncommitted changes ({first['commit']}).")
     return found + _unmoved(first["history"], lines, classes)
 
 
 def _unmoved(history: list[dict[str, Any]], lines: list[dict[str, Any]], classes: int | None) -> list[str]:
-    """Accuracies and losses that are at the end where they were at the start."""
+    """Cautions for an accuracy that stayed near chance, and for accuracies and losses that hardly changed."""
     found, accuracies = [], [line["acc1"] for line in history if "acc1" in line]
     if classes and accuracies and max(accuracies) < 150 / classes:
-        found.append(f"The accuracy never rose above chance ({100 / classes:.3g} %) by more than half.")
+        found.append(f"The accuracy stayed below 1.5 times the chance level of {100 / classes:.3g} %.")
     elif len(accuracies) > 2 and max(accuracies) - min(accuracies) < 0.5:
-        found.append("The accuracy never moved from its start.")
+        found.append("The accuracy changed by less than 0.5 points during the run.")
     for stage in dict.fromkeys(line["stage"] for line in lines):
         of_stage = [line for line in lines if line["stage"] == stage]
         for name in dict.fromkeys(name for line in of_stage for name in line if is_loss(name)):
             values = [line[name] for line in of_stage if name in line]
             if len(values) > 2 and max(values) - min(values) <= 0.01 * max(map(abs, values)):
-                found.append(f"{name} of stage {stage} never moved from its start ({values[0]:.3g}).")
+                found.append(f"{name} of stage {stage} changed by at most 1 % (first value {values[0]:.3g}).")
     return found
 
 
 def is_loss(name: str) -> bool:
-    """Whether a column of metrics.jsonl is a curve to look at beside the accuracy."""
+    """Whether a column of metrics.jsonl is drawn as a curve besides the accuracy."""
     return name not in ("stage", "round", "images", "student_steps", "minutes", "acc1", "acc5")
 
 
 def cautions_of_all(groups: list[list[dict[str, Any]]]) -> list[str]:
-    """The same for rows side by side."""
+    """One sentence for each reason to be careful when comparing the rows."""
     found, runs = [], [run for group in groups for run in group]
     if any(run["method"] == "scratch" for run in runs):
-        found.append('The rows "real data" were trained on the real images: a bound, not a rival.')
+        found.append('The rows "real data" were trained on the real images. They are a reference, not data-free.')
     for dataset in dict.fromkeys(run["dataset"] for run in runs):
         digests = {run["teacher_digest"] for run in runs if run["dataset"] == dataset and run.get("teacher_digest")}
         if len(digests) > 1:
-            found.append(f"The rows of {dataset} have {len(digests)} different teachers (by their weights).")
+            found.append(f"The rows of {dataset} use {len(digests)} different teachers (their weights differ).")
     machines = {run.get("machine") for run in runs} - {None}
     if len(machines) > 1:
-        found.append(f"The runs were made on different machines ({', '.join(sorted(machines))}): compare no times.")
+        found.append(
+            f"The runs were made on different machines ({', '.join(sorted(machines))}). Do not compare their times."
+        )
     if any(run.get("published") for run in runs):
-        found.append("Published figures are those of the best epoch on the test set; compare them with ours of the best.")
+        found.append("Published figures are of the best epoch on the test set. Compare them with the column 'best'.")
     if len({len(group) for group in groups}) > 1:
         found.append("The rows have different numbers of seeds.")
     return found
 
 
-LIMIT = 4_500_000  # characters of curves and pictures; rows that come later do without
-NARROW = ("method", "acc1", "best")  # columns for which a phone has room
-DASHES = ("", "4 2", "1 1.5")  # of the lines in the legend, as in ``curves``
+LIMIT = 4_500_000  # largest number of characters of curves and pictures; later rows have none
+NARROW = ("method", "acc1", "best")  # columns shown on a phone
+DASHES = ("", "4 2", "1 1.5")  # dashes of the legend's lines, as in ``curves``
 NO_PICTURES = {"bank": [], "variants": [], "counts": [], "sheet": ""}
-AXES = (("student_steps", "student steps"), ("minutes", "minutes"))  # of the curves; stages without students count rounds
+AXES = (("student_steps", "student steps"), ("minutes", "minutes"))  # x axes; rounds in stages without a student
 
 
 def write_page(file: Path, groups: Groups) -> None:
-    """Writes the report on results, each group of which is a row.
+    """Writes the report on groups of results; each group is a row.
 
     Raises:
         UserError: jinja2 or matplotlib is not installed.
@@ -122,7 +124,7 @@ def write_page(file: Path, groups: Groups) -> None:
 
 
 def contents(groups: Groups) -> dict[str, Any]:
-    """What the template is filled with."""
+    """Values for the template of the page."""
     rows = table_rows(groups)
     names = filled_columns(rows)
     entries, room = [], LIMIT
@@ -159,7 +161,7 @@ def contents(groups: Groups) -> dict[str, Any]:
 
 
 def table_rows(groups: Groups) -> list[dict[str, str]]:
-    """The rows of the brief table, the best epoch's accuracy beside the last one's."""
+    """Rows of the brief table, with the accuracy of the best epoch beside that of the last."""
     rows = []
     for runs, line in zip(groups, brief_rows(groups)):
         best = {"best": spread([run.get("acc1_best") for run in runs])}
@@ -170,13 +172,13 @@ def table_rows(groups: Groups) -> list[dict[str, str]]:
 
 
 def sort_key(text: str) -> str:
-    """The number that a cell begins with, or its words."""
+    """Key by which the page sorts a cell: the number at its beginning, else its text in lower case."""
     number = re.match(r"[-+]?\d+(\.\d+)?", text)
     return number[0] if number else text.lower()
 
 
 def accuracy_curves(groups: Groups, size: tuple[float, float]) -> dict[str, str]:
-    """The accuracy on the way, {axis: SVG}: by student steps the mean over seeds, by minutes the first seed."""
+    """Curves of the test accuracy, {axis: SVG}: by student steps the mean over seeds, by minutes the first seed."""
     lines: dict[str, list] = {axis: [] for axis, _ in AXES}
     for number, runs in enumerate(groups):
         histories = [
@@ -193,7 +195,7 @@ def accuracy_curves(groups: Groups, size: tuple[float, float]) -> dict[str, str]
 
 
 def details(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """What there is to see of a row's first seed; nothing but its result where only a line of it was kept."""
+    """What the page shows of a row's first seed; if there is no run folder, only what its result holds."""
     first, folder = runs[0], Path(runs[0]["path"])
     lines = metrics(folder)
     seen = NO_PICTURES | (pictures(folder) if folder.is_dir() else {})
@@ -218,7 +220,7 @@ def details(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _curves(lines: list[dict[str, Any]]) -> list[tuple[str, list[tuple[str, dict[str, str]]]]]:
-    """(stage, [(name, {axis: SVG})]) of the figures of each stage that have at least two values, the accuracy aside."""
+    """Curves of each stage, (stage, [(name, {axis: SVG})]), of all metrics with at least two values but accuracies."""
     found = []
     for stage in dict.fromkeys(line["stage"] for line in lines):
         of_stage = [line for line in lines if line["stage"] == stage]
@@ -229,7 +231,7 @@ def _curves(lines: list[dict[str, Any]]) -> list[tuple[str, list[tuple[str, dict
 
 
 def _curve(lines: list[dict[str, Any]], name: str, title: str) -> dict[str, str]:
-    """{axis: SVG} of one figure of one stage."""
+    """Curves of one metric of one stage, {axis: SVG}."""
     by = {}
     for axis, x in AXES:
         if axis == "student_steps" and axis not in lines[0]:
@@ -242,6 +244,6 @@ def _curve(lines: list[dict[str, Any]], name: str, title: str) -> dict[str, str]
 
 
 def one_flag_a_line(command: str) -> str:
-    """A command for the shell with a line for each flag."""
+    """Quotes a command for the shell and puts each flag on a line of its own."""
     words = [shlex.quote(word) for word in shlex.split(command)]
     return " ".join(f"\\\n  {word}" if word.startswith("--") else word for word in words)

@@ -1,4 +1,4 @@
-"""Results of runs: from run folders or from a file with a line a run, grouped into the rows of a table."""
+"""Reads the results of runs, from run folders or from a file with a line a run, and groups them into rows of a table."""
 
 import base64
 import io
@@ -25,19 +25,20 @@ RESULT = {
     "variants_kept?": COUNT, "synthesis_seconds?": SECONDS, "cpu_seconds?": SECONDS, "bank_teacher_acc1?": PERCENT, "bank_loss_bn?": float,
     "history?": [LINE],
 }  # fmt: skip
-OF_A_METHOD = {"teacher": str, "external_prior": str}  # what training on real data has not
-OF_A_LINE = {"folder": str, "history": [LINE]}  # what a file with a line a run has besides
-PATHS = ("teacher_ckpt", "init_bank", "init_variants")  # a path with the seed in it stands for one of the same kind a seed
+OF_A_METHOD = {"teacher": str, "external_prior": str}  # fields that training on real data does not have
+OF_A_LINE = {"folder": str, "history": [LINE]}  # further fields in a file with a line a run
+PATHS = ("teacher_ckpt", "init_bank", "init_variants")  # flags whose path may contain the seed; see ``settings``
 
 
 def collect(places: list[Path]) -> list[dict[str, Any]]:
-    """The results of runs, in the order of their folders.
+    """Reads the results of runs, sorted by folder within each place.
 
-    Beside what result.json holds, each has "history", the lines of metrics.jsonl with an accuracy or an agreement and the
-    minutes they came after, "folder", the run's folder below the one given, and "path", where it was read.
+    Each result has the fields of result.json and three more. "history" holds the lines of metrics.jsonl with an accuracy or
+    an agreement, and the minutes since the start of the run. "folder" is the run folder relative to the given place. "path"
+    is where the result was read.
 
     Args:
-        places: run folders, folders of them, and files that ``write_lines`` wrote.
+        places: run folders, folders of run folders, and files that ``write_lines`` wrote.
     Raises:
         UserError: a place does not exist, or there is no result at all.
     """
@@ -64,10 +65,13 @@ def _read_folders(place: Path) -> list[dict[str, Any]]:
 
 
 def checked(result: Any, what: str, also: dict[str, Any] = {}) -> dict[str, Any]:
-    """The result of a run, without those fields that are null and may be missing.
+    """Checks the result of a run, and drops optional fields that are null.
 
+    Args:
+        what: name of the result in error messages.
+        also: further required fields.
     Raises:
-        UserError: ``what``, its name, is no result with these fields besides.
+        UserError: a field is missing or has a wrong value.
     """
     advice = "wanted a run's result.json, or a file that python -m engine.report --lines wrote"
     require(result, RESULT | also, what, advice)
@@ -82,7 +86,7 @@ def checked(result: Any, what: str, also: dict[str, Any] = {}) -> dict[str, Any]
 
 
 def _read_file(file: Path) -> list[dict[str, Any]]:
-    """The results in a file with a line a run.
+    """Reads the results in a file with a line a run.
 
     Raises:
         UserError: a line is not a result.
@@ -101,7 +105,7 @@ def _read_file(file: Path) -> list[dict[str, Any]]:
 
 
 def write_lines(file: Path, results: list[dict[str, Any]]) -> int:
-    """Puts results into a file, one line each, in place of those of the same folder; returns how many it then has."""
+    """Writes results to a file, one line each, in place of lines of the same folder; returns the file's number of lines."""
     known = {result["folder"]: result for result in (_read_file(file) if file.exists() else [])}
     known |= {result["folder"]: result for result in results}
     lines = [{k: v for k, v in known[name].items() if k != "path"} for name in sorted(known, key=lambda n: Path(n).parts)]
@@ -111,9 +115,10 @@ def write_lines(file: Path, results: list[dict[str, Any]]) -> int:
 
 
 def group(results: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """Results that differ in nothing but the seed, together; real-data training first, then by method.
+    """Groups results that differ only in the seed.
 
-    Data and teacher are told apart by their digests, which are among the settings.
+    Groups are sorted by dataset, with training on real data first, then by student steps and method. Data and teachers are
+    distinguished by their digests, which are among the settings.
     """
     groups: dict[tuple, list] = {}
     for result in results:
@@ -126,7 +131,7 @@ def group(results: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
 
 
 def warn_of_repeated_seeds(groups: list[list[dict[str, Any]]]) -> None:
-    """A line on stderr for each seed that is in a row more than once: its run counts twice in mean and spread."""
+    """Warns on stderr of each seed that a row has more than once: mean and standard deviation count it repeatedly."""
     for runs in groups:
         for seed, count in Counter(run["seed"] for run in runs).items():
             if count > 1:
@@ -135,18 +140,18 @@ def warn_of_repeated_seeds(groups: list[list[dict[str, Any]]]) -> None:
 
 
 def settings(result: dict[str, Any]) -> dict[str, Any]:
-    """The flags and inputs on which a result depends, but for the seed.
+    """The flags and inputs on which a result depends, without the seed.
 
-    A teacher goes by its digest, a bank by its path; where the path has the seed in it (``{seed}`` or ``seed0``), each seed
-    has its own, and it goes by the path with ``{seed}`` in place of the number. A flag that is unset counts as one that the
-    version of a run did not have.
+    A teacher is identified by its digest and a bank by its path. A path that contains the seed (``{seed}`` or ``seed0``) is
+    another for each seed, so ``{seed}`` replaces the number in it. A flag without a value counts as missing, like a flag
+    that the version of a run did not have.
     """
     found = {name: value for name, value in result.get("settings", {}).items() if name != "seed" and value is not None}
     return found | {name: path for name in PATHS if (path := path_of_every_seed(result, name))}
 
 
 def path_of_every_seed(result: dict[str, Any], name: str) -> str | None:
-    """The path that the command gave with ``--<name>``, ``{seed}`` standing for the run's seed; None without it."""
+    """Path that the command gave with ``--<name>``, with ``{seed}`` for the run's seed; None if it contains no seed."""
     given = re.search(rf"--{name.replace('_', '[_-]')}[ =]'?([^\s']+)", result.get("command", ""))
     path = given[1] if given else str(result.get("settings", {}).get(name))
     path = re.sub(rf"(?<=seed){result['seed']}(?!\d)", "{seed}", path)
@@ -156,11 +161,11 @@ def path_of_every_seed(result: dict[str, Any], name: str) -> str | None:
 def published(
     table: dict[str, dict[str, tuple]], pairs: tuple, method: str, dataset: str, teacher: str, student: str, settings: dict
 ) -> float | None:
-    """The accuracy that its paper reports for a method, pair and dataset (best test epoch), or None.
+    """Accuracy that the paper of a method reports for a pair and dataset (best test epoch); None if it reports none.
 
     Args:
         table, pairs: ``registry.PUBLISHED`` and ``registry.PAIRS``.
-        settings: the run's flags by name; a row of the table may ask for some.
+        settings: flags of the run by name; a row of the table may hold only for certain values.
     """
     for name, by_pair in table.get(dataset, {}).items():
         row, *flags = name.split(" --")
@@ -170,17 +175,17 @@ def published(
     return None
 
 
-# What a run folder has to show: its metrics with their times, its images, the classes of them, teacher against student.
+# Contents of a run folder for the page: metrics with times, images, class counts, and teacher against student.
 
 
-SHOWN, SOURCES, VARIANTS = 30, 8, 4  # images of a bank; sources of variants, and of each so many
-PIXELS = 96  # px an image has at most in the page
-SHEET = 720  # the same for a whole sheet of them
-MOST_CLASSES = 20  # of which a table of all pairs can be read
+SHOWN, SOURCES, VARIANTS = 30, 8, 4  # images shown of a bank, sources shown with variants, variants shown of a source
+PIXELS = 96  # longest side in px of an image in the page
+SHEET = 720  # longest side in px of a sheet of images
+MOST_CLASSES = 20  # largest number of classes for which a table of all pairs is readable
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl, with "minutes" and "cpu_minutes" since the run began where times.jsonl has them."""
+    """Reads metrics.jsonl and adds the "minutes" and "cpu_minutes" since the start of the run, if times.jsonl has them."""
     names = {"seconds": "minutes", "cpu_seconds": "cpu_minutes"}
     times = {
         (line["stage"], line["round"]): {names[name]: round(line[name] / 60, 4) for name in names if name in line}
@@ -190,9 +195,10 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def pictures(folder: Path) -> dict[str, Any]:
-    """ "bank": [(image, class number)], "variants": [(source, [(image, cosine, kept)])], "counts": of each class.
+    """Images of a run for the page, as data URIs.
 
-    Where there is no bank of its own, "sheet": the last images that the student learnt from. Images are data URIs.
+    "bank": [(image, class number)], "variants": [(source, [(image, cosine, kept)])], "counts": number of images per class.
+    A run without a bank has only "sheet", a picture of the last images that the student learnt from.
     """
     from engine.data.bank import ImageBank, find_bank, read_manifest
     from engine.loops.session import INITIAL
@@ -208,7 +214,7 @@ def pictures(folder: Path) -> dict[str, Any]:
         sheet = folder / "pictures" / "images.png"
         return {"sheet": _sheet(sheet)} if sheet.exists() else {}
     classes = banks[0].manifest.num_classes
-    first = parts[0]  # the initial images, of which the variants are; the rounds' where there are none
+    first = parts[0]  # the initial images, the sources of the variants; if there are none, the rounds' images
     order = first["labels"].argsort(stable=True)
     chosen = order[:: max(1, len(order) // SHOWN)][:SHOWN].tolist()
     shown = [(_data_uri(first["images"][[k]][0]), int(first["labels"][k])) for k in chosen]
@@ -218,7 +224,7 @@ def pictures(folder: Path) -> dict[str, Any]:
 
 
 def _variants(folder: Path, place: Path, sources: dict[str, Any]) -> list[tuple[str, list[tuple[str, float, bool]]]]:
-    """Some sources with their variants in ``place``; the run in ``folder`` has decided which to keep."""
+    """Some sources with their variants in ``place``, and whether the run in ``folder`` kept each variant."""
     from engine.data.bank import ImageBank, read_manifest
     from engine.loops.makers import SCORES
     from engine.runtime.files import load_tensors
@@ -243,7 +249,7 @@ def _variants(folder: Path, place: Path, sources: dict[str, Any]) -> list[tuple[
 
 
 def _data_uri(image) -> str:
-    """(3, H, W) uint8, as PNG; larger ones than ``PIXELS`` shrunk to it, as JPEG."""
+    """Encodes an image (3, H, W) uint8 as PNG; an image larger than ``PIXELS`` is shrunk to that size, as JPEG."""
     from PIL import Image
 
     return _encode(Image.fromarray(image.permute(1, 2, 0).numpy()), PIXELS)
@@ -265,10 +271,10 @@ def _encode(picture, limit: int) -> str:
 
 
 def confusion(folder: Path) -> dict[str, Any] | None:
-    """Teacher against student on the test set, from confusion.json: "agreement" in %, and what they disagree about.
+    """Predictions of teacher and student on the test set, from confusion.json; None if there is no such file.
 
-    "tables": [(who stands in the rows, (C, C) counts)] up to ``MOST_CLASSES``; of more classes "pairs" alone, the ten most
-    frequent ones: (the teacher's class, the student's, how often).
+    "agreement": % of the images on which the two agree. "tables": [(name of the rows, (C, C) counts)], only for up to
+    ``MOST_CLASSES`` classes. "pairs": the ten most frequent disagreements, (teacher's class, student's class, count).
     """
     file = folder / "confusion.json"
     if not file.exists():

@@ -1,4 +1,4 @@
-"""Groups of results -> rows of a table."""
+"""Turns groups of results into the rows of a table, and rows into text."""
 
 import re
 import statistics
@@ -11,26 +11,26 @@ from engine.runtime.errors import UserError
 from engine.runtime.files import atomic_path
 from engine.runtime.stage_record import show
 
-# Rows of equal keys -> text: Markdown, or columns for a terminal.
+# Rows, which all have the same keys, as text: Markdown, or aligned columns for a terminal.
 
 
 def filled_columns(rows: list[dict[str, str]]) -> list[str]:
-    """The columns in which anything stands."""
+    """Names of the columns that have a value in at least one row."""
     return [name for name in rows[0] if any(row[name] for row in rows)]
 
 
 def markdown(rows: list[dict[str, str]]) -> str:
-    """A Markdown table, without empty columns."""
+    """Formats rows as a Markdown table, without empty columns."""
     names = filled_columns(rows)
     lines = [names, ["---"] * len(names), *([row[name] for name in names] for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def aligned(rows: list[dict[str, str]], width: int | None = None) -> str:
-    """Aligned columns without empty ones, numbers to the right.
+    """Formats rows in aligned columns, without empty ones. Columns of numbers are aligned to the right.
 
     Args:
-        width: characters a line at most. Where the table is wider, the widest columns are wrapped.
+        width: largest number of characters in a line. If the table is wider, its widest columns are wrapped.
     """
     names = filled_columns(rows)
     cells = [names, *([row[name] for name in names] for row in rows)]
@@ -53,10 +53,10 @@ def aligned(rows: list[dict[str, str]], width: int | None = None) -> str:
 
 
 def replace_table(file: Path, name: str, table: str) -> None:
-    """Puts ``table`` between ``<!-- table:name -->`` and ``<!-- /table:name -->`` of a file.
+    """Replaces the text between ``<!-- table:name -->`` and ``<!-- /table:name -->`` in a file by ``table``.
 
     Raises:
-        UserError: the markers are not there.
+        UserError: the file does not have these markers.
     """
     text = file.read_text()
     pattern = re.compile(rf"(<!-- table:{re.escape(name)}\b[^>]*-->\n).*?(<!-- /table:{re.escape(name)} -->)", re.DOTALL)
@@ -68,12 +68,12 @@ def replace_table(file: Path, name: str, table: str) -> None:
         temporary.write_text(pattern.sub(lambda m: m[1] + table + "\n" + m[2], text))
 
 
-Groups = list[list[dict[str, Any]]]  # results that differ in the seed alone, together
-FACTS = ("dataset", "teacher", "network", "student steps", "seeds")  # columns of the brief table only where its rows differ
+Groups = list[list[dict[str, Any]]]  # each group: results that differ only in the seed
+FACTS = ("dataset", "teacher", "network", "student steps", "seeds")  # columns of the brief table only if its rows differ
 
 
 def spread(values: list[float | None], digits: int = 2) -> str:
-    """ "mean ± standard deviation" over seeds, or the value alone; "" where there is none."""
+    """ "mean ± standard deviation" over seeds, a single value as it is, or "" if there is no value."""
     numbers = [v for v in values if v is not None]
     if not numbers:
         return ""
@@ -82,7 +82,7 @@ def spread(values: list[float | None], digits: int = 2) -> str:
 
 
 def differing_flags(groups: Groups) -> list[str]:
-    """For each group " --flag value ..." of what sets it apart from the others of its method, dataset and networks."""
+    """For each group, " --flag value ..." for the settings in which groups of its method, dataset and networks differ."""
     texts = []
     for runs in groups:
         mine = runs[0]
@@ -95,7 +95,7 @@ def differing_flags(groups: Groups) -> list[str]:
 
 
 def synthesis_and_distillation(result: dict[str, Any]) -> tuple[float | None, float | None]:
-    """Seconds spent on making images, in whatever stage, and on the student; None where a part is not known."""
+    """Seconds spent on synthesis in all stages, and on training the student; None for a part that is not known."""
     inside = result.get("synthesis_seconds", 0)
     before = [seconds for stage, seconds in result["seconds"].items() if stage != "distill"]
     total = result["seconds"].get("distill")
@@ -104,7 +104,7 @@ def synthesis_and_distillation(result: dict[str, Any]) -> tuple[float | None, fl
 
 
 def steps_to(runs: list[dict[str, Any]], target: float) -> str:
-    """Student steps after which ``target`` % was first reached, mean over seeds; those that never did are counted."""
+    """Student steps after which ``target`` % was first reached, as mean over seeds, and the number that never did."""
     tested = [[line for line in run["history"] if "acc1" in line] for run in runs]
     reached = [next((line["student_steps"] for line in lines if line["acc1"] >= target), None) for lines in tested]
     numbers = [steps for steps in reached if steps is not None]
@@ -115,13 +115,13 @@ def steps_to(runs: list[dict[str, Any]], target: float) -> str:
 def row(
     runs: list[dict[str, Any]], flags: str = "", budget: int | None = None, target: float | None = None, hours: bool = False
 ) -> dict[str, str]:
-    """One line of the table: the runs of one group. Times are not averaged over several machines.
+    """One row of the table, for the runs of one group. Times are left out if the runs used several machines.
 
     Args:
-        flags: what to say behind the method's name.
-        budget: student steps at which to show the accuracy too.
-        target: accuracy in % for which to show the student steps.
-        hours: times in hours, not in seconds.
+        flags: text to add to the method's name.
+        budget: number of student steps after which the accuracy is shown too.
+        target: accuracy in % for which the number of student steps is shown.
+        hours: whether times are in hours instead of seconds.
     """
     first = runs[0]
     real = first["method"] == "scratch"
@@ -182,14 +182,17 @@ def row(
 def rows_of(
     groups: Groups, budget: int | None = None, target: float | None = None, folders: bool = False
 ) -> list[dict[str, str]]:
-    """The rows of the table, times in hours if any is an hour or more; ``folders`` names them by their folders."""
+    """Rows of the table, with times in hours if any is an hour or more; ``folders`` names rows by their run folders."""
     return [line for _, line in _runs_and_rows(groups, budget, target, folders)]
 
 
 def brief_rows(
     groups: Groups, budget: int | None = None, target: float | None = None, folders: bool = False
 ) -> list[dict[str, str]]:
-    """The same with the columns that matter most, and what the rows differ in; the whole run's time, if one machine ran all."""
+    """Rows with the most important columns, and those of ``FACTS`` in which the rows differ.
+
+    The time is that of a whole run. It is left out if the runs of the table used several machines.
+    """
     pairs = _runs_and_rows(groups, budget, target, folders)
     shared = _shared(pairs)
     rows = []
@@ -215,7 +218,7 @@ def brief_rows(
 
 
 def what_all_share(groups: Groups) -> str:
-    """A line that says what all rows of the brief table have in common."""
+    """One line that states what all rows of the brief table have in common."""
     shared = _shared(_runs_and_rows(groups))
     words = [shared.get("dataset"), " -> ".join(shared[n] for n in ("teacher", "network") if n in shared)]
     words += [f"{shared['student steps']} student steps" if shared.get("student steps") else ""]
@@ -226,7 +229,7 @@ def what_all_share(groups: Groups) -> str:
 
 
 def _shared(pairs: list[tuple[list[dict[str, Any]], dict[str, str]]]) -> dict[str, str]:
-    """Of FACTS, those in which all rows agree, but for training on real data."""
+    """Values of the ``FACTS`` in which all rows agree; rows of training on real data are not compared."""
     lines = [line for _, line in pairs if line["teacher"]] or [line for _, line in pairs]
     return {name: lines[0][name] for name in FACTS if len({line[name] for line in lines}) == 1}
 
@@ -251,7 +254,7 @@ def folder_of_every_seed(result: dict[str, Any]) -> str:
 
 
 def rounds_rows(groups: Groups, columns: int = 10) -> list[dict[str, str]]:
-    """Accuracy on the way: mean ± std over seeds after up to ``columns`` evenly spaced epochs, by student steps."""
+    """Rows of the accuracy by student steps: mean ± std over seeds after up to ``columns`` evenly spaced epochs."""
     rows = []
     for runs, text in zip(groups, differing_flags(groups)):
         histories = [run["history"] for run in runs if run["method"] != "scratch" and "acc1_last" in run and run["history"]]
@@ -267,17 +270,17 @@ def rounds_rows(groups: Groups, columns: int = 10) -> list[dict[str, str]]:
     return [{"acc1 after student steps": r["method"]} | {n: r.get(n, "") for n in names} for r in rows]
 
 
-IMAGE_FIGURES = {  # of engine.report.images: {name: (column, digits)}
+IMAGE_FIGURES = {  # measures of engine.report.images: {name: (column, digits)}
     "wanted": ("wanted %", 1), "classes": ("classes", 2), "density": ("density", 2), "coverage": ("coverage", 2),
     "bn_distance": ("BN distance", 1), "diversity": ("diversity", 2),
 }  # fmt: skip
 
 
 def image_rows(groups: Groups, folders: bool = False) -> list[dict[str, str]]:
-    """What the images of each group are like, mean ± std over seeds, the best student first.
+    """Rows with the image measures of each group, mean ± std over seeds, the highest student accuracy first.
 
     Raises:
-        UserError: no run has figures of its images.
+        UserError: no run has measures of its images.
     """
     rows = []
     for runs, flags in zip(groups, differing_flags(groups)):

@@ -1,10 +1,10 @@
-"""Damages files, gives odd flags and hostile files, kills runs and fills the disk, and counts what becomes of it.
+"""Tests with damaged files, odd flags, hostile files, killed runs and full disks, and counts the outcomes.
 
-    python -m tests.campaign --minutes 10 --seed 0          all of it, in turn
-    python -m tests.campaign --minutes 10 --only files flags        of files, flags, payloads, full and kills
+    python -m tests.campaign --minutes 10 --seed 0                  all kinds of input, in turn
+    python -m tests.campaign --minutes 10 --only files flags        some of: files, flags, payloads, full, kills
 
-Wanted are three outcomes: one line and exit 2; accepted, with finite numbers; resumed, bit-equal to an unbroken run. Anything
-else is printed with the command that repeats it, and the exit code is 1.
+Three outcomes are right: an error of one line with exit code 2; accepted, with finite numbers; resumed, bit-equal to an
+unbroken run. Any other outcome is printed with the input that repeats it, and the exit code is 1.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from tests.campaign.sandbox import ACCEPTED, EQUAL, GOOD, MEMORY, ROOM, Outcome,
 from tests.conftest import ROOT
 
 KINDS = ("files", "flags", "payloads", "full", "kills")
-MOST = 120  # inputs a process
+MOST = 120  # largest number of inputs for one process
 ODD_TEXT = (
     "", "x", "x" * 300, "a\nb", "../../..", "/dev/null", "{seed}", "é\u2028", "-", "nan", "1,2", ",", "/proc/self/mem", "x:y(z=1)",
 )  # fmt: skip
@@ -46,9 +46,10 @@ class Campaign:
     """Runs inputs until the time is over.
 
     Args:
-        files: the readers' files are made, also (``slow``) those of readers that are whole commands.
-        shown: the inputs' own output is shown.
-        log: a file that gets a line a batch; what is in it counts, and the inputs go on behind it.
+        files: whether to make the files of the readers.
+        slow: whether to make those of readers that are whole commands too.
+        shown: whether to show the output of the inputs.
+        log: file that gets one line a batch; an existing file is counted and continued.
     """
 
     def __init__(self, root: Path, seed: int, minutes: float, files: bool, slow: bool, shown: bool, log: Path | None):
@@ -68,8 +69,8 @@ class Campaign:
             self.readers = readers.build(root / "whole", self.teacher, slow) if files else {}
             if slow:
                 readers.warm(files)
-        gc.freeze()  # so that forks do not copy what they only look through
-        for name, reader in self.readers.items():  # what is whole is accepted
+        gc.freeze()  # so that garbage collection in forks does not copy memory
+        for name, reader in self.readers.items():  # unchanged files are accepted
             folder = readers.shutil.copytree(reader.folder, root / "changed")
             (outcome,) = run_all([(name, lambda: reader.read(folder) is not None and ACCEPTED)], 60, self.canary, shown)
             assert outcome.kind == ACCEPTED, (name, outcome)
@@ -78,7 +79,7 @@ class Campaign:
         self.end = self.begun + 60 * minutes
 
     def run(self, kinds: tuple[str, ...], batches: int | None = None) -> None:
-        """Each kind in turn, until the time is over, or so many batches are done; each has one batch at least."""
+        """Runs the kinds in turn until the time is over or ``batches`` are done; each kind has at least one batch."""
         done = 0
         while time.monotonic() < self.end:
             for kind in kinds:
@@ -92,7 +93,7 @@ class Campaign:
                         break
 
     def note(self, row: str, outcomes: list[tuple[str, Outcome]], wanted: tuple[str, ...] = GOOD) -> None:
-        """Counts the outcomes of named inputs; those that are not wanted are printed."""
+        """Counts the outcomes of named inputs and prints those that are not in ``wanted``."""
         counts = Counter(outcome.kind for _, outcome in outcomes)
         bad = [(row, name, *o) for name, o in outcomes if o.kind not in wanted or o.kind in GOOD and "\n" in o.detail]
         for _, name, kind, detail in bad:
@@ -110,13 +111,13 @@ class Campaign:
                 file.write(json.dumps(line) + "\n")
 
     def batch(self, row: str, inputs: list[tuple[str, Callable[[], str]]], seconds: float = 5, memory: int = MEMORY) -> None:
-        """Runs named inputs, each with so many seconds of processor time."""
+        """Runs named inputs, each for at most ``seconds`` of processor time."""
         self.note(
             row, [(name, o) for (name, _), o in zip(inputs, run_all(inputs, seconds, self.canary, self.shown, memory))]
         )
 
     def files(self, number: int) -> Iterator[None]:
-        """Changed files for every reader; for those that are whole commands one, every third time."""
+        """Reads changed files with every reader; a reader that is a whole command gets one file every third time."""
         for name, reader in self.readers.items():
             first, whole_command = (self.seed << 40) + number * MOST, reader.many == 1
             inputs = [
@@ -127,12 +128,12 @@ class Campaign:
                 yield self.batch(name, inputs, 10 if whole_command else 5)
 
     def repeat(self, name: str, number: int) -> None:
-        """One changed file again."""
+        """Repeats one changed file."""
         call = readers.changed_file(self.readers[name], self.root / "changed", number)
         self.batch(name, [(f"input {number}", call)], 60)
 
     def flags(self, number: int) -> Iterator[None]:
-        """Tiny runs of every method with one odd value of one flag."""
+        """Does tiny runs of every method with an odd value of one flag."""
         draw = random.Random(f"{self.seed} {number}")
         for method in METHODS:
             inputs = []
@@ -140,10 +141,10 @@ class Campaign:
                 folder = self.root / "flags" / "a" / "b" / f"{method}{k}"
                 words, text = self.odd_flag(method, draw)
                 inputs.append((f"--method {method} {text}", self.run_of(method, words, folder)))
-            yield self.batch(f"flags of {method}", inputs, 30, ROOM)  # a large batch is its user's wish
+            yield self.batch(f"flags of {method}", inputs, 30, ROOM)  # a large batch may take much memory
 
     def odd_flag(self, method: str, draw: random.Random) -> tuple[list[str], str]:
-        """A flag with an odd value, as words and for the eye."""
+        """A flag with an odd value, as words of a command line and as a text to print."""
         groups = (TaskFlags, RunFlags, DistillFlags, resolve(METHODS[method]).Config)
         fields = [field for group in groups for field in group.__dataclass_fields__.values() if field.type is not bool]
         field = draw.choice([field for field in fields if field.name not in ("gpu", "compile")])
@@ -153,7 +154,7 @@ class Campaign:
         value = draw.choice((*ODD_NUMBERS, *edges * 3) if numeric else ODD_TEXT)
         long = field.name in ("epochs", "kd_steps", "ep_steps", "init_rounds", "fit_passes", "scale", "images_per_class")
         if "steps" in field.name or "loops" in field.name or long or field.name in ("variants", "minutes", "lca_repair"):
-            value = value if len(value) < 4 else "3"  # a long run is no mistake
+            value = value if len(value) < 4 else "3"  # a long run is no error, but takes too long here
         return [f"--{field.name}={value}"], f"--{field.name}={value[:40]!r}"
 
     def run_of(self, method: str, words: list[str], folder: Path) -> Callable[[], str]:
@@ -175,16 +176,16 @@ class Campaign:
         return call
 
     def payloads(self, number: int) -> Iterator[None]:
-        """All hostile files, once."""
+        """Reads all hostile files, once."""
         if number == 0:
             yield self.batch("payloads", readers.hostile(self.root / "hostile", self.canary))
 
     def kills(self, number: int) -> Iterator[None]:
-        """Kills of every command."""
+        """Kills runs of every command."""
         return self.stop(number, stops.KILLS)
 
     def full(self, number: int) -> Iterator[None]:
-        """Full disks of every command."""
+        """Fills the disk during runs of every command."""
         return self.stop(number, stops.FULL)
 
     def stop(self, number: int, ways: tuple[str, ...]) -> Iterator[None]:
@@ -194,7 +195,7 @@ class Campaign:
             yield self.note(row, outcomes, (EQUAL,))
 
     def table(self) -> str:
-        """Outcomes by reader."""
+        """Table of the number of outcomes for each row, and in total."""
         kinds = [*GOOD, *sorted({kind for counts in self.counts.values() for kind in counts} - set(GOOD))]
         rows = [["", "inputs", *kinds]]
         total: Counter = Counter()
@@ -209,16 +210,18 @@ class Campaign:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.campaign", description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=1)
-    parser.add_argument("--batches", type=int, help="stop after so many batches: a reader's inputs, or a command's stops")
+    parser.add_argument(
+        "--batches", type=int, help="stop after this number of batches (the inputs of a reader, or the stops of a command)"
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", choices=KINDS, nargs="+", default=KINDS, help="some kinds of input")
-    parser.add_argument("--fast", action="store_true", help="without the readers that are whole commands")
-    parser.add_argument("--log", type=Path, help="a file for the outcomes, behind which a campaign goes on")
-    parser.add_argument("--repeat", nargs=2, metavar=("READER", "INPUT"), help="one changed file again")
+    parser.add_argument("--only", choices=KINDS, nargs="+", default=KINDS, help="kinds of input to run")
+    parser.add_argument("--fast", action="store_true", help="leave out the readers that are whole commands")
+    parser.add_argument("--log", type=Path, help="file of outcomes; a campaign continues an existing file")
+    parser.add_argument("--repeat", nargs=2, metavar=("READER", "INPUT"), help="repeat one changed file")
     parser.add_argument("--shown", action="store_true", help="show what the inputs print")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's "&" has it ignored, in what it starts too
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell with "&" sets it to be ignored, also in children
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
     log = args.log and args.log.resolve()
     os.chdir(ROOT)

@@ -1,6 +1,6 @@
-"""What may happen to a file: bits, lengths and blocks of any; values, names, dtypes and shapes inside those of a known kind.
+"""Damages to a file: bits, lengths and blocks of any file; values, names, dtypes and shapes inside files of a known kind.
 
-Every mutator takes the file's bytes and a ``random.Random`` and returns other bytes. ``of`` names those that fit a file.
+Every mutator takes the file's bytes and a ``random.Random`` and returns changed bytes. ``KINDS`` lists those of each kind.
 """
 
 import functools
@@ -28,7 +28,7 @@ ODD = (
 
 
 def flip(data: bytes, draw: random.Random) -> bytes:
-    """One to eight bits."""
+    """Flips one or eight bits."""
     changed = bytearray(data or b"\0")
     for _ in range(draw.choice((1, 1, 1, 8))):
         changed[draw.randrange(len(changed))] ^= 1 << draw.randrange(8)
@@ -40,7 +40,7 @@ def truncate(data: bytes, draw: random.Random) -> bytes:
 
 
 def swap(data: bytes, draw: random.Random) -> bytes:
-    """Two blocks change places."""
+    """Swaps two neighbouring blocks."""
     a, b, c = sorted(draw.randrange(len(data) + 1) for _ in range(3))
     return data[:a] + data[b:c] + data[a:b] + data[c:]
 
@@ -56,13 +56,13 @@ def remove(data: bytes, draw: random.Random) -> bytes:
 
 
 def blank(data: bytes, draw: random.Random) -> bytes:
-    """A block of zeros or ones, as of a page that never reached the disk."""
+    """Overwrites a block with zeros or ones, like a page that never reached the disk."""
     at, length = draw.randrange(len(data) + 1), draw.choice((1, 8, 512))
     return data[:at] + draw.choice((b"\0", b"\xff")) * len(data[at : at + length]) + data[at + length :]
 
 
 def length(data: bytes, draw: random.Random) -> bytes:
-    """Four or eight bytes become a number that may be taken for a length."""
+    """Overwrites four or eight bytes with a number that a reader may take for a length."""
     size = draw.choice((4, 8))
     number = draw.choice((0, 1, 2**31 - 1, 2**31, 2**32 - 1, len(data), len(data) + 1, draw.getrandbits(31)))
     at = draw.choice((0, draw.randrange(max(1, len(data) - size)), max(0, len(data) - draw.randrange(1, 64))))
@@ -73,7 +73,7 @@ BYTES = (flip, flip, truncate, swap, insert, remove, blank, length)
 
 
 def change(value: Any, draw: random.Random, odd: Callable[[Any], Any]) -> Any:
-    """A nested value with one node, at any depth, replaced, renamed, repeated or left out."""
+    """Replaces, renames, repeats or removes one node, at any depth, of a nested value."""
     if isinstance(value, dict) and value and draw.random() < 0.85:
         key = draw.choice(list(value))
         kind = draw.random()
@@ -91,7 +91,7 @@ def change(value: Any, draw: random.Random, odd: Callable[[Any], Any]) -> Any:
 
 
 def json_value(data: bytes, draw: random.Random) -> bytes:
-    """A JSON text with one value of another kind or size."""
+    """Changes one value of a JSON text in kind or size."""
     raw = draw.choice(
         ("",) * 6 + ("9" * 5000, "[" * 100_000 + "]" * 100_000, '{"a":' * 50_000 + "1" + "}" * 50_000, "1e999")
     )
@@ -100,14 +100,14 @@ def json_value(data: bytes, draw: random.Random) -> bytes:
 
 
 def json_line(data: bytes, draw: random.Random) -> bytes:
-    """The same of one line of many."""
+    """Changes one line of a JSON-lines file by ``json_value``."""
     lines = data.splitlines()
     at = draw.randrange(len(lines))
     return b"\n".join([*lines[:at], json_value(lines[at], draw), *lines[at + 1 :], b""])
 
 
 def odd_tensor(tensor: Tensor, draw: random.Random) -> Any:
-    """One of another dtype, shape, layout or content."""
+    """A tensor of another dtype, shape, layout or content."""
     tensor = tensor.clone()
     kind = draw.randrange(14)
     if kind < 4 and tensor.numel():
@@ -154,14 +154,14 @@ def torch_state(data: bytes) -> Any:
 
 
 def torch_value(data: bytes, draw: random.Random) -> bytes:
-    """A file of ``torch.save`` with one value or tensor of another kind."""
+    """Changes one value or tensor in a file of ``torch.save``."""
     file = io.BytesIO()
     torch.save(change(torch_state(data), draw, lambda value: odd_value(value, draw)), file)
     return file.getvalue()
 
 
 def safetensors_value(data: bytes, draw: random.Random) -> bytes:
-    """A safetensors file with one tensor, name or line of metadata of another kind."""
+    """Changes one tensor, name or metadata entry of a safetensors file."""
     import tempfile
 
     with tempfile.NamedTemporaryFile(suffix=".safetensors") as file:
@@ -191,7 +191,7 @@ def npy(header: str, data: bytes = b"") -> bytes:
 
 
 def npz_member(data: bytes, draw: random.Random) -> bytes:
-    """An archive with one member of another dtype or shape, without data behind its header, or that is no array."""
+    """Replaces one member of an npz archive by one of another dtype or shape, without data, or that is no array."""
     arrays = dict(np.load(io.BytesIO(data)))
     key = draw.choice(list(arrays))
     array = arrays.pop(key)
@@ -232,7 +232,7 @@ def npz_member(data: bytes, draw: random.Random) -> bytes:
 
 
 def png_header(data: bytes, draw: random.Random) -> bytes:
-    """Another size, depth or colour in a header whose checksum is right."""
+    """Changes size, depth or colour in the header of a PNG, with a valid checksum."""
     sizes = [draw.choice((0, 1, 2, 16, 4097, 10**5, 2**31 - 1)) for _ in range(2)]
     depth, colour, interlaced = draw.choice((1, 2, 4, 8, 16, 3)), draw.choice((0, 2, 3, 4, 6, 7)), draw.choice((0, 1, 2))
     header = b"IHDR" + struct.pack(">IIBBBBB", *sizes, depth, colour, 0, 0, interlaced)
@@ -240,7 +240,7 @@ def png_header(data: bytes, draw: random.Random) -> bytes:
 
 
 def text_line(data: bytes, draw: random.Random) -> bytes:
-    """A line of a list that is odd, or left out."""
+    """Replaces or removes one line of a list, or inserts an odd one."""
     lines = data.split(b"\n")
     at = draw.randrange(len(lines))
     odd = draw.choice(
@@ -256,7 +256,7 @@ KINDS: dict[str, tuple[Mutator, ...]] = {
 
 
 def mutate(file: Path, draw: random.Random) -> str:
-    """Changes a file; returns how."""
+    """Changes a file; returns the name of the mutator."""
     mutator = draw.choice(
         BYTES[: 3 if KINDS.get(file.suffix) and draw.random() < 0.5 else None] + KINDS.get(file.suffix, ())
     )
@@ -269,7 +269,7 @@ def mutate(file: Path, draw: random.Random) -> str:
         TypeError,
         IndexError,
         NotImplementedError,
-    ):  # a dtype that cannot be saved, no line to change
+    ):  # for example a dtype that cannot be saved, or no line to change
         mutator = flip
         file.write_bytes(flip(data, draw))
     return mutator.__name__

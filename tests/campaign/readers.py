@@ -1,4 +1,4 @@
-"""Everything that reads a file, each with whole files to begin from: names -> (folder of files, which to change, how to read)."""
+"""All readers of files, each with undamaged files, the patterns of those to change, and a function that reads them."""
 
 import contextlib
 import functools
@@ -46,9 +46,11 @@ from tests.data.trees import write_folders, write_npz
 class Reader(NamedTuple):
     """One way to read files.
 
-    folder: holds whole files. files: patterns of those that are changed. read: (a changed copy of the folder) -> what was read.
-    expected: (shards, weights) that reading must end in; None: it must end in finite numbers.
-    many: inputs a process; fewer of those that take longer.
+    folder: folder of undamaged files.
+    files: patterns of the files to change.
+    read: function (changed copy of the folder) -> what was read.
+    expected: shards and weights that reading must give; None: it must give finite numbers.
+    many: number of inputs for one process; fewer if reading takes long.
     """
 
     folder: Path
@@ -59,7 +61,7 @@ class Reader(NamedTuple):
 
 
 def is_finite(value: Any) -> bool:
-    """Whether all numbers in a nested value are."""
+    """Whether all numbers in a nested value are finite."""
     if isinstance(value, Tensor):
         return not value.is_floating_point() or bool(value.isfinite().all())
     if isinstance(value, dict):
@@ -77,7 +79,7 @@ def command(module: Any, words: str) -> None:
 
 
 def end_of(folder: Path) -> tuple[dict[str, bytes], str]:
-    """A finished run's images, and the digest of its student."""
+    """The shards of a finished run, and the digest of its student."""
     shards = {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*.safetensors"))}
     return shards, weights_digest(load_checkpoint(folder / "student.pth")["state_dict"])
 
@@ -87,12 +89,12 @@ def flags_of(method: str, teacher: Path, folder: Path) -> str:
 
 
 class Stop(BaseException):
-    """In place of a kill."""
+    """Ends a run in place of a kill."""
 
 
 @contextlib.contextmanager
 def stopped_at(module: Any, number: int):
-    """A run inside ends after its ``number``-th checkpoint."""
+    """Context that ends a run after its ``number``-th checkpoint."""
     save, saved = module.save_checkpoint, []
 
     def counting(*arguments):
@@ -106,7 +108,7 @@ def stopped_at(module: Any, number: int):
 
 
 def make_teacher(folder: Path) -> Path:
-    """Weights of a resnet8, as both kinds of file."""
+    """Writes random weights of a resnet8 as .pth and .safetensors; returns the path of the .pth file."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True)
@@ -188,11 +190,11 @@ SCRATCH = "--model resnet8 --dataset digits --epochs 3 --batch_size 256 --gpu -1
 
 
 def build(root: Path, teacher: Path, slow: bool = True) -> dict[str, Reader]:
-    """Every reader, its files made below ``root``.
+    """Builds all readers, by name, and writes their files below ``root``.
 
     Args:
-        teacher: ``make_teacher``'s.
-        slow: also the readers that are whole commands.
+        teacher: checkpoint that ``make_teacher`` wrote.
+        slow: whether to build the readers that are whole commands too.
     """
     readers = {
         "teacher": Reader(teacher.parent, ("teacher.pth",), lambda folder: read_teacher(folder / "teacher.pth"), many=40),
@@ -271,10 +273,10 @@ def build(root: Path, teacher: Path, slow: bool = True) -> dict[str, Reader]:
 
 
 def warm(files: bool) -> None:
-    """Imports and computes, for the processes that are forked, what each of them would else do again.
+    """Imports modules and fills caches, so that the forked processes need not do it again.
 
     Args:
-        files: also what only readers of files need.
+        files: whether to import what only readers of files need too.
     """
     import diffusers.models.unets.unet_2d  # noqa: F401
     import sklearn.datasets
@@ -295,17 +297,17 @@ def warm(files: bool) -> None:
 
 
 def changed_file(reader: Reader, folder: Path, seed: int) -> Callable[[], str]:
-    """An input: a copy of a reader's files with one of them changed, read."""
+    """Returns an input: a function that changes one file in a copy of a reader's files and reads the copy."""
 
     def call() -> str:
         draw = random.Random(seed)
         shutil.rmtree(folder, ignore_errors=True)
-        assert reader.folder.is_dir()  # else each input would count as one line
+        assert reader.folder.is_dir()  # otherwise each input would end in an error of one line
         shutil.copytree(reader.folder, folder, ignore=shutil.ignore_patterns("events.*", "pictures"))
         files = sorted({file for pattern in reader.files for file in folder.glob(pattern) if file.is_file()})
         file = draw.choice(files)
         listed = draw.random() < 0.5 or file.name == "sha256.txt"
-        if not listed:  # as if it were of an earlier version: the structure alone tells
+        if not listed:  # like a run of an earlier version: only the structure is checked
             for found in folder.rglob("sha256.txt"):
                 found.unlink()
         how = mutate(file, draw) if draw.random() > 0.03 else file.unlink() or "deleted"
@@ -324,7 +326,7 @@ def changed_file(reader: Reader, folder: Path, seed: int) -> Callable[[], str]:
 
 
 class Payload:
-    """Unpickled, it would make a file."""
+    """An object that makes a file when it is unpickled."""
 
     def __init__(self, canary: Path):
         self.canary = canary
@@ -334,7 +336,7 @@ class Payload:
 
 
 def hostile(folder: Path, canary: Path) -> list[tuple[str, Callable[[], str]]]:
-    """Files and flags that would make ``canary`` if any of their code ran."""
+    """Inputs with files and flags that would make ``canary`` if any of their code ran."""
     folder.mkdir()
     payload = Payload(canary)
     found: list[tuple[str, Callable[[], str]]] = []
@@ -369,7 +371,7 @@ def hostile(folder: Path, canary: Path) -> list[tuple[str, Callable[[], str]]]:
     for key in ("x_test", "y_test", "classes"):
         (root := folder / f"npz {key}").mkdir()
         write_npz(root, "mine")
-        with zipfile.ZipFile(root / "mine.npz", "a") as archive, warnings.catch_warnings(action="ignore"):  # a name twice
+        with zipfile.ZipFile(root / "mine.npz", "a") as archive, warnings.catch_warnings(action="ignore"):  # a repeated name
             archive.writestr(f"{key}.npy", buffer.getvalue())
         found.append((f"npz {key}", lambda r=root: read_data("mine")(r) and ACCEPTED))
     specs = (
@@ -381,7 +383,7 @@ def hostile(folder: Path, canary: Path) -> list[tuple[str, Callable[[], str]]]:
         f"resnet8;touch {canary}",
         f"torch:load(f='{folder}/pickle.pth')",
     )
-    for spec in specs[:1] + specs[3:]:  # a factory that a flag names is run: that is its user's word
+    for spec in specs[:1] + specs[3:]:  # without factories, which a flag may name and which are run
         found.append(
             (f"--teacher {spec[:20]}", lambda s=spec: load_teacher(s, dataset_info("digits"), CPU, os.devnull) and ACCEPTED)
         )

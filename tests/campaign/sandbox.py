@@ -1,4 +1,4 @@
-"""Runs many inputs in forked processes, each with limits of time and memory, and tells what became of each."""
+"""Runs many inputs in forked processes, each with limits of time and memory, and reports the outcome of each."""
 
 import json
 import os
@@ -15,15 +15,15 @@ from typing import Any, NamedTuple
 
 from engine.runtime.errors import explain, one_line
 
-MEMORY = 2**30  # bytes above those of the process without the input
-ROOM = 6 * 2**30  # bytes of address space above it, beyond which nothing can be had
-WALL = 120  # s: a machine shared with others may be slow
+MEMORY = 2**30  # bytes that an input may add to the memory of the process
+ROOM = 6 * 2**30  # bytes that the address space may grow; further allocations fail
+WALL = 120  # seconds without an outcome; long, because a shared machine may be slow
 REFUSED, ACCEPTED, EQUAL = "one line, exit 2", "accepted and finite", "resumed bit-equal"
 GOOD = (REFUSED, ACCEPTED, EQUAL)
 
 
 class Outcome(NamedTuple):
-    """kind: one of GOOD or what went wrong. detail: the error's last lines."""
+    """Outcome of one input. kind: one of GOOD, or what went wrong. detail: last lines of the error."""
 
     kind: str
     detail: str = ""
@@ -38,11 +38,12 @@ class Silent(Exception):
 
 
 def judge(call: Callable[[], str], seconds: float, canary: Path) -> Outcome:
-    """What becomes of one input, in this process: ``call`` returns ACCEPTED or EQUAL, or raises.
+    """Runs one input in this process and returns its outcome.
 
     Args:
-        seconds: of processor time.
-        canary: a file that only executed code would make.
+        call: the input; returns ACCEPTED or EQUAL, or raises.
+        seconds: limit of processor time.
+        canary: file that exists only if code of the input was executed.
     """
 
     def stop(*_):
@@ -70,7 +71,7 @@ def judge(call: Callable[[], str], seconds: float, canary: Path) -> Outcome:
 def run_all(
     inputs: list[tuple[str, Callable[[], str]]], seconds: float, canary: Path, shown: bool = False, memory: int = MEMORY
 ) -> list[Outcome]:
-    """What becomes of each named input; a process that dies is replaced for those that are left."""
+    """Runs named inputs and returns their outcomes; if the process dies, another one runs the remaining inputs."""
     outcomes: list[Outcome] = []
     while len(outcomes) < len(inputs):
         outcomes += _one_process(inputs[len(outcomes) :], seconds, canary, shown, memory)
@@ -117,7 +118,7 @@ def _child(inputs: list, seconds: float, canary: Path, writer: int, shown: bool,
         if _peak() - before > memory:
             outcome = Outcome(f"over 1 GB of memory ({(_peak() - before) / 1e9:.1f}), {outcome.kind}", outcome.detail)
         os.write(writer, json.dumps(outcome).encode() + b"\n")
-        if outcome.kind.startswith(("over", "hang", "executed")):  # what it left behind would be another's
+        if outcome.kind.startswith(("over", "hang", "executed")):  # the next input needs a clean process
             return
 
 

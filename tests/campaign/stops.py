@@ -1,4 +1,4 @@
-"""Runs that are killed at any moment, or whose disk is full, and run again: they must end as the unbroken one."""
+"""Runs that are killed at any moment, or whose disk is full, and are run again: they must end like an unbroken run."""
 
 import fcntl
 import itertools
@@ -32,21 +32,21 @@ from tests.conftest import ROOT, TINY, outcome
 
 KILLS, FULL = ("time", "operation", "write"), ("size limit", "tmpfs")
 COMMANDS = (*METHODS, "train_scratch")
-LONGER, SMALLER = "--epochs 4", "--image_size 8 --batch_size 32"  # the latter but for diffusion priors, which have a size
-KILLED = 3  # times at most, before a run is left in peace
-TWO, INTERPRETER = 0.15, 0.03  # shares of the kills: two processes; a new interpreter in place of a fork
+LONGER, SMALLER = "--epochs 4", "--image_size 8 --batch_size 32"  # not SMALLER for diffusion priors: their size is fixed
+KILLED = 3  # largest number of kills of a run before it may finish
+TWO, INTERPRETER = 0.15, 0.03  # shares of the kills: in runs of two processes; in a new interpreter in place of a fork
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
-# Exit codes: of a run that is killed, of a new interpreter that still imports, of two processes, one of which is killed.
+# Allowed exit codes: of a killed run, of a new interpreter killed while it imports, of two processes of which one is killed.
 BY_SIGNAL = {-signal.SIGKILL, -signal.SIGXFSZ, 128 + signal.SIGTERM, 128 + signal.SIGINT}
 EARLY = BY_SIGNAL | {-signal.SIGTERM, -signal.SIGINT}
 OF_OTHERS = EARLY | {2}
-CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir")  # as ``sys.addaudithook`` names them
-PATIENCE = 20  # s that a launcher gives the other processes before it kills them
-HANG = 300  # s: the machine may be shared with others
+CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir")  # audit events of ``sys.addaudithook``
+PATIENCE = 20  # seconds that a launcher gives the other processes before it kills them
+HANG = 300  # seconds until a run counts as hanging; long, because the machine may be shared
 
 
 class Whole(NamedTuple):
-    """An unbroken run: what it ends in, how long it took (s), how many files it changed, and their bytes in the end."""
+    """An unbroken run: its result, its time in seconds, its number of file operations, and the size of its files."""
 
     end: Any
     seconds: float
@@ -55,20 +55,20 @@ class Whole(NamedTuple):
 
 
 def by_name(folder: Path) -> dict[str, str | bytes]:
-    """Every shard's bytes, the student's weights and the accuracies."""
+    """Bytes of all shards, the student's weights and the metrics of a run, by name."""
     shards, student, metrics = outcome(folder)
     return {**{str(path): content for path, content in shards.items()}, "student": student, "metrics": metrics}
 
 
 def stage_now(folder: Path) -> str:
-    """The stage that is under way in a run folder."""
+    """The stage of a run folder that is not finished."""
     file = folder / "stages.json"
     record = json.loads(file.read_text()) if file.exists() else {}
     return next((name for name, entry in record.items() if entry["status"] != "done"), "between stages")
 
 
 def end_of(command: str, folder: Path) -> Any:
-    """What must be equal; None: the run did not come to its end."""
+    """Results of a run that must equal those of an unbroken run; None: the run did not finish."""
     if command == "train_scratch":
         weights = folder / "weights.pth"
         return weights_digest(load_checkpoint(weights)["state_dict"]) if weights.exists() else None
@@ -76,7 +76,7 @@ def end_of(command: str, folder: Path) -> Any:
 
 
 def at_each_change(call: Callable[[int], None]) -> None:
-    """Calls ``call(k)`` before the k-th time that this process opens a file to write, renames, removes or makes one."""
+    """Calls ``call(k)`` before the k-th time that this process opens a file to write, or renames, removes or makes one."""
     numbers = itertools.count()
 
     def hook(event: str, arguments: tuple) -> None:
@@ -87,13 +87,13 @@ def at_each_change(call: Callable[[int], None]) -> None:
 
 
 def limit_files(size: int, kill: bool) -> None:
-    """The write that would make a file of this process larger fails, or kills the process when a part is written."""
+    """Limits the size of files: a write beyond ``size`` bytes fails, or with ``kill`` it kills the process."""
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL if kill else signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
 def mount(folder: Path, pages: int, again: bool = False) -> bool:
-    """A file system of so many pages of memory; whether that is allowed here."""
+    """Mounts a file system of ``pages`` pages of memory; returns whether this machine allows it."""
     folder.mkdir(exist_ok=True)
     words = ["mount", "-t", "tmpfs", "-o", f"{'remount,' * again}size={pages * 4}k", "none", str(folder)]
     with suppress(FileNotFoundError):
@@ -102,10 +102,12 @@ def mount(folder: Path, pages: int, again: bool = False) -> bool:
 
 
 class Stops:
-    """Stops of tiny runs of every command.
+    """Stops tiny runs of every command and resumes them.
 
     Args:
-        root: an empty folder. teacher: weights of a resnet8.
+        root: folder that is to be made.
+        teacher: checkpoint of a resnet8.
+        seed: seed of the stops.
     """
 
     def __init__(self, root: Path, teacher: Path, seed: int):
@@ -120,12 +122,12 @@ class Stops:
         subprocess.run(["umount", str(self.disk)], capture_output=True)
 
     def start(self, command: str, folder: Path, errors: int, prepare=None, rank: dict[str, str] | None = None) -> int:
-        """Begins a command, in a fork of this process that has all imported; returns the process's number.
+        """Starts a command in a fork of this process, where all is imported; returns the process id.
 
         Args:
-            errors: the file descriptor that it takes for its stderr.
-            prepare: called in it before the command; None: a new interpreter in place of a fork, as users begin it.
-            rank: the launcher's variables.
+            errors: file descriptor for its stderr.
+            prepare: function called in the fork before the command; None: start a new interpreter, as users do.
+            rank: environment variables that a launcher sets.
         """
         if command in METHODS:
             smaller = "" if "num_inference_steps" in TINY[command] else SMALLER
@@ -151,12 +153,13 @@ class Stops:
             os._exit(3)
 
     def run(self, command, folder, count=1, prepare=None, after=None, number=0, victims=()) -> tuple[list[int], str]:
-        """Exit codes of the processes of one run, negative where a signal ended them, and what was printed as errors.
+        """Does one run; returns the exit codes of its processes, negative after a signal, and their stderr.
 
-        When one of several fails, the others are ended, as a launcher does it.
+        If one of several processes fails, the others are ended, as a launcher does.
 
         Args:
-            after: s, when signal ``number`` is sent to the ``victims`` among the processes; None: never.
+            count: number of processes.
+            after: seconds after which signal ``number`` is sent to the processes in ``victims``; None: never.
         """
         with socket.socket() as free:
             free.bind(("localhost", 0))
@@ -194,7 +197,7 @@ class Stops:
         return codes, errors
 
     def unbroken(self, command: str, count: int) -> Whole:
-        """The run that others of so many processes must equal; made once."""
+        """The unbroken run of ``count`` processes, made once, which stopped runs must equal."""
         if (command, count) not in self.whole:
             folder, changes = self.root / f"whole {command} {count}".replace(" ", "_"), mmap.mmap(-1, 8)
 
@@ -213,7 +216,7 @@ class Stops:
         return self.whole[command, count]
 
     def stop(self, command: str, folder: Path, count: int, way: str, draw: random.Random) -> tuple[str, list[int], str]:
-        """A run that is stopped in one way, unless it ends before: how, its exit codes, and what it printed as errors."""
+        """Does a run and stops it in one way, unless it ends first; returns how, its exit codes, and its stderr."""
         whole, number = self.unbroken(command, count), draw.choice(SIGNALS)
         run, name = partial(self.run, command, folder, count), signal.Signals(number).name
         if way in ("time", "interpreter"):
@@ -233,7 +236,7 @@ class Stops:
         return f"{way} beyond {size} bytes", *run(lambda: limit_files(size, kill=way == "write"))
 
     def check(self, command: str, number: int, ways: tuple[str, ...]) -> tuple[str, list[tuple[str, Outcome]]]:
-        """Stops a run, at times again, and lets it come to its end: row of the table, and how each stop was and became."""
+        """Stops a run up to ``KILLED`` times and lets it finish; returns its row of the table, and each stop's outcome."""
         draw, full = random.Random(f"{self.seed} {ways} {command} {number}"), ways == FULL
         way, row, count, wanted = "", f"kills of {command}", 1, BY_SIGNAL
         if full:

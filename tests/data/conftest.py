@@ -1,4 +1,4 @@
-"""In this room every test may open the training images, unless it forbids that itself, and reads all of the digits."""
+"""Tests in this folder may open the training images, unless they forbid it themselves, and they read all digits."""
 
 import pytest
 

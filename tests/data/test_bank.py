@@ -1,4 +1,4 @@
-"""Image bank: whole or absent, of one run, exact."""
+"""The image bank: shards are whole or absent, belong to one run, and return exactly the stored images."""
 
 import errno
 import gc
@@ -240,7 +240,7 @@ def test_a_shard_of_another_size_is_named(tmp_path):
 
 
 def served(bank, home, monkeypatch, steps=9, **shares):
-    """Labels and images of some batches; the last shard joins as a round's would."""
+    """Labels and images of some batches, and the next random number; the last shard is added like that of a round."""
     monkeypatch.setattr("engine.data.bank.memory_limit", lambda device: 0 if home == "mapped" else 2**40)
     transfer = TransferSet(14, 8, torch.device("cpu"))
     assert transfer.mapped == (home == "mapped") and transfer.description.endswith(
@@ -257,7 +257,7 @@ def served(bank, home, monkeypatch, steps=9, **shares):
 
 
 def test_every_home_serves_the_same_bits(tmp_path, monkeypatch):
-    """Neither the order nor the augmentation nor what is drawn next knows where the images live."""
+    """Order, augmentation and later random numbers do not depend on where the images are stored."""
     bank = filled(tmp_path)
     host, mapped = (served(bank, home, monkeypatch) for home in ("host", "mapped"))
     for kind in (0, 1):
@@ -298,7 +298,7 @@ def test_prefetch_runs_ahead_and_ends(monkeypatch):
 
 @pytest.mark.parametrize("limit", [0, 2**40])
 def test_batches_for_another_device_are_pinned_in_the_thread(limit, monkeypatch):
-    """With a device that stands for a GPU."""
+    """The device "meta" stands for a GPU."""
     pinned = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(threading.current_thread().name) or self)
     monkeypatch.setattr("engine.data.bank.memory_limit", lambda device: limit)
@@ -326,7 +326,7 @@ def anonymous():
 
 
 def test_memory_does_not_grow_with_a_mapped_bank(tmp_path, monkeypatch, forked):
-    """150 MB of images; batches of 8 MB as float32. Held in host memory, for control, they take their 150 MB."""
+    """Anonymous memory of a bank of 150 MB with batches of 6 MB; as a control, the same bank held in host memory."""
     bank = ImageBank(tmp_path / "bank", Manifest("digits", 10, 64))
     images = torch.randint(0, 256, (3050, 3, 64, 64), dtype=torch.uint8)
     for round in range(4):

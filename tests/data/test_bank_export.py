@@ -1,4 +1,4 @@
-"""What leaves a bank: arrays and image folders that hold its images, exactly."""
+"""Exports of a bank: arrays and image folders that hold exactly its images."""
 
 import json
 

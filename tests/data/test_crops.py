@@ -1,4 +1,4 @@
-"""Crop and flip: against a loop over images, by gradcheck, and what it promises about formats and draws."""
+"""Crop and flip: compared with a loop over images, checked by gradcheck, and tested for formats and random numbers."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ FORMATS = [torch.contiguous_format, torch.channels_last]
 
 
 def naive(images, rows, columns, mirror, padding):
-    """Image by image: flip, pad, slice."""
+    """Reference for ``crop_flip``: flips, pads and slices image by image."""
     height, width = images.shape[2:]
     result = []
     for i, image in enumerate(images):
@@ -63,7 +63,7 @@ def test_draws_follow_the_generator_and_differ_between_images():
     images = torch.arange(64.0).view(1, 1, 8, 8).expand(1000, 3, 8, 8)
     first, again, other = (crop_flip(images, 2, True, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
     assert torch.equal(first, again) and not torch.equal(first, other)
-    assert len(first.unique(dim=0)) == 50  # every one of 5 x 5 corners, flipped and not
+    assert len(first.unique(dim=0)) == 50  # all of 5 x 5 corners, flipped and not
     rows, columns, mirror = draws(1000, 2, seed=1)
     assert torch.equal(first, naive(images, rows, columns, mirror, 2))
 
@@ -89,7 +89,7 @@ def test_works_under_deterministic_algorithms():
 
 
 def test_a_resized_box_is_that_of_the_library():
-    """Inside; at its edges torchvision sees nothing beyond the box."""
+    """Compares the inside of the box only: at its edges, torchvision does not use pixels beyond the box."""
     from torchvision.transforms.v2 import InterpolationMode
     from torchvision.transforms.v2.functional import resized_crop
 
@@ -104,7 +104,7 @@ def test_a_resized_box_is_that_of_the_library():
 
 
 def test_resized_crops_have_the_areas_and_aspects_of_the_library():
-    """Read off a picture of its own coordinates: every pixel says where it comes from."""
+    """Crops an image whose pixel values are its coordinates, so that each pixel shows where it comes from."""
     from torchvision.transforms.v2 import RandomResizedCrop
 
     torch.manual_seed(0)

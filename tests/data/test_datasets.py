@@ -1,4 +1,4 @@
-"""Real data: every layout as a tiny tree, exact batches, the closed train split, and one line for every mistake."""
+"""Real data: a tiny dataset in every layout, exact batches, the forbidden train split, and one line for every mistake."""
 
 import re
 from dataclasses import replace
@@ -23,7 +23,7 @@ def test_every_row_describes_its_dataset_without_data(name, tmp_path):
     assert info.class_names is None or len(set(info.class_names)) in (
         info.num_classes,
         998,
-    )  # ImageNet: two cranes, two maillots
+    )  # ImageNet has two cranes and two maillots
     assert len(info.mean) == len(info.std) == 3 and info.flip is row["flip"]
     assert not list(tmp_path.iterdir())
 
@@ -111,7 +111,7 @@ def test_damaged_archives(content, tmp_path):
     write_npz(tmp_path, "foo")
     path = tmp_path / "foo.npz"
     whole = path.read_bytes()
-    said = re.sub(rb"(PK\x01\x02....)\x00", lambda found: found[1] + b"\x01", whole, flags=re.DOTALL)  # by its directory
+    said = re.sub(rb"(PK\x01\x02....)\x00", lambda found: found[1] + b"\x01", whole, flags=re.DOTALL)  # in the directory
     path.write_bytes({b"half": whole[:900], b"encrypted": said}.get(content, content))
     assert path.read_bytes() != whole
     with fails("foo.npz cannot be read", "wanted a whole .npz"):
@@ -283,7 +283,7 @@ def test_wrong_domainnet(tmp_path):
 
 
 def test_names_of_datasets(tmp_path):
-    """A tree is called as its folder, an archive as its file; --name goes before, and never takes another's name."""
+    """A folder tree has the name of its folder, an archive that of its file. --name overrides it with a free name."""
     for name in ("pics", "my pictures!", "cifar10"):
         write_folders(tmp_path / name, ["a", "b"], ["test"])
     names = [dataset_info("folder", tmp_path / name).name for name in ("pics", "my pictures!", "cifar10", "pics/../pics/")]

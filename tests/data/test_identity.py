@@ -1,4 +1,4 @@
-"""The identity of real data: of what they are, not of where they lie."""
+"""The identity of real data depends on the data, not on the folder that holds them."""
 
 import re
 
@@ -11,7 +11,7 @@ from tests.data.trees import fails, write_folders, write_image, write_npz
 
 
 def test_an_identity_is_of_the_data_and_not_of_their_place(tmp_path):
-    """The same data elsewhere, under the same name, are the same; of files only a sample is opened, and none decoded."""
+    """The same data under the same name elsewhere have the same identity; image files are read but not decoded."""
     write_folders(tmp_path / "a" / "pics", ["cat", "dog"])
     write_folders(tmp_path / "b" / "pics", ["cat", "dog"])
     found = [data_identity(dataset_info("folder", tmp_path / k / "pics", 8), "train", "test") for k in "ab"]

@@ -1,4 +1,4 @@
-"""Image files: what is read of odd shapes, and which files count."""
+"""Image files: how images of odd shapes are read, and which files count as images."""
 
 import numpy as np
 from PIL import Image

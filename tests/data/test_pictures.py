@@ -1,4 +1,4 @@
-"""Grids of images, with the names of their classes where these are known."""
+"""Grids of images, with their class names if these are known."""
 
 import torch
 from PIL import Image, ImageDraw
@@ -14,7 +14,7 @@ def test_a_grid_without_names_is_torchvisions():
 
 
 def test_names_stand_below_their_images():
-    """Text below the images that have a label, none below one without (-1); the images themselves are untouched."""
+    """Images with a label have text below them, an image without one (-1) has none; the images are unchanged."""
     images, labels = torch.zeros(3, 3, 64, 64, dtype=torch.uint8), torch.tensor([1, -1, 0])
     found = grid(images, labels=labels, names=("cat", "a very long name of a class"))
     assert found.shape == (3, 64 + LINE + 4, 3 * 66 + 2)
@@ -22,7 +22,7 @@ def test_names_stand_below_their_images():
     assert torch.equal(found[:, :66], plain[:, :66])
     below = [found[:, 66:, 2 + k * 66 : 66 + k * 66] for k in range(3)]
     assert [bool((part < 255).any()) for part in below] == [True, False, True]
-    assert (found[:, 66:, 66:68] == 255).all()  # a long name ends where its image does
+    assert (found[:, 66:, 66:68] == 255).all()  # a long name is cut at the edge of its image
     assert torch.equal(grid(images, labels=labels), plain)
 
 

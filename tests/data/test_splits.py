@@ -1,4 +1,4 @@
-"""Splits: exact batches from memory and from files, and the closed training split."""
+"""Splits: exact batches from memory and from files, and the forbidden training split."""
 
 import pytest
 import torch

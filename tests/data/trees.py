@@ -1,4 +1,4 @@
-"""Tiny datasets in every layout, and how the tests of this room load them."""
+"""Writes tiny datasets in every layout, and loads them for the tests in this folder."""
 
 import numpy as np
 import pytest
@@ -29,7 +29,7 @@ def write_image(path, colour, size=(8, 8)):
 
 
 def write_folders(root, names, splits=("train", "test"), each=2):
-    """Class i, in the order of ``names``, is filled with the colour (10 * i, 0, 0)."""
+    """Writes class folders of images; the images of class i of ``names`` have the colour (10 * i, 0, 0)."""
     for split in splits:
         for label, name in enumerate(names):
             for i in range(each):
@@ -37,5 +37,5 @@ def write_folders(root, names, splits=("train", "test"), each=2):
 
 
 def fails(*words):
-    """A UserError of one line with these words in it."""
+    """Expects a UserError of one line that contains these words."""
     return pytest.raises(UserError, match="(?s)^(?!.*\n)" + "".join(f"(?=.*{word})" for word in words))

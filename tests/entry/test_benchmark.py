@@ -1,4 +1,4 @@
-"""The benchmark runs, its two loops do the same work, and what it counts is what closed forms say."""
+"""The benchmark runs, its two loops do the same work, and its counts agree with closed forms."""
 
 import copy
 
@@ -84,14 +84,14 @@ def test_the_compiler_is_given_four_functions_and_what_it_gives_runs(tmp_path):
     ours.teacher_forward()
     assert calls[4:] == ["teacher"]
     calls.clear()
-    for known, blocks in ((1.0, 0), (0.5, 8)):  # of 72 views the teacher knows 36 after nine blocks of four
+    for known, blocks in ((1.0, 0), (0.5, 8)):  # 36 of 72 views are cached after nine blocks of four
         step = ours.remembering(known)
         assert calls == ["teacher"] * 9
         step()
         assert calls == ["teacher"] * (9 + blocks) + ["student step"] * 16 and ours.loop.memo is None
         calls.clear()
     calls.clear()
-    all_views, one_view = ours.whole_run(None), ours.whole_run(1)  # twelve images of nine views, 384 questions
+    all_views, one_view = ours.whole_run(None), ours.whole_run(1)  # twelve images of nine views, 384 lookups
     assert 0.6 < all_views < 0.8 and one_view > 0.95 and calls.count("student step") == 2 * 96
     assert any(not torch.equal(before[name], value) for name, value in student.state_dict().items())
 
@@ -101,7 +101,7 @@ def test_operations_of_a_step_are_those_of_its_products_and_convolutions():
     rows, images = torch.randn(11, 5), torch.randn(2, 3, 8, 8, requires_grad=True)
     product, window = 2 * 11 * 5 * 7, 2 * (2 * 8 * 8) * 4 * 3 * 9
     assert measuring.flops(lambda: linear(rows)) == product
-    assert measuring.flops(lambda: linear(rows).sum().backward()) == 2 * product  # no gradient to the rows
+    assert measuring.flops(lambda: linear(rows).sum().backward()) == 2 * product  # no gradient for the rows
     assert measuring.flops(lambda: convolution(images).sum().backward()) == 3 * window
 
 
@@ -122,13 +122,13 @@ def test_runs_are_measured_where_asked_for(run):
 
 
 def test_slow_steps_are_measured_once(monkeypatch):
-    """A clock that ticks once a step: steps of a second, of which 0.1 are asked for."""
+    """The clock advances one second a step, and 0.1 seconds of steps are to be measured."""
     now, bar = [0.0], type("Bar", (), {"done": 0, "update": lambda self, n=1: setattr(self, "done", self.done + n)})()
     monkeypatch.setattr(measuring.time, "perf_counter", lambda: now[0])
     steps = {kind: lambda: now.__setitem__(0, now[0] + 1) for kind in ("ours", "plain")}
     measured = measuring.in_turns(steps, 8, 0.1, 3, CPU, bar)
     assert [m.rates for m in measured.values()] == [[8.0], [8.0]] and bar.done == 3
-    assert now[0] == 4  # two steps of each
+    assert now[0] == 4  # two steps of each kind
 
 
 def test_ceilings_are_of_the_order_of_the_machine():
@@ -139,7 +139,7 @@ def test_ceilings_are_of_the_order_of_the_machine():
 
 @pytest.mark.skipif(not measuring.reset_peak(CPU), reason="this system cannot reset the peak of a process")
 def test_the_peak_of_memory_is_that_since_the_reset():
-    torch.ones(64 * 2**18)  # 64 MiB, gone before the reset
+    torch.ones(64 * 2**18)  # 64 MiB, freed before the reset
     assert measuring.reset_peak(CPU)
     before = measuring.peak(CPU)
     torch.ones(32 * 2**18)

@@ -1,4 +1,4 @@
-"""DomainNet in its published layout, as a tiny tree: teachers trained by flags and by script, heads of other classes."""
+"""A tiny DomainNet in the published layout: teachers trained by flags and by script, and heads for other classes."""
 
 import json
 import os
@@ -19,13 +19,13 @@ from registry import DATASETS
 from tests.conftest import ROOT, build_network, script_commands
 
 PUBLISHED = ("train_from_scratch/domainnet", "generate_data/generate_data_domainNet", "distill/distill")
-OTHER = {"aircraft carrier": 0, "ambulance": 4, "zigzag": 344}  # classes outside the ten
+OTHER = {"aircraft carrier": 0, "ambulance": 4, "zigzag": 344}  # classes that are not among the ten
 SMALL = "--model resnet8 --image_size 32 --epochs 1 --batch_size 8 --workers 0 --gpu -1"
 
 
 @pytest.fixture(scope="module")
 def data_root(tmp_path_factory):
-    """The sketch domain, two images a class and split: the ten classes and three others, noise of a class's own colour."""
+    """A sketch domain of the ten classes and three others; a class has two images a split, of noise in its own colour."""
     root = tmp_path_factory.mktemp("data")
     folder, random = root / "domainnet", np.random.default_rng(0)
     for split in ("train", "test"):
@@ -47,7 +47,7 @@ def logged(folder):
 
 
 def script_command(name, flags, **variables):
-    """The arguments that a script of ``scripts/`` calls datafree_kd.py or train_scratch.py with, flags behind its own."""
+    """The flags with which a script of ``scripts/`` calls datafree_kd.py or train_scratch.py, followed by ``flags``."""
     (arguments,) = script_commands([f"scripts/{name}.sh"], flags, **variables).values()
     return arguments[1:]
 
@@ -87,7 +87,7 @@ def test_the_classes_reach_a_data_free_run(command, teacher_file, data_root, tmp
 
 
 def test_the_teacher_script_takes_smaller_flags(command, data_root, tmp_path):
-    """In bash and a process of its own, as a user starts it."""
+    """Runs the script in bash and its own process, as a user does."""
     small = f"{SMALL} --data_root {data_root} --save_dir {tmp_path} --output {tmp_path / 'a.pth'}"
     environment = os.environ | {"VENV": "none", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     words = ["bash", ROOT / f"scripts/{PUBLISHED[0]}.sh", *small.split()]
@@ -118,7 +118,7 @@ def test_the_other_scripts_generate_and_distill(command, teacher_file, data_root
 
 @pytest.fixture
 def imagenet_file(tmp_path):
-    """Random weights of torchvision's resnet18 with its 1000 classes."""
+    """Path of random weights of torchvision's resnet18 with its 1000 classes."""
     torch.manual_seed(0)
     file = tmp_path / "resnet18-12345678.pth"
     torch.save(build_network("resnet18_imagenet", 1000).state_dict(), file)

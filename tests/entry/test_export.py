@@ -1,4 +1,4 @@
-"""Students that are taken away: the folder, its readers, ONNX, the hub; and the evaluation of any model."""
+"""Exported students (the folder, its readers, ONNX, the hub), and the evaluation of any model."""
 
 import json
 import re
@@ -63,7 +63,7 @@ def images():
 
 
 def logits_of_run(run, images):
-    """By hand, from the checkpoint."""
+    """Logits of a run's student, computed from its checkpoint without the export."""
     student = open_trained(MODELS, str(run))
     mean, std = (torch.tensor(student.about[key]).view(3, 1, 1) for key in ("mean", "std"))
     with torch.no_grad():
@@ -71,7 +71,7 @@ def logits_of_run(run, images):
 
 
 def test_the_ten_lines_of_the_documentation(runs, export, tmp_path, images, monkeypatch, capsys):
-    """The very lines, in a folder and an interpreter without this project's modules; the logits are the run's."""
+    """Runs the documented lines without this project's modules; their logits equal those of the run's student."""
     export(runs["resnet8"], tmp_path / "student")
     assert len([line for line in LINES.splitlines() if line.strip()]) <= 13
     monkeypatch.chdir(tmp_path)
@@ -131,7 +131,7 @@ def test_the_folder_is_read_back_and_onnx_agrees(student, runs, export, tmp_path
     difference, of = re.search(
         r"differ from PyTorch's by at most (\S+) on 64 images \((.+)\)", capsys.readouterr().out
     ).groups()
-    assert float(difference) <= TOLERANCE and of == "random pixels"  # a bank of six images is too small
+    assert float(difference) <= TOLERANCE and of == "random pixels"  # because a bank of six images is too small
     wanted = logits_of_run(runs[student], images)
     session = onnxruntime.InferenceSession(str(tmp_path / "student/model.onnx"))
     for count in (1, 4):

@@ -1,4 +1,4 @@
-"""From the command line: other data are another run, a teacher is normalized as it was trained, and both are said."""
+"""From the command line: other data make another run, and a teacher gets the normalization of its training."""
 
 import re
 from pathlib import Path
@@ -20,8 +20,10 @@ CONTROL = "--method kd --kd_steps 1 --ep_steps 1"
 
 @pytest.fixture(scope="module")
 def roots(tmp_path_factory):
-    """Class folders of noise in each class's own colour, by name: "moved" is "two" in another place, "taught" has other
-    training images alone."""
+    """{name: root} of class folders with noise in each class's colour.
+
+    "moved" is a copy of "two" in another place. "taught" differs from "two" only in its training images.
+    """
     made = {}
     for seed, (name, folder, classes) in enumerate(
         [("two", "two", 2), ("other", "other", 2), ("three", "three", 3), ("moved", "two", 2), ("taught", "two", 2)]
@@ -41,7 +43,7 @@ def roots(tmp_path_factory):
 
 @pytest.fixture
 def train(command, roots, tmp_path, monkeypatch):
-    """train("two", flags): a teacher of a tree, in an empty directory unless flags say where."""
+    """train("two", flags): trains a teacher on one of ``roots``, by default with outputs in an empty directory."""
     monkeypatch.chdir(tmp_path)
 
     def call(name, extra=""):
@@ -53,7 +55,7 @@ def train(command, roots, tmp_path, monkeypatch):
 
 @pytest.fixture
 def distill_from(command, roots, tmp_path, monkeypatch):
-    """distill_from("two", flags): a data-free run in an empty directory."""
+    """distill_from("two", flags): does a data-free run for one of ``roots`` in an empty directory."""
     monkeypatch.chdir(tmp_path)
 
     def call(name, flags):
@@ -117,7 +119,7 @@ def test_a_run_on_other_data_is_never_taken_for_done(flags, train, distill_from,
 
 
 def test_images_that_are_made_depend_on_classes_alone(train, distill_from, tmp_path, capsys):
-    """The bank of one tree serves another of the same name and classes, of which the student's accuracy is then told."""
+    """A bank made for one dataset also serves another one of the same name and classes, on which the student is tested."""
     train("two", "--output teacher.pth")
     distill_from("two", f"{BANK} --teacher_ckpt teacher.pth --save_dir run --stages synthesize")
     distill_from("other", f"{BANK} --teacher_ckpt teacher.pth --save_dir run --name two")
@@ -141,7 +143,7 @@ def test_a_run_of_an_earlier_version_is_refused(train, distill_from, tmp_path):
 
 
 def test_a_teacher_is_normalized_as_it_was_trained(command, tmp_path, capsys):
-    """Its own checkpoint says how; a flag goes before; the log says which, and another one is another run."""
+    """The checkpoint gives the normalization and a flag overrides it; the log names the source; a change is refused."""
     task = "--dataset digits --gpu -1"
     odd = "0.1,0.1,0.1", "0.05,0.05,0.05"
     command(
@@ -173,7 +175,7 @@ def test_a_teacher_is_normalized_as_it_was_trained(command, tmp_path, capsys):
         "teacher resnet8 normalizes with mean 0.1,0.1,0.1 (from the checkpoint)"
         in (tmp_path / "run" / "log.txt").read_text()
     )
-    command("datafree_kd", f"{run} --teacher_mean {odd[0]}")  # the same by flag
+    command("datafree_kd", f"{run} --teacher_mean {odd[0]}")  # the same values, given by flag
     with pytest.raises(UserError, match="--teacher_mean 0.1,0.1,0.1, now 0.5,0.5,0.5"):
         command("datafree_kd", f"{run} --teacher_mean 0.5,0.5,0.5")
     student = load_checkpoint(tmp_path / "run" / "student.pth")

@@ -1,4 +1,4 @@
-"""int8 graphs of a teacher: they compute what they should, and the result lines make the table."""
+"""int8 graphs of a teacher: they compute the right logits, and the result lines make the table."""
 
 import json
 

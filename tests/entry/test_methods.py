@@ -1,4 +1,4 @@
-"""Every method on the debug task: finite, reproducible, resumable, and clear about what it refuses."""
+"""Every method on the debug task: finite losses, reproducible and resumable runs, and clear errors."""
 
 import json
 
@@ -43,7 +43,7 @@ def test_another_seed_makes_another_student(method, distill, tmp_path, finished)
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_student_changes_and_the_teacher_does_not(method, teacher_file):
-    """One round and three student steps, through the same objects as a run."""
+    """Does one round and three student steps with the same objects as a run."""
     from datafree.base import ImageBatch
     from engine.data.crops import crop_flip
     from engine.data.splits import load_split
@@ -92,7 +92,7 @@ def test_stopped_anywhere_it_goes_on_to_the_same_bits(place, call, distill, tmp_
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_goes_on_after_its_first_epoch(method, distill, tmp_path, interrupted, finished):
-    """Stops before the checkpoint of the second epoch, then runs the same command again; all bits are an unbroken run's."""
+    """Stops before the checkpoint of the second epoch, then runs the same command again; the result is bit-equal."""
     with interrupted("engine.loops.distill.save_checkpoint", 2):
         distill(method, tmp_path)
     distill(method, tmp_path)
@@ -101,9 +101,9 @@ def test_every_method_goes_on_after_its_first_epoch(method, distill, tmp_path, i
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_is_one_graph_a_step(method, distill, common, monkeypatch, tmp_path):
-    """torch.compile as far as the graph, which must be whole; no code is generated. Its figures are the uncompiled run's.
+    """torch.compile must trace one whole graph, without generating code, and the losses must equal the uncompiled run's.
 
-    Of networks of three layers: tracing takes its time by the layer, and what a residual network asks of it is tested elsewhere.
+    Networks have three layers, because tracing time grows with the layers. Residual networks are traced in other tests.
     """
     spec, compile = "tests.plain_network:plain(batch_norm=True)", torch.compile
 
@@ -124,14 +124,14 @@ def test_every_method_is_one_graph_a_step(method, distill, common, monkeypatch, 
     log = (compiled / "log.txt").read_text()
     assert "compile: the student step" in log and "uncompiled" not in log, log
     assert "compile" not in (plain / "log.txt").read_text()
-    # Synthesis of the first round only: runs as wild as these, eight images a step, soon multiply rounding by thousands.
+    # Only synthesis of the first round: training on eight images a step soon amplifies rounding errors by thousands.
     expected, found = (json.loads((path / "metrics.jsonl").read_text().splitlines()[0]) for path in (plain, compiled))
     for name in [name for name in expected if name.startswith("loss_")]:
         assert found[name] == pytest.approx(expected[name], rel=1e-2, abs=1e-4), name
 
 
 def test_images_that_stay_in_their_shards_make_the_same_student(distill, tmp_path, monkeypatch, finished):
-    """Where no memory is free: bank, kept variants and the images of the rounds alike."""
+    """Without free memory, the bank, the kept variants and the images of the rounds stay in their shards."""
     expected = outcome(finished("dda"))
     monkeypatch.setattr("engine.data.bank.memory_limit", lambda device: 0)
     distill("dda", tmp_path)
@@ -141,7 +141,7 @@ def test_images_that_stay_in_their_shards_make_the_same_student(distill, tmp_pat
 
 @pytest.mark.parametrize("method", [m for m in METHODS if "bn" in resolve(registry.METHODS[m]).Config.__dataclass_fields__])
 def test_a_teacher_without_batch_norm(method, distill, tmp_path):
-    """One line that names the methods which need no BN statistics; with --bn 0 the method runs."""
+    """The error is one line and names methods without BN statistics; with --bn 0 the method runs."""
     from tests.plain_network import plain
 
     torch.manual_seed(0)
@@ -155,7 +155,7 @@ def test_a_teacher_without_batch_norm(method, distill, tmp_path):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_counts_below_one_are_one_line(method, distill, tmp_path):
-    """Of student and synthesis steps alike."""
+    """Zero epochs, synthesis steps or images are refused."""
     with pytest.raises(UserError, match="--epochs 0 found, a whole number from 1 on wanted"):
         distill(method, tmp_path, "--epochs 0")
     for name in {"g_steps", "synthesis_batch_size"} & set(resolve(registry.METHODS[method]).Config.__dataclass_fields__):

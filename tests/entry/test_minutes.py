@@ -1,4 +1,4 @@
-"""--minutes chooses the scale of a run by this machine's rates, once."""
+"""--minutes chooses the scale of a run once, from the speed measured on this machine."""
 
 import json
 import time
@@ -14,13 +14,13 @@ SMALL = "--nz 8 --init_batch_size 6 --synthesis_batch_size 6"
 
 @pytest.fixture
 def slow_clock(monkeypatch):
-    """This process's own seconds, whatever else runs, ten times as many: a run takes a tenth of what is asked for."""
+    """A clock of this process's CPU time, ten times as fast, so that a run takes a tenth of the given minutes."""
     monkeypatch.setattr(minutes, "_now", lambda device: 10 * time.process_time())
 
 
 def test_the_largest_scale_that_fits():
     assert minutes.fitting_scale(lambda scale: 1000 * scale, 50) == pytest.approx(0.05, rel=0.01)
-    assert minutes.fitting_scale(lambda scale: 1000 * scale, 2000) == 1  # never longer than published
+    assert minutes.fitting_scale(lambda scale: 1000 * scale, 2000) == 1  # never longer than the published run
     with pytest.raises(UserError, match="--minutes 1 is less than the shortest run takes"):
         minutes.fitting_scale(lambda scale: 100 + scale, 60)
 
@@ -28,15 +28,15 @@ def test_the_largest_scale_that_fits():
 @pytest.mark.parametrize(
     "method, extra, counts",
     [
-        ("csd", SMALL, [200_000, 20_000, 200_000, 103]),  # steps of both kinds of inversion, of the student, tests
-        ("dda", SMALL, [200_000, 2400, 4800, 96_000, 40_000, 400_000, 203]),  # and variants, looks at images, training
+        ("csd", SMALL, [200_000, 20_000, 200_000, 103]),  # steps of both inversions and of the student, tests
+        ("dda", SMALL, [200_000, 2400, 4800, 96_000, 40_000, 400_000, 203]),  # also variants, filter, training of the prior
         ("diffdfkd", "", [3125 * 20, 240 * 200, 243]),  # 50,000 images in batches of 16
         ("diffdfkd", "--no_test --images_per_class 8", [5 * 20, 240 * 200]),
         ("dfq", "--nz 8", [8000, 80_000, 203]),
     ],
 )
 def test_what_a_run_has_of_everything(method, extra, counts, teacher_file):
-    """Published lengths, from the flags alone."""
+    """Counts of all kinds of work in a run of published length, computed from the flags."""
     from datafree.base import build_method
     from datafree_kd import parse
     from engine.runtime.processes import join_processes

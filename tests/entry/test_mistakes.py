@@ -1,4 +1,4 @@
-"""Small mistakes and what is said of them: garbage files, misspelt flags, another network's weights, another directory."""
+"""Errors for small mistakes: garbage files, misspelt flags, another network's weights, another working directory."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""No command deletes, renames or overwrites a file that this program has not made."""
+"""No command deletes, renames or overwrites a file that this program did not make."""
 
 import hashlib
 import json
@@ -32,7 +32,7 @@ OURS = f".student.pth.abcd_012{TEMPORARY}"
 
 
 def tree(folder):
-    """Everything below a folder: contents of files, targets of links."""
+    """{name: digest of a file or target of a link} for everything below a folder."""
     found = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
@@ -44,7 +44,7 @@ def tree(folder):
 
 
 def scatter(folder):
-    """Files of others, some of which look like temporary ones, in a folder that may be new."""
+    """Writes files of others, some with names like temporary files, into a folder and makes it if necessary."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in FOREIGN:
         (folder / name).write_text(f"{name} of somebody else")
@@ -119,7 +119,7 @@ def test_the_parent_of_runs_is_refused(tmp_path):
 def test_runs_of_ours_are_taken_up(tmp_path):
     (tmp_path / "empty").mkdir()
     open_and_close(tmp_path / "empty")
-    (tmp_path / "killed").mkdir()  # before it had written anything whole
+    (tmp_path / "killed").mkdir()  # killed before it had written a whole file
     for name in (".lock", f".args.json.k2j4h6g8{TEMPORARY}"):
         (tmp_path / "killed" / name).write_text("")
     open_and_close(tmp_path / "killed")
@@ -179,7 +179,7 @@ def test_trained_weights_replace_no_other_file(command, tmp_path):
     output.unlink()
     command("train_scratch", flags)
     before = output.read_bytes()
-    command("train_scratch", f"{flags} --redo --seed 1")  # its own
+    command("train_scratch", f"{flags} --redo --seed 1")  # it replaces its own file
     assert output.read_bytes() != before
 
 

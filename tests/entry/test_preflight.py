@@ -1,4 +1,4 @@
-"""Before the first stage: what is wrong is said then, without a folder; and runs without any real image."""
+"""Before the first stage: mistakes are reported then, and no folder is made. Also runs without any real image."""
 
 import json
 import shutil
@@ -49,7 +49,7 @@ def test_a_refused_run_leaves_no_folder(arguments, distill, tmp_path):
 
 
 def test_the_teacher_is_told_of_once_before_the_first_stage(distill, tmp_path):
-    """Also where images are only made; a teacher that knows nothing is a warning, and a done run is left in peace."""
+    """Reported even if only images are made. An untrained teacher gives a warning, and a done run reports nothing again."""
     distill("csd", tmp_path, "--stages synthesize")
     first = (tmp_path / "log.txt").read_text().splitlines()
     assert "teacher resnet8 normalizes with mean 0.305" in first[0] and "% on the 101 test images of digits" in first[0]
@@ -62,7 +62,7 @@ def test_the_teacher_is_told_of_once_before_the_first_stage(distill, tmp_path):
 
 
 def test_without_a_real_image_a_bank_tells_of_agreement(distill, finished, teacher_file, tmp_path, capsys):
-    """The student is the one of a run with its test split; what is measured of it is recomputed here."""
+    """The student equals that of a run with a test split; its agreement with the teacher is recomputed here."""
     distill("csd", tmp_path / "runs" / "pens", UNSEEN)
     run = tmp_path / "runs" / "pens"
     result, log = json.loads((run / "result.json").read_text()), (run / "log.txt").read_text()
@@ -102,7 +102,7 @@ def test_without_a_real_image_a_bank_tells_of_agreement(distill, finished, teach
 def test_without_a_real_image_a_stream_tells_of_agreement_and_goes_on(
     distill, teacher_file, tmp_path, monkeypatch, interrupted
 ):
-    """How the teacher's checkpoint says that it normalizes is how the student does."""
+    """The student uses the normalization in the teacher's checkpoint."""
     monkeypatch.setattr(Agreement, "MOST", 20)
     stored = load_checkpoint(teacher_file) | {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.4, 0.4]}
     torch.save(stored, tmp_path / "t.pth")

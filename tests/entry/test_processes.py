@@ -1,4 +1,4 @@
-"""Runs shared by several processes: two of them over gloo, started once, make every run that the tests then look at."""
+"""Runs shared by several processes. Two processes over gloo, started once, do all the runs that the tests compare."""
 
 import json
 import os
@@ -18,20 +18,20 @@ from engine.runtime.files import load_checkpoint
 from engine.runtime.processes import Processes, join_processes
 from tests.conftest import CPU, ROOT, TINY, TINY_TASK, dataset_info, make_classifier, make_task
 
-TIMEOUT = 300  # s, for all that the two processes do
-ROUNDS = "--init_rounds 3"  # so that the last one has no partner
+TIMEOUT = 300  # seconds for all runs of the two processes
+ROUNDS = "--init_rounds 3"  # odd, so that one process has nothing to do in the last round
 GUIDED = "--images_per_class 2 --epochs 1 --adv 1000 --adv_from 1 --adv_steps 10"  # with a student that competes
 ASKING = "--epochs 2 --kd_steps 20 --ep_steps 20"
 
 
 class Stopped(Exception):
-    """In the place of a kill."""
+    """Ends a run in place of a kill."""
 
 
 def run(method, folder, teacher, extra="", stop=False):
-    """A run within this process; returns its Distillation, with ``batch``, the last images that the student saw.
+    """Does a run in this process; returns its Distillation, with the student's last batch of images as ``batch``.
 
-    ``stop``: ends before the second epoch.
+    ``stop``: end the run before the second epoch.
     """
     import datafree_kd
 
@@ -69,7 +69,7 @@ def run(method, folder, teacher, extra="", stop=False):
 
 
 def plain_step():
-    """A student without BatchNorm and its step, batch and teacher's logits, the same in every process."""
+    """The step of a student without BatchNorm, a teacher, and a batch with labels, the same in every process."""
     from datafree.losses import KLDistillation
     from tests.plain_network import plain
 
@@ -100,7 +100,7 @@ def trained_head(average_gradients, share):
 
 
 def work(rank, port, folder, teacher):
-    """What each of the two processes does."""
+    """Does the work of one of the two processes and saves its results."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     processes = join_processes()
@@ -133,7 +133,7 @@ def work(rank, port, folder, teacher):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, teacher_file):
-    """Runs by one process (``one``; ``more``, to its half), by two (see ``work``) and by one again (``fewer``)."""
+    """Folder of runs by one process (``one``; half of ``more``), then by two (``work``), then by one again (``fewer``)."""
     folder = tmp_path_factory.mktemp("runs")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -176,14 +176,14 @@ def shards(path: Path, pattern: str):
 
 
 def test_two_processes_make_the_images_of_one(folder):
-    """Of the initial bank and variants of the diffusion prior that is trained on it."""
+    """Compares the initial bank, and the variants by the diffusion prior that is trained on it."""
     for pattern, count in (("bank/synthesize-*", 3), ("variants/augment-*", 1)):
         assert shards(folder / "dda", pattern) == shards(folder / "one", pattern)
         assert len(shards(folder / "dda", pattern)) == count
 
 
 def test_two_processes_draw_the_images_of_one(folder):
-    """With guidance by a student that learns from the rounds before."""
+    """Images are guided by a student that is trained on the images of earlier rounds."""
     found = shards(folder / "diffdfkd", "bank/*.safetensors")
     assert found == shards(folder / "guided", "bank/*.safetensors") and len(found) == 4
     assert result(folder / "diffdfkd")["bank_images"] == 20
@@ -203,13 +203,13 @@ def test_one_result_with_the_counts_of_one_process(folder):
 
 @pytest.mark.parametrize("method", ["zskt", "dda", "fewer", "more"])
 def test_the_processes_train_one_student(method, seen):
-    """And have one rotation head or generator."""
+    """The processes also end with the same rotation head or generator."""
     for name in (method, f"{method} shared"):
         assert same(seen[0][name], seen[1][name]) and all(p.isfinite().all() for p in seen[0][name])
 
 
 def test_answers_that_are_kept_are_shared(seen, folder):
-    """Each process asks the teacher half of the new questions, and the student is that of a run that asks all of them."""
+    """Each process computes half of the new teacher logits, and the student equals that of a run without a cache."""
     for found in seen:
         assert same(found["remembering"], found["asking"])
     assert "were answered before" in (folder / "remembering" / "log.txt").read_text()
@@ -217,7 +217,7 @@ def test_answers_that_are_kept_are_shared(seen, folder):
 
 @pytest.mark.parametrize("method", ["zskt", "dda"])
 def test_no_image_is_seen_twice(method, seen):
-    """Fresh ones come from random streams of their own, those of a bank are dealt out."""
+    """Processes make new images from different random streams, and share the images of a bank."""
     batch = torch.cat([found[f"{method} batch"] for found in seen])
     assert len(batch) == 8 and len(batch.flatten(1).unique(dim=0)) == 8
 
@@ -266,7 +266,7 @@ def test_another_number_of_processes_goes_on(name, folder):
 
 
 def test_shares_are_a_whole_batch():
-    """Of a bank, of the training images, and in number of what is drawn anew."""
+    """Shares of a bank and of the training images make up a whole batch; shares of new images have the right size."""
     from datafree.kd import RealImages
     from datafree.noise import NoiseImages
     from engine.data.splits import load_split

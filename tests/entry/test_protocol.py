@@ -1,4 +1,4 @@
-"""scripts/protocol_c.sh asks every method for the same student steps, once, and only for what is not done."""
+"""scripts/protocol_c.sh runs every method with the same student steps, and leaves out runs that are done."""
 
 import os
 import shlex
@@ -21,7 +21,7 @@ def script(*words, **variables):
 
 @pytest.fixture(scope="module")
 def commands():
-    """[(name of the run's folder, seed, method, its flag groups)] of the whole protocol."""
+    """[(name of the run folder, seed, method, flag groups)] for all runs of the protocol."""
     code, lines, _ = script("--list", OUT="out")
     assert code == 0
     found = []
@@ -75,7 +75,7 @@ def test_mistakes_are_one_line(words, message):
 
 
 def test_runs_that_fail_are_said(tmp_path):
-    """By a python that refuses every command."""
+    """A replacement of python fails for every command."""
     (tmp_path / "python").write_text('#!/bin/sh\necho "error: $*" >&2\nexit 2\n')
     (tmp_path / "python").chmod(0o755)
     variables = {"OUT": str(tmp_path), "SEEDS": "0", "PATH": f"{tmp_path}:{os.environ['PATH']}"}

@@ -1,4 +1,4 @@
-"""What a run writes is whole or noticed, what is read is looked at, and no student of NaN is saved as finished."""
+"""Files are written whole or damage is noticed, files are checked when read, and no student with NaN is saved."""
 
 import json
 import os
@@ -27,7 +27,7 @@ def flip(file, at=-1):
 
 
 def test_a_short_campaign_finds_nothing():
-    """``python -m tests.campaign`` does it for as long as you like, and whole runs too."""
+    """``python -m tests.campaign`` runs longer campaigns, with whole runs too."""
     words = "-m tests.campaign --minutes 9 --batches 18 --seed 1 --fast --only payloads files kills"
     done = subprocess.run([sys.executable, *words.split()], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -137,7 +137,7 @@ def test_a_kill_between_the_list_and_the_file_leaves_the_old_file_right(tmp_path
 
 
 def test_a_student_that_diverges_in_the_last_step_is_not_saved(distill, tmp_path, monkeypatch):
-    """Losses are finite up to there, so only the weights tell."""
+    """All losses are finite, so that only the weights show the divergence."""
     steps = engine.loops.distill.Distillation.student_steps
 
     def diverging(self, batches, round, bar):

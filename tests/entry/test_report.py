@@ -1,4 +1,4 @@
-"""Tables from result files: what is one row, what is two, and what stands in them."""
+"""Tables from result files: which runs share a row, and what the rows contain."""
 
 import functools
 import json
@@ -46,7 +46,7 @@ def test_report_takes_mean_and_spread_over_seeds(tmp_path, monkeypatch, capsys):
 
 
 def test_a_field_that_is_null_counts_as_missing(tmp_path):
-    """Of those that may be missing; a result line with such a command once ended in a traceback."""
+    """Optional fields may be null: a result line with a null command once ended in a traceback."""
     kept = {"folder", "history", "teacher", "external_prior", "acc1_last", "acc1_best"}
     optional = {name[:-1] for name in RESULT if name.endswith("?")} - kept
     write_result(tmp_path / "a", **dict.fromkeys(optional))
@@ -65,7 +65,7 @@ def test_a_run_without_a_test_has_a_row_and_a_page(tmp_path):
 
 
 def test_report_tells_times_budgets_and_targets(tmp_path):
-    """Synthesis inside stage distill counts as synthesis; an hour or more makes all times hours."""
+    """Synthesis inside stage distill counts as synthesis. If a time is an hour or more, all times are in hours."""
     write_result(tmp_path / "a", synthesis_seconds=15.0)
     write_result(tmp_path / "b", seed=1, seconds={"synthesize": 10.0, "distill": 30.0}, synthesis_seconds=25.0)
     rows = report.rows_of(report.group(report.collect([tmp_path])), budget=60, target=51.0)
@@ -85,7 +85,7 @@ def rows(folder):
 
 
 def test_the_papers_number_stands_beside_ours(tmp_path):
-    """As the run wrote it; the difference is that of best and best. A result without one shows none."""
+    """The number is taken from the result, and the difference compares best epochs. A result may have no number."""
     write_result(tmp_path / "a", published=92.01)
     write_result(tmp_path / "b", method="n", published=None)
     write_result(tmp_path / "c", method="o")
@@ -122,7 +122,7 @@ def test_an_unset_flag_counts_as_one_that_an_earlier_version_did_not_have(tmp_pa
 ])  # fmt: skip
 @pytest.mark.parametrize("method", ["m", "scratch"])
 def test_other_data_teachers_or_banks_are_other_rows(name, one, other, method, tmp_path, capsys):
-    """Of equal names, seeds and flags; what sets them apart is said, and no seed is counted twice."""
+    """Runs with equal names, seeds and flags. The table shows in what they differ, and counts no seed twice."""
     for k, value in enumerate((one, other)):
         for seed in (0, 1):
             settings = {name: value, "seed": seed}
@@ -203,7 +203,7 @@ def run_report(*arguments):
 
 
 def test_a_terminal_gets_aligned_columns_that_fit(three_runs):
-    """What all distilled rows share is said once; columns are those that matter; a row says what its runs took."""
+    """A first line states what all distilled rows share. The table has only the main columns, and the time of a run."""
     write_result(three_runs / "flags", method="n", settings={f"a_long_flag_{k}": k for k in range(9)}, student_steps=200)
     text = run_report(three_runs, "--rounds")
     assert text.startswith("d, t -> s; acc1: test accuracy")
@@ -227,7 +227,7 @@ def test_result_lines_make_the_tables_that_their_folders_made(three_runs, tmp_pa
     lines = tmp_path / "results.jsonl"
     monkeypatch.setattr("sys.argv", ["report", str(three_runs), "--lines", str(lines)])
     report.main()
-    report.main()  # a run that is there is replaced
+    report.main()  # lines of the same runs are replaced
     assert capsys.readouterr().out.splitlines() == [f"{lines}: 4 results written, 4 in it now"] * 2
     assert run_report(lines, *flags) == run_report(three_runs, *flags)
     kept = [json.loads(line) for line in lines.read_text().splitlines()]

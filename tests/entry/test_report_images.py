@@ -1,4 +1,4 @@
-"""engine.report --images and --plot."""
+"""Figures of images and plots: engine.report --images and --plot."""
 
 import json
 import math
@@ -58,7 +58,7 @@ def test_one_image_again_and_again_is_neither(teacher):
 
 
 def test_the_bn_distance_is_that_of_all_images_at_once(teacher):
-    """As the loss of DeepInversion on one batch, however the images come."""
+    """The distance equals the BN loss of DeepInversion on one batch of all images, however they are split."""
     pixels, layers, seen = torch.rand(30, 3, 16, 16), [], []
     layers = [m for m in teacher.modules() if isinstance(m, torch.nn.BatchNorm2d)]
     hooks = [m.register_forward_pre_hook(lambda m, args: seen.append(batch_statistics(args[0]))) for m in layers]

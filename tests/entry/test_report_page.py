@@ -1,4 +1,4 @@
-"""The page of a report: all of it in one file, and as a real browser shows it."""
+"""The page of a report: one file with everything in it, tested in a real browser too."""
 
 import json
 import re
@@ -19,7 +19,7 @@ from tests.entry.test_report import write_result
 
 BROWSER = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
 
-# Goes into a copy of the page, before and after its own script.
+# Scripts that are put into a copy of the page, before and after its own script.
 LISTEN = """<script>const faults = []; addEventListener("error", (event) => faults.push(String(event.message || event.target)), true);
 console.error = (...words) => faults.push(words.join(" "));</script>"""
 LOOK = """<script>addEventListener("load", () => {
@@ -42,7 +42,7 @@ parent.postMessage(JSON.stringify(found), "*");
 });</script>"""
 FRAME = """<!doctype html><title>frame</title><link rel="icon" href="data:,"><pre id="found"></pre>
 <script>addEventListener("message", (event) => document.getElementById("found").textContent = event.data);</script>
-<iframe src="{page}" style="border: 0; width: {width}px; height: 900px"></iframe>"""  # a window has 500 px at least
+<iframe src="{page}" style="border: 0; width: {width}px; height: 900px"></iframe>"""  # a window has at least 500 px
 
 
 def make_page(monkeypatch, folder, *places):
@@ -53,7 +53,7 @@ def make_page(monkeypatch, folder, *places):
 
 
 def look(page, width):
-    """What a browser finds in the page at so many px."""
+    """What a browser finds in the page at a width in px."""
     copy = page.with_name(f"looked_at_{width}.html")
     text = page.read_text()
     copy.write_text(text.replace("<head>", f"<head>{LISTEN}", 1).replace("</body>", f"{LOOK}</body>", 1))
@@ -76,14 +76,14 @@ def check_self_contained(page):
 
 @pytest.fixture
 def run_folders(distill, tmp_path):
-    """A real run with bank and variants, tiny, and a result beside it."""
+    """A folder with a tiny real run that has a bank and variants, and a result without a run."""
     distill("dda", tmp_path / "runs" / "dda", "--omega 0.9")
     write_result(tmp_path / "runs" / "other", dataset="digits", method="other", acc1_last=95.0, acc1_best=96.5)
     return tmp_path / "runs"
 
 
 def test_a_run_folder_holds_what_the_page_shows(run_folders, tmp_path, monkeypatch):
-    """Also in a browser, wide and narrow: nothing fails, the table sorts, the images are there, nothing sticks out."""
+    """Also in a browser, wide and narrow: no errors, a table that sorts, all images, and no content beyond the width."""
     run = run_folders / "dda"
     lines, times = ([json.loads(t) for t in (run / f"{n}.jsonl").read_text().splitlines()] for n in ("metrics", "times"))
     assert [(t["stage"], t["round"]) for t in times] == [(line["stage"], line["round"]) for line in lines]
@@ -120,7 +120,7 @@ def test_the_page_escapes_what_it_shows(tmp_path, monkeypatch):
     write_result(tmp_path / "a", method="<b>&", command="python x.py --y '<script>'", commit="c+", versions={})
     text = make_page(monkeypatch, tmp_path, tmp_path / "a").read_text()
     assert "<b>&<" not in text and "&lt;b&gt;&amp;" in text and "&lt;script&gt;" in text
-    assert "changes that are in no commit (c+)" in text
+    assert "uncommitted changes (c+)" in text
 
 
 def test_cautions_name_what_is_there_and_nothing_else(tmp_path):
@@ -131,11 +131,11 @@ def test_cautions_name_what_is_there_and_nothing_else(tmp_path):
     moving = [{"stage": "distill", "round": k, "kd": 3.0 - k, "acc1": 50.0 + k} for k in range(3)]
     assert cautions(runs, moving, 10) == []
     stuck = [line | {"kd": 2.0} for line in moving]
-    assert cautions(runs, stuck, 10) == ["kd of stage distill never moved from its start (2)."]
+    assert cautions(runs, stuck, 10) == ["kd of stage distill changed by at most 1 % (first value 2)."]
     (said,) = cautions([run | {"external_prior": "tiny"} for run in runs], moving, 10)
     assert "External prior tiny" in said
     flat = [run | {"history": [{"acc1": 10.0 + k / 10} for k in range(3)]} for run in runs]
-    assert "above chance" in cautions(flat, moving, 10)[0] and "never moved" in cautions(flat, moving, None)[0]
+    assert "chance level" in cautions(flat, moving, 10)[0] and "changed by less" in cautions(flat, moving, None)[0]
 
 
 def test_rows_side_by_side_have_cautions_of_their_own(tmp_path):

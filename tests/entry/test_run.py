@@ -1,4 +1,4 @@
-"""A run from the command line: its flags, its stages, what it goes on from, and one line for what it refuses."""
+"""A run from the command line: its flags, its stages, how it is resumed, and one line for each error."""
 
 import json
 import subprocess
@@ -17,7 +17,7 @@ from tests.conftest import CPU, ROOT, build_network, dataset_info, outcome
 
 
 def test_several_seeds_in_one_command(distill, tmp_path, capsys):
-    """--seeds makes one folder a seed and a table; done ones are skipped, and {seed} stands for the seed in paths."""
+    """--seeds makes one folder a seed, and a table. Finished seeds are skipped, and {seed} in paths is the seed."""
     distill("noise", tmp_path / "runs", "--seeds 0,2")
     row = capsys.readouterr().out.splitlines()[-1]
     assert row.startswith("noise ") and "±" in row
@@ -108,7 +108,7 @@ PRETRAINED = {
 
 @pytest.mark.parametrize("prior", PRETRAINED)
 def test_pretrained_priors_make_the_variants(prior, distill, miniature, tmp_path):
-    """A whole DDA run with a pipeline saved by save_pretrained, and CLIP for the filter; the table names both."""
+    """A whole DDA run with a saved diffusers pipeline as prior and CLIP as filter; the result names both."""
     builder, extra = PRETRAINED[prior]
     kind = prior if prior in ("image_variation", "image_to_image") else "image_to_image"
     distill(
@@ -225,7 +225,7 @@ def test_an_unwritable_save_dir_is_refused(distill, tmp_path):
 
 
 def test_help_and_the_rooms_load_no_large_libraries():
-    """--help answers at once, and what a run without them imports does not need diffusers or transformers."""
+    """--help imports no large library, and the modules of a run without diffusers or transformers import neither."""
     code = """
 import sys
 import datafree_kd, train_scratch

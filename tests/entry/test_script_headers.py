@@ -1,4 +1,4 @@
-"""A script's header tells our own accuracy where the results of this repository hold runs with its settings."""
+"""The header of a script gives our accuracy if the results of this repository contain runs with its settings."""
 
 import importlib.util
 import json
@@ -21,7 +21,7 @@ def make_scripts():
 
 
 def result(command, bank_command="", **values):
-    """As a run of the command, after one of ``bank_command``, writes it."""
+    """The result that a run of ``command`` writes, with a bank by ``bank_command``."""
     groups = datafree_kd.parse(command.split())[2]
     banks = datafree_kd.parse((bank_command or command).split())[2]
     made = stage_flags("synthesize", *banks) | stage_flags("augment", *groups) | stage_flags("distill", *groups)

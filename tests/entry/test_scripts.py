@@ -1,4 +1,4 @@
-"""Scripts run as written, shrunk by the flags that a user may add."""
+"""Scripts run as they are, shortened by flags that a user may add."""
 
 import dataclasses
 import functools
@@ -18,7 +18,7 @@ SMALLER = "--epochs 1 --kd_steps 1 --ep_steps 1"
 
 
 def generated():
-    """{path: text} by the tables of scripts/make_scripts.py."""
+    """{path: text} of the scripts that scripts/make_scripts.py generates."""
     spec = importlib.util.spec_from_file_location("make_scripts", ROOT / "scripts" / "make_scripts.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -30,25 +30,25 @@ GENERATED = generated()
 
 @functools.cache
 def commands():
-    """{script: [entry point, its flags..., "--behind"]}, where ``--behind`` stands for what a user adds."""
+    """{script: [entry point, its flags..., "--behind"]}, where ``--behind`` stands for flags that a user adds."""
     return script_commands(SCRIPTS, "--behind")
 
 
 @functools.cache
 def parsed(script, extra=""):
-    """(method, its class, flag groups) of a script by the entry point's own parser, with flags behind the script's own."""
+    """(method, its class, flag groups) of a script's flags followed by ``extra``, as the entry point parses them."""
     return datafree_kd.parse(commands()[script][1:-1] + extra.split())
 
 
 def first_of(script):
-    """The script that makes the bank which this one starts from; None where it makes its own."""
+    """The script that makes the bank from which this script starts; None if this script makes its own bank."""
     bank = parsed(script)[2][1].init_bank
     return bank and BANKS[bank.removesuffix("/bank")]
 
 
 @functools.cache
 def shrunk(script):
-    """What is left of a script's flags where those of the tiny task stand behind them."""
+    """The method and flag groups of a script whose flags are followed by those of the tiny task."""
     method = parsed(script)[0]
     name, _, groups = parsed(script, f"{TINY_TASK} {TINY[method]} {SMALLER} --save_dir run")
     return name, groups[0], dataclasses.replace(groups[1], init_bank=None), *groups[2:]
@@ -56,7 +56,7 @@ def shrunk(script):
 
 BANKS = {parsed(script)[2][1].save_dir: script for script in GENERATED if "initBank" in script}
 STUDENTS = [script for script in GENERATED if "initBank" not in script]
-# One script of each set of flags, alone or behind the script of its bank, that the tiny task does not make equal.
+# One script for each set of flags (with those of the script of its bank) that still differs with the tiny task's flags.
 DISTINCT = {(shrunk(script), (first := first_of(script)) and shrunk(first)): script for script in STUDENTS}.values()
 
 
@@ -86,7 +86,7 @@ def test_the_published_numbers_are_of_known_methods():
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_script_is_one_command_that_takes_further_flags(script):
-    """In bash; what it says is known to the entry point, and the bank that it starts from has a script, which it names."""
+    """Bash runs the script; its flags are valid; and it names the script that makes the bank from which it starts."""
     text, (entry, *flags) = (ROOT / script).read_text(), commands()[script]
     assert "set -euo pipefail" in text and len(text.splitlines()) < 20
     assert flags.count("--behind") == 1 and flags[-1] == "--behind" and entry in ("datafree_kd.py", "train_scratch.py")
@@ -99,7 +99,7 @@ def test_a_script_is_one_command_that_takes_further_flags(script):
 
 @pytest.mark.parametrize("script", DISTINCT)
 def test_a_script_runs_to_a_student(script, command, teacher_file, tmp_path):
-    """Its own flags, then ours: a bank by the script that it names first, then the student."""
+    """Runs the script of the bank, if there is one, and then the script, each with flags that shorten it."""
     method = parsed(script)[0]
     small = f"{TINY_TASK} {TINY[method]} --teacher_ckpt {teacher_file} {SMALLER}"
     if first := first_of(script):

@@ -1,4 +1,4 @@
-"""Stage generate by one process and by several, stopped and resumed, with a sampler that costs nothing."""
+"""Stage generate by one process and by several, stopped and resumed, with a trivial sampler."""
 
 import queue
 import threading
@@ -20,7 +20,7 @@ ORDER = Order(images=46, num_classes=10, round_size=16, batch_size=5, seed=3)
 
 
 class Scribbler:
-    """Noise by the seed and the batch, moved by what was learned: everything that an image may depend on."""
+    """A sampler whose images depend on all that real ones may depend on: seeds, the batch, repeats and learned state."""
 
     made = 0
 
@@ -74,7 +74,7 @@ def same(one, other):
 
 
 class Thread(Processes):
-    """A process that is a thread, with a queue to the main one and one from it."""
+    """A thread that acts as one of several processes, with a queue to the main process and one from it."""
 
     def __init__(self, rank, queues):
         super().__init__(rank, len(queues))
@@ -104,7 +104,7 @@ def test_classes_are_balanced_in_every_order():
 
 @pytest.mark.parametrize("images, round_size, batch_size", [(60, 16, 4), (200, 32, 16), (50, 200, 16), (30, 7, 1)])
 def test_one_class_a_batch(images, round_size, batch_size):
-    """Every class equally often; a class's images are counted on; rounds and the last cycle cut batches short."""
+    """Classes are equally frequent, the count of a class goes on over batches, and rounds may shorten a batch."""
     order = Order(images, 10, round_size, batch_size, seed=3, one_class=True)
     batches = [batch for round in range(order.rounds) for batch in order.batches(round)]
     assert [p for batch in batches for p in batch] == list(range(images)) and max(map(len, batches)) <= batch_size
@@ -130,7 +130,7 @@ def test_a_stopped_stage_of_one_class_a_batch_makes_the_same_bank(tmp_path):
 def test_a_stopped_stage_makes_the_same_bank(tmp_path, learns_from):
     whole = filled(tmp_path / "whole", learns_from=learns_from)
     assert torch.bincount(whole["labels"]).min() >= 4 and whole["images"].dtype == torch.uint8
-    for stop in (2, 5, 9):  # within each of the rounds
+    for stop in (2, 5, 9):  # one stop within each round
         Scribbler.made = 0
         with pytest.raises(KeyboardInterrupt):
             filled(tmp_path / f"{stop}", learns_from=learns_from, stop_after=stop)

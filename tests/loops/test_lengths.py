@@ -10,7 +10,7 @@ from engine.runtime.errors import UserError
 
 
 def flags(method, extra=""):
-    """{name: value} of the flags of a command, and the student steps that they come to."""
+    """{name: value} of the flags of a command, and the number of student steps that they give."""
     groups = parse(["--method", method, *extra.split()])[2]
     schedule = groups[2].schedule()
     return {k: v for group in groups for k, v in dataclasses.asdict(group).items()}, schedule.rounds * schedule.kd_steps
@@ -77,7 +77,7 @@ def test_epochs_of_many_rounds_are_scaled_in_whole_rounds():
 
 
 def test_a_length_that_is_given_is_taken_as_it_is():
-    found, _ = flags("csd", "--scale .01 --epochs 100 --g_steps=200")  # also where it is the published one
+    found, _ = flags("csd", "--scale .01 --epochs 100 --g_steps=200")  # also if it is the published value
     assert (found["epochs"], found["g_steps"], found["kd_steps"], found["init_rounds"]) == (100, 200, 200, 40)
 
 
@@ -94,5 +94,5 @@ def test_the_run_records_its_scale_and_what_it_came_to(finished):
     args = json.loads((folder / "args.json").read_text())["args"]
     result = json.loads((folder / "result.json").read_text())
     assert args["scale"] == result["scale"] == 0.25
-    assert args["g_steps"] == 2  # of TINY, given
+    assert args["g_steps"] == 2  # given by TINY
     assert "scaled by 0.25 (--scale)" in (folder / "log.txt").read_text()

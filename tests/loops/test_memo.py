@@ -1,4 +1,4 @@
-"""The memo of the teacher's answers: the same student with and without, whatever the batch, the memory or a kill."""
+"""The memo (cache of teacher logits): the student is the same with and without it, for any batch, cache size or kill."""
 
 import shutil
 
@@ -48,7 +48,7 @@ def test_keys_are_a_function_of_the_seed_and_spread_over_all_views():
     assert torch.equal(keys, views.draw(index, 3)) and not torch.equal(keys, views.draw(index, 4))
     assert torch.equal(keys // views.count, index) and len(views) == 180 == len(keys.unique())
     counts = torch.bincount(keys.flatten(), minlength=180)
-    assert counts.min() > 5 and counts.max() < 50  # 22 on the average
+    assert counts.min() > 5 and counts.max() < 50  # 22 on average
 
 
 def test_a_few_views_are_an_image_s_own():
@@ -59,7 +59,7 @@ def test_a_few_views_are_an_image_s_own():
     assert len(views) == 24 and torch.equal(shown, whole.show(images[keys // 4], views.chosen))
     assert torch.equal(views.chosen, KeyedViews(whole, 6, few=4, seed=1).chosen)
     assert not torch.equal(views.chosen, KeyedViews(whole, 6, few=4, seed=2).chosen) and len(views.chosen.unique()) > 12
-    assert KeyedViews(whole, 6, few=50).few is None  # all there are
+    assert KeyedViews(whole, 6, few=50).few is None  # more than there are: all views
 
 
 # memo
@@ -99,7 +99,7 @@ def test_beyond_the_bound_it_keeps_what_it_has():
     assert memo.used == 5 and len(memo.logits) == 1 + 5 + module.STEPS * 2
     first, before = torch.tensor([sorted(asked[:4])]), len(asked)
     memo.prepare(first)
-    assert len(asked) == before  # the first ones are kept for good
+    assert len(asked) == before  # the first entries are never evicted
     assert (memo.row_of > 5).sum() == 0
 
 
@@ -130,7 +130,7 @@ def test_the_share_of_questions_that_come_again():
 
 @pytest.mark.parametrize("limit", [0, 2**40])
 def test_a_key_stands_for_the_image_that_came_with_it(limit, monkeypatch):
-    """From memory and from shards alike; all that a round will ask is told before it is shown."""
+    """With images in memory or in shards. The keys of the next batches are announced before the batches are shown."""
     monkeypatch.setattr("engine.data.bank.memory_limit", lambda device: limit)
     transfer = TransferSet(9, 6, CPU)
     transfer.add(torch.randint(0, 256, (9, 3, 6, 6), dtype=torch.uint8), torch.arange(9))
@@ -155,7 +155,7 @@ SAME = {
 
 @pytest.mark.parametrize("method", SAME)
 def test_the_student_is_the_same_with_and_without(method, distill, tmp_path):
-    """For 80 steps: the teacher sees batches of one shape in both, and an image's answer is its own."""
+    """Up to 80 steps. Both runs pass batches of one shape to the teacher, whose logits depend on each image alone."""
     name, *views = method.split(" ", 1)
     flags = " ".join([SAME[method], *views])
     distill(name, tmp_path / "with", f"{flags} --memo 1")
@@ -176,7 +176,7 @@ def test_a_killed_run_forgets_its_memo_and_ends_in_the_same_bits(distill, finish
 
 
 def test_a_small_memo_makes_the_same_student(distill, finished, tmp_path, monkeypatch):
-    """Room for 50 answers of some hundred, the rest is asked again."""
+    """The cache has room for 50 of some hundred entries; the teacher computes the others again."""
     whole = finished("fast", f"{LONG} --memo 1")
     monkeypatch.setattr("engine.loops.stages.memo_rows", lambda *_: (50, "memo: 50 rows"))
     distill("fast", tmp_path, f"{LONG} --memo 1")

@@ -1,4 +1,4 @@
-"""What a run says of itself before and after its first steps: suspicion, lengths, time left."""
+"""Messages of a run before and after its first steps: a suspicious teacher, long runs on a CPU, the time left."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -25,7 +25,7 @@ def test_twice_chance_is_suspicious():
 
 
 def line(method, extra="", stages=STAGES):
-    """What is said of a run of a method on a CPU."""
+    """The message about the length of a method's run on a CPU, and the flags of the run."""
     name, cls, groups = parse(["--method", method, *extra.split()])
     flags = {k: v for group in groups for k, v in dataclasses.asdict(group).items()}
     marks = {"synthesize": "init_rounds", "generate": "images_per_class", "distill": "epochs"}
@@ -61,10 +61,10 @@ def test_a_duration_in_words():
 
 @pytest.mark.parametrize("kd_steps", [1000, 5])
 def test_student_steps_tell_what_is_left(kd_steps, monkeypatch):
-    """2 s a student step and 10 s a round of synthesis, from the steps of one long round or of several short ones."""
+    """A student step takes 2 s, a round of synthesis 10 s; measured in one long round or in several short ones."""
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(pace.time, "monotonic", lambda: clock.now)
-    synthesis = SimpleNamespace(seconds=7.0, read=lambda: synthesis.seconds)  # of an earlier command
+    synthesis = SimpleNamespace(seconds=7.0, read=lambda: synthesis.seconds)  # time of an earlier command
     schedule = SimpleNamespace(kd_steps=kd_steps, rounds=8000 // kd_steps)
     distillation = SimpleNamespace(synthesis_clock=synthesis, schedule=schedule, precision=SimpleNamespace(device=CPU))
     said, start = [], schedule.rounds // 4
@@ -80,7 +80,7 @@ def test_student_steps_tell_what_is_left(kd_steps, monkeypatch):
 
 
 def test_a_round_of_a_bank_tells_what_is_left(tmp_path, monkeypatch):
-    """A round of 100 s, one of four; nothing where less than a minute is left."""
+    """The first of four rounds takes 100 s. Nothing is reported if less than a minute is left."""
     import engine.loops.fill as module
 
     clock = SimpleNamespace(now=0.0)

@@ -1,4 +1,4 @@
-"""--recipe: which flags it sets, the one-cycle learning rate, Muon's steps."""
+"""--recipe: the flags that it sets, the one-cycle learning rate, and the steps of Muon."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""The wrapper of every network: its features, its normalization, and what it leaves alone."""
+"""The classifier that wraps every network: features, normalization, and that wrapping does not change the network."""
 
 import copy
 import weakref
@@ -14,7 +14,7 @@ from tests.conftest import build_network
 from tests.networks.test_networks import PUBLISHED, on_meta, shapes
 
 HAS_RELU_MAP = [name for name in MODELS if name.startswith(("wrn", "resnet", "vgg8", "vgg11", "vgg13", "shufflenet"))]
-HAS_RELU_MAP.remove("vgg11_bn_imagenet")  # two hidden layers lie between its map and its features
+HAS_RELU_MAP.remove("vgg11_bn_imagenet")  # two hidden layers lie between its feature map and its features
 SLOW = {"vgg11_bn_imagenet", "vit_b_16_imagenet"}  # hundreds of MB of gradients, and 224 px
 
 
@@ -54,9 +54,9 @@ def test_features_and_gradients_of_every_model(name):
 @pytest.mark.parametrize(
     ("name", "dim", "feature_map"),
     [
-        ("convnext_tiny", 768, (768, 7, 7)),  # a norm between pooling and head
+        ("convnext_tiny", 768, (768, 7, 7)),  # has a norm between pooling and head
         ("swin_t", 768, (768, 7, 7)),
-        ("densenet121", 1024, (1024, 7, 7)),  # pools by function
+        ("densenet121", 1024, (1024, 7, 7)),  # pools by a function
         ("squeezenet1_1", 512, (512, 13, 13)),  # its head is a convolution
         ("mobilenet_v3_small", 1024, (576, 7, 7)),
         ("vgg11_bn", 4096, (512, 14, 14)),  # before the max-pool that ends its container
@@ -75,7 +75,7 @@ def test_convolution_as_head_gives_pooled_features():
 
 
 class SharedModules(nn.Module):
-    """One ReLU for everything, after maps and after vectors; pools by function; noise even in eval mode."""
+    """A network that reuses one ReLU after feature maps and vectors, pools by a function, and draws noise in eval mode."""
 
     def __init__(self):
         super().__init__()
@@ -183,7 +183,7 @@ def test_networks_that_do_not_fit(network, size, message):
 
 
 def test_weights_fixed_is_undone():
-    """No gradients to weights and eval mode inside, gradients to inputs as ever; what was fixed before stays so."""
+    """Inside: eval mode, and gradients for inputs but not for weights. Weights that were fixed before stay fixed."""
     classifier = wrap(build_network("resnet8", 10)).train()
     first = next(classifier.network.parameters()).requires_grad_(False)
     images = torch.rand(2, 3, 32, 32, requires_grad=True)

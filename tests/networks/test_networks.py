@@ -1,4 +1,4 @@
-"""Every network of the registry against the published keys; networks by file and by module."""
+"""Networks of the registry, compared with the published state-dict keys, and networks by file and by module."""
 
 import json
 import re

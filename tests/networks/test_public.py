@@ -1,4 +1,4 @@
-"""Networks by public names, offline: timm models made from a configuration and saved, torchvision's with random weights."""
+"""Networks by public names, offline: timm models that the tests build and save, and torchvision models, all untrained."""
 
 import json
 
@@ -14,7 +14,7 @@ from tests.conftest import CPU, build_classifier, build_network, dataset_info, l
 
 MEAN, STD = [0.1, 0.2, 0.3], [0.4, 0.5, 0.6]
 NAMES = [f"digit {label}" for label in range(10)]
-KINDS = {  # small networks of timm, with what makes them smaller still
+KINDS = {  # small networks of timm, with arguments that make them smaller
     "bn": ("test_resnet", {}),
     "gn": ("test_efficientnet_gn", {}),
     "vit": ("test_vit", {"img_size": 32, "patch_size": 8}),
@@ -22,7 +22,7 @@ KINDS = {  # small networks of timm, with what makes them smaller still
 
 
 def save_timm(folder, name, num_classes=10, **arguments):
-    """A network of timm with random weights, as timm itself saves it."""
+    """Saves a timm network with random weights in timm's own format, and returns it."""
     import timm
 
     torch.manual_seed(0)
@@ -185,7 +185,7 @@ def test_channels_last_is_no_feature_map():
 
 
 def test_runs_with_a_public_teacher_and_student(command, folders, tmp_path):
-    """A teacher of timm fine-tuned on the data; a data-free run with it and a student of timm, and one with a ViT."""
+    """Fine-tunes a timm teacher on the data, then does data-free runs with a timm student: a BN teacher, and a ViT."""
     folder, run = folders["bn"][0], tmp_path / "scratch"
     common = "--dataset digits --gpu -1 --image_size 32"
     flags = f"--model local-dir:{folder} {common} --epochs 1 --batch_size 64 --save_dir {run} --output {tmp_path / 'a.pth'}"

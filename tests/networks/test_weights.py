@@ -1,4 +1,4 @@
-"""Loading weights: what is taken, what is refused, and the normalization that comes with them."""
+"""Loading weights: which files are accepted or refused, and the normalization that comes with the weights."""
 
 import copy
 from types import SimpleNamespace
@@ -17,7 +17,7 @@ SHARED = ROOT.parent / "shared"
 @pytest.fixture(scope="module")
 def state():
     network = build_network("resnet8", 10)
-    network(torch.rand(4, 3, 32, 32))  # moves the BN statistics
+    network(torch.rand(4, 3, 32, 32))  # updates the BN statistics
     return network.state_dict()
 
 
@@ -136,7 +136,7 @@ def test_a_flag_goes_before_the_checkpoint_before_the_dataset(tmp_path, state, a
      ("std", [0.2, 0.0, 0.2]), ("std", [0.2, 0.2, -1.0]), ("std", [float("inf")] * 3), ("std", [])],
 )  # fmt: skip
 def test_wrong_normalizations_are_one_line(tmp_path, state, name, values):
-    """Of the checkpoint, where a flag helps, and of a flag."""
+    """A wrong normalization in a checkpoint, which a flag overrides, and a wrong normalization given by a flag."""
     torch.save({"state_dict": state, name: values}, tmp_path / "a.pth")
     with pytest.raises(UserError, match=f"a.pth has the {name}.*three finite numbers.*--teacher_{name}") as error:
         load(tmp_path / "a.pth")

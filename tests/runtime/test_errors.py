@@ -1,4 +1,4 @@
-"""How a command ends: one line and an exit code."""
+"""How a command ends after an error or a signal: one line and an exit code."""
 
 import errno
 import os
@@ -28,7 +28,7 @@ def test_a_terminated_run_says_how_to_go_on(tmp_path):
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's "&" has it ignored
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell with "&" sets it to be ignored
         )
         process.stdout.readline()
         time.sleep(0.1)

@@ -1,4 +1,4 @@
-"""Files are whole or absent, and damaged ones are said so in one line."""
+"""Files are written whole or not at all, and a damaged file is reported in one line."""
 
 import pytest
 import torch

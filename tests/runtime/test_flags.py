@@ -1,4 +1,4 @@
-"""Flags are the fields of a dataclass; wrong ones are refused."""
+"""Flags are the fields of a dataclass; wrong flags are refused."""
 
 import argparse
 import dataclasses
@@ -41,7 +41,7 @@ def test_wrong_flags_are_refused(text):
 
 
 def main_of(name):
-    """The command line of a module, without what it does then."""
+    """A function that calls ``main`` of a module with a command line."""
 
     def call(words, monkeypatch):
         monkeypatch.setattr("sys.argv", ["program", *words])
@@ -65,12 +65,12 @@ NOT_A_NUMBER = ("nan", "inf", "-inf", "1e400", "9" * 5000, "x", "")
 
 
 class Stop(Exception):
-    """Raised where a command line was taken."""
+    """Raised after a command line was accepted."""
 
 
 @pytest.fixture
 def parser_of(monkeypatch):
-    """parser_of(call, words): the innermost parser that a command line reaches; raises what it says of the words."""
+    """parser_of(call, words): the innermost parser that a command line reaches; an error of that parser is raised."""
 
     def reach(call, words):
         reached, parse = [], Parser.parse_known_args
@@ -93,7 +93,7 @@ def parser_of(monkeypatch):
 
 
 def outside(kind, legal):
-    """Numbers just outside a range, as words."""
+    """Numbers just outside a range, as strings."""
     step = 1 if kind == "int" else 1e-6
     return [
         str(number)
@@ -110,7 +110,7 @@ def outside(kind, legal):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_number_has_a_range_and_is_held_to_it(command, parser_of, capsys):
-    """Each value outside is one line; those at its edge are taken; ``--help`` shows the range; defaults are inside."""
+    """Values outside are refused in one line, values at the edge accepted; ``--help`` has the range; defaults are inside."""
     call, words = COMMANDS[command][0], COMMANDS[command][1].split()
     parser = parser_of(call, words)
     shown = " ".join(parser.format_help().split())

@@ -1,4 +1,4 @@
-"""Loss scales: one an optimizer, part of the state of whatever outlives a round. Simulated on the CPU, which has no fp16."""
+"""Loss scales of fp16: one for each optimizer, saved with optimizers that outlive a round. Simulated on the CPU."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 
 
 def scaled(self, amp, device):
-    """In the place of Precision.__init__: float32 networks and a scale that overflows at every other step or so."""
+    """Replaces Precision.__init__: float32 networks, and a loss scale that overflows at about every second step."""
     self.amp, self.dtype, self.device = amp, None, device
     self.scaler = torch.amp.GradScaler("cpu", enabled=True, init_scale=2.0**126, growth_interval=1)
 
@@ -25,7 +25,7 @@ def overflowing(monkeypatch):
 
 
 def steps(precision, count):
-    """A weight after so many steps of plain SGD down 8 w."""
+    """Value of a weight after ``count`` steps of plain SGD on the loss 8 w, from 0."""
     weight = torch.nn.Parameter(torch.zeros(()))
     optimizer = torch.optim.SGD([weight], lr=1.0)
     for _ in range(count):
@@ -36,7 +36,7 @@ def steps(precision, count):
 def test_without_fp16_there_is_no_state():
     precision = Precision("no", CPU)
     assert steps(precision, 2) == -16 and precision.state_dict() == {} == precision.fresh().state_dict()
-    precision.load_state_dict({"scale": 4.0})  # an image bank's, made with fp16
+    precision.load_state_dict({"scale": 4.0})  # state of an image bank made with fp16
     assert steps(precision, 2) == -16
     with pytest.raises(UserError, match="fp16 needs a GPU"):
         Precision("fp16", CPU)
@@ -45,7 +45,7 @@ def test_without_fp16_there_is_no_state():
 def test_a_scale_is_one_optimizers_and_goes_on(overflowing):
     one = Precision("fp16", CPU)
     two = one.fresh()
-    assert steps(one, 4) > -32  # some steps overflowed and were left out
+    assert steps(one, 4) > -32  # some steps overflowed and were skipped
     assert one.state_dict() != two.state_dict() and two.state_dict()["scale"] == 2.0**126
     again = two.fresh()
     again.load_state_dict(one.state_dict())
@@ -70,7 +70,7 @@ def test_a_run_in_fp16_goes_on_to_the_same_bits(method, count, distill, tmp_path
     found = outcome(tmp_path / "run")
     assert found == whole
     assert len(found[2]) == count and all(scale["scale"] != 2.0**126 for scale in found[2].values())
-    if count:  # what is saved is of need
+    if count:  # without the saved scale the result differs
         monkeypatch.setattr(Precision, "load_state_dict", lambda self, state: None)
         distill(method, tmp_path / "forgetful")
         assert outcome(tmp_path / "forgetful") != whole
@@ -83,7 +83,7 @@ HARDWARE = {"avx512_bf16": "bf16", "amx_bf16": "bf16", "avx512_f": "no"}
 def test_auto_is_what_the_processor_computes_in(flag, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {flag: True})
     assert choose_amp("auto", CPU) == HARDWARE[flag]
-    assert choose_amp("auto", CPU, "no") == "no" and choose_amp("auto", CPU, "bf16") == "bf16"  # of a run that goes on
+    assert choose_amp("auto", CPU, "no") == "no" and choose_amp("auto", CPU, "bf16") == "bf16"  # a resumed run
     assert choose_amp("no", CPU, "bf16") == "no"
     for found in (True, False):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: found)
@@ -91,7 +91,7 @@ def test_auto_is_what_the_processor_computes_in(flag, monkeypatch):
 
 
 def recorded(folder):
-    """The precision in args.json and in the record of every stage."""
+    """The set of precisions in args.json and in the records of all stages."""
     stages = json.loads((folder / "stages.json").read_text())
     return {
         json.loads((folder / "args.json").read_text())["args"]["amp"],
@@ -129,7 +129,7 @@ def test_so_does_a_training_on_real_data(command, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("fused", [True, False])
 def test_momentum_begins_at_zero_though_the_first_step_is_skipped(fused):
-    """A loss scale that is too high at first, in memory that held something else."""
+    """The first loss scale is too high, and the momentum is in memory that held other values."""
     precision = Precision("no", CPU)
     precision.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     weight = torch.nn.Parameter(torch.ones(3))

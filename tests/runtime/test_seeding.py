@@ -1,4 +1,4 @@
-"""Random numbers are a function of position."""
+"""Random numbers are a function of the position in a run."""
 
 import torch
 

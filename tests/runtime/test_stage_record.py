@@ -1,4 +1,4 @@
-"""What a run folder remembers of its stages."""
+"""The record of stages in a run folder."""
 
 import pytest
 
@@ -22,7 +22,7 @@ def test_stages_go_on_and_name_what_changed(tmp_path):
 
 
 def test_a_record_without_an_entry_is_refused_in_one_line(tmp_path):
-    """A run of an earlier version: what it depended on is not known, so it is never taken for this command's."""
+    """An earlier version did not record a flag, so its run is never mistaken for a run of this command."""
     stages = StageRecord(tmp_path / "stages.json", {"a": {"x": 1}})
     stages.begin("a")
     StageRecord(tmp_path / "stages.json", {"a": {"x": 1, "y": None}}).check(["a"])
