@@ -172,7 +172,7 @@ def main() -> None:
     kind, stored = "model" if own else "checkpoint", own or {}
     if own:
         wanted = own if flags.evaluate_only else own | {"num_classes": info.num_classes, "class_names": None}
-        info = info.as_known_to(flags.model, wanted, keep_size=flags.image_size is not None)
+        info = info.adapted_to_model(flags.model, wanted, keep_size=flags.image_size is not None)
         network, start = with_own_weights(MODELS, flags.model, info.num_classes), flags.model
     else:
         network = build_network(MODELS, flags.model, info.num_classes, info.image_size)
@@ -203,7 +203,7 @@ def train_run(
     """
     from engine.data.splits import data_identity, load_split
     from engine.loops.train import train
-    from engine.runtime import sums
+    from engine.runtime import checksums
     from engine.runtime.compilation import Compiler
     from engine.runtime.files import delete_files, save_checkpoint
     from engine.runtime.run import Run
@@ -219,8 +219,8 @@ def train_run(
             delete_files(run.path, ["last.pth"])
             stages.discard("train")
         stages.check(["train"])
-        if stages.status("train") == "done" and output.exists() and not sums.missing(run.path, ["result.json"]):
-            sums.require(output, stages.fact("train", "sha256"))
+        if stages.status("train") == "done" and output.exists() and not checksums.missing(run.path, ["result.json"]):
+            checksums.require(output, stages.fact("train", "sha256"))
             run.log(f"trained before: {output}, acc1 {stages.fact('train', 'acc1'):.2f} %; --redo trains again")
             return
         if output.exists() and written != str(output):
@@ -241,7 +241,7 @@ def train_run(
         about |= {"acc1": accuracies[-1], "acc1_best": max(accuracies)}
         state = {"state_dict": classifier.network.state_dict()}
         save_checkpoint(output, state | info.for_checkpoint() | normalization | about)
-        digest = sums.digest_of(output)
+        digest = checksums.digest_of(output)
         stages.update("train", done=True, acc1=accuracies[-1], acc1_best=max(accuracies), sha256=digest)
         run.result(
             about

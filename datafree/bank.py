@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from engine.data.bank import ImageBank, Manifest, find_bank, read_manifest
 from engine.data.datasets import DatasetInfo, dataset_info
-from engine.data.pictures import class_files, read_images, tell_of_cropping
+from engine.data.pictures import class_files, read_images, warn_of_cropping
 from engine.networks.build import load_teacher
 from engine.networks.weights import choose_normalization
 from engine.runtime.errors import UserError, run_command
@@ -301,7 +301,7 @@ def main() -> None:
     if int(labels.max()) >= info.num_classes:
         last = info.num_classes - 1
         raise UserError(f"{args.folder} has a class {int(labels.max())}, {info.name} has the classes 0 to {last}")
-    tell_of_cropping(str(args.folder), info.image_size, files)
+    warn_of_cropping(str(args.folder), info.image_size, files)
     with atomic_folder(args.bank) as unfinished:  # a damaged image may be found late and would leave half a bank
         bank = ImageBank(unfinished, Manifest(info.name, info.num_classes, info.image_size))
         for round, start in enumerate(range(0, len(files), args.shard_size)):

@@ -30,7 +30,7 @@ from engine.loops.makers import SynthesisMaker
 from engine.loops.session import Session, Stage
 from engine.loops.stages import Distill, FillBank
 from engine.networks.build import build_classifier, load_teacher, own_weights, short_name
-from engine.runtime.compilation import Hot
+from engine.runtime.compilation import CompileTarget
 from engine.runtime.errors import UserError
 from engine.runtime.flags import check_flags
 from engine.runtime.precision import Precision, choose_amp, choose_device
@@ -86,20 +86,20 @@ class Synthesizer:
 
     Attributes:
         images_total: streaming methods: number of different images; None if every image is new.
-        pictures: streaming methods: fixed set of images from which batches are drawn, in the task's random views; None if
+        image_set: streaming methods: fixed set of images from which batches are drawn, in the task's random views; None if
             there is no such set.
         independent: whether a round of the initial bank depends on its number alone, not on earlier rounds.
         shared: module that ``batches`` and ``after_step`` use. If several processes train the student, only the main process
             calls ``synthesize``. The other processes then receive this module's weights.
-        rate: the student's learning rate in this round divided by ``--lr``. Stage distill sets it; a synthesizer may scale
+        lr_factor: the student's learning rate in this round divided by ``--lr``. Stage distill sets it; a synthesizer may scale
             its own learning rate by it.
     """
 
     images_total: int | None = None
-    pictures: TransferSet | None = None
+    image_set: TransferSet | None = None
     independent: bool = True
     shared: nn.Module | None = None
-    rate: float = 1.0
+    lr_factor: float = 1.0
 
     def synthesize(self, student: nn.Module) -> ImageBatch:
         """Makes the images of one round, with the teacher and, in adversarial methods, the student.
@@ -124,7 +124,7 @@ class Synthesizer:
     def after_step(self, student: nn.Module, images: Tensor, labels: Tensor) -> None:
         """Called after every student step with the images of that step. Does nothing by default."""
 
-    def hot(self) -> list[Hot]:
+    def compile_targets(self) -> list[CompileTarget]:
         """Functions that take most of a round's time; the stage compiles them if that saves time. None by default."""
         return []
 
@@ -140,7 +140,7 @@ class Synthesizer:
 
 
 @contextmanager
-def own_state() -> Iterator[None]:
+def state_errors() -> Iterator[None]:
     """Context that turns an error from loading a state of another method, or of other sizes, into a one-line UserError.
 
     Raises:
@@ -248,7 +248,7 @@ class Method:
         """Synthesizer of stage synthesize, which makes the initial image bank; the student it is given is untrained."""
         return self.synthesizer()
 
-    def answering_teacher(self) -> nn.Module:
+    def distillation_teacher(self) -> nn.Module:
         """Network whose outputs the student learns in stage distill; by default the teacher."""
         return self.teacher
 
@@ -308,7 +308,7 @@ def build_method(
     earlier = earlier_value(run_folder(name, groups, info.name), "amp")
     precision = Precision(processes.broadcast(choose_amp(run_flags.amp, device, earlier)), device)
     if own := own_weights(flags.teacher, info.name, flags.teacher_ckpt):
-        info = info.as_known_to(flags.teacher, own, keep_size=flags.image_size is not None)
+        info = info.adapted_to_model(flags.teacher, own, keep_size=flags.image_size is not None)
     teacher = load_teacher(models, flags.teacher, info, device, flags.teacher_ckpt, flags.teacher_mean, flags.teacher_std)
     if not info.reader:  # the dataset is not here: the teacher's normalization is all that is known of its pixels
         info = replace(info, mean=teacher.normalization.mean, std=teacher.normalization.std)

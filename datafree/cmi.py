@@ -60,7 +60,7 @@ from datafree.losses import (
     weighted_sum,
 )
 from engine.loops.session import Stage
-from engine.runtime.compilation import Hot
+from engine.runtime.compilation import CompileTarget
 from engine.runtime.errors import UserError
 from engine.runtime.flags import flag
 
@@ -182,10 +182,10 @@ class CMISynthesizer(Synthesizer):
         # One optimizer for both: its state for generator and noise is deleted after each round, that for the head is kept.
         self.optimizer = torch.optim.Adam(groups, lr=config.lr_g, fused=True)
 
-    def hot(self) -> list[Hot]:
+    def compile_targets(self) -> list[CompileTarget]:
         return [
-            Hot(self, "generate", self.g_steps, "generator"),
-            Hot(self, "observe", self.g_steps, "teacher and its statistics"),
+            CompileTarget(self, "generate", self.g_steps, "generator"),
+            CompileTarget(self, "observe", self.g_steps, "teacher and its statistics"),
         ]
 
     def synthesize(self, student: nn.Module) -> ImageBatch:

@@ -38,7 +38,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from datafree.base import ImageBatch, LowestLoss, Method, Synthesizer, Task, balanced_labels, own_state
+from datafree.base import ImageBatch, LowestLoss, Method, Synthesizer, Task, balanced_labels, state_errors
 from datafree.generators import Generator, reset
 from datafree.losses import (
     BNStatistics,
@@ -52,7 +52,7 @@ from datafree.losses import (
     weighted_sum,
 )
 from engine.loops.session import Stage
-from engine.runtime.compilation import Hot
+from engine.runtime.compilation import CompileTarget
 from engine.runtime.errors import UserError
 from engine.runtime.flags import flag
 from engine.runtime.precision import begin_momentum
@@ -143,9 +143,14 @@ class CSDSynthesizer(Synthesizer):
             self.measure_head = self.head_loss
         self.generate, self.measure = self.generator, self.losses
 
-    def hot(self) -> list[Hot]:
-        steps = [Hot(self, "generate", self.g_steps, "generator"), Hot(self, "measure", self.g_steps, "synthesis losses")]
-        return steps + ([Hot(self, "measure_head", self.task.kd_steps, "rotation head's step")] if self.csd else [])
+    def compile_targets(self) -> list[CompileTarget]:
+        steps = [
+            CompileTarget(self, "generate", self.g_steps, "generator"),
+            CompileTarget(self, "measure", self.g_steps, "synthesis losses"),
+        ]
+        return steps + (
+            [CompileTarget(self, "measure_head", self.task.kd_steps, "rotation head's step")] if self.csd else []
+        )
 
     def synthesize(self, student: nn.Module) -> ImageBatch:
         """Inverts one batch; returns its images at the step of lowest total loss."""
@@ -208,7 +213,7 @@ class CSDSynthesizer(Synthesizer):
 
     def load_state_dict(self, state: dict) -> None:
         """Restores what ``state_dict`` returned; a state from the initial bank has a generator at most."""
-        with own_state():
+        with state_errors():
             if self.config.warm_generator and "generator" in state:
                 self.generator.load_state_dict(state["generator"])
                 self.trained = True

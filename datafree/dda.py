@@ -51,7 +51,7 @@ from torch import Tensor, nn
 
 from datafree.base import Task
 from datafree.csd import CSD, CSDConfig
-from datafree.diffusion.guidance import Guidance, Judgement
+from datafree.diffusion.guidance import Guidance, TeacherMetrics
 from datafree.diffusion.hub import DTYPES, diffusion_dtype, pipeline_config, prior_name
 from datafree.diffusion.patch_unet import load_patch_prior, shipped_prior
 from datafree.diffusion.variation import Augmenter, denoising_steps
@@ -249,8 +249,8 @@ class DDA(CSD):
         config = self.config
         first, _ = self.from_initial_bank(config.init_rounds)
         check = partial(check_embedding, config.embedding, self.embedding_model)
-        judge = Judgement(self.teacher, self.task.device)
-        filter = CosineFilter(self.embedding_name, config.omega, self.embedding, judge, config.agree, check)
+        metrics = TeacherMetrics(self.teacher, self.task.device)
+        filter = CosineFilter(self.embedding_name, config.omega, self.embedding, metrics, config.agree, check)
         prior = prior_name(self.model, self.revision) if self.model else "none"
         augment = Augment(first.name, self.augmenter, config.variants, config.diffusion_batch_size, filter, prior)
         seen_by = prior_name(self.embedding_model) if self.embedding_model else "none"

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from datafree.base import ImageBatch, LowestLoss, Method, Synthesizer, Task, balanced_labels
 from datafree.losses import BNStatistics, KLDistillation, Terms, bn_loss, collected, one_hot_loss, weighted_sum
-from engine.runtime.compilation import Hot
+from engine.runtime.compilation import CompileTarget
 from engine.runtime.flags import flag
 
 DISTILL = ("distill",)
@@ -98,8 +98,8 @@ class DeepInversionSynthesizer(Synthesizer):
         self.statistics = BNStatistics(teacher) if config.bn else None
         self.measure = self.losses
 
-    def hot(self) -> list[Hot]:
-        return [Hot(self, "measure", self.config.g_steps, "synthesis losses")]
+    def compile_targets(self) -> list[CompileTarget]:
+        return [CompileTarget(self, "measure", self.config.g_steps, "synthesis losses")]
 
     def synthesize(self, student: nn.Module) -> ImageBatch:
         """Inverts one batch; returns its images at the step of lowest total loss."""

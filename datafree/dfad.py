@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from datafree.losses import weighted_sum
-from datafree.stream import DISTILL, GeneratorStream, StreamConfig, StreamingMethod, rate_flag
+from datafree.stream import DISTILL, GeneratorStream, StreamConfig, StreamingMethod, lr_schedule_flag
 from engine.runtime.flags import flag
 
 
@@ -37,7 +37,7 @@ class DFADConfig(StreamConfig):
     T: float = flag(
         1.0, "temperature: student and teacher logits are divided by T before the L1 loss", affects=DISTILL, above=0
     )
-    lr_g_schedule: str = rate_flag("student")
+    lr_g_schedule: str = lr_schedule_flag("student")
     adv: float = flag(
         1.0, "generator: weight of the adversarial loss, -mean |S(x) - T(x)| over the logits", affects=DISTILL, least=0
     )

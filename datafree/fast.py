@@ -54,7 +54,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from datafree.base import ImageBatch, LowestLoss, Method, Synthesizer, Task, balanced_labels, own_state
+from datafree.base import ImageBatch, LowestLoss, Method, Synthesizer, Task, balanced_labels, state_errors
 from datafree.generators import Generator, reset
 from datafree.losses import (
     BNStatistics,
@@ -67,7 +67,7 @@ from datafree.losses import (
     weighted_sum,
 )
 from engine.loops.session import Stage
-from engine.runtime.compilation import Hot
+from engine.runtime.compilation import CompileTarget
 from engine.runtime.flags import flag
 
 BOTH = ("synthesize", "distill")
@@ -259,10 +259,10 @@ class FastSynthesizer(Synthesizer):
         self.meta_precision = task.precision.fresh()
         self.rounds = 0
 
-    def hot(self) -> list[Hot]:
+    def compile_targets(self) -> list[CompileTarget]:
         return [
-            Hot(self, "generate", self.config.g_steps, "generator"),
-            Hot(self.inversion, "measure", self.config.g_steps, "synthesis losses"),
+            CompileTarget(self, "generate", self.config.g_steps, "generator"),
+            CompileTarget(self.inversion, "measure", self.config.g_steps, "synthesis losses"),
         ]
 
     def synthesize(self, student: nn.Module) -> ImageBatch:
@@ -297,7 +297,7 @@ class FastSynthesizer(Synthesizer):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what ``state_dict`` returned; the number of rounds starts from 0 again after the warm-up."""
-        with own_state():
+        with state_errors():
             self.rounds = state["rounds"] if state["warm_up"] == self.warm_up else 0
             self.generator.load_state_dict(state["generator"])
             self.meta_optimizer.load_state_dict(state["meta_optimizer"])

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from datafree.diffusion.guidance import Judgement
+from datafree.diffusion.guidance import TeacherMetrics
 from datafree.diffusion.hub import hub_errors, quiet_libraries
 from engine.runtime.errors import UserError
 
@@ -140,7 +140,7 @@ class CosineFilter:
         name: name of the embedding, used in the name of the file that holds the cosines.
         omega: least cosine of a kept variant; None: ``calibrated_omega``.
         build: function that builds the embedding; called when the embedding is first needed.
-        judge: the teacher's predictions for images, ``datafree.diffusion.guidance.Judgement``.
+        metrics: the teacher's predictions for images, ``datafree.diffusion.guidance.TeacherMetrics``.
         agree: whether a kept variant must also be classified by the teacher as its source's label.
         check: function that raises a UserError if the embedding cannot be built.
     """
@@ -148,7 +148,7 @@ class CosineFilter:
     name: str
     omega: float | None
     build: Callable[[], Embedding]
-    judge: Judgement
+    metrics: TeacherMetrics
     agree: bool = False
     check: Callable[[], None] = lambda: None
 

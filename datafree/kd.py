@@ -40,8 +40,8 @@ class RealImages(Synthesizer):
         self.task, split = task, task.training_split()
         self.images_total, self.split = len(split), split
         if split.images is not None:
-            self.pictures = TransferSet(len(split), task.info.image_size, task.device)
-            self.pictures.add(split.images, split.labels)
+            self.image_set = TransferSet(len(split), task.info.image_size, task.device)
+            self.image_set.add(split.images, split.labels)
             self.split = None
 
     def synthesize(self, student: nn.Module) -> ImageBatch:
@@ -54,8 +54,8 @@ class RealImages(Synthesizer):
 
         If images are decoded when they are needed, the incomplete batch at the end of an epoch is skipped.
         """
-        if self.pictures:
-            return self.pictures.batches(batch_size, self.task.random_view, seed=seed, rank=rank, count=count)
+        if self.image_set:
+            return self.image_set.batches(batch_size, self.task.random_view, seed=seed, rank=rank, count=count)
         return self._decoded(batch_size, seed, rank, count)
 
     def _decoded(self, batch_size: int, seed: int, rank: int, count: int) -> Iterator[tuple[Tensor, Tensor]]:

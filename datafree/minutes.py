@@ -36,7 +36,7 @@ STUDENT_STEPS, TEST_BATCH, VARIED, PATIENCE = 5, 500, 16, 20.0
 
 
 @dataclasses.dataclass(frozen=True)
-class Rate:
+class UnitCost:
     """Cost of one unit of work, for example a student step, and the number of such units in a run.
 
     Args:
@@ -50,10 +50,10 @@ class Rate:
     count: Callable[[dict[str, Any], Schedule], float]
 
 
-def run_seconds(rates: list[Rate], groups: list) -> float:
+def run_seconds(costs: list[UnitCost], groups: list) -> float:
     """Seconds that a run takes with the flags ``groups``."""
     flags, schedule = flat(groups), groups[2].schedule()
-    return sum(rate.seconds * rate.count(flags, schedule) for rate in rates)
+    return sum(cost.seconds * cost.count(flags, schedule) for cost in costs)
 
 
 def flat(groups: list) -> dict[str, Any]:
@@ -83,13 +83,13 @@ def choose_scale(folder: Path, method: Method, groups: list, stages: list[str], 
                 "another --save_dir"
             )
         return begun["scale"]
-    rates = measure(method, groups, stages)
+    costs = measure(method, groups, stages)
 
     def seconds(scale: float) -> float:
-        return run_seconds(rates, at(scale))
+        return run_seconds(costs, at(scale))
 
     chosen = fitting_scale(seconds, 60 * minutes)
-    told = ", ".join(f"{rate.what} {1000 * rate.seconds:.3g} ms" for rate in rates)
+    told = ", ".join(f"{cost.what} {1000 * cost.seconds:.3g} ms" for cost in costs)
     print(
         f"--minutes {minutes:g}: --scale {chosen:g}, by {told}; the published lengths would take about "
         f"{duration(seconds(1.0))}"
@@ -108,7 +108,7 @@ def trial_groups(groups: list) -> list:
     return [*common, dataclasses.replace(config, **short)]
 
 
-def measure(method: Method, groups: list, stages: list[str]) -> list[Rate]:
+def measure(method: Method, groups: list, stages: list[str]) -> list[UnitCost]:
     """Runs one round of every kind twice and measures the time of the second one.
 
     Args:
@@ -116,21 +116,21 @@ def measure(method: Method, groups: list, stages: list[str]) -> list[Rate]:
         groups: flags of the trial, see ``trial_groups``.
         stages: names of the stages that the run will execute.
     """
-    flags, device, rates = flat(groups), method.task.device, []
+    flags, device, costs = flat(groups), method.task.device, []
     seed_position(flags["seed"], "minutes")
     for stage in method.stages():
         if stage.name not in stages:
             continue
         if stage.name in INITIAL:
-            rates.append(initial_rate(stage, flags, method.task.info, device))
+            costs.append(initial_rate(stage, flags, method.task.info, device))
         elif stage.name == "augment":
-            rates += variant_rates(stage, flags, method.task.info, device)
+            costs += variant_rates(stage, flags, method.task.info, device)
         else:
-            rates += distillation_rates(method, groups)
-    return rates
+            costs += distillation_rates(method, groups)
+    return costs
 
 
-def initial_rate(stage, flags: dict[str, Any], info, device: torch.device) -> Rate:
+def initial_rate(stage, flags: dict[str, Any], info, device: torch.device) -> UnitCost:
     """Rate of an inversion or denoising step in a stage that fills the initial bank (``engine.loops.stages.FillBank``).
 
     Training between rounds, such as that of an adversarial student, is not counted.
@@ -146,10 +146,10 @@ def initial_rate(stage, flags: dict[str, Any], info, device: torch.device) -> Ra
     generates = stage.name == "generate"
     steps = flags["num_inference_steps"] if generates else count({**flags, "init_rounds": 1}, None)
     what = "denoising step of a batch" if generates else "inversion step of the initial bank"
-    return Rate(what, seconds_of(first_batch, device) / steps, count)
+    return UnitCost(what, seconds_of(first_batch, device) / steps, count)
 
 
-def variant_rates(stage, flags: dict[str, Any], info, device: torch.device) -> list[Rate]:
+def variant_rates(stage, flags: dict[str, Any], info, device: torch.device) -> list[UnitCost]:
     """Rates of one variant, of one image in the filter, and of one training image of a prior that is trained on the bank.
 
     Args:
@@ -170,14 +170,16 @@ def variant_rates(stage, flags: dict[str, Any], info, device: torch.device) -> l
 
     variant = seconds_of(lambda: augmenter.augment(some, theirs, list(range(varied))), device) / varied
     embedded = seconds_of(lambda: embed(some), device) / varied
-    rates = [
-        Rate("variant", variant, lambda flags, _: stage.variants * sources(flags)),
-        Rate("image in the filter", embedded, lambda flags, _: (1 + stage.variants) * sources(flags)),
+    costs = [
+        UnitCost("variant", variant, lambda flags, _: stage.variants * sources(flags)),
+        UnitCost("image in the filter", embedded, lambda flags, _: (1 + stage.variants) * sources(flags)),
     ]
     if augmenter.fit_rounds:
         fitted = seconds_of(lambda: augmenter.fit(images, labels), device) / len(images)
-        rates.append(Rate("image in the prior's training", fitted, lambda flags, _: flags["fit_passes"] * sources(flags)))
-    return rates
+        costs.append(
+            UnitCost("image in the prior's training", fitted, lambda flags, _: flags["fit_passes"] * sources(flags))
+        )
+    return costs
 
 
 def bank_labels(path: Path) -> torch.Tensor:
@@ -192,11 +194,11 @@ def bank_labels(path: Path) -> torch.Tensor:
     return ImageBank(folder, read_manifest(folder), create=False).read_all()["labels"]
 
 
-def distillation_rates(method: Method, groups: list) -> list[Rate]:
+def distillation_rates(method: Method, groups: list) -> list[UnitCost]:
     """Rates of a student step, of a synthesis step of stage distill, and of one measurement of accuracy."""
     flags, device, info, student = flat(groups), method.task.device, method.task.info, method.student
     schedule = dataclasses.replace(groups[2].schedule(), epochs=1, ep_steps=STUDENT_STEPS, kd_steps=STUDENT_STEPS)
-    rates, synthesizer = [], method.synthesizer()
+    costs, synthesizer = [], method.synthesizer()
 
     def synthesis(flags: dict[str, Any], schedule: Schedule) -> int:
         return synthesis_steps(flags, schedule, info, "distill")
@@ -204,9 +206,9 @@ def distillation_rates(method: Method, groups: list) -> list[Rate]:
     if method.streams or method.images_per_round:
         with weights_fixed(student):
             seconds = seconds_of(lambda: synthesizer.synthesize(student), device)
-        rates.append(Rate("synthesis step", seconds / max(1, synthesis(flags, schedule)), synthesis))
+        costs.append(UnitCost("synthesis step", seconds / max(1, synthesis(flags, schedule)), synthesis))
     distillation = Distillation(
-        method.answering_teacher(),
+        method.distillation_teacher(),
         student,
         method.objective().to(device),
         synthesizer,
@@ -222,10 +224,10 @@ def distillation_rates(method: Method, groups: list) -> list[Rate]:
         batches = transfer.batches(schedule.batch_size, method.student_view, seed=flags["seed"])
     steps = _Counter()
     per_step = seconds_of(lambda: distillation.student_steps(batches, 0, steps), device) / STUDENT_STEPS
-    rates.append(Rate("student step", per_step, lambda _, schedule: schedule.rounds * schedule.kd_steps))
+    costs.append(UnitCost("student step", per_step, lambda _, schedule: schedule.rounds * schedule.kd_steps))
     if not flags["no_test"]:  # the student after each epoch, the teacher before the first round, both at the end
-        rates.append(Rate("test", _seconds_of_a_test(method), lambda _, schedule: schedule.epochs + 3))
-    return rates
+        costs.append(UnitCost("test", _seconds_of_a_test(method), lambda _, schedule: schedule.epochs + 3))
+    return costs
 
 
 class _Counter:

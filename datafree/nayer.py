@@ -44,13 +44,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from datafree.base import ImageBatch, Method, Synthesizer, Task, own_state
+from datafree.base import ImageBatch, Method, Synthesizer, Task, state_errors
 from datafree.diffusion.hub import hub_errors, prior_name, quiet_libraries
 from datafree.fast import BETAS, Inversion
 from datafree.generators import Generator, reset
 from datafree.losses import KLDistillation
 from engine.loops.session import Stage
-from engine.runtime.compilation import Hot
+from engine.runtime.compilation import CompileTarget
 from engine.runtime.errors import UserError
 from engine.runtime.flags import flag
 
@@ -224,10 +224,10 @@ class NAYERSynthesizer(Synthesizer):
             return text_codes(task.info.class_names, config.prompt, config.text_model, task.device)
         return orthogonal_codes(task.info.num_classes, config.label_dim)
 
-    def hot(self) -> list[Hot]:
+    def compile_targets(self) -> list[CompileTarget]:
         return [
-            Hot(self, "run_generator", self.loops * self.config.g_steps, "generator"),
-            Hot(self.inversion, "measure", self.loops * self.config.g_steps, "synthesis losses"),
+            CompileTarget(self, "run_generator", self.loops * self.config.g_steps, "generator"),
+            CompileTarget(self.inversion, "measure", self.loops * self.config.g_steps, "synthesis losses"),
         ]
 
     def synthesize(self, student: nn.Module) -> ImageBatch:
@@ -274,7 +274,7 @@ class NAYERSynthesizer(Synthesizer):
 
         Label embeddings that were made with other flags are not restored.
         """
-        with own_state():
+        with state_errors():
             self.rounds = state["rounds"] if state["warm_up"] == self.warm_up else 0
             self.generator.load_state_dict(state["generator"])
             self.inversion.load_state_dict(state)

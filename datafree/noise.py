@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from datafree.base import ImageBatch, Method, Synthesizer, Task
 from datafree.losses import KLDistillation, normalizing_by_batch
 from datafree.stream import unlabelled
-from engine.data.pictures import SUFFIXES, decode_image, image_files, read_images, tell_of_cropping
+from engine.data.pictures import SUFFIXES, decode_image, image_files, read_images, warn_of_cropping
 from engine.data.readers import read_npz_images
 from engine.data.splits import resized
 from engine.data.transfer_set import TransferSet
@@ -98,10 +98,10 @@ def read_pictures(source: str, size: int) -> Tensor:
     """
     if is_archive(source):
         arrays = read_npz_images(Path(source))
-        tell_of_cropping(f"--images {source}", size, arrays)
+        warn_of_cropping(f"--images {source}", size, arrays)
         return resized(arrays, size).permute(0, 3, 1, 2).contiguous()
     files = pictures_in(source)
-    tell_of_cropping(f"--images {source}", size, files)
+    warn_of_cropping(f"--images {source}", size, files)
     return read_images(files, size)
 
 
@@ -116,13 +116,13 @@ class UnrelatedImages(NoiseImages):
     def __init__(self, task: Task, source: str):
         self.task = task
         images = read_pictures(source, task.info.image_size)
-        self.pictures = TransferSet(len(images), task.info.image_size, task.device)
-        self.pictures.add(images, torch.full((len(images),), -1))
+        self.image_set = TransferSet(len(images), task.info.image_size, task.device)
+        self.image_set.add(images, torch.full((len(images),), -1))
         self.images_total = len(images)
 
     def batches(self, batch_size: int, **share: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields batches as ``TransferSet.batches``, with labels -1."""
-        return self.pictures.batches(batch_size, self.task.random_view, **share)
+        return self.image_set.batches(batch_size, self.task.random_view, **share)
 
 
 class Noise(Method):
@@ -137,7 +137,7 @@ class Noise(Method):
             self.external_prior = f"images of {Path(config.images).resolve().name.removesuffix('.npz')}"
 
     def check_inputs(self, stages: Collection[str]) -> None:
-        self.answering_teacher()  # raises if --bn_mode batch is given and the teacher has no BatchNorm layers
+        self.distillation_teacher()  # raises if --bn_mode batch is given and the teacher has no BatchNorm layers
         source = self.config.images
         if source and "distill" in stages:
             if is_archive(source):
@@ -145,7 +145,7 @@ class Noise(Method):
             else:
                 decode_image(pictures_in(source)[0], self.task.info.image_size)
 
-    def answering_teacher(self) -> nn.Module:
+    def distillation_teacher(self) -> nn.Module:
         return normalizing_by_batch(self.teacher) if self.config.bn_mode == "batch" else self.teacher
 
     def synthesizer(self) -> NoiseImages:

@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from datafree.base import ImageBatch, Method, Synthesizer, Task
 from datafree.generators import LARGE, Generator, reset
 from datafree.losses import KLDistillation
-from engine.runtime.compilation import Hot
+from engine.runtime.compilation import CompileTarget
 from engine.runtime.flags import flag
 
 DISTILL = ("distill",)
 
 
-def rate_flag(default: str):
+def lr_schedule_flag(default: str):
     """Returns the flag lr_g_schedule with the given default."""
     text = "schedule of the generator's learning rate; student: proportional to the student's learning rate"
     return flag(default, text, choices=("constant", "student"), affects=DISTILL)
@@ -39,7 +39,7 @@ class StreamConfig:
     g_steps: int = flag(1, "generator steps per round", affects=DISTILL, least=1)
     synthesis_batch_size: int = flag(256, "images per generator step", affects=DISTILL, least=1, most=1_000_000)
     lr_g: float = flag(1e-3, "Adam learning rate of the generator", affects=DISTILL, above=0)
-    lr_g_schedule: str = rate_flag("constant")
+    lr_g_schedule: str = lr_schedule_flag("constant")
     nz: int = flag(256, "length of the generator's noise vector", affects=DISTILL, least=1)
     T: float = flag(1.0, "temperature of the distillation loss", affects=DISTILL, above=0)
 
@@ -65,17 +65,17 @@ class GeneratorStream(Synthesizer):
         with self.task.precision.autocast():
             return self.run_generator(torch.randn(count, self.config.nz, device=self.task.device)).float()
 
-    def hot(self) -> list[Hot]:
+    def compile_targets(self) -> list[CompileTarget]:
         return [
-            Hot(self, "run_generator", self.config.g_steps + self.task.kd_steps, "generator"),
-            Hot(self, "measure", self.config.g_steps, "synthesis losses"),
+            CompileTarget(self, "run_generator", self.config.g_steps + self.task.kd_steps, "generator"),
+            CompileTarget(self, "measure", self.config.g_steps, "synthesis losses"),
         ]
 
     def synthesize(self, student: nn.Module) -> ImageBatch:
         """Takes ``g_steps`` generator steps; returns the image batch of the last one."""
         if self.config.lr_g_schedule == "student":
             for group in self.optimizer.param_groups:
-                group["lr"] = self.config.lr_g * self.rate
+                group["lr"] = self.config.lr_g * self.lr_factor
         for _ in range(self.config.g_steps):
             images = self.generate(self.config.synthesis_batch_size)
             losses = self.measure(images, student)

@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from datafree.losses import adversarial_loss, kd_loss, weighted_sum
-from datafree.stream import DISTILL, GeneratorStream, StreamConfig, StreamingMethod, rate_flag
+from datafree.stream import DISTILL, GeneratorStream, StreamConfig, StreamingMethod, lr_schedule_flag
 from engine.runtime.errors import UserError
 from engine.runtime.flags import flag
 
@@ -42,7 +42,7 @@ from engine.runtime.flags import flag
 class ZSKTConfig(StreamConfig):
     """Flags of ZSKT."""
 
-    lr_g_schedule: str = rate_flag("student")
+    lr_g_schedule: str = lr_schedule_flag("student")
     adv: float = flag(1.0, "generator: weight of the adversarial loss, -KL at temperature T", affects=DISTILL, least=0)
     attention: float = flag(
         250.0, "weight of the attention loss between student and teacher feature maps", affects=DISTILL, least=0

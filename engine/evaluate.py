@@ -153,7 +153,7 @@ def known_to(info: DatasetInfo, model: Trained, size: int | None, name: str) -> 
         name: the model's name in error messages.
     """
     about = {"image_size": size or info.image_size} | model.about
-    return info.as_known_to(name, about, keep_size=size is not None)
+    return info.adapted_to_model(name, about, keep_size=size is not None)
 
 
 def logits_of(model: Trained, info: DatasetInfo, device: torch.device, args, mean=None, std=None) -> tuple[Tensor, Tensor]:

@@ -29,7 +29,7 @@ from registry import MODELS
 
 
 FRONT = """---
-license: other  # fill in: the student's; mind the teacher's and the prior's
+license: other  # fill in; respect the licences of the teacher and the prior
 library_name: {library}
 pipeline_tag: image-classification
 tags: [image-classification, {tag}]
@@ -44,12 +44,12 @@ TEXT = """
 |---|---|
 {rows}
 
-Images are RGB, {size} x {size} px, in [0, 1]; subtract the mean {mean}, divide by the standard deviation {std}
-(model.onnx does both itself). Out come logits of {classes} classes{names}.
+Input: RGB images of {size} x {size} px in [0, 1]. Subtract the mean {mean} and divide by the standard deviation {std}
+(model.onnx does both itself). Output: logits of {classes} classes{names}.
 
 {honesty}
 
-## To repeat it
+## To reproduce
 
 ```
 {command}
@@ -59,8 +59,8 @@ at commit {commit} of this project, {versions}.
 
 ## Licences
 
-Fill in before you publish: of the student (`license` above), of the teacher ({teacher}), of the data that the teacher was
-trained on, of the external prior ({prior}).
+Fill in before you publish: the licences of the student (`license` above), of the teacher ({teacher}), of the teacher's
+training data and of the external prior ({prior}).
 """
 
 

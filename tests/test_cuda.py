@@ -42,7 +42,7 @@ def test_cuda_graphs(distill, tmp_path, capsys, method):
 
 
 def test_kept_answers_and_views(distill, tmp_path):
-    distill("fast", tmp_path / "run", "--gpu 0 --amp bf16 --memo 16 --views 4")
+    distill("fast", tmp_path / "run", "--gpu 0 --amp bf16 --logit_cache 16 --views 4")
     look_at(tmp_path / "run")
 
 

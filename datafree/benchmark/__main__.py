@@ -36,7 +36,7 @@ from engine.data.bank import ImageBank, Manifest, MappedImages
 from engine.data.crops import Views
 from engine.data.datasets import DatasetInfo, dataset_info
 from engine.data.transfer_set import TransferSet
-from engine.loops.memo import STEPS
+from engine.loops.logit_cache import STEPS
 from engine.networks.build import build_classifier
 from engine.report import markdown, replace_table
 from engine.runtime.compilation import CHOICES, Compiler
@@ -53,7 +53,7 @@ LOOPS = {
     "sample": "bank sampling",
     "teacher_forward": "teacher forward",
     "distillation": "distillation step",
-    "memo": "distillation step",
+    "logit_cache": "distillation step",
     "run": "distillation steps of a run",
     "inversion": "inversion step",
     "growth": "sampling from banks of growing size",
@@ -116,7 +116,7 @@ class Benchmark:
         self.precision = Precision(choose_amp(args.amp, device), device)
         self.ceilings = Ceilings(0, "", 0)
 
-    def look(self) -> None:
+    def images_of_keys(self) -> None:
         """Measures the ceilings again and keeps the higher values, so that a busy moment does not make them too low."""
         measured = ceilings(self.device, self.precision.dtype or torch.float32, min(0.7, self.args.seconds))
         self.ceilings = self.ceilings.or_higher(measured)
@@ -139,7 +139,7 @@ class Benchmark:
         eager, ours = Ours(*parts, Compiler("no", self.device)), Ours(*parts, compiler)
         plain = Plain(info, frozen(theirs), other, self.png, args.batch_size, args.workers)
         # Operations are counted without compilation, since compiled functions hide them.
-        timed = [name for name in loops if name not in ("memo", "run")]
+        timed = [name for name in loops if name not in ("logit_cache", "run")]
         counted = {"distillation", "teacher_forward", *timed} - {"sample"}
         work = {name: flops(getattr(eager, name)) // args.batch_size for name in counted}
         del eager
@@ -154,29 +154,29 @@ class Benchmark:
             self.bar.set_postfix_str(f"{teacher} -> {student}, {LOOPS[name]}")
             getattr(plain, name)()  # one step before the measurement, as for our loop
             found[name] = self.in_turns({"ours": getattr(ours, name), "plain": getattr(plain, name)})
-        kept = self.memo(ours, plain) if "memo" in loops else []
+        kept = self.logit_cache(ours, plain) if "logit_cache" in loops else []
         kept += self.run(ours, plain) if "run" in loops else []
         self.look()
         rows = [line(name, m["ours"], m["plain"], work[name], self.ceilings) for name, m in found.items()]
         for name, which, known, measured, reference in kept:
             left = round(work["distillation"] - known * work["teacher_forward"])
-            what = f"{which}, {100 * known:.0f} % of the teacher's answers known"
+            what = f"{which}, {100 * known:.0f} % of the teacher's logits cached"
             rows.append(line(name, measured, reference, left, self.ceilings, what))
         setting = f"{teacher} -> {student}, {info.image_size} px, batch {args.batch_size}, amp {self.precision.amp}"
         compiled = "not compiled" if not notes else f"compiled in {compiling:.0f} s"
         failed = [note for note in notes if "uncompiled" in note]
         return "  \n".join([f"{setting}, {compiled}", *failed, f"{self.ceilings}\n\n{markdown(rows)}"])
 
-    def memo(self, ours: Ours, plain: Plain) -> Kept:
+    def logit_cache(self, ours: Ours, plain: Plain) -> Kept:
         """Measures student steps for each share of cached teacher logits in ``KNOWN``."""
-        steps: dict[Any, Step] = {known: ours.remembering(known) for known in KNOWN}
+        steps: dict[Any, Step] = {known: ours.cached_steps(known) for known in KNOWN}
         measured = self.in_turns(steps | {"plain": partial(repeat, plain.distillation, STEPS)}, STEPS)
-        return [("memo", "", known, measured[known], measured["plain"]) for known in KNOWN]
+        return [("logit_cache", "", known, measured[known], measured["plain"]) for known in KNOWN]
 
     def run(self, ours: Ours, plain: Plain) -> Kept:
         """Measures all student steps of a run, for each entry of ``RUN_VIEWS``."""
         known: dict[str, float] = {}
-        steps: dict[Any, Step] = {n: lambda n=n: known.update({n: ours.whole_run(RUN_VIEWS[n])}) for n in RUN_VIEWS}
+        steps: dict[Any, Step] = {n: lambda n=n: known.update({n: ours.small_run(RUN_VIEWS[n])}) for n in RUN_VIEWS}
         count = RUN_ROUNDS * STEPS
         measured = self.in_turns(steps | {"plain": partial(repeat, plain.distillation, count)}, count)
         return [("run", f", {name}", known[name], measured[name], measured["plain"]) for name in RUN_VIEWS]

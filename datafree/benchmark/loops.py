@@ -18,7 +18,7 @@ from datafree.losses import BNStatistics, KLDistillation, bn_loss, kd_loss, one_
 from engine.data.crops import KeyedViews, Views
 from engine.data.transfer_set import TransferSet
 from engine.loops.distill import Distillation, Schedule
-from engine.loops.memo import STEPS, Memo
+from engine.loops.logit_cache import STEPS, LogitCache
 from engine.runtime.compilation import Compiler
 from engine.runtime.precision import Precision
 
@@ -147,7 +147,7 @@ class Ours:
     def _endless(self) -> Iterator[tuple[Tensor, ...]]:
         """Yields batches without end, in rounds of a hundred steps."""
         for round in count():
-            yield from self.transfer.viewed(self.batch_size, self.views, seed=round, steps=100)
+            yield from self.transfer.keyed_batches(self.batch_size, self.views, seed=round, steps=100)
 
     def _synthesis_losses(self, images: Tensor, labels: Tensor) -> Tensor:
         """The sum of L_bn and the cross-entropy of images (B, 3, S, S) for labels (B,), scalar."""
@@ -159,33 +159,37 @@ class Ours:
         next(self.batches)
 
     def teacher_forward(self) -> None:
-        self.loop.ask(self.images)
+        self.loop.teacher_outputs(self.images)
 
     def distillation(self) -> None:
         self.loop.student_steps(self.batches, 0, self.bar)
 
-    def remembering(self, known: float) -> Step:
+    def cached_steps(self, known: float) -> Step:
         """Returns a function that takes ``STEPS`` student steps; the share ``known`` of their teacher logits is cached."""
         device, block = self.precision.device, self.batch_size
         group, keys = STEPS * block, torch.randperm(len(self.views), device=device)
         old, fresh = keys.split(-(-len(keys) // 2))
-        memo = Memo(partial(self._answer, self.transfer, self.views), len(keys), 4 * group, block, device)
+        logit_cache = LogitCache(
+            partial(self._compute_logits, self.transfer, self.views), len(keys), 4 * group, block, device
+        )
         old = old[:group]
-        memo.prepare(old)
-        used, unknown, starts = memo.used, round((1 - known) * group), count()
+        logit_cache.prepare(old)
+        used, unknown, starts = logit_cache.used, round((1 - known) * group), count()
 
         def step() -> None:
             places = next(starts) * unknown + torch.arange(unknown, device=device)
             new = fresh[places % len(fresh)]
-            memo.row_of[new], memo.used = 0, used  # overwrites the rows of the previous call
-            asked = torch.cat([new, old[torch.randint(len(old), (group - unknown,), device=device)]])
-            asked = asked[torch.randperm(group, device=device)].view(STEPS, block)
-            memo.prepare(asked)
-            self._steps(memo, ((self.transfer.look(self.views, keys), self.labels, keys) for keys in asked), STEPS)
+            logit_cache.row_of[new], logit_cache.used = 0, used  # overwrites the rows of the previous call
+            drawn = torch.cat([new, old[torch.randint(len(old), (group - unknown,), device=device)]])
+            drawn = drawn[torch.randperm(group, device=device)].view(STEPS, block)
+            logit_cache.prepare(drawn)
+            self._steps(
+                logit_cache, ((self.transfer.images_of_keys(self.views, keys), self.labels, keys) for keys in drawn), STEPS
+            )
 
         return step
 
-    def whole_run(self, few: int | None) -> float:
+    def small_run(self, few: int | None) -> float:
         """Takes all student steps of a small run (see ``RUN_ROUNDS``) and returns the share of cache hits.
 
         Args:
@@ -195,24 +199,24 @@ class Ours:
         images = max(2 * RUN_ROUNDS, RUN_ROUNDS * STEPS * block // RUN_QUESTIONS)
         transfer = TransferSet(images, self.images.shape[-1], device)
         views = KeyedViews(self.view, images, few, device=device)
-        memo = Memo(partial(self._answer, transfer, views), len(views), len(views), block, device)
+        logit_cache = LogitCache(partial(self._compute_logits, transfer, views), len(views), len(views), block, device)
         for round in range(RUN_ROUNDS):
             end = -(-images * (RUN_BEFORE + (1 - RUN_BEFORE) * (round + 1) / RUN_ROUNDS) // 1)
             places = torch.arange(len(transfer), min(images, int(end))) % len(self.transfer)
             transfer.add(self.transfer.images[places], self.transfer.labels[places])
-            plan = {"prepare": memo.prepare, "steps": STEPS, "ahead": STEPS}
-            self._steps(memo, transfer.viewed(block, views, seed=round, **plan), STEPS)
-        return 1 - memo.asked / memo.questions
+            plan = {"prepare": logit_cache.prepare, "steps": STEPS, "ahead": STEPS}
+            self._steps(logit_cache, transfer.keyed_batches(block, views, seed=round, **plan), STEPS)
+        return 1 - logit_cache.misses / logit_cache.lookups
 
-    def _answer(self, transfer: TransferSet, views: KeyedViews, keys: Tensor) -> Tensor:
-        return self.loop.ask(transfer.look(views, keys)).logits
+    def _compute_logits(self, transfer: TransferSet, views: KeyedViews, keys: Tensor) -> Tensor:
+        return self.loop.teacher_outputs(transfer.images_of_keys(views, keys)).logits
 
-    def _steps(self, memo: Memo, batches: Iterator[tuple[Tensor, ...]], steps: int) -> None:
-        """Takes student steps on ``batches`` with the teacher logits that ``memo`` holds."""
-        self.loop.memo = memo
+    def _steps(self, logit_cache: LogitCache, batches: Iterator[tuple[Tensor, ...]], steps: int) -> None:
+        """Takes student steps on ``batches`` with the teacher logits that ``logit_cache`` holds."""
+        self.loop.logit_cache = logit_cache
         for _ in range(steps):
             self.loop.student_steps(batches, 0, self.bar)
-        self.loop.memo = None
+        self.loop.logit_cache = None
 
     def inversion(self) -> None:
         with self.precision.autocast():

@@ -49,7 +49,7 @@ from engine.runtime.errors import UserError
 AT_ONCE = 512  # batch size of the teacher's forward passes
 
 
-class Judgement:
+class TeacherMetrics:
     """The labels that the teacher predicts for images, and the teacher's accuracy and losses on images.
 
     Args:

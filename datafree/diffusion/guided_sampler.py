@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from datafree.base import ImageBatch, Task
-from datafree.diffusion.guidance import Guidance, Judgement, batches, check_finite, memory_errors
+from datafree.diffusion.guidance import Guidance, TeacherMetrics, batches, check_finite, memory_errors
 from datafree.diffusion.priors import DiffusionPrior
 from datafree.diffusion.sampling import RULES
 from datafree.diffusion.variation import resize, seeded_generators
@@ -142,8 +142,8 @@ class GuidedSampler:
         if guidance.adv and competitor:
             self.student = copy.deepcopy(student)
             self.optimizer = torch.optim.SGD(self.student.parameters(), lr=competitor.lr, momentum=0.9, weight_decay=5e-4)
-        self.judgement = Judgement(guidance.teacher, task.device, guidance.statistics)
-        self.asks = bool(guidance.oh) or prior.classes == "same"  # whether the guidance or the prior uses the labels
+        self.metrics = TeacherMetrics(guidance.teacher, task.device, guidance.statistics)
+        self.uses_labels = bool(guidance.oh) or prior.classes == "same"  # whether the guidance or the prior uses the labels
 
     def draw(self, labels: Tensor, seeds: list[int], repeats: list[int]) -> Drawn:
         """Samples one image per label (B,).
@@ -157,12 +157,12 @@ class GuidedSampler:
             UserError: a latent became NaN or infinite, or the memory was not enough.
         """
         with memory_errors():
-            drawn, finite = self.draw_unread(labels, seeds, repeats)
+            drawn, finite = self.draw_async(labels, seeds, repeats)
             check_finite(finite.tolist())
         return drawn
 
     @torch.no_grad()
-    def draw_unread(self, labels: Tensor, seeds: list[int], repeats: list[int]) -> tuple[Drawn, Tensor]:
+    def draw_async(self, labels: Tensor, seeds: list[int], repeats: list[int]) -> tuple[Drawn, Tensor]:
         """Does the work of ``draw`` without waiting for the device.
 
         Returns:
@@ -175,7 +175,7 @@ class GuidedSampler:
         finite[-1] = finite[-1] & full.isfinite().all()
         size = (self.task.info.image_size, self.task.info.image_size)
         images = full if full.shape[2:] == size else resize(full, size)
-        labels = labels.to(self.prior.device) if self.asks else self.guidance.teacher(images).argmax(1)
+        labels = labels.to(self.prior.device) if self.uses_labels else self.guidance.teacher(images).argmax(1)
         return Drawn(images, labels, full=full), torch.stack(finite)
 
     def _latents(self, labels: Tensor, seeds: list[int], repeats: list[int]) -> tuple[Tensor, list[Tensor]]:
@@ -218,11 +218,11 @@ class GuidedSampler:
         return noise.to(self.prior.device)
 
     @property
-    def competes(self) -> bool:
+    def trains_student(self) -> bool:
         """Whether a student of ``adv`` is trained between the rounds."""
         return self.student is not None
 
-    def wants_to_learn(self, images: int) -> bool:
+    def student_is_due(self, images: int) -> bool:
         """Whether the student of ``adv`` is to be trained before the next round, given the number of images so far."""
         return self.student is not None and images > 0 and images >= self.competitor.after
 
@@ -267,9 +267,9 @@ class GuidedSampler:
         self.compete()
 
     def measure(self, images_u8: Tensor, labels: Tensor) -> dict[str, float]:
-        """The teacher's figures for finished images (N, 3, S, S) uint8; see ``Judgement.figures``.
+        """The teacher's figures for finished images (N, 3, S, S) uint8; see ``TeacherMetrics.figures``.
 
         If the labels are the teacher's own predictions, its accuracy has no meaning and teacher_acc1 is left out.
         """
-        figures = self.judgement.figures(images_u8, labels)
-        return figures if self.asks else {name: value for name, value in figures.items() if name != "teacher_acc1"}
+        figures = self.metrics.figures(images_u8, labels)
+        return figures if self.uses_labels else {name: value for name, value in figures.items() if name != "teacher_acc1"}

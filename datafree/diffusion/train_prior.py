@@ -105,12 +105,12 @@ class PriorFlags:
     report_every: int = flag(
         30, "rounds between reports, which measure the held-out loss, draw samples and rewrite the output", least=1
     )
-    judge: str | None = flag(
+    eval_classifier: str | None = flag(
         None,
         "checkpoint of a classifier of the dataset (train_scratch.py); reports then compare samples with the test split in "
         "its features; unset: no comparison",
     )
-    samples: int = flag(500, "number of samples for the comparison with --judge", least=1)
+    samples: int = flag(500, "number of samples for the comparison with --eval_classifier", least=1)
     guidance_scale: float = flag(2.0, "scale of classifier-free guidance in reports; 1: no guidance", least=0)
     seed: int = flag(0, "random seed; the random numbers of a round depend only on seed and round", affects=TRAIN, least=0)
     gpu: int | None = flag(None, "index of the GPU, -1 for the CPU; unset: GPU 0 if there is one", least=-1)
@@ -127,14 +127,16 @@ class Report:
 
     Args:
         split: held-out images, with which samples are compared.
-        judge: frozen classifier, or None.
+        eval_classifier: frozen classifier, or None.
     """
 
-    def __init__(self, flags: PriorFlags, info: DatasetInfo, split: Split, judge: Classifier | None, device: torch.device):
-        self.flags, self.info, self.judge, self.device = flags, info, judge, device
+    def __init__(
+        self, flags: PriorFlags, info: DatasetInfo, split: Split, eval_classifier: Classifier | None, device: torch.device
+    ):
+        self.flags, self.info, self.eval_classifier, self.device = flags, info, eval_classifier, device
         self.held_out = _spread(split.images, split.labels, count=HELD_OUT)
         self.labels = torch.arange(max(flags.samples, info.num_classes)) % info.num_classes
-        self.real = self._features(split.images)[0] if judge else None
+        self.real = self._features(split.images)[0] if eval_classifier else None
 
     @torch.no_grad()
     def losses(self, training: Denoising) -> dict[str, float]:
@@ -167,11 +169,11 @@ class Report:
         return torch.cat(drawn)
 
     def quality(self, images_u8: Tensor, labels: Tensor) -> dict[str, float]:
-        """Quality of images (B, 3, H, W) uint8 with labels (B,), in the judge's features.
+        """Quality of images (B, 3, H, W) uint8 with labels (B,), in the classifier's features.
 
         Returns:
             The Fréchet distance to the test split, density and coverage with respect to B images of the test split, and the
-            judge's accuracy on the labels in %.
+            classifier's accuracy on the labels in %.
         """
         features, predicted = self._features(images_u8)
         (real,) = _spread(self.real, count=len(features))
@@ -180,7 +182,7 @@ class Report:
             "frechet": round(frechet_distance(self.real, features), 4),
             "density": round(density, 4),
             "coverage": round(coverage, 4),
-            "judge_acc1": round(100 * float((predicted == labels.cpu()).float().mean()), 2),
+            "eval_classifier_acc1": round(100 * float((predicted == labels.cpu()).float().mean()), 2),
         }
 
     def picture(self, training: Denoising) -> Tensor:
@@ -193,7 +195,8 @@ class Report:
     @torch.no_grad()
     def _features(self, images_u8: Tensor) -> tuple[Tensor, Tensor]:
         outputs = [
-            self.judge(part.to(self.device).float().div(255), return_features=True) for part in images_u8.split(CHUNK)
+            self.eval_classifier(part.to(self.device).float().div(255), return_features=True)
+            for part in images_u8.split(CHUNK)
         ]
         return torch.cat([o.features for o in outputs]).cpu(), torch.cat([o.logits.argmax(1) for o in outputs]).cpu()
 
@@ -233,7 +236,7 @@ def train_prior(flags: PriorFlags) -> Path:
         train, test = (load_split(info, split, device) for split in ("train", "test"))
         if train.images is None or test.images is None:
             raise UserError(f"the images of {info.name} do not fit into memory; give a smaller --image_size")
-        report = Report(flags, info, test, _judge(flags, info, device), device)
+        report = Report(flags, info, test, _eval_classifier(flags, info, device), device)
         about |= {"training_images": len(train), "settings": settings}
         _rounds(run, flags, training, train, report, about, output, state["round"] if state else 0)
         return output
@@ -286,14 +289,16 @@ def _network(
     return network.to(device, memory_format=torch.channels_last), about
 
 
-def _judge(flags: PriorFlags, info: DatasetInfo, device: torch.device) -> Classifier | None:
-    """The frozen classifier of ``--judge``; its checkpoint names its architecture and normalization."""
-    if not flags.judge:
+def _eval_classifier(flags: PriorFlags, info: DatasetInfo, device: torch.device) -> Classifier | None:
+    """The frozen classifier of ``--eval_classifier``; its checkpoint names its architecture and normalization."""
+    if not flags.eval_classifier:
         return None
-    about = load_checkpoint(Path(flags.judge), "judge")
+    about = load_checkpoint(Path(flags.eval_classifier), "classifier for evaluation")
     if "arch" not in about:
-        raise UserError(f"--judge {flags.judge} does not say of which network it is; give one that train_scratch.py wrote")
-    return load_teacher(MODELS, about["arch"], info, device, flags.judge, about.get("mean"), about.get("std"))
+        raise UserError(
+            f"--eval_classifier {flags.eval_classifier} does not say of which network it is; give one that train_scratch.py wrote"
+        )
+    return load_teacher(MODELS, about["arch"], info, device, flags.eval_classifier, about.get("mean"), about.get("std"))
 
 
 def _rounds(
@@ -311,7 +316,7 @@ def _rounds(
     rounds = max(0, -(-(flags.images - before) // a_round))
     end = time.monotonic() + 60 * flags.minutes if flags.minutes else float("inf")
     images, labels = train.images, train.labels
-    if report.judge and first < rounds:
+    if report.eval_classifier and first < rounds:
         run.log(f"of training images: {report.quality(*_spread(images, labels, count=len(report.labels)))}")
     bar = progress(rounds * a_round, f"train {output.stem}", "img", first * a_round)
     for number in range(first, rounds):
@@ -333,7 +338,7 @@ def _rounds(
         over = number + 1 == rounds or time.monotonic() >= end
         if over or (number + 1) % flags.report_every == 0:
             figures |= report.losses(training) | (
-                report.quality(report.draw(training, report.labels), report.labels) if report.judge else {}
+                report.quality(report.draw(training, report.labels), report.labels) if report.eval_classifier else {}
             )
             run.picture(f"samples_{drawn:09d}", report.picture(training), number)
             save_patch_prior(output, training.ema, about | {"name": output.stem, "images_drawn": drawn})

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.runtime import sums
+from engine.runtime import checksums
 from engine.runtime.errors import UserError
 from engine.runtime.files import load_tensors, read_json, save_tensors, write_json
 from engine.runtime.schema import SIZE, Array, require
@@ -30,7 +30,7 @@ from engine.runtime.schema import SIZE, Array, require
 # Storage of images: device memory, host memory or disk.
 
 
-def home_of(num_bytes: int, device: torch.device) -> torch.device | None:
+def storage_device(num_bytes: int, device: torch.device) -> torch.device | None:
     """Memory in which to store that many bytes of images: the GPU's, else the host's, else None if neither has room."""
     places = [device] * (device.type == "cuda") + [torch.device("cpu")]
     return next((place for place in places if num_bytes <= memory_limit(place)), None)
@@ -174,7 +174,7 @@ class ImageBank:
         if not file.exists():
             if not create:
                 raise UserError(f"no image bank at {self.path} (it has no manifest.json); make one with --stages synthesize")
-            sums.keep(self.path)
+            checksums.keep(self.path)
             write_json(file, vars(manifest))
         self.manifest = read_manifest(self.path)
         self._check(manifest)
@@ -222,7 +222,7 @@ class ImageBank:
             UserError: a shard is missing or damaged.
         """
         present = self.rounds(stage)
-        if stop is None and (gone := sums.missing(self.path, [f"{stage}-*.safetensors"])):
+        if stop is None and (gone := checksums.missing(self.path, [f"{stage}-*.safetensors"])):
             raise UserError(f"{gone[0]} is missing; make the stage again with --redo {stage}")
         wanted = range(len(present) if stop is None else stop)
         if missing := sorted(set(wanted) - set(present)):

@@ -88,7 +88,7 @@ class DatasetInfo:
         """The folder of a dataset of image files."""
         return Path(self.data_root, self.source)
 
-    def as_known_to(self, spec: str, config: dict[str, Any], keep_size: bool = False) -> "DatasetInfo":
+    def adapted_to_model(self, spec: str, config: dict[str, Any], keep_size: bool = False) -> "DatasetInfo":
         """Returns the dataset with the image size and class names of a model's own configuration.
 
         Args:

@@ -95,7 +95,7 @@ def read_images(files: list[str], image_size: int) -> Tensor:
     return images.permute(0, 3, 1, 2).contiguous()
 
 
-def tell_of_cropping(what: str, size: int, images: np.ndarray | list[str]) -> None:
+def warn_of_cropping(what: str, size: int, images: np.ndarray | list[str]) -> None:
     """Prints one line if images are not square; of image files, an evenly spaced sample of fewer than 64 is checked."""
     if isinstance(images, np.ndarray):
         shapes = [(images.shape[2], images.shape[1])]

@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from engine.data.bank import home_of
+from engine.data.bank import storage_device
 from engine.data.datasets import DatasetInfo
-from engine.data.pictures import decode_image, tell_of_cropping
+from engine.data.pictures import decode_image, warn_of_cropping
 from engine.data.readers import RawSplit
 from engine.runtime.errors import UserError, resolve
 from engine.runtime.files import digest
@@ -159,8 +159,8 @@ def load_split(info: DatasetInfo, split: str, device: torch.device | str, worker
     device = torch.device(device)
     raw, labels = read_split(info, split)
     labels = labels.to(device)
-    tell_of_cropping(f"{info.name} {split}", info.image_size, raw.images)
-    home = home_of(len(labels) * 3 * info.image_size**2, device)
+    warn_of_cropping(f"{info.name} {split}", info.image_size, raw.images)
+    home = storage_device(len(labels) * 3 * info.image_size**2, device)
     if isinstance(raw.images, np.ndarray):
         return Split(resized(raw.images, info.image_size).to(home or "cpu"), labels, info.num_classes)
 

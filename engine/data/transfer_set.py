@@ -6,7 +6,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from engine.data.bank import MappedImages, home_of, prefetch
+from engine.data.bank import MappedImages, prefetch, storage_device
 from engine.data.crops import KeyedViews
 
 COPIED_AT_ONCE = 256  # images copied from the shards to memory at a time
@@ -29,14 +29,14 @@ class TransferSet:
     def __init__(self, capacity: int, image_size: int, device: torch.device, mapped: bool = False):
         self.capacity, self.device, self.count = capacity, device, 0
         self.bytes = capacity * 3 * image_size**2
-        home = None if mapped else home_of(self.bytes, device)
-        self.mapped, self.home = home is None, home or torch.device("cpu")
-        self.labels = torch.empty(capacity, dtype=torch.long, device=self.home)
+        storage = None if mapped else storage_device(self.bytes, device)
+        self.mapped, self.storage = storage is None, storage or torch.device("cpu")
+        self.labels = torch.empty(capacity, dtype=torch.long, device=self.storage)
         if self.mapped:
             nothing = torch.empty(0, 3, image_size, image_size, dtype=torch.uint8)
             self.images = MappedImages([nothing.numpy()], torch.empty(capacity, 2, dtype=torch.int32))
         else:
-            self.images = torch.empty(capacity, 3, image_size, image_size, dtype=torch.uint8, device=self.home)
+            self.images = torch.empty(capacity, 3, image_size, image_size, dtype=torch.uint8, device=self.storage)
 
     def __len__(self) -> int:
         return self.count
@@ -44,7 +44,9 @@ class TransferSet:
     @property
     def description(self) -> str:
         """Capacity, size and storage of the set, in one line."""
-        place = "in mapped shards" if self.mapped else "in host memory" if self.home.type == "cpu" else f"on {self.home}"
+        place = (
+            "in mapped shards" if self.mapped else "in host memory" if self.storage.type == "cpu" else f"on {self.storage}"
+        )
         return f"transfer set: {self.capacity} images, {self.bytes / 1e6:.0f} MB, {place}"
 
     def add(self, images: MappedImages | Tensor, labels: Tensor) -> None:
@@ -59,11 +61,11 @@ class TransferSet:
         self.labels[self.count : end] = labels
         self.count = end
 
-    def spaced(self, most: int, batch_size: int = 250) -> Iterator[Tensor]:
+    def evenly_spaced(self, most: int, batch_size: int = 250) -> Iterator[Tensor]:
         """Yields up to ``most`` of the images so far, evenly spaced, not augmented: (B, 3, H, W) float32 in [0, 1]."""
         chosen = torch.linspace(0, self.count - 1, min(most, self.count)).round().long()
         for part in chosen.split(batch_size):
-            images = self.images[part] if self.mapped else self.images.index_select(0, part.to(self.home))
+            images = self.images[part] if self.mapped else self.images.index_select(0, part.to(self.storage))
             yield images.to(self.device).to(torch.float32, memory_format=torch.channels_last).div_(255)
 
     def batches(
@@ -84,7 +86,7 @@ class TransferSet:
         for images, labels in self._drawn(batch_size, seed, rank, count):
             yield _to_float(augment(images)), labels
 
-    def viewed(
+    def keyed_batches(
         self,
         batch_size: int,
         views: KeyedViews,
@@ -113,37 +115,37 @@ class TransferSet:
             mine = keys[step, rank::count]
             yield _to_float(views.show(images, mine)), labels, mine
 
-    def look(self, views: KeyedViews, keys: Tensor) -> Tensor:
-        """Returns the images (B, 3, H, W) of these keys (B,), as ``viewed`` yields them."""
-        images = self._select((keys // views.count).to(self.home))
+    def images_of_keys(self, views: KeyedViews, keys: Tensor) -> Tensor:
+        """Returns the images (B, 3, H, W) of these keys (B,), as ``keyed_batches`` yields them."""
+        images = self._select((keys // views.count).to(self.storage))
         return _to_float(views.show(images.to(self.device), keys))
 
     def _order(self, batch_size: int, seed: int) -> Iterator[Tensor]:
-        """Yields the positions (batch_size,) of each batch's images, on ``home``, the device that stores the images."""
+        """Yields the positions (batch_size,) of each batch's images, on ``storage``, the device that stores the images."""
         assert self.count, "no images to draw from"
         generator, total = torch.Generator().manual_seed(seed), self.count
-        order = torch.empty(0, dtype=torch.long, device=self.home)
+        order = torch.empty(0, dtype=torch.long, device=self.storage)
         while True:
             passes = -(-max(0, batch_size - len(order)) // total)
-            order = torch.cat([order, *(torch.randperm(total, generator=generator).to(self.home) for _ in range(passes))])
+            order = torch.cat([order, *(torch.randperm(total, generator=generator).to(self.storage) for _ in range(passes))])
             yield order[:batch_size]
             order = order[batch_size:]
 
     def _drawn(self, batch_size: int, seed: int, rank: int, count: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields this process's images (b, 3, H, W) uint8 and labels (b,) of each batch, on the device of the networks."""
         drawn = self._at_home(batch_size, seed, rank, count)
-        for images, labels in prefetch(drawn) if self.mapped or self.home != self.device else drawn:
+        for images, labels in prefetch(drawn) if self.mapped or self.storage != self.device else drawn:
             yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
 
     def _at_home(self, batch_size: int, seed: int, rank: int, count: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields the batches of ``_drawn`` on ``home``; in pinned memory if they go to a GPU from there."""
+        """Yields the batches of ``_drawn`` on ``storage``; in pinned memory if they go to a GPU from there."""
         for places in self._order(batch_size, seed):
             chosen = places[rank::count]
             batch = self._select(chosen), self.labels[chosen]
-            yield batch if self.home == self.device else (batch[0].pin_memory(), batch[1].pin_memory())
+            yield batch if self.storage == self.device else (batch[0].pin_memory(), batch[1].pin_memory())
 
     def _select(self, places: Tensor) -> Tensor:
-        """The images at these positions, on ``home``. On a CPU, index_select is twenty times as fast as [places]."""
+        """The images at these positions, on ``storage``. On a CPU, index_select is twenty times as fast as [places]."""
         return self.images[places] if self.mapped else self.images.index_select(0, places)
 
 

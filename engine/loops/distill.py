@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from engine.data.crops import KeyedViews
 from engine.data.pictures import grid
 from engine.loops.evaluate import check_finite
-from engine.loops.memo import STEPS, Memo
+from engine.loops.logit_cache import STEPS, LogitCache
 from engine.loops.muon import Muon
 from engine.loops.pace import StepPace
 from engine.networks.weights import first_line
@@ -134,7 +134,7 @@ class Distillation:
         self.optimizer = Muon(self.parameters, **rates) if muon else torch.optim.SGD(self.parameters, **rates, **fused)
         begin_momentum(self.optimizer)
         self.views: KeyedViews | None = None
-        self.memo: Memo | None = None
+        self.logit_cache: LogitCache | None = None
         self.scores: list[float] = []  # accuracy or agreement after each epoch
         self.synthesis_clock = Stopwatch(precision.device)
         self.pace: StepPace | None = None
@@ -147,16 +147,16 @@ class Distillation:
         """
         if not self.processes.main:
             return None
-        self.synthesizer.rate = self.schedule.learning_rate(round * self.schedule.kd_steps) / self.schedule.lr
+        self.synthesizer.lr_factor = self.schedule.learning_rate(round * self.schedule.kd_steps) / self.schedule.lr
         with self.synthesis_clock, weights_fixed(self.student):
             return self.synthesizer.synthesize(self.student)
 
-    def keep_answers(self, memo: Memo | None, views: KeyedViews) -> None:
-        """Makes the student train on ``views``, with teacher logits from the cache ``memo`` unless it is None."""
-        self.memo, self.views = memo, views
+    def use_views(self, logit_cache: LogitCache | None, views: KeyedViews) -> None:
+        """Makes the student train on ``views``, with teacher logits from ``logit_cache`` unless it is None."""
+        self.logit_cache, self.views = logit_cache, views
 
     @torch.no_grad()
-    def ask(self, images: Tensor) -> Output:
+    def teacher_outputs(self, images: Tensor) -> Output:
         """Returns the teacher's outputs for images (B, 3, H, W)."""
         with self.precision.autocast():
             return self.teacher(images, return_features=True)
@@ -175,7 +175,7 @@ class Distillation:
         for step, (images, labels, *keys) in enumerate(islice(batches, self.schedule.kd_steps), first):
             for group in self.optimizer.param_groups:
                 group["lr"] = self.schedule.learning_rate(step)
-            teacher_out = Output(self.memo(*keys)) if self.memo else self.ask(images)
+            teacher_out = Output(self.logit_cache(*keys)) if self.logit_cache else self.teacher_outputs(images)
             with self.precision.autocast():
                 losses = self.step(images, labels, teacher_out)
             self.precision.minimize(losses["loss"], self.optimizer)
@@ -289,7 +289,7 @@ def distill_epoch(
     for round in range(epoch * schedule.rounds_per_epoch, (epoch + 1) * schedule.rounds_per_epoch):
         seed_position(seed, "distill", round, *processes.stream)
         share = {"seed": position_seed(seed, "order", round), "rank": processes.rank, "count": processes.count}
-        source = synthesizer.pictures if bank is None else transfer
+        source = synthesizer.image_set if bank is None else transfer
         if makes_images:
             batch = distillation.synthesize(round)
             made = add(made, batch.scalars if batch else {})
@@ -297,8 +297,12 @@ def distill_epoch(
                 keep(distillation, bank, transfer, batch, round)
             processes.broadcast_weights(synthesizer.shared)
         if distillation.views:
-            plan = {"steps": schedule.kd_steps, "prepare": distillation.memo and distillation.memo.prepare, "ahead": STEPS}
-            batches = source.viewed(schedule.batch_size, distillation.views, **plan, **share)
+            plan = {
+                "steps": schedule.kd_steps,
+                "prepare": distillation.logit_cache and distillation.logit_cache.prepare,
+                "ahead": STEPS,
+            }
+            batches = source.keyed_batches(schedule.batch_size, distillation.views, **plan, **share)
         elif bank is None:
             batches = synthesizer.batches(schedule.batch_size, **share)
         else:

@@ -150,7 +150,7 @@ class Agreement:
         seed_position(self.seed, self.name, rounds)  # the next round seeds its own random stream
         alike = count = 0
         with eval_mode(student):
-            for images in self._streamed(synthesizer, rounds) if transfer is None else transfer.spaced(self.MOST):
+            for images in self._streamed(synthesizer, rounds) if transfer is None else transfer.evenly_spaced(self.MOST):
                 alike = alike + (student(images).argmax(1) == self.teacher(images).argmax(1)).sum()
                 count += len(images)
         return {self.name: round(100 * float(alike) / count, 3)}

@@ -17,8 +17,8 @@ from torch import Tensor
 from engine.data.bank import ImageBank
 from engine.data.pictures import grid
 from engine.loops.evaluate import check_finite
-from engine.loops.pace import tell_time_left
-from engine.runtime.compilation import Hot
+from engine.loops.pace import log_time_left
+from engine.runtime.compilation import CompileTarget
 from engine.runtime.errors import UserError
 from engine.runtime.files import load_checkpoint, save_checkpoint
 from engine.runtime.processes import Processes
@@ -98,7 +98,7 @@ class Maker:
         """Returns further figures of a finished round. Called in the main process."""
         return {}
 
-    def hot(self) -> list[Hot]:
+    def compile_targets(self) -> list[CompileTarget]:
         """Returns the functions that take most of a round's time, to be compiled."""
         return []
 
@@ -205,7 +205,7 @@ def _make_rounds(
             bar.refresh()
         if first == start:
             made, left = (sum(sizes[part]) for part in (slice(start, first + step), slice(first + step, None)))
-            tell_time_left(run.log, f"time left of stage {stage}", (time.monotonic() - began) / made * left)
+            log_time_left(run.log, f"time left of stage {stage}", (time.monotonic() - began) / made * left)
     bar.close()
 
 

@@ -11,7 +11,7 @@ from engine.data.bank import to_uint8
 from engine.data.pictures import variants_grid
 from engine.loops.evaluate import check_finite
 from engine.loops.fill import Maker, Part, Share
-from engine.runtime.compilation import Hot
+from engine.runtime.compilation import CompileTarget
 from engine.runtime.errors import UserError
 from engine.runtime.files import atomic_path, load_checkpoint, load_tensors, save_checkpoint, save_tensors
 from engine.runtime.flags import Range
@@ -49,8 +49,8 @@ class SynthesisMaker(Maker):
         figures = {name: float(value) for name, value in batch.scalars.items()}
         return {0: Part({"images": to_uint8(batch.images).cpu(), "labels": batch.labels.cpu()}, figures)}
 
-    def hot(self) -> list[Hot]:
-        return self.synthesizer.hot()
+    def compile_targets(self) -> list[CompileTarget]:
+        return self.synthesizer.compile_targets()
 
     def state_dict(self) -> dict[str, Any]:
         return self.synthesizer.state_dict()
@@ -137,8 +137,8 @@ class GuidedMaker(Maker):
     """Makes the images of ``order`` with a sampler such as ``datafree.diffusion.guided_sampler.GuidedSampler``.
 
     Args:
-        sampler: object with ``draw(labels, seeds, repeats)``, ``measure(images, labels)``, ``competes``,
-            ``wants_to_learn(images)``, ``fit(images, labels)``, ``state_dict()`` and ``load_state_dict(state)``.
+        sampler: object with ``draw(labels, seeds, repeats)``, ``measure(images, labels)``, ``trains_student``,
+            ``student_is_due(images)``, ``fit(images, labels)``, ``state_dict()`` and ``load_state_dict(state)``.
         order: images to sample.
     """
 
@@ -147,18 +147,18 @@ class GuidedMaker(Maker):
 
     def __init__(self, sampler, order: Order):
         self.sampler, self.order = sampler, order
-        self.independent = not sampler.competes
+        self.independent = not sampler.trains_student
 
     def size(self, round: int) -> int:
         return len(self.order.positions(round))
 
-    def hot(self) -> list[Hot]:
+    def compile_targets(self) -> list[CompileTarget]:
         batches = len(self.order.batches(0))
-        return [Hot(self.sampler.prior.network, "forward", batches * self.sampler.steps, "denoising network")]
+        return [CompileTarget(self.sampler.prior.network, "forward", batches * self.sampler.steps, "denoising network")]
 
     def learn(self, round: int, made) -> dict[str, float] | None:
         """Trains the sampler's competing student on the images so far, if its adversarial loss needs one."""
-        if not self.sampler.wants_to_learn(self.order.positions(round).start):
+        if not self.sampler.student_is_due(self.order.positions(round).start):
             return None
         seed_position(self.order.seed, "generate", "learn", round)
         columns = made()
@@ -233,11 +233,11 @@ class VariantMaker(Maker):
     def size(self, round: int) -> int:
         return min((round + 1) * SHARD, self.total) - round * SHARD
 
-    def hot(self) -> list[Hot]:
+    def compile_targets(self) -> list[CompileTarget]:
         network = self.augmenter.network
         batches = -(-SHARD // self.batch_size)
         calls = batches * self.augmenter.steps
-        return [Hot(network, "forward", calls, "denoising network")] if network is not None else []
+        return [CompileTarget(network, "forward", calls, "denoising network")] if network is not None else []
 
     def learn(self, round: int, made) -> dict[str, float] | None:
         """Trains the augmenter on the source images, if it is one that is trained."""
@@ -316,7 +316,7 @@ def filter_variants(run: Run, folder: Path, sources: dict[str, Any], variants: d
     """
     file, stored = filter_file(run.path, filter), stored_scores(run.path, folder, filter)
     if stored is None or len(stored["cosine"]) != len(variants["labels"]):
-        teacher_labels = filter.judge.labels(variants["images"])
+        teacher_labels = filter.metrics.labels(variants["images"])
         with progress(len(sources["labels"]) + len(variants["labels"]), "embed", "img", delay=3) as bar:
             cosine, calibrated = filter.score(sources, variants, bar.update)
     else:
@@ -328,7 +328,9 @@ def filter_variants(run: Run, folder: Path, sources: dict[str, Any], variants: d
         return  # the stored decision is by the same rule
     keep = filter.keep(cosine, omega, teacher_labels == variants["labels"])
     parts = {name: part for name, part in (("kept", keep), ("dropped", ~keep)) if part.any()}
-    found = {name: filter.judge.figures(variants["images"][part], variants["labels"][part]) for name, part in parts.items()}
+    found = {
+        name: filter.metrics.figures(variants["images"][part], variants["labels"][part]) for name, part in parts.items()
+    }
     figures = {f"{name}_{figure}": torch.tensor([value]) for name, some in found.items() for figure, value in some.items()}
     scores = {"cosine": cosine, "teacher_labels": teacher_labels, "calibrated_omega": torch.tensor([calibrated])}
     save_tensors(file, scores | rule | figures | {"keep": keep})

@@ -9,7 +9,7 @@ LEAST = 60  # seconds; shorter times are not logged
 WARM_UP, MEASURED = 3, 20  # student steps: those before the measurement, and those measured
 
 
-def tell_time_left(log: Callable[[str], None], what: str, seconds: float) -> None:
+def log_time_left(log: Callable[[str], None], what: str, seconds: float) -> None:
     """Logs the remaining time in one line, if it is more than a minute."""
     if seconds > LEAST:
         log(f"{what}: about {duration(seconds)}")
@@ -60,6 +60,6 @@ class StepPace:
         steps = (schedule.rounds - self.start) * schedule.kd_steps - self.steps
         rounds = schedule.rounds - self.start - begun
         seconds = per_step * steps + synthesis / begun * rounds
-        tell_time_left(
+        log_time_left(
             self.log, "time left of stage distill, the last stage, without the evaluation after each epoch", seconds
         )

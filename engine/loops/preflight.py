@@ -14,7 +14,7 @@ from engine.data.datasets import DatasetInfo
 from engine.data.splits import allow_train_split, data_identity, load_split
 from engine.loops.distill import Schedule
 from engine.loops.evaluate import evaluate
-from engine.loops.session import Session, Stage, settle
+from engine.loops.session import Session, Stage, check_outputs
 from engine.runtime.errors import UserError
 from engine.runtime.run import require_run_folder
 from engine.runtime.stage_record import StageRecord
@@ -59,7 +59,7 @@ def check(
     if session.flags["redo"]:
         record.forget(session.flags["redo"])
     record.check(selected)
-    settle(session.path, record, [stage for stage in stages if stage.name in selected])
+    check_outputs(session.path, record, [stage for stage in stages if stage.name in selected])
     todo = [name for name in selected if record.status(name) != "done"]
     new = [name for name in todo if record.status(name) == "new"]
     method.check_inputs(new)

@@ -11,7 +11,7 @@ from engine.data.bank import ImageBank, Manifest, find_bank
 from engine.data.datasets import DatasetInfo
 from engine.data.splits import Split
 from engine.loops.distill import Schedule
-from engine.runtime import sums
+from engine.runtime import checksums
 from engine.runtime.compilation import Compiler
 from engine.runtime.errors import UserError
 from engine.runtime.files import delete_files
@@ -197,7 +197,7 @@ def choose_stages(name: str, known: list[str], flags) -> tuple[list[str], list[s
     return known, [stage for stage in known if stage in (flags.stages or known)]
 
 
-def settle(path: Path, record: StageRecord, stages: Iterable[Stage]) -> list[str]:
+def check_outputs(path: Path, record: StageRecord, stages: Iterable[Stage]) -> list[str]:
     """Checks that the outputs of done stages exist and are undamaged.
 
     If an output is missing that can be restored from the stage's checkpoint, the stage is marked as incomplete.
@@ -215,14 +215,14 @@ def settle(path: Path, record: StageRecord, stages: Iterable[Stage]) -> list[str
     for stage in stages:
         if record.status(stage.name) != "done":
             continue
-        gone = sums.missing(path, stage.outputs) or fewer(path, stage.outputs, record.record[stage.name]["facts"])
+        gone = checksums.missing(path, stage.outputs) or fewer(path, stage.outputs, record.record[stage.name]["facts"])
         names = ", ".join(("some of " if "*" in file.name else "") + str(file.relative_to(path)) for file in gone[:3])
         again = {path / name for name in stage.outputs if "*" not in name and name != stage.checkpoint}
         if gone and not (stage.checkpoint and set(gone) <= again and (path / stage.checkpoint).exists()):
             advice = f"restore it from a copy, or make it again with --redo {stage.name}"
             raise UserError(f"stage {stage.name} in {path} is done, but {names} is gone; {advice}")
-        for file in sums.present(path, stage.outputs):
-            sums.check(file)
+        for file in checksums.present(path, stage.outputs):
+            checksums.check(file)
         if gone:
             record.reopen(stage.name)
             said.append(f"{stage.name}: {names} is gone; it is made again from {stage.checkpoint}")
@@ -273,7 +273,7 @@ def _plan(session: Session, stages: tuple[Stage, ...], selected: list[str], redo
         delete_files(session.path, [pattern for stage in stages if stage.name in gone for pattern in stage.outputs])
         record.discard(redo)
     record.check(selected)
-    for line in settle(session.path, record, [stage for stage in stages if stage.name in selected]):
+    for line in check_outputs(session.path, record, [stage for stage in stages if stage.name in selected]):
         session.run.log(line)
     now = torch.get_num_threads()
     for name in selected:

@@ -171,7 +171,7 @@ class DistillFlags:
         0, "cosine: epochs of linear warm-up before the decay", affects=DISTILL, scales=True, least=0, most=1_000_000
     )
 
-    memo: str = flag(
+    logit_cache: str = flag(
         "auto",
         "cache of teacher logits for views (crop and flip) of images that come again: size in MiB, auto or no; "
         "auto: at most a quarter of the free memory, and no cache if few views come again",
@@ -179,7 +179,7 @@ class DistillFlags:
     views: int | None = flag(
         None,
         "train the student on only this many fixed random views (crop and flip) of each image, so that most teacher logits "
-        "come from the cache of --memo; unset: all views",
+        "come from the cache of --logit_cache; unset: all views",
         affects=DISTILL,
         least=1,
     )

@@ -14,9 +14,9 @@ from engine.data.transfer_set import TransferSet
 from engine.loops import distill, makers
 from engine.loops.evaluate import Accuracy, Agreement, confusion, predict
 from engine.loops.fill import STATE, Maker, fill, load_state
-from engine.loops.memo import Memo, check_memo, memo_rows
+from engine.loops.logit_cache import LogitCache, cached_keys, check_logit_cache
 from engine.loops.session import Finished, Session, Stage
-from engine.runtime import sums
+from engine.runtime import checksums
 from engine.runtime.errors import UserError
 from engine.runtime.files import load_tensors, save_checkpoint, save_tensors, write_json
 from engine.runtime.precision import Precision
@@ -51,7 +51,7 @@ class FillBank(Stage):
 
         def maker() -> Maker:
             made = self.maker(session)
-            session.compiler.compile_hot(made.hot(), self.rounds)
+            session.compiler.compile_all(made.compile_targets(), self.rounds)
             return made
 
         fill(session.run, session.record, bank, self.name, self.rounds, maker, session.processes)
@@ -90,7 +90,7 @@ class Augment(Stage):
         def maker() -> Maker:
             device, run = session.device, session.run
             made = makers.VariantMaker(self.augmenter(), sources, self.variants, self.batch_size, session.seed, device, run)
-            session.compiler.compile_hot(made.hot(), rounds)
+            session.compiler.compile_all(made.compile_targets(), rounds)
             return made
 
         bank = session.new_bank("variants", self.external_prior)
@@ -143,7 +143,7 @@ class Distill(Stage):
 
     def check(self, session: Session, before: list[str]) -> None:
         self.method.objective()  # raises an error if it does not fit the networks
-        check_memo(session.flags["memo"])
+        check_logit_cache(session.flags["logit_cache"])
         if self.initial and self.initial not in before:
             session.finished(self.initial, "init_bank", "bank").columns
         if self.filter is None or "augment" in before:
@@ -186,7 +186,7 @@ class Distill(Stage):
             if transfer is not None:
                 run.log(transfer.description)
         distillation = distill.Distillation(
-            method.answering_teacher(),
+            method.distillation_teacher(),
             method.student,
             method.objective().to(device),
             self._synthesizer(session, images.initial),
@@ -196,22 +196,22 @@ class Distill(Stage):
             processes,
             session.compiler,
         )
-        self._keep_answers(session, distillation, transfer if transfer is not None else distillation.synthesizer.pictures)
+        self._use_views(session, distillation, transfer if transfer is not None else distillation.synthesizer.image_set)
         figures = distill.distill(run, record, distillation, bank, transfer, method.student_view, measure, seed=session.seed)
         if processes.main:
             if isinstance(measure, Accuracy):
                 write_json(run.path / "confusion.json", self._confusion(session, measure.split), indent=None)
-            if distillation.memo:
-                run.log(distillation.memo.description)
+            if distillation.logit_cache:
+                run.log(distillation.logit_cache.description)
             if method.streams:
                 save_tensors(run.path / STREAMED, self._streamed(session, distillation.synthesizer))
             self._finish(session, images, distillation, figures, measure)
 
-    def _keep_answers(self, session: Session, distillation: distill.Distillation, source: TransferSet | None) -> None:
+    def _use_views(self, session: Session, distillation: distill.Distillation, source: TransferSet | None) -> None:
         """Sets up numbered views (crop and flip) of the images in ``source``, and the cache of teacher logits for them.
 
         Does nothing if there is no ``source`` or the student's augmentation is not a finite set of views. The cache follows
-        ``--memo``. It is used only if the student's loss needs no other output of the teacher than its logits.
+        ``--logit_cache``. It is used only if the student's loss needs no other output of the teacher than its logits.
 
         Raises:
             UserError: ``--views`` is given, but there is no finite set of views.
@@ -224,18 +224,18 @@ class Distill(Stage):
                 )
             return
         views = KeyedViews(view, source.capacity, few, session.seed, session.device)
-        memo, text = None, "memo: none, for the student's loss looks at more of the teacher than its logits"
+        logit_cache, text = None, "logit cache: none, because the student's loss needs more of the teacher than its logits"
         schedule = session.schedule
         if getattr(distillation.objective, "logits_only", False):
-            questions = schedule.rounds * schedule.kd_steps * schedule.batch_size
+            lookups = schedule.rounds * schedule.kd_steps * schedule.batch_size
             width = session.info.num_classes * (distillation.precision.dtype or torch.float32).itemsize
-            rows, text = memo_rows(session.flags["memo"], views, questions, width, session.device)
+            rows, text = cached_keys(session.flags["logit_cache"], views, lookups, width, session.device)
             if rows := processes.broadcast(rows):
                 block = schedule.batch_size // processes.count
-                answer = lambda keys: distillation.ask(source.look(views, keys)).logits
-                memo = Memo(answer, len(views), rows, block, session.device, processes)
-        distillation.keep_answers(memo, views)
-        if processes.main and text and session.flags["memo"] != "no":
+                compute_logits = lambda keys: distillation.teacher_outputs(source.images_of_keys(views, keys)).logits
+                logit_cache = LogitCache(compute_logits, len(views), rows, block, session.device, processes)
+        distillation.use_views(logit_cache, views)
+        if processes.main and text and session.flags["logit_cache"] != "no":
             session.run.log(text)
 
     def _measure(self, session: Session) -> Accuracy | Agreement:
@@ -299,7 +299,7 @@ class Distill(Stage):
             columns = initial.columns
             images, labels = columns["images"], columns["labels"]
             if self.images_per_class:
-                chosen = first_of_each(labels, self.images_per_class)
+                chosen = first_per_class(labels, self.images_per_class)
                 images, labels = images[chosen], labels[chosen]
             parts.append((images, labels))
             counts["bank_images"] += len(labels)
@@ -316,9 +316,9 @@ class Distill(Stage):
     def _synthesizer(self, session: Session, initial: Finished | None) -> Any:
         """Returns the synthesizer of the rounds, with the state that the initial bank's synthesizer saved, if any."""
         synthesizer = self.method.synthesizer()
-        session.compiler.compile_hot(synthesizer.hot(), session.schedule.rounds)
+        session.compiler.compile_all(synthesizer.compile_targets(), session.schedule.rounds)
         file = initial.bank.path / STATE if initial else None
-        if file and sums.missing(file.parent, [STATE]):
+        if file and checksums.missing(file.parent, [STATE]):
             raise UserError(f"{file}, from which the rounds go on, is gone; restore it, or make that bank again")
         if session.processes.main and file and file.exists():  # the others make no images
             synthesizer.load_state_dict(load_state(file)["synthesizer"])
@@ -369,7 +369,7 @@ class Distill(Stage):
         )
 
 
-def first_of_each(labels: Tensor, count: int) -> Tensor:
+def first_per_class(labels: Tensor, count: int) -> Tensor:
     """Returns (N,) bool: whether an image is among the first ``count`` images of its class.
 
     Args:

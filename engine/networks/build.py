@@ -117,7 +117,7 @@ def split_arguments(spec: str) -> tuple[str, dict[str, Any]]:
         UserError: the brackets hold anything but arguments by name with literal values.
     """
     place, bracket, rest = spec.partition("(")
-    if not bracket or public.says_which_weights(spec):
+    if not bracket or public.has_fixed_weights(spec):
         return spec, {}
     try:
         call = ast.parse(f"f({rest}", mode="eval").body
@@ -222,7 +222,7 @@ def own_weights(spec: str, dataset: str, given: str | None) -> dict[str, Any] | 
         return None
     stem = PRETRAINED / f"{dataset}_{short_name(spec)}"
     files = [shipped(f"{stem}{suffix}") for suffix in (".pth", ".safetensors")]
-    if not public.says_which_weights(spec) and any(file.exists() for file in files):
+    if not public.has_fixed_weights(spec) and any(file.exists() for file in files):
         return None
     return public.configuration(split_arguments(spec)[0])
 
@@ -246,7 +246,7 @@ def load_teacher(
 
     Args:
         info: ``engine.data.datasets.DatasetInfo``; for a public model with its own weights, the result of
-            ``DatasetInfo.as_known_to`` for its configuration.
+            ``DatasetInfo.adapted_to_model`` for its configuration.
         checkpoint: path of the weights; None: see ``own_weights`` and ``find_checkpoint``.
         mean, std: input normalization; None: that of the checkpoint, else that of the dataset.
     Raises:
@@ -274,12 +274,12 @@ def load_named_weights(
     try:
         return load_weights(network, path, what, new_head)
     except WrongNetwork as error:
-        names = fitting(table, error.shapes, num_classes)
+        names = matching_models(table, error.shapes, num_classes)
         found = f"{' or '.join(names)} would fit" if names else "choose the architecture that made it"
         raise UserError(f"{error}; {found}") from None
 
 
-def fitting(table: dict[str, str], shapes: dict[str, torch.Size], num_classes: int) -> list[str]:
+def matching_models(table: dict[str, str], shapes: dict[str, torch.Size], num_classes: int) -> list[str]:
     """Names in a table whose networks have the keys and shapes of a state dict; their weights take no memory.
 
     Args:

@@ -38,7 +38,7 @@ def is_public(spec: str) -> bool:
     return spec.startswith(SOURCES)
 
 
-def says_which_weights(spec: str) -> bool:
+def has_fixed_weights(spec: str) -> bool:
     """Whether a public name always stands for one set of weights, so that no checkpoint is looked for."""
     return spec.startswith(("hf-hub:", "local-dir:"))
 
@@ -143,7 +143,7 @@ def own_config(spec: str) -> dict[str, Any] | None:
     Raises:
         UserError: the folder or its configuration is missing or damaged.
     """
-    if not says_which_weights(spec):
+    if not has_fixed_weights(spec):
         return None
     file = _file(spec, FILES[0])
     config = read_json(file)

@@ -7,7 +7,7 @@ from torch import nn
 
 from engine.networks import public
 from engine.networks.build import build_network, find_checkpoint, load_named_weights, split_arguments, with_own_weights
-from engine.runtime import sums
+from engine.runtime import checksums
 from engine.runtime.errors import UserError
 from engine.runtime.files import load_checkpoint
 from engine.runtime.schema import SIZE, require
@@ -99,7 +99,7 @@ def weights_of_run(run: Path) -> Path:
         require(facts, {"output?": str, "sha256?": str}, str(stages))
         output = facts.get("output")
         if output and Path(output).is_file():
-            sums.require(Path(output), facts.get("sha256"))
+            checksums.require(Path(output), facts.get("sha256"))
             return Path(output)
         if output:
             raise UserError(

@@ -58,13 +58,13 @@ def figures(folder: Path, known: dict[str, Any]) -> dict[str, float | int | None
     Args:
         known: cache of teachers and of their features of the test images; it is extended here.
     """
-    images, labels = learnt_from(folder)
+    images, labels = training_images(folder)
     args = json.loads((folder / "args.json").read_text())["args"]
     key = json.dumps([args[name] for name in (*TASK, *TEACHER)])
     if key not in known:
         teacher, info = open_teacher(args)
         split = load_split(info, "test", "cpu")
-        chosen = spaced(len(split), MOST)
+        chosen = evenly_spaced(len(split), MOST)
         real = [seen for seen, _ in split.batches(BATCH, chosen)]
         known[key] = teacher, features(teacher, real)
     teacher, real = known[key]
@@ -75,12 +75,12 @@ def open_teacher(args: dict[str, Any]):
     """Loads the teacher of a run on the CPU, and describes its dataset, from the run's flags."""
     info = dataset_info(DATASETS, *(args[name] for name in TASK))
     if own := own_weights(args["teacher"], info.name, args["teacher_ckpt"]):
-        info = info.as_known_to(args["teacher"], own, keep_size=args["image_size"] is not None)
+        info = info.adapted_to_model(args["teacher"], own, keep_size=args["image_size"] is not None)
     name, *how = (args[name] for name in TEACHER)
     return load_teacher(MODELS, name, info, torch.device("cpu"), *how), info
 
 
-def learnt_from(folder: Path) -> tuple[Tensor, Tensor]:
+def training_images(folder: Path) -> tuple[Tensor, Tensor]:
     """Up to ``MOST`` images (N, 3, H, W) uint8 that a run's student learnt from, and their labels (N,), -1 for none.
 
     In a run with a bank they are from the initial images, the images of the rounds, and the kept variants. A run that
@@ -107,12 +107,12 @@ def learnt_from(folder: Path) -> tuple[Tensor, Tensor]:
         raise UserError(
             f"{folder} has neither a bank nor {STREAMED}; runs of earlier versions that stream have kept no image"
         )
-    rows = [rows[k] for k in spaced(len(rows), MOST).tolist()]
+    rows = [rows[k] for k in evenly_spaced(len(rows), MOST).tolist()]
     images = torch.stack([columns["images"][[row]][0] for columns, row in rows])
     return images, torch.stack([columns["labels"][row] for columns, row in rows])
 
 
-def spaced(count: int, most: int) -> Tensor:
+def evenly_spaced(count: int, most: int) -> Tensor:
     """Up to ``most`` evenly spaced positions in 0 .. count - 1."""
     return torch.linspace(0, count - 1, min(most, count)).round().long()
 
@@ -137,7 +137,7 @@ def compare(teacher: nn.Module, batches: list[Tensor], labels: Tensor, real: Ten
     said, found = torch.cat([out.logits for out in told]).argmax(1), torch.cat([out.features for out in told]).float()
     counts = said.bincount(minlength=teacher.num_classes).double() / len(said)
     count = min(len(found), len(real))
-    mine, theirs = (values[spaced(len(values), count)] for values in (found, real))
+    mine, theirs = (values[evenly_spaced(len(values), count)] for values in (found, real))
     density, coverage = density_coverage(theirs, mine)
     named = labels >= 0
     return {

@@ -271,7 +271,7 @@ def rounds_rows(groups: Groups, columns: int = 10) -> list[dict[str, str]]:
 
 
 IMAGE_FIGURES = {  # measures of engine.report.images: {name: (column, digits)}
-    "wanted": ("wanted %", 1), "classes": ("classes", 2), "density": ("density", 2), "coverage": ("coverage", 2),
+    "wanted": ("teacher acc1 %", 1), "classes": ("classes", 2), "density": ("density", 2), "coverage": ("coverage", 2),
     "bn_distance": ("BN distance", 1), "diversity": ("diversity", 2),
 }  # fmt: skip
 

@@ -15,7 +15,7 @@ CHOICES = ("auto", "yes", "graphs", "no")
 LEAST_CALLS = {"cpu": 2000, "cuda": 20000}
 
 
-class Hot(NamedTuple):
+class CompileTarget(NamedTuple):
     """A function of tensors, without loops and random numbers, that a round calls often and that is worth compiling.
 
     Args:
@@ -72,8 +72,8 @@ class Compiler:
         graphs = self.choice == "graphs" and self.device.type == "cuda" and not keeps_tensors
         return _Compiled(function, name, {"freezing": constant_weights, "triton.cudagraphs": graphs}, self)
 
-    def compile_hot(self, functions: Iterable[Hot], rounds: int) -> None:
-        """Replaces hot functions by compiled ones, if ``rounds`` rounds call them often enough."""
+    def compile_all(self, functions: Iterable[CompileTarget], rounds: int) -> None:
+        """Replaces the functions of ``targets`` by compiled ones, if ``rounds`` rounds call them often enough."""
         for owner, name, calls, what in functions:
             setattr(owner, name, self(getattr(owner, name), rounds * calls, what, keeps_tensors=True))
 

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from engine.runtime import sums
+from engine.runtime import checksums
 from engine.runtime.errors import UserError
 
 PROJECT = Path(__file__).parents[2]
@@ -57,7 +57,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
-        sums.note(path, temporary)
+        checksums.note(path, temporary)
         os.replace(temporary, path)
     except OSError as error:
         error.filename = error.filename or str(path)
@@ -145,7 +145,7 @@ def delete_files(folder: Path, patterns: list[str]) -> None:
             raise UserError(f"{path} is a link, and nothing is deleted through links; remove it by hand")
     for file in files:
         file.unlink()
-    sums.forget(files)
+    checksums.forget(files)
     for parent in {file.parent for file in files} - {folder}:
         if not any(parent.iterdir()):
             parent.rmdir()
@@ -182,7 +182,7 @@ def read_json(path: Path) -> Any:
         UserError: the file is missing or damaged.
     """
     try:
-        sums.check(path)
+        checksums.check(path)
         return parse_json(Path(path).read_text())
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
@@ -206,7 +206,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         UserError: the file is missing, truncated or not safetensors, or it has unusual or non-finite tensors.
     """
     try:
-        sums.check(path)
+        checksums.check(path)
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
         if found := _unusable(tensors):
@@ -248,7 +248,7 @@ def load_checkpoint(path: Path, what: str = "checkpoint") -> Any:
     if path.suffix == ".safetensors":
         return load_tensors(path)
     try:
-        sums.check(path)
+        checksums.check(path)
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from engine.runtime import sums
+from engine.runtime import checksums
 from engine.runtime.errors import UserError
 from engine.runtime.files import atomic_path, delete_temporaries, is_temporary, parse_json, write_json
 from engine.runtime.processes import is_main
@@ -125,7 +125,7 @@ class Run:
             "versions": versions(),
         }
         write_json(self.path / "args.json", {"args": args, **self.provenance})
-        sums.keep(self.path)
+        checksums.keep(self.path)
 
     def log(self, text: str) -> None:
         """Prints a line above any progress bar and appends it to log.txt."""

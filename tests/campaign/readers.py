@@ -30,7 +30,7 @@ from engine import report
 from engine.data import splits
 from engine.data.bank import ImageBank, read_manifest
 from engine.data.pictures import decode_image
-from engine.networks.build import fitting
+from engine.networks.build import matching_models
 from engine.networks.trained import open_trained
 from engine.runtime.errors import resolve
 from engine.runtime.files import load_checkpoint, weights_digest
@@ -293,7 +293,7 @@ def warm(files: bool) -> None:
 
         import engine.report.page  # noqa: F401
 
-        fitting(MODELS, {}, 10), Image.init()
+        matching_models(MODELS, {}, 10), Image.init()
 
 
 def changed_file(reader: Reader, folder: Path, seed: int) -> Callable[[], str]:

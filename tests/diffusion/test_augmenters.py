@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from datafree.diffusion import patch_unet
-from datafree.diffusion.guidance import Guidance, Judgement
+from datafree.diffusion.guidance import Guidance, TeacherMetrics
 from datafree.diffusion.hub import hub_errors, prior_name
 from datafree.diffusion.pixel import PixelAugmenter, PriorAugmenter
 from datafree.diffusion.priors import PatchPrior
@@ -144,10 +144,10 @@ def test_the_teacher_guides_a_variant(trained, weights):
     prior, _, _, images, labels = trained
     torch.manual_seed(0)
     teacher = frozen(make_classifier(num_classes=4))
-    judge, seeds = Judgement(teacher, torch.device("cpu")), list(range(7))
+    metrics, seeds = TeacherMetrics(teacher, torch.device("cpu")), list(range(7))
     guided = PriorAugmenter(prior.prior, 4, 0.9, 10, Guidance(teacher, 16, **weights))
     plain = PriorAugmenter(prior.prior, 4, 0.9, 10)
-    before, after = (judge.figures(to_uint8(a.augment(images, labels, seeds)), labels) for a in (plain, guided))
+    before, after = (metrics.figures(to_uint8(a.augment(images, labels, seeds)), labels) for a in (plain, guided))
     name = "loss_oh" if weights["oh"] else "loss_bn"
     assert after[name] < before[name]
     difference = (one_by_one(guided, images, labels, seeds, 3) - guided.augment(images, labels, seeds)).abs().max()

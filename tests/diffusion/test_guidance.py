@@ -320,7 +320,7 @@ def test_the_student_learns_from_what_was_made_and_then_competes(priors, teacher
         return GuidedSampler(priors["patch_prior"], guidance, task, fresh, steps=3, competitor=competitor)
 
     generator = build()
-    assert not generator.wants_to_learn(0) and not generator.wants_to_learn(19) and generator.wants_to_learn(20)
+    assert not generator.student_is_due(0) and not generator.student_is_due(19) and generator.student_is_due(20)
     assert not generator.guidance.active
     images_u8 = torch.randint(0, 256, (20, 3, 16, 16), dtype=torch.uint8)
     torch.manual_seed(5)

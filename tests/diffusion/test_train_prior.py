@@ -156,16 +156,16 @@ def test_a_file_may_be_renewed_from_itself_stopped_or_not(train, trained, tmp_pa
     assert same(first, whole)
 
 
-def test_a_judge_compares_samples_with_the_test_split(train, trained, tmp_path):
+def test_a_classifier_compares_samples_with_the_test_split(train, trained, tmp_path):
     torch.manual_seed(0)
     save_checkpoint(tmp_path / "judge.pth", {"state_dict": build_network("resnet8", 3).state_dict(), "arch": "resnet8"})
-    judged = train("judged", f"--judge {tmp_path / 'judge.pth'}")
+    judged = train("judged", f"--eval_classifier {tmp_path / 'judge.pth'}")
     last = lines(tmp_path / "judged")[-1]
-    assert last["frechet"] > 0 and 0 <= last["coverage"] <= 1 and 0 <= last["judge_acc1"] <= 100
+    assert last["frechet"] > 0 and 0 <= last["coverage"] <= 1 and 0 <= last["eval_classifier_acc1"] <= 100
     assert same(trained, judged)  # measuring changes nothing
     save_checkpoint(tmp_path / "nameless.pth", {"state_dict": build_network("resnet8", 3).state_dict()})
     with pytest.raises(UserError, match="nameless.pth does not say of which network"):
-        train("judged", f"--judge {tmp_path / 'nameless.pth'}")
+        train("judged", f"--eval_classifier {tmp_path / 'nameless.pth'}")
 
 
 def test_shipped_priors_load_by_name(train, tmp_path, monkeypatch):
@@ -197,7 +197,7 @@ MISTAKES = {
     "--patch 3": "do not fit",
     "--amp fp16": "none of auto, no, bf16",
     "--image_sise 8": "did you mean --image_size",
-    "--judge missing.pth": "judge missing.pth does not exist",
+    "--eval_classifier missing.pth": "classifier for evaluation missing.pth does not exist",
     "--lr 1e12": "diverged .*lower --lr",
 }
 

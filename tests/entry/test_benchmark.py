@@ -85,13 +85,13 @@ def test_the_compiler_is_given_four_functions_and_what_it_gives_runs(tmp_path):
     assert calls[4:] == ["teacher"]
     calls.clear()
     for known, blocks in ((1.0, 0), (0.5, 8)):  # 36 of 72 views are cached after nine blocks of four
-        step = ours.remembering(known)
+        step = ours.cached_steps(known)
         assert calls == ["teacher"] * 9
         step()
-        assert calls == ["teacher"] * (9 + blocks) + ["student step"] * 16 and ours.loop.memo is None
+        assert calls == ["teacher"] * (9 + blocks) + ["student step"] * 16 and ours.loop.logit_cache is None
         calls.clear()
     calls.clear()
-    all_views, one_view = ours.whole_run(None), ours.whole_run(1)  # twelve images of nine views, 384 lookups
+    all_views, one_view = ours.small_run(None), ours.whole_run(1)  # twelve images of nine views, 384 lookups
     assert 0.6 < all_views < 0.8 and one_view > 0.95 and calls.count("student step") == 2 * 96
     assert any(not torch.equal(before[name], value) for name, value in student.state_dict().items())
 
@@ -115,9 +115,9 @@ def test_a_row_is_medians_spread_and_the_share_of_the_ceiling():
 
 
 def test_runs_are_measured_where_asked_for(run):
-    out = run("--pairs resnet8:resnet8 --loops memo,run").out
+    out = run("--pairs resnet8:resnet8 --loops logit_cache,run").out
     for known in ("50", "90", "100"):
-        assert f"| distillation step, {known} % of the teacher's answers known |" in out
+        assert f"| distillation step, {known} % of the teacher's logits cached |" in out
     assert "| distillation steps of a run, 16 views, " in out and "run" not in benchmark.parse([]).loops
 
 

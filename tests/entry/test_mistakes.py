@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from datafree import diffdfkd
-from engine.networks.build import find_checkpoint, fitting, short_name, split_arguments
+from engine.networks.build import find_checkpoint, matching_models, short_name, split_arguments
 from engine.runtime.errors import UserError
 from engine.runtime.files import PROJECT, load_checkpoint, shipped
 from registry import DATASETS, METHODS, MODELS
@@ -101,7 +101,7 @@ def test_the_network_that_fits_is_named(tmp_path):
 def test_a_network_fits_its_own_weights(name):
     state = build_network(name, 10).state_dict()
     shapes = {key: tensor.shape for key, tensor in state.items() if not key.endswith("num_batches_tracked")}
-    assert name in fitting({n: MODELS[n] for n in (name, "resnet8", "wrn16_1", "vgg8")}, shapes, 10)
+    assert name in matching_models({n: MODELS[n] for n in (name, "resnet8", "wrn16_1", "vgg8")}, shapes, 10)
 
 
 def test_defaults_are_looked_for_here_and_beside_the_project(tmp_path, monkeypatch):

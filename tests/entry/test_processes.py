@@ -21,7 +21,7 @@ from tests.conftest import CPU, ROOT, TINY, TINY_TASK, dataset_info, make_classi
 TIMEOUT = 300  # seconds for all runs of the two processes
 ROUNDS = "--init_rounds 3"  # odd, so that one process has nothing to do in the last round
 GUIDED = "--images_per_class 2 --epochs 1 --adv 1000 --adv_from 1 --adv_steps 10"  # with a student that competes
-ASKING = "--epochs 2 --kd_steps 20 --ep_steps 20"
+CACHING = "--epochs 2 --kd_steps 20 --ep_steps 20"
 
 
 class Stopped(Exception):
@@ -120,8 +120,8 @@ def work(rank, port, folder, teacher):
         "again": run("zskt", folder / "broken", teacher),
         "fewer": run("csd", folder / "fewer", teacher, stop=True),
         "more": run("csd", folder / "more", teacher),
-        "asking": run("fast", folder / "asking", teacher, f"{ASKING} --memo no"),
-        "remembering": run("fast", folder / "remembering", teacher, f"{ASKING} --memo 1"),
+        "uncached": run("fast", folder / "uncached", teacher, f"{CACHING} --logit_cache no"),
+        "cached": run("fast", folder / "cached", teacher, f"{CACHING} --logit_cache 1"),
     }
     for name, distillation in done.items():
         seen[name] = [p.detach() for p in distillation.step.parameters()]
@@ -211,8 +211,8 @@ def test_the_processes_train_one_student(method, seen):
 def test_answers_that_are_kept_are_shared(seen, folder):
     """Each process computes half of the new teacher logits, and the student equals that of a run without a cache."""
     for found in seen:
-        assert same(found["remembering"], found["asking"])
-    assert "were answered before" in (folder / "remembering" / "log.txt").read_text()
+        assert same(found["cached"], found["uncached"])
+    assert "came from the cache" in (folder / "cached" / "log.txt").read_text()
 
 
 @pytest.mark.parametrize("method", ["zskt", "dda"])

@@ -12,7 +12,7 @@ import torch
 
 import engine.loops.distill
 from engine.data.bank import ImageBank, Manifest
-from engine.runtime import sums
+from engine.runtime import checksums
 from engine.runtime.errors import UserError, explain, one_line, run_command
 from engine.runtime.files import load_checkpoint, parse_json, read_json, save_checkpoint, save_tensors
 from engine.runtime.run import read_lines
@@ -41,10 +41,10 @@ def test_a_null_in_a_line_counts_as_missing(tmp_path):
 
 def test_what_a_run_writes_is_on_the_list(finished):
     folder = finished("csd")
-    assert {"student.pth", "distill.pth", "result.json", "confusion.json"} == set(sums.listed(folder))
+    assert {"student.pth", "distill.pth", "result.json", "confusion.json"} == set(checksums.listed(folder))
     names = {file.name for file in (folder / "bank").iterdir()}
-    assert set(sums.listed(folder / "bank")) == names - {sums.LIST}
-    last = {line.split("  ")[1]: line.split("  ")[0] for line in (folder / sums.LIST).read_text().splitlines()}
+    assert set(checksums.listed(folder / "bank")) == names - {checksums.LIST}
+    last = {line.split("  ")[1]: line.split("  ")[0] for line in (folder / checksums.LIST).read_text().splitlines()}
     for name, digest in last.items():
         assert subprocess.run(["sha256sum", folder / name], capture_output=True, text=True).stdout.startswith(digest)
 
@@ -72,7 +72,7 @@ def test_a_lost_file_of_a_done_stage_is_one_line(name, listed, distill, copied):
     folder = copied("csd")
     (folder / name).unlink()
     if not listed:
-        ((folder / name).parent / sums.LIST).unlink()
+        ((folder / name).parent / checksums.LIST).unlink()
         name = re.sub(r"(bank/\w+)-\d+(.*)", r"some of \1-\\*\2", name)
     with pytest.raises(UserError, match=f"is done, but {name} is gone; .*--redo (synthesize|distill)$"):
         distill("csd", folder)
@@ -83,7 +83,7 @@ def test_a_bank_that_lost_images_is_no_bank_to_start_from(listed, distill, copie
     folder = copied("csd")
     (folder / "bank/synthesize-000001.safetensors").unlink()
     if not listed:
-        (folder / "bank" / sums.LIST).unlink()
+        (folder / "bank" / checksums.LIST).unlink()
     with pytest.raises(UserError, match=r"000001.safetensors is missing|has \d+ of its \d+ shards synthesize-\*"):
         distill("csd", tmp_path / "other", f"--init_bank {folder}")
 
@@ -113,26 +113,26 @@ def test_a_shorter_bank_made_again_misses_nothing(distill, copied):
     folder = copied("csd")
     distill("csd", folder, "--init_rounds 1 --redo synthesize")
     distill("csd", folder, "--init_rounds 1")
-    assert "synthesize-000001.safetensors" not in sums.listed(folder / "bank")
+    assert "synthesize-000001.safetensors" not in checksums.listed(folder / "bank")
 
 
 def test_a_line_cut_off_by_a_kill_is_no_line(tmp_path):
-    sums.keep(tmp_path)
+    checksums.keep(tmp_path)
     save_checkpoint(tmp_path / "a.pth", {"x": 1})
-    with open(tmp_path / sums.LIST, "a") as file:
+    with open(tmp_path / checksums.LIST, "a") as file:
         file.write("0" * 30)
     save_checkpoint(tmp_path / "b.pth", {"x": 2})
-    assert set(sums.listed(tmp_path)) == {"a.pth", "b.pth"} and load_checkpoint(tmp_path / "b.pth") == {"x": 2}
+    assert set(checksums.listed(tmp_path)) == {"a.pth", "b.pth"} and load_checkpoint(tmp_path / "b.pth") == {"x": 2}
 
 
 def test_a_kill_between_the_list_and_the_file_leaves_the_old_file_right(tmp_path, monkeypatch):
-    sums.keep(tmp_path)
+    checksums.keep(tmp_path)
     save_checkpoint(tmp_path / "a.pth", {"x": 1})
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             save_checkpoint(tmp_path / "a.pth", {"x": 2})
-    sums._checked.clear()
+    checksums._checked.clear()
     assert load_checkpoint(tmp_path / "a.pth") == {"x": 1}
 
 
@@ -185,7 +185,7 @@ def test_a_checkpoint_of_odd_values_is_one_line(name, distill, copied):
     record = read_json(folder / "stages.json")
     record["distill"]["status"] = "incomplete"
     (folder / "stages.json").write_text(json.dumps(record))
-    (folder / sums.LIST).unlink()
+    (folder / checksums.LIST).unlink()
     torch.save(torch.load(folder / "distill.pth") | {name: ODD[name][0]}, folder / "distill.pth")
     with pytest.raises(UserError, match=ODD[name][1]):
         distill("csd", folder)

@@ -71,11 +71,11 @@ def test_the_bn_distance_is_that_of_all_images_at_once(teacher):
     assert statistics.distance() == pytest.approx(expected, rel=1e-3)
 
 
-def test_what_a_student_learnt_from(finished, distill, tmp_path, monkeypatch):
-    seen, labels = images.learnt_from(finished("csd"))
+def test_training_images(finished, distill, tmp_path, monkeypatch):
+    seen, labels = images.training_images(finished("csd"))
     assert seen.shape == (24, 3, 16, 16) and seen.dtype == torch.uint8 and labels.min() >= 0  # 2 + 2 rounds of 6
-    assert len(images.learnt_from(finished("dda"))[1]) == 48  # and two variants of each of the first 12
-    seen, labels = images.learnt_from(finished("dfq"))
+    assert len(images.training_images(finished("dda"))[1]) == 48  # and two variants of each of the first 12
+    seen, labels = images.training_images(finished("dfq"))
     assert len(seen) == 100 and set(labels.tolist()) == {-1}
     monkeypatch.setattr("engine.loops.stages.STREAMED_BYTES", STREAMED_BYTES)
     distill("kd", tmp_path)
@@ -87,7 +87,7 @@ def test_a_table_from_folders_and_from_lines(finished, report, tmp_path, monkeyp
     runs = [finished(method) for method in ("csd", "dfq")]
     text = report(*runs, "--images")
     header, _, *rows = text.splitlines()
-    assert header.split("  ")[0].strip() == "method" and "wanted %" in header and "diversity" in header
+    assert header.split("  ")[0].strip() == "method" and "teacher acc1 %" in header and "diversity" in header
     assert sorted(row.split()[0] for row in rows) == ["csd", "dfq"]
     lines = tmp_path / "lines.jsonl"
     report(*runs, "--images", "--lines", lines)
@@ -102,7 +102,7 @@ def test_a_run_that_kept_no_image_is_told(copied):
     folder = copied("dfq")
     (folder / "images.safetensors").unlink()
     with pytest.raises(UserError, match="neither a bank nor images.safetensors"):
-        images.learnt_from(folder)
+        images.training_images(folder)
 
 
 @pytest.mark.parametrize("x", ["steps", "minutes", "cpu_minutes"])

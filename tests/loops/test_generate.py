@@ -26,7 +26,7 @@ class Scribbler:
 
     def __init__(self, learns_from=1000, stop_after=None):
         self.learns_from, self.stop_after, self.level = learns_from, stop_after, torch.zeros(())
-        self.competes = learns_from < 1000
+        self.trains_student = learns_from < 1000
 
     def draw(self, labels, seeds, repeats):
         if self.stop_after is not None and Scribbler.made >= self.stop_after:
@@ -41,7 +41,7 @@ class Scribbler:
     def measure(self, images, labels):
         return {"teacher_acc1": 50.0, "loss_bn": float(images.float().mean())}
 
-    def wants_to_learn(self, images):
+    def student_is_due(self, images):
         return images >= self.learns_from
 
     def fit(self, images, labels):

@@ -53,9 +53,9 @@ def test_a_duration_in_words():
     words = [pace.duration(seconds) for seconds in (61, 3599, 3600 * 3 + 1200, 86400 * 2 + 3600 * 5)]
     assert words == ["1 min", "1 h 0 min", "3 h 20 min", "2 d 5 h"]
     said = []
-    pace.tell_time_left(said.append, "left", 60)
+    pace.log_time_left(said.append, "left", 60)
     assert not said
-    pace.tell_time_left(said.append, "left", 600)
+    pace.log_time_left(said.append, "left", 600)
     assert said == ["left: about 10 min"]
 
 
@@ -113,6 +113,6 @@ def test_spaced_images_are_the_stored_ones(mapped, monkeypatch):
         (torch.arange(11)[:, None, None, None] * 5).expand(-1, 3, 4, 4).to(torch.uint8).contiguous(), torch.zeros(11)
     )
     assert transfer.mapped == mapped
-    found = torch.cat(list(transfer.spaced(6, 4)))
+    found = torch.cat(list(transfer.evenly_spaced(6, 4)))
     assert torch.equal(found[:, 0, 0, 0], torch.tensor([0, 2, 4, 6, 8, 10]) * 5 / 255)
-    assert len(torch.cat(list(transfer.spaced(1000)))) == 11
+    assert len(torch.cat(list(transfer.evenly_spaced(1000)))) == 11

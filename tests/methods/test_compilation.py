@@ -42,7 +42,7 @@ def test_an_inversion_step_is_the_plain_one():
         compiler = Compiler(choice, CPU, log=lines.append)
         torch.manual_seed(2)
         synthesizer = CSD(CSDConfig(synthesis_batch_size=20, nz=16), teacher, student, make_task()).synthesizer()
-        compiler.compile_hot(synthesizer.hot(), 1)
+        compiler.compile_all(synthesizer.compile_targets(), 1)
         z, labels = torch.randn(20, 16, requires_grad=True), torch.arange(20) % 10
         with weights_fixed(student):
             images = synthesizer.generate(z)

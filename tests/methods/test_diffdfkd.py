@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from datafree.diffdfkd import DEFAULT_MODEL, MapDistillation, default_model, mixed
 from engine.data.bank import ImageBank, Manifest
 from engine.loops import fill as fill_module
-from engine.loops.stages import first_of_each
+from engine.loops.stages import first_per_class
 from engine.runtime.errors import UserError
 from models.classifier import frozen
 from tests import tiny_pipelines
@@ -165,7 +165,7 @@ def test_published_settings_and_what_the_student_sees(generative, distill, tmp_p
 
 def test_the_first_images_of_each_class():
     labels = torch.tensor([2, 0, 2, 2, 1, 0, 0, 2])
-    assert first_of_each(labels, 2).tolist() == [True, True, True, False, True, True, False, False]
+    assert first_per_class(labels, 2).tolist() == [True, True, True, False, True, True, False, False]
 
 
 def test_an_unguided_bank_serves_another_student(generative, distill, tmp_path):

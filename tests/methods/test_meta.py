@@ -20,7 +20,7 @@ from engine.data.crops import KeyedViews, Views, crop_flip
 from engine.data.splits import Split
 from engine.data.transfer_set import TransferSet
 from engine.loops.distill import Distillation, Schedule
-from engine.loops.memo import Memo
+from engine.loops.logit_cache import LogitCache
 from engine.loops.muon import Muon
 from engine.loops.settings import DistillFlags
 from engine.runtime.errors import resolve
@@ -54,7 +54,7 @@ def on_meta(monkeypatch):
             return optimizer(*args, **kwargs | {"fused": False})
 
         monkeypatch.setattr(f"torch.optim.{name}", plain)
-    monkeypatch.setattr("engine.data.transfer_set.home_of", lambda size, device: device)
+    monkeypatch.setattr("engine.data.transfer_set.storage_device", lambda size, device: device)
     with AllOnMeta():
         yield
 
@@ -90,7 +90,7 @@ def round_of(pieces, distillation, remember=False):
     """Runs a round of synthesis and student steps on its images; returns the losses of the steps.
 
     Args:
-        remember: whether the teacher logits come from a cache (``Memo``), which is filled before the steps.
+        remember: whether the teacher logits come from a cache (``LogitCache``), which is filled before the steps.
     """
     if pieces.streams or pieces.images_per_round:
         batch = distillation.synthesize(0)
@@ -103,12 +103,14 @@ def round_of(pieces, distillation, remember=False):
     if source is None:
         batches = distillation.synthesizer.batches(8, seed=0)
     elif isinstance(pieces.student_view, Views):
-        views, memo = KeyedViews(pieces.student_view, source.capacity, few=4 if remember else None, device=META), None
+        views, logit_cache = KeyedViews(pieces.student_view, source.capacity, few=4 if remember else None, device=META), None
         if remember:
-            memo = Memo(lambda keys: distillation.ask(source.look(views, keys)).logits, len(views), 48, 8, META)
-            memo.logits = memo.answer(torch.zeros(8, dtype=torch.long, device=META))
-        distillation.keep_answers(memo, views)
-        batches = source.viewed(8, views, seed=0, steps=STEPS)
+            logit_cache = LogitCache(
+                lambda keys: distillation.teacher_outputs(source.images_of_keys(views, keys)).logits, len(views), 48, 8, META
+            )
+            logit_cache.logits = logit_cache.compute_logits(torch.zeros(8, dtype=torch.long, device=META))
+        distillation.use_views(logit_cache, views)
+        batches = source.keyed_batches(8, views, seed=0, steps=STEPS)
     else:
         batches = source.batches(8, pieces.student_view, seed=0)
     return distillation.student_steps(batches, 0, SimpleNamespace(update=lambda: None))
@@ -163,7 +165,7 @@ def test_guided_denoising(kind, rule, backprop, micro_batch, miniature, on_meta)
     )
     labels, images = torch.arange(4), torch.zeros(6, 3, 16, 16, dtype=torch.uint8)  # images of a bank on the host
     for learned in (False, True):
-        drawn, finite = sampler.draw_unread(labels, [3, 4, 5, 6], [0] * 4)
+        drawn, finite = sampler.draw_async(labels, [3, 4, 5, 6], [0] * 4)
         assert drawn.images.device == finite.device == META and finite.shape == (2,)
         if not learned:
             assert sampler.fit(images, torch.zeros(6, dtype=torch.long))["loss_student"].device == META

@@ -46,7 +46,7 @@ def test_a_timm_folder_is_a_teacher_as_its_configuration_says(folders, kind):
     spec = f"local-dir:{folder}"
     own = own_weights(spec, "digits", None)
     assert own == {"num_classes": 10, "image_size": 32, "class_names": NAMES, "mean": MEAN, "std": STD}
-    info = dataset_info("digits").as_known_to(spec, own)
+    info = dataset_info("digits").adapted_to_model(spec, own)
     assert (info.image_size, info.class_names, info.crop_padding) == (32, tuple(NAMES), 2)
     teacher = load_teacher(spec, info, CPU, None)
     assert str(teacher.normalization) == "mean 0.1,0.2,0.3 (from the model), std 0.4,0.5,0.6 (from the model)"
@@ -57,7 +57,7 @@ def test_a_timm_folder_is_a_teacher_as_its_configuration_says(folders, kind):
     torch.testing.assert_close(out.logits, network(normalized), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(network.get_classifier()(out.features), out.logits, rtol=1e-4, atol=1e-4)
     assert (out.feature_map is None) == (kind == "vit")
-    assert dataset_info("digits").as_known_to(spec, own, keep_size=True).image_size == 16
+    assert dataset_info("digits").adapted_to_model(spec, own, keep_size=True).image_size == 16
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -156,9 +156,9 @@ def test_classes_in_another_order_are_told(folders):
     info = dataset_info("digits")
     config = {"num_classes": 10, "image_size": 32, "class_names": list(reversed(info.class_names))}
     with pytest.raises(UserError, match="class 0 is '9' to m, and '0' in digits: the same classes in another order"):
-        info.as_known_to("m", config)
+        info.adapted_to_model("m", config)
     with pytest.raises(UserError, match="m has 9 classes, digits has 10; .*train_scratch.py --model m --pretrained"):
-        info.as_known_to("m", config | {"num_classes": 9})
+        info.adapted_to_model("m", config | {"num_classes": 9})
 
 
 def test_a_trained_file_goes_before_public_weights_of_a_network_but_not_of_a_folder(folders, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""The memo (cache of teacher logits): the student is the same with and without it, for any batch, cache size or kill."""
+"""The cache of teacher logits: the student is the same with and without it, for any batch, cache size or kill."""
 
 import shutil
 
@@ -7,8 +7,8 @@ import torch
 
 from engine.data.crops import KeyedViews, Views
 from engine.data.transfer_set import TransferSet
-from engine.loops import memo as module
-from engine.loops.memo import Memo, check_memo, memo_rows, repeated
+from engine.loops import logit_cache as module
+from engine.loops.logit_cache import LogitCache, cached_keys, check_logit_cache, repeated
 from engine.runtime.errors import UserError
 from engine.runtime.files import load_checkpoint
 from tests.conftest import CPU, ROOT, outcome
@@ -62,65 +62,67 @@ def test_a_few_views_are_an_image_s_own():
     assert KeyedViews(whole, 6, few=50).few is None  # more than there are: all views
 
 
-# memo
+# the cache
 
 
 def numbers(keys):
     return torch.stack([keys.float(), -keys.float()], 1)
 
 
-def test_questions_come_in_full_blocks_and_once():
+def test_misses_come_in_full_blocks_and_once():
     blocks = []
-    memo = Memo(lambda keys: (blocks.append(keys), numbers(keys))[1], 100, 100, 4, CPU)
+    logit_cache = LogitCache(lambda keys: (blocks.append(keys), numbers(keys))[1], 100, 100, 4, CPU)
     keys = torch.tensor([[3, 9, 3, 7], [9, 50, 0, 99]])
-    memo.prepare(keys)
+    logit_cache.prepare(keys)
     assert [len(block) for block in blocks] == [4, 4] and set(torch.cat(blocks).tolist()) == {0, 3, 7, 9, 50, 99}
     for row in keys:
-        assert torch.equal(memo(row), numbers(row))
-    memo.prepare(keys)
-    memo.prepare(torch.tensor([[3, 9, 0, 1]]))
-    assert len(blocks) == 3 and 1 in blocks[2] and torch.equal(memo(torch.tensor([1, 3])), numbers(torch.tensor([1, 3])))
+        assert torch.equal(logit_cache(row), numbers(row))
+    logit_cache.prepare(keys)
+    logit_cache.prepare(torch.tensor([[3, 9, 0, 1]]))
     assert (
-        memo.questions == 20
-        and memo.asked == memo.used == 7
-        and "65.0 % were answered before; 7 answers" in memo.description
+        len(blocks) == 3 and 1 in blocks[2] and torch.equal(logit_cache(torch.tensor([1, 3])), numbers(torch.tensor([1, 3])))
+    )
+    assert (
+        logit_cache.lookups == 20
+        and logit_cache.misses == logit_cache.used == 7
+        and "65.0 % of 20 teacher outputs came from the cache; 7 entries" in logit_cache.description
     )
 
 
 def test_beyond_the_bound_it_keeps_what_it_has():
     asked = []
-    memo = Memo(lambda keys: (asked.extend(keys.tolist()), numbers(keys))[1], 1000, 5, 2, CPU)
+    logit_cache = LogitCache(lambda keys: (asked.extend(keys.tolist()), numbers(keys))[1], 1000, 5, 2, CPU)
     generator = torch.Generator().manual_seed(0)
     for _ in range(20):
         keys = torch.randint(1000, (3, 4), generator=generator)
-        memo.prepare(keys)
+        logit_cache.prepare(keys)
         for row in keys:
-            assert torch.equal(memo(row), numbers(row))
-    assert memo.used == 5 and len(memo.logits) == 1 + 5 + module.STEPS * 2
+            assert torch.equal(logit_cache(row), numbers(row))
+    assert logit_cache.used == 5 and len(logit_cache.logits) == 1 + 5 + module.STEPS * 2
     first, before = torch.tensor([sorted(asked[:4])]), len(asked)
-    memo.prepare(first)
+    logit_cache.prepare(first)
     assert len(asked) == before  # the first entries are never evicted
-    assert (memo.row_of > 5).sum() == 0
+    assert (logit_cache.row_of > 5).sum() == 0
 
 
 def test_how_much_is_kept():
     views = KeyedViews(Views(1, True), 100)  # 1800 views
-    assert memo_rows("no", views, 10**6, 40, CPU) == (0, "")
-    rows, text = memo_rows("1", views, 10**6, 40, CPU)
-    assert rows == 1800 and "1800 of the teacher's answers to 1800 views" in text
-    assert memo_rows("1", views, 300, 40, CPU)[0] == 300
-    rows, _ = memo_rows("1", views, 10**6, 4000, CPU)
+    assert cached_keys("no", views, 10**6, 40, CPU) == (0, "")
+    rows, text = cached_keys("1", views, 10**6, 40, CPU)
+    assert rows == 1800 and "room for 1800 of 1800 image views" in text
+    assert cached_keys("1", views, 300, 40, CPU)[0] == 300
+    rows, _ = cached_keys("1", views, 10**6, 4000, CPU)
     assert rows == (2**20 - 4 * 1800) // 4000
-    assert memo_rows("0", views, 10**6, 40, CPU)[0] == 0
-    rows, text = memo_rows("auto", views, 30, 40, CPU)
-    assert rows == 0 and "1 % of the questions to the teacher would come again" in text
-    assert memo_rows("auto", views, 10**6, 40, CPU)[0] == 1800
+    assert cached_keys("0", views, 10**6, 40, CPU)[0] == 0
+    rows, text = cached_keys("auto", views, 30, 40, CPU)
+    assert rows == 0 and "only 1 % of the teacher's outputs would come from it" in text
+    assert cached_keys("auto", views, 10**6, 40, CPU)[0] == 1800
     for wrong in ("yes", "-1", "1.5"):
-        with pytest.raises(UserError, match=f"--memo {wrong} found; give auto, no, or a number of MiB"):
-            check_memo(wrong)
+        with pytest.raises(UserError, match=f"--logit_cache {wrong} found; give auto, no, or a number of MiB"):
+            check_logit_cache(wrong)
 
 
-def test_the_share_of_questions_that_come_again():
+def test_the_share_of_lookups_that_hit():
     drawn = torch.randint(5000, (7000,), generator=torch.Generator().manual_seed(0))
     assert repeated(7000, 5000) == pytest.approx(1 - len(drawn.unique()) / 7000, abs=0.01)
 
@@ -135,9 +137,9 @@ def test_a_key_stands_for_the_image_that_came_with_it(limit, monkeypatch):
     transfer = TransferSet(9, 6, CPU)
     transfer.add(torch.randint(0, 256, (9, 3, 6, 6), dtype=torch.uint8), torch.arange(9))
     views, told = KeyedViews(Views(1, True), 9), []
-    batches = transfer.viewed(4, views, told.append, seed=5, steps=7, ahead=3)
+    batches = transfer.keyed_batches(4, views, told.append, seed=5, steps=7, ahead=3)
     for images, labels, keys in batches:
-        assert torch.equal(keys // views.count, labels) and torch.equal(images, transfer.look(views, keys))
+        assert torch.equal(keys // views.count, labels) and torch.equal(images, transfer.images_of_keys(views, keys))
         assert torch.isin(keys, told[-1]).all() and images.is_contiguous(memory_format=torch.channels_last)
     assert [part.shape for part in told] == [(3, 4), (3, 4), (1, 4)]
     plain = [labels for (_, labels), _ in zip(transfer.batches(4, lambda x: x, seed=5), range(7))]
@@ -158,9 +160,9 @@ def test_the_student_is_the_same_with_and_without(method, distill, tmp_path):
     """Up to 80 steps. Both runs pass batches of one shape to the teacher, whose logits depend on each image alone."""
     name, *views = method.split(" ", 1)
     flags = " ".join([SAME[method], *views])
-    distill(name, tmp_path / "with", f"{flags} --memo 1")
-    distill(name, tmp_path / "without", f"{flags} --memo no")
-    assert "were answered before" in log(tmp_path / "with") and "memo:" not in log(tmp_path / "without")
+    distill(name, tmp_path / "with", f"{flags} --logit_cache 1")
+    distill(name, tmp_path / "without", f"{flags} --logit_cache no")
+    assert "came from the cache" in log(tmp_path / "with") and "logit cache:" not in log(tmp_path / "without")
     found, expected = student(tmp_path / "with"), student(tmp_path / "without")
     for name in expected:
         assert torch.allclose(found[name].float(), expected[name].float(), rtol=1e-5, atol=1e-5), name
@@ -168,24 +170,24 @@ def test_the_student_is_the_same_with_and_without(method, distill, tmp_path):
 
 def test_a_killed_run_forgets_its_memo_and_ends_in_the_same_bits(distill, finished, tmp_path, interrupted):
     with interrupted("engine.loops.distill.save_checkpoint", 2):
-        distill("fast", tmp_path / "run", f"{LONG} --memo 1")
+        distill("fast", tmp_path / "run", f"{LONG} --logit_cache 1")
     shutil.copytree(tmp_path / "run", tmp_path / "without")
-    distill("fast", tmp_path / "run", f"{LONG} --memo 1")
-    distill("fast", tmp_path / "without", f"{LONG} --memo no")
-    assert outcome(tmp_path / "run") == outcome(finished("fast", f"{LONG} --memo 1")) == outcome(tmp_path / "without")
+    distill("fast", tmp_path / "run", f"{LONG} --logit_cache 1")
+    distill("fast", tmp_path / "without", f"{LONG} --logit_cache no")
+    assert outcome(tmp_path / "run") == outcome(finished("fast", f"{LONG} --logit_cache 1")) == outcome(tmp_path / "without")
 
 
 def test_a_small_memo_makes_the_same_student(distill, finished, tmp_path, monkeypatch):
     """The cache has room for 50 of some hundred entries; the teacher computes the others again."""
-    whole = finished("fast", f"{LONG} --memo 1")
-    monkeypatch.setattr("engine.loops.stages.memo_rows", lambda *_: (50, "memo: 50 rows"))
-    distill("fast", tmp_path, f"{LONG} --memo 1")
-    assert outcome(tmp_path) == outcome(whole) and "50 answers" in log(tmp_path)
+    whole = finished("fast", f"{LONG} --logit_cache 1")
+    monkeypatch.setattr("engine.loops.stages.cached_keys", lambda *_: (50, "logit cache: 50 rows"))
+    distill("fast", tmp_path, f"{LONG} --logit_cache 1")
+    assert outcome(tmp_path) == outcome(whole) and "50 entries" in log(tmp_path)
 
 
 def test_losses_of_feature_maps_keep_the_plain_way(distill, tmp_path):
-    distill("csd", tmp_path, "--memo 1 --epochs 1")
-    assert "memo: none, for the student's loss looks at more of the teacher than its logits" in log(tmp_path)
+    distill("csd", tmp_path, "--logit_cache 1 --epochs 1")
+    assert "logit cache: none, because the student's loss needs more of the teacher than its logits" in log(tmp_path)
 
 
 def test_a_short_run_has_none(distill, tmp_path):
@@ -197,7 +199,7 @@ REFUSED = {
     ("dafl", "--views 2"): "--views 2: what the student sees here is no finite set",
     ("diffdfkd", "--views 2 --mix cutmix"): "--views 2: what the student sees here is no finite set",
     ("fast", "--views 0"): "--views 0 found",
-    ("fast", "--memo many"): "--memo many found; give auto, no",
+    ("fast", "--logit_cache many"): "--logit_cache many found; give auto, no",
 }
 
 
