@@ -116,7 +116,7 @@ class Benchmark:
         self.precision = Precision(choose_amp(args.amp, device), device)
         self.ceilings = Ceilings(0, "", 0)
 
-    def images_of_keys(self) -> None:
+    def measure_ceilings(self) -> None:
         """Measures the ceilings again and keeps the higher values, so that a busy moment does not make them too low."""
         measured = ceilings(self.device, self.precision.dtype or torch.float32, min(0.7, self.args.seconds))
         self.ceilings = self.ceilings.or_higher(measured)
@@ -148,7 +148,7 @@ class Benchmark:
         for name in timed:
             getattr(ours, name)()  # the first step compiles
         compiling = clock(self.device) - begun
-        self.look()
+        self.measure_ceilings()
         found = {}
         for name in timed:
             self.bar.set_postfix_str(f"{teacher} -> {student}, {LOOPS[name]}")
@@ -156,7 +156,7 @@ class Benchmark:
             found[name] = self.in_turns({"ours": getattr(ours, name), "plain": getattr(plain, name)})
         kept = self.logit_cache(ours, plain) if "logit_cache" in loops else []
         kept += self.run(ours, plain) if "run" in loops else []
-        self.look()
+        self.measure_ceilings()
         rows = [line(name, m["ours"], m["plain"], work[name], self.ceilings) for name, m in found.items()]
         for name, which, known, measured, reference in kept:
             left = round(work["distillation"] - known * work["teacher_forward"])

@@ -192,7 +192,7 @@ def test_losses_of_feature_maps_keep_the_plain_way(distill, tmp_path):
 
 def test_a_short_run_has_none(distill, tmp_path):
     distill("fast", tmp_path, "--epochs 1")
-    assert "would come again" in log(tmp_path) and "answered before" not in log(tmp_path)
+    assert "would come from it" in log(tmp_path) and "came from the cache" not in log(tmp_path)
 
 
 REFUSED = {

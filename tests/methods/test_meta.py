@@ -94,7 +94,7 @@ def round_of(pieces, distillation, remember=False):
     """
     if pieces.streams or pieces.images_per_round:
         batch = distillation.synthesize(0)
-    source = distillation.synthesizer.pictures
+    source = distillation.synthesizer.image_set
     if not pieces.streams:
         source = TransferSet(12, 16, META)
         if pieces.images_per_round:
