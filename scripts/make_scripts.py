@@ -48,6 +48,7 @@ BASELINES = {"dm_kd": "diffdfkd"}
 CONTROLS = ("kd", "noise", "one_image")
 # Methods whose initial bank has a script of its own, as it is the same for every student of a teacher: {method: images}.
 INITIAL_BANK = {"cmi": 51_200, "csd": 80_000, "dda": 80_000, "diffdfkd": 50_000, "dm_kd": 50_000}
+SHARED_BANK = {"dda": "csd"}  # {method: the method whose run folder and initial bank it shares}
 GENERATED = ("diffdfkd", "dm_kd")  # the methods of INITIAL_BANK whose bank is filled by stage generate
 DATASETS = dict.fromkeys(("csd", "dda", "diffdfkd", "dm_kd"), (*CIFAR, "tiny_imagenet"))
 # Published settings that differ from the method's defaults: {(method, dataset or network, ...): flags}.
@@ -185,16 +186,18 @@ def of_method(method: str, paper: str, results: list[dict[str, Any]]) -> Iterato
             task = f"--method {common['method']} --dataset {dataset} --teacher {teacher} "
             bank_flags = flags
             if method in INITIAL_BANK:
-                bank = f"checkpoints/{method}/{dataset}_{teacher}_initBank"
-                first = f"{method}/{method}_{dataset}_initBank_{short(teacher)}.sh"
+                owner = SHARED_BANK.get(method, method)
+                bank = f"checkpoints/{owner}/{dataset}_{teacher}_initBank"
+                first = f"{owner}/{owner}_{dataset}_initBank_{short(teacher)}.sh"
                 bank_flags = f"--stages {'generate' if method in GENERATED else 'synthesize'} --save_dir {bank}" + (
                     f" \\\n {more}" if (more := settings(method, dataset, teacher, table=BANK_FLAGS)) else ""
                 )
+                shared = f", shared with {owner}" if owner != method else ""
                 yield (
-                    first,
+                    f"{method}/{method}_{dataset}_initBank_{short(teacher)}.sh",
                     HEAD.format(
-                        **common,
-                        what=f"initial image bank of {teacher} ({INITIAL_BANK[method]:,} images)",
+                        **common | {"method": BASELINES.get(owner, owner)},
+                        what=f"initial image bank of {teacher} ({INITIAL_BANK[method]:,} images{shared})",
                         note=f"Needs one GPU and checkpoints/pretrained/{dataset}_{teacher}.pth.\n# Makes {bank}/bank.",
                         published="",
                         measured="",

@@ -2,9 +2,9 @@
 # DDA, ACM MM 2024 (arXiv 2410.17606).
 # cifar100, resnet34 -> resnet18.
 # Settings: published for CSD; none are published for the diffusion stage, whose prior is trained here.
-# Needs one GPU. First: bash scripts/dda/dda_cifar100_initBank_resnet34.sh
+# Needs one GPU. First: bash scripts/csd/csd_cifar100_initBank_resnet34.sh
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 source scripts/environment.sh
 python datafree_kd.py --method dda --dataset cifar100 --teacher resnet34 \
-  --student resnet18 --init_bank checkpoints/dda/cifar100_resnet34_initBank/bank "$@"
+  --student resnet18 --init_bank checkpoints/csd/cifar100_resnet34_initBank/bank "$@"

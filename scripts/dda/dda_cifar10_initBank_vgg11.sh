@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # DDA, ACM MM 2024 (arXiv 2410.17606).
-# cifar10, initial image bank of vgg11 (80,000 images).
+# cifar10, initial image bank of vgg11 (80,000 images, shared with csd).
 # Settings: published for CSD; none are published for the diffusion stage, whose prior is trained here.
 # Needs one GPU and checkpoints/pretrained/cifar10_vgg11.pth.
-# Makes checkpoints/dda/cifar10_vgg11_initBank/bank.
+# Makes checkpoints/csd/cifar10_vgg11_initBank/bank.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 source scripts/environment.sh
-python datafree_kd.py --method dda --dataset cifar10 --teacher vgg11 \
-  --stages synthesize --save_dir checkpoints/dda/cifar10_vgg11_initBank "$@"
+python datafree_kd.py --method csd --dataset cifar10 --teacher vgg11 \
+  --stages synthesize --save_dir checkpoints/csd/cifar10_vgg11_initBank "$@"

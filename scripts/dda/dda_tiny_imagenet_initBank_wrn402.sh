@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # DDA, ACM MM 2024 (arXiv 2410.17606).
-# tiny_imagenet, initial image bank of wrn40_2 (80,000 images).
+# tiny_imagenet, initial image bank of wrn40_2 (80,000 images, shared with csd).
 # Settings: published for CSD; none are published for the diffusion stage, whose prior is trained here.
 # Needs one GPU and checkpoints/pretrained/tiny_imagenet_wrn40_2.pth.
-# Makes checkpoints/dda/tiny_imagenet_wrn40_2_initBank/bank.
+# Makes checkpoints/csd/tiny_imagenet_wrn40_2_initBank/bank.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 source scripts/environment.sh
-python datafree_kd.py --method dda --dataset tiny_imagenet --teacher wrn40_2 \
-  --stages synthesize --save_dir checkpoints/dda/tiny_imagenet_wrn40_2_initBank "$@"
+python datafree_kd.py --method csd --dataset tiny_imagenet --teacher wrn40_2 \
+  --stages synthesize --save_dir checkpoints/csd/tiny_imagenet_wrn40_2_initBank "$@"

@@ -2,9 +2,9 @@
 # DDA, ACM MM 2024 (arXiv 2410.17606).
 # tiny_imagenet, vgg11 -> resnet18.
 # Settings: published for CSD; none are published for the diffusion stage, whose prior is trained here.
-# Needs one GPU. First: bash scripts/dda/dda_tiny_imagenet_initBank_vgg11.sh
+# Needs one GPU. First: bash scripts/csd/csd_tiny_imagenet_initBank_vgg11.sh
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 source scripts/environment.sh
 python datafree_kd.py --method dda --dataset tiny_imagenet --teacher vgg11 \
-  --student resnet18 --init_bank checkpoints/dda/tiny_imagenet_vgg11_initBank/bank "$@"
+  --student resnet18 --init_bank checkpoints/csd/tiny_imagenet_vgg11_initBank/bank "$@"

@@ -54,7 +54,8 @@ def shrunk(script):
     return name, groups[0], dataclasses.replace(groups[1], init_bank=None), *groups[2:]
 
 
-BANKS = {parsed(script)[2][1].save_dir: script for script in GENERATED if "initBank" in script}
+# CSD and DDA share their initial banks: both scripts fill one folder, and the headers name the script of CSD.
+BANKS = {parsed(script)[2][1].save_dir: script for script in sorted(GENERATED, reverse=True) if "initBank" in script}
 STUDENTS = [script for script in GENERATED if "initBank" not in script]
 # One script for each set of flags (with those of the script of its bank) that still differs with the tiny task's flags.
 DISTINCT = {(shrunk(script), (first := first_of(script)) and shrunk(first)): script for script in STUDENTS}.values()
@@ -100,10 +101,14 @@ def test_a_script_is_one_command_that_takes_further_flags(script):
 @pytest.mark.parametrize("script", DISTINCT)
 def test_a_script_runs_to_a_student(script, command, teacher_file, tmp_path):
     """Runs the script of the bank, if there is one, and then the script, each with flags that shorten it."""
-    method = parsed(script)[0]
-    small = f"{TINY_TASK} {TINY[method]} --teacher_ckpt {teacher_file} {SMALLER}"
+
+    def run(script, folder, more=""):
+        small = f"{TINY_TASK} {TINY[parsed(script)[0]]} --teacher_ckpt {teacher_file} {SMALLER} --save_dir {folder} {more}"
+        command("datafree_kd", [*commands()[script][1:-1], *small.split()])
+
+    method, bank = parsed(script)[0], ""
     if first := first_of(script):
-        command("datafree_kd", [*commands()[first][1:-1], *f"{small} --save_dir {tmp_path / 'bank'}".split()])
-        small += f" --init_bank {tmp_path / 'bank'}"
-    command("datafree_kd", [*commands()[script][1:-1], *f"{small} --save_dir {tmp_path / 'run'}".split()])
+        run(first, tmp_path / "bank")
+        bank = f"--init_bank {tmp_path / 'bank'}"
+    run(script, tmp_path / "run", bank)
     assert json.loads((tmp_path / "run" / "result.json").read_text())["method"] == method
