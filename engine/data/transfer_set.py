@@ -45,7 +45,11 @@ class TransferSet:
     def description(self) -> str:
         """Capacity, size and storage of the set, in one line."""
         place = (
-            "in mapped shards" if self.mapped else "in host memory" if self.storage.type == "cpu" else f"on {self.storage}"
+            "in memory-mapped shards"
+            if self.mapped
+            else "in host memory"
+            if self.storage.type == "cpu"
+            else f"on {self.storage}"
         )
         return f"transfer set: {self.capacity} images, {self.bytes / 1e6:.0f} MB, {place}"
 

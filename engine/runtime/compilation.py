@@ -96,7 +96,7 @@ class _Compiled:
         if self.tried:
             return self.call(*args, **kwargs)
         self.tried = True
-        self.compiler.log(f"compile: the {self.name}; its first steps take longer (--compile no turns this off)")
+        self.compiler.log(f"compile: the {self.name} is compiled; its first steps take longer (--compile no turns this off)")
         try:
             return self.call(*args, **kwargs)
         except Exception as error:  # errors of many types: missing headers, a full disk, an unsupported operation

@@ -102,7 +102,7 @@ def test_a_round_of_a_bank_tells_what_is_left(tmp_path, monkeypatch):
         fill(run, record, ImageBank(tmp_path / name / "bank", Manifest("d", 10, 4)), "synthesize", 4, Slow)
         run.close()
         log = (tmp_path / name / "log.txt").read_text()
-        assert log.count("time left of stage synthesize: about 5 min") == (name == "slow") == log.count("time left")
+        assert log.count("time left in stage synthesize: about 5 min") == (name == "slow") == log.count("time left")
 
 
 @pytest.mark.parametrize("mapped", [False, True])
