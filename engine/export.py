@@ -100,7 +100,8 @@ def model_card(library: str, student: Trained, result: dict[str, Any]) -> str:
         std=std,
         classes=about["num_classes"],
         names=f": {listed}{more}" if names else ", whose names are not known",
-        honesty=best + "One seed alone says little; python -m engine.report gives mean and spread over several.",
+        honesty=best
+        + "The result of one seed is uncertain; python -m engine.report gives mean and spread over several seeds.",
         command=result.get("command", "unknown"),
         commit=result.get("commit", "unknown"),
         versions=", ".join(f"{name} {version}" for name, version in result.get("versions", {}).items())
