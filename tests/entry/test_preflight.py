@@ -17,7 +17,7 @@ HUB = "there is no such directory, and no such model could be downloaded from th
 REFUSED = {
     "csd --init_bank {tmp}/nowhere": "no image bank",
     "dda --init_variants {tmp}/nowhere": "no image bank",
-    "dda --stages augment": "stage synthesize .* is not begun",
+    "dda --stages augment": "stage synthesize .* is not started",
     "dda --stages distill": "is not begun",
     "csd --redo nonsense": "--redo nonsense found, one of the stages synthesize, distill wanted",
     "noise --images {tmp}/nowhere": "--images .* contains no images",

@@ -152,7 +152,7 @@ def test_a_repeated_seed_is_a_warning(tmp_path, capsys):
         write_result(tmp_path / f"run{k}", seed=seed)
     assert "| 0,1,1 |" in report.table(report.parse([str(tmp_path), "--wide", "--markdown"]))
     warning = capsys.readouterr().err
-    assert warning.startswith("warning: seed 1 is 2 times in one row") and warning.count("\n") == 1
+    assert warning.startswith("warning: seed 1 occurs 2 times in one row") and warning.count("\n") == 1
     assert "run1" in warning and "run2" in warning and "run0" not in warning
 
 
