@@ -254,7 +254,7 @@ def test_sizes_that_do_not_fit_are_refused():
         PixelAugmenter(2, size, channels=(8, 8))
     with pytest.raises(UserError, match="30 px do not fit"):
         PixelAugmenter(2, 30, channels=(8, 8, 8))
-    with pytest.raises(UserError, match="--strength 0.1 of --num_inference_steps 5 .* --num_inference_steps 10"):
+    with pytest.raises(UserError, match="--strength 0.1 with --num_inference_steps 5 .* --num_inference_steps 10"):
         tiny_prior(strength=0.1, num_inference_steps=5)
 
 
@@ -312,7 +312,7 @@ def test_prompts_carry_the_class(folders, pretrained):
 
 
 def test_no_step_left_is_said_before_anything_is_loaded():
-    with pytest.raises(UserError, match="--strength 0.3 of --num_inference_steps 2 .* --num_inference_steps 4"):
+    with pytest.raises(UserError, match="--strength 0.3 with --num_inference_steps 2 .* --num_inference_steps 4"):
         ImageToImage("no/model", prompt="x", strength=0.3, num_inference_steps=2)
     with pytest.raises(UserError, match="--strength 1.5 found, a number above 0, at most 1 wanted"):
         denoising_steps(1.5, 10)

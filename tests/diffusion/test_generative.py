@@ -102,7 +102,7 @@ BAD = {
     "no names": (dict(kind="stable_diffusion", class_names=None), "--prompt .* needs class names"),
     "no null class": (dict(kind="pixel_unet", num_classes=5), "without a null class, .* --guidance_scale 1"),
     "wrong null class": (dict(kind="pixel_unet", num_classes=5, null_class=30), "--null_class 30"),
-    "fixed size": (dict(kind="dit", resolution=64), "--resolution 64: dit draws 32 px only"),
+    "fixed size": (dict(kind="dit", resolution=64), "--resolution 64 found, but dit draws only images of 32 px"),
     "odd size": (
         dict(kind="sdxl", resolution=30),
         "--resolution 30 found, a multiple of 8 wanted; sdxl was trained at 32 px",

@@ -72,7 +72,7 @@ def test_arguments_of_a_factory(spec, expected):
     ],
 )
 def test_nothing_but_literals_by_name_is_taken(text):
-    with pytest.raises(UserError, match="arguments are given by name, with literal values") as caught:
+    with pytest.raises(UserError, match="arguments must be given by name, with literal values") as caught:
         split_arguments(f"a.b:{text}")
     assert "\n" not in str(caught.value)
 

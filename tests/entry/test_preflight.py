@@ -18,7 +18,7 @@ REFUSED = {
     "csd --init_bank {tmp}/nowhere": "no image bank",
     "dda --init_variants {tmp}/nowhere": "no image bank",
     "dda --stages augment": "stage synthesize .* is not started",
-    "dda --stages distill": "is not begun",
+    "dda --stages distill": "is not started",
     "csd --redo nonsense": "--redo nonsense found, one of the stages synthesize, distill wanted",
     "noise --images {tmp}/nowhere": "--images .* contains no images",
     "noise --images {tmp}/garbage": "a.png",

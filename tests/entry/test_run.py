@@ -132,7 +132,7 @@ def test_bfloat16_runs(distill, tmp_path):
 
 
 def test_stages_can_be_run_apart(distill, tmp_path, finished):
-    with pytest.raises(UserError, match="stage synthesize .* is not begun; run it first"):
+    with pytest.raises(UserError, match="stage synthesize .* is not started; run it first"):
         distill("dda", tmp_path, "--stages augment")
     for stage in ("synthesize", "augment", "distill"):
         distill("dda", tmp_path, f"--stages {stage}")
