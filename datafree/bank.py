@@ -199,8 +199,8 @@ def teacher_of(args: argparse.Namespace, bank: ImageBank, info: DatasetInfo | No
     found, wanted = weights_digest(teacher.network.state_dict()), bank.manifest.teacher_digest
     if wanted and found != wanted:
         raise UserError(
-            f"{bank.path} was made with the teacher {bank.manifest.teacher} (weights {wanted}), but --teacher is {args.teacher} "
-            f"(weights {found}); give the teacher of the bank"
+            f"{bank.path} was made with the teacher {bank.manifest.teacher} (weights {wanted}), but --teacher is "
+            f"{args.teacher} (weights {found}); give the teacher of the bank"
         )
     return teacher
 

@@ -150,8 +150,9 @@ def state_errors() -> Iterator[None]:
         yield
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(
-            "the synthesizer's state in the image bank does not fit: it was saved by another --method or for networks of other "
-            f"sizes ({type(error).__name__}); give an --init_bank that this method made with these flags, or leave it out"
+            "the synthesizer's state in the image bank does not fit: it was saved by another --method or for networks of "
+            f"other sizes ({type(error).__name__}); give an --init_bank that this method made with these flags, or leave "
+            "it out"
         ) from error
 
 

@@ -357,7 +357,8 @@ class DiffDFKD(Method):
         super().__init__(config, teacher, student, task)
         if config.msarc and not (teacher.feature_map_shapes and student.feature_map_shapes):
             raise UserError(
-                "the activation maps of --msarc need feature maps, which the teacher or the student does not have; give --msarc 0"
+                "the activation maps of --msarc need feature maps, which the teacher or the student does not have; give "
+                "--msarc 0"
             )
         self.model = config.diffusion_model or default_model(task)
         self.prompts = tuple(text.strip() for text in (config.prompt or task.info.prompt).split("|") if text.strip())
@@ -374,8 +375,8 @@ class DiffDFKD(Method):
         by_prompt = check_prior(self.model, config.diffusion_revision, self.prompts, self.task.info.class_names)
         if by_prompt and not config.oh and not all("{label}" in prompt for prompt in self.prompts):
             raise UserError(
-                f"--prompt '{config.prompt}' has a prompt without {{label}} and --oh is 0, so its images would not depend on the "
-                "class; put {label} into every prompt, or give --oh 1"
+                f"--prompt '{config.prompt}' has a prompt without {{label}} and --oh is 0, so its images would not depend "
+                "on the class; put {label} into every prompt, or give --oh 1"
             )
 
     def stages(self) -> tuple[Stage, ...]:

@@ -162,7 +162,8 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     if manifest.teacher_digest not in (None, digest) or manifest.image_size != info.image_size:
         raise UserError(
             f"{args.bank} was made with the teacher {manifest.teacher} (weights {manifest.teacher_digest}) at "
-            f"{manifest.image_size} px, but --teacher has weights {digest} and {info.image_size} px; give a bank of this teacher"
+            f"{manifest.image_size} px, but --teacher has weights {digest} and {info.image_size} px; give a bank of this "
+            "teacher and size"
         )
     test = load_split(info, "test", "cpu")
     seed_position(args.seed, "test")
@@ -182,7 +183,8 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         )
         if difference > CLOSE:
             raise UserError(
-                f"the logits of the ONNX graph differ from PyTorch's by {difference:.1e}, at most {CLOSE:g} wanted; give another --teacher"
+                f"the logits of the ONNX graph differ from PyTorch's by {difference:.1e}, at most {CLOSE:g} wanted; give "
+                "another --teacher"
             )
         common |= {"acc1_fp32": evaluate(graph, test)["acc1"], "test_images": len(test)}
         kinds = calibration_images(args, info)

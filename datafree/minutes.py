@@ -81,7 +81,8 @@ def choose_scale(folder: Path, method: Method, groups: list, stages: list[str], 
         if begun.get("minutes") != minutes:
             raise UserError(
                 f"the run in {folder} was started with --minutes {show(begun.get('minutes'))} and --scale "
-                f"{begun.get('scale', 1):g}, now --minutes {minutes:g} is given; give the former flags, or another --save_dir"
+                f"{begun.get('scale', 1):g}, now --minutes {minutes:g} is given; give the former flags, or another "
+                "--save_dir"
             )
         return begun["scale"]
     costs = measure(method, groups, stages)
@@ -280,7 +281,8 @@ def fitting_scale(seconds: Callable[[float], float], wanted: float) -> float:
     low, high = math.log(1e-8), 0.0
     if (least := seconds(math.exp(low))) > wanted:
         raise UserError(
-            f"--minutes {wanted / 60:g} found, but the shortest run takes about {duration(least)} here; give a larger --minutes"
+            f"--minutes {wanted / 60:g} found, but the shortest run takes about {duration(least)} here; give a larger "
+            "--minutes"
         )
     while high - low > 1e-3:
         middle = (low + high) / 2

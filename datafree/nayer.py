@@ -163,7 +163,8 @@ def text_codes(names: tuple[str, ...], prompt: str, model_id: str, device: torch
     codes = torch.cat([model(**part).text_embeds for part in tokens])
     if len(codes.unique(dim=0)) < len(set(prompts)):  # silent result of a model directory without a vocabulary
         raise UserError(
-            f"--text_model {model_id} gives different classes the same embedding; give a model with the complete vocabulary of its tokenizer"
+            f"--text_model {model_id} gives different classes the same embedding; give a model with the complete "
+            "vocabulary of its tokenizer"
         )
     return codes
 
@@ -298,7 +299,8 @@ class NAYER(Method):
                 )
             if "{label}" not in config.prompt:
                 raise UserError(
-                    f"--prompt '{config.prompt}' has no {{label}}, so all classes would have the same embedding; put {{label}} into it"
+                    f"--prompt '{config.prompt}' has no {{label}}, so all classes would have the same embedding; put "
+                    "{label} into it"
                 )
             self.external_prior = prior_name(config.text_model)
 

@@ -99,6 +99,7 @@ class ZSKT(StreamingMethod):
         sizes = [{shape[1:] for shape in network.feature_map_shapes} for network in (self.teacher, self.student)]
         if self.config.attention and not set.intersection(*sizes):
             raise UserError(
-                "the attention loss needs feature maps of the same size in teacher and student, and there are none; give --attention 0"
+                "the attention loss needs feature maps of the same size in teacher and student, and there are none; give "
+                "--attention 0"
             )
         return BeliefMatching(self.config.T, self.config.attention)

@@ -219,8 +219,8 @@ def push(folder: Path, repository: str) -> str:
         api.upload_folder(folder_path=folder, repo_id=repository, commit_message="Upload a distilled student")
     except Exception as error:  # error types of the hub's client and of its HTTP client
         raise UserError(
-            f"--push_to_hub {repository}: the upload failed ({first_line(error)}); {folder} is complete: with a network and a "
-            f"login (hf auth login), run hf upload {repository} {folder}"
+            f"--push_to_hub {repository}: the upload failed ({first_line(error)}); {folder} is complete: with a network "
+            f"and a login (hf auth login), run hf upload {repository} {folder}"
         ) from None
     return str(address)
 

@@ -69,7 +69,8 @@ def hub_errors(model_id: str, revision: str | None, flag: str) -> Iterator[None]
         if Path(model_id).is_dir():
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise UserError(
-                f"{flag} {model_id}: this directory is not a complete model of the required kind ({reason}); give another one"
+                f"{flag} {model_id}: this directory is not a complete model of the required kind ({reason}); give "
+                "another one"
             ) from error
         at = f" --revision {revision}" if revision else ""
         raise UserError(

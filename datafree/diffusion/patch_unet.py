@@ -80,8 +80,8 @@ class PatchUNet(nn.Module):
         levels = len(channels)
         if image_size % (patch * 2 ** (levels - 1)) or any(width % GROUPS for width in channels):
             raise UserError(
-                f"images of {image_size} px do not fit a diffusion model of patch {patch} and channels {channels}: image sizes "
-                f"divisible by {patch * 2 ** (levels - 1)} and channels divisible by {GROUPS} wanted"
+                f"images of {image_size} px do not fit a diffusion model of patch {patch} and channels {channels}: image "
+                f"sizes divisible by {patch * 2 ** (levels - 1)} and channels divisible by {GROUPS} wanted"
             )
         self.patch = patch
         self.unet = UNet2DModel(

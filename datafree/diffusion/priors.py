@@ -216,7 +216,8 @@ class _Classes:
             raise UserError(f"--class_map and --prior_classes {classes} contradict each other; leave one of them out")
         if classes == "none" and null is None:
             raise UserError(
-                f"{FLAG} {self.external_prior} has no null class, which --prior_classes none needs; give --prior_classes own, or the id of the null class with --null_class"
+                f"{FLAG} {self.external_prior} has no null class, which --prior_classes none needs; give --prior_classes "
+                "own, or the id of the null class with --null_class"
             )
         self.classes, self.num_classes = classes, num_classes
         if classes == "same":
@@ -227,7 +228,8 @@ class _Classes:
         if classes == "same" and (wrong := [c for c in ids if not 0 <= c < known]):
             raise UserError(
                 f"{FLAG} {self.external_prior} has the class ids 0 to {known - 1}, but one of the dataset's "
-                f"{num_classes} classes is mapped to id {wrong[0]}; give another prior, or its class id for each label with --class_map"
+                f"{num_classes} classes is mapped to id {wrong[0]}; give another prior, or its class id for each label "
+                "with --class_map"
             )
         if self.guidance_scale > 1 and null is None:
             raise UserError(
@@ -298,7 +300,8 @@ class PixelUNet(_Classes, _Pipeline):
         known = self.network.config.get("num_class_embeds")
         if not known:
             raise UserError(
-                f"{FLAG} {name} is not class-conditional (its UNet2DModel has no num_class_embeds); give a class-conditional model"
+                f"{FLAG} {name} is not class-conditional (its UNet2DModel has no num_class_embeds); give a "
+                "class-conditional model"
             )
         if null_class is None and known == num_classes + 1:
             null_class = num_classes

@@ -286,7 +286,8 @@ def _network(
         loaded, known = load_patch_prior(Path(flags.start))
         if other := [name for name, value in shape.items() if known[name] != value]:
             raise UserError(
-                f"--start {flags.start} has {other[0]} {known[other[0]]}, but this training has {shape[other[0]]}; give equal values"
+                f"--start {flags.start} has {other[0]} {known[other[0]]}, but this training has {shape[other[0]]}; give "
+                "equal values"
             )
         network.load_state_dict(loaded.state_dict())
         about["images_drawn"] = known.get("images_drawn", 0)
@@ -300,7 +301,8 @@ def _eval_classifier(flags: PriorFlags, info: DatasetInfo, device: torch.device)
     about = load_checkpoint(Path(flags.eval_classifier), "classifier for evaluation")
     if "arch" not in about:
         raise UserError(
-            f"--eval_classifier {flags.eval_classifier} does not record its architecture; give a file that train_scratch.py wrote"
+            f"--eval_classifier {flags.eval_classifier} does not record its architecture; give a file that "
+            "train_scratch.py wrote"
         )
     return load_teacher(MODELS, about["arch"], info, device, flags.eval_classifier, about.get("mean"), about.get("std"))
 

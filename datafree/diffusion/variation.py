@@ -131,7 +131,8 @@ class _LatentAugmenter(Augmenter):
         self.resolution = resolution or own
         if self.resolution % 8 or self.resolution % pipeline.vae_scale_factor:
             raise UserError(
-                f"--resolution {self.resolution} found, a multiple of {max(8, pipeline.vae_scale_factor)} wanted; {model_id} was trained at {own} px"
+                f"--resolution {self.resolution} found, a multiple of {max(8, pipeline.vae_scale_factor)} wanted; "
+                f"{model_id} was trained at {own} px"
             )
 
     def augment(self, images: Tensor, labels: Tensor, seeds: list[int]) -> Tensor:

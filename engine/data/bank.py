@@ -174,7 +174,8 @@ class ImageBank:
         if not file.exists():
             if not create:
                 raise UserError(
-                    f"no image bank at {self.path} (it has no manifest.json); give a bank folder or a run folder that contains one"
+                    f"no image bank at {self.path} (it has no manifest.json); give a bank folder or a run folder that "
+                    "contains one"
                 )
             checksums.keep(self.path)
             write_json(file, vars(manifest))

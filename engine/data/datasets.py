@@ -107,8 +107,9 @@ class DatasetInfo:
         if names and self.class_names and set(names) == set(self.class_names) and list(names) != list(self.class_names):
             label = next(k for k, (a, b) in enumerate(zip(names, self.class_names)) if a != b)
             raise UserError(
-                f"class {label} is '{names[label]}' in {spec} and '{self.class_names[label]}' in {self.name}: both have the same "
-                "classes in another order; number the dataset's classes as the model does (folders 0, 1, ...; labels of an npz)"
+                f"class {label} is '{names[label]}' in {spec} and '{self.class_names[label]}' in {self.name}: both have "
+                "the same classes in another order; number the dataset's classes as the model does (folders 0, 1, ...; "
+                "labels of an npz)"
             )
         changes: dict[str, Any] = {"class_names": tuple(names)} if names else {}
         if not keep_size:

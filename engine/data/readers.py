@@ -61,8 +61,8 @@ def describe_npz(row: dict[str, Any], root: Path, name: str, domain: str | None,
         shape = _shape(archive, path, "x_test")
     if names is None and labels.size and labels.min() != 0:
         raise UserError(
-            f"{path}: the test labels lie in {labels.min()}..{labels.max()}, 0..C-1 wanted; number the classes from 0, or add "
-            "their names as 'classes'"
+            f"{path}: the test labels lie in {labels.min()}..{labels.max()}, 0..C-1 wanted; number the classes from 0, or "
+            "add their names as 'classes'"
         )
     if names is None and not labels.size:
         raise UserError(
@@ -97,7 +97,8 @@ def _images(archive, path: Path, split: str) -> np.ndarray:
         images = images[..., 0]
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] != 3):
         raise UserError(
-            f"{path}: x_{split} is {images.dtype} of shape {images.shape}, uint8 (N, H, W), (N, H, W, 1) or (N, H, W, 3) wanted"
+            f"{path}: x_{split} is {images.dtype} of shape {images.shape}, uint8 (N, H, W), (N, H, W, 1) or (N, H, W, 3) "
+            "wanted"
         )
     return images
 
@@ -262,7 +263,8 @@ def _from_folders(info: DatasetInfo, folder: Path) -> RawSplit:
     _check_count(info, len(names), folder)
     if info.classes and set(names) != set(info.classes):
         raise UserError(
-            f"{folder} and the test split have different class folders, equal ones wanted: {sorted(set(names) ^ set(info.classes))[:5]}"
+            f"{folder} and the test split have different class folders, equal ones wanted: "
+            f"{sorted(set(names) ^ set(info.classes))[:5]}"
         )
     files = [image_files(folder / name) for name in names]
     labels = np.repeat(np.arange(len(names)), [len(f) for f in files])
@@ -284,7 +286,7 @@ def split_folder(root: Path, split: str) -> Path:
         if (root / name).is_dir() and class_folders(root / name):
             return root / name
     wanted = " or ".join(str(root / name / "<class>" / "*") for name in SPLIT_FOLDERS[split])
-    raise UserError(f"no {split} images found, {wanted} wanted; give the folder with the images as --data_root")
+    raise UserError(f"no {split} images found, {wanted} wanted; put the images there, or give another --data_root")
 
 
 def class_folders(folder: Path) -> list[str]:
@@ -344,7 +346,8 @@ def _read_list(listing: Path) -> tuple[list[str], list[int]]:
         lines = listing.read_text(errors="replace").splitlines()
     except FileNotFoundError:
         raise UserError(
-            f"{listing} does not exist; a list with one line 'path label' per image is wanted, with paths relative to its folder"
+            f"{listing} does not exist; a list with one line 'path label' per image is wanted, with paths relative to "
+            "its folder"
         ) from None
     files, labels = [], []
     for number, line in enumerate(lines, 1):

@@ -189,7 +189,8 @@ def read_split(info: DatasetInfo, split: str) -> tuple[RawSplit, Tensor]:
     assert split in ("train", "test"), split
     if split == "train" and _train_split_forbidden:
         raise UserError(
-            f"this run is data-free: the train split of {info.name} must not be read (only the test split, to measure accuracy)"
+            f"this run is data-free: the train split of {info.name} must not be read (only the test split, to measure "
+            "accuracy)"
         )
     raw = resolve(info.reader)(info, split)
     return raw, _checked_labels(raw, info, split)

@@ -239,7 +239,8 @@ def distill(
             require(state, CHECKPOINT | {"round": (int, Range(least=0, most=schedule.rounds))}, str(file), advice)
             if state["round"] != len(state["accuracies"]) * schedule.rounds_per_epoch:
                 raise UserError(
-                    f"{file} has {len(state['accuracies'])} accuracies after {state['round']} rounds, one per epoch wanted; {advice}"
+                    f"{file} has {len(state['accuracies'])} accuracies after {state['round']} rounds, one per epoch "
+                    f"wanted; {advice}"
                 )
         run.rewind("distill", state["round"] if state else 0)
     state = processes.broadcast(state)

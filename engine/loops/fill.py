@@ -152,7 +152,8 @@ def _first_missing(record: StageRecord, bank: ImageBank, stage: str, rounds: int
     start = next((round for round in range(rounds) if round not in present), rounds)
     if file.exists() and start < (saved := load_state(file)["round"]):
         raise UserError(
-            f"{bank.path} lacks the shard of round {start}, although {saved} rounds were made; run the stage again with --redo {stage}"
+            f"{bank.path} lacks the shard of round {start}, although {saved} rounds were made; run the stage again with "
+            f"--redo {stage}"
         )
     return min(start, saved) if file.exists() else start
 

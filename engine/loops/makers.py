@@ -342,7 +342,8 @@ def filter_variants(run: Run, folder: Path, sources: dict[str, Any], variants: d
     for name, some in found.items():
         distance = f", BN distance {some['loss_bn']:.3f}" if "loss_bn" in some else ""
         run.log(
-            f"filter: the teacher classifies {some['teacher_acc1']:.1f} % of the {name} variants as their source's label{distance}"
+            f"filter: the teacher classifies {some['teacher_acc1']:.1f} % of the {name} variants as their source's "
+            f"label{distance}"
         )
     run.board.add_histogram("filter/cosine", cosine)
     run.board.add_scalar("filter/keep_rate", keep.float().mean())

@@ -91,9 +91,9 @@ def tell(session: Session, teacher, todo: list[str]) -> Session:
         log(f"{line}: {acc1:.2f} % on the {len(test)} test images of {session.info.name}")
         if acc1 < suspicious(session.info.num_classes):
             log(
-                f"warning: the teacher's accuracy is low (chance is {100 / session.info.num_classes:.2f} %); likely causes are a "
-                "checkpoint for other data, another normalization in training (--teacher_mean, --teacher_std), or another "
-                "order of the classes"
+                f"warning: the teacher's accuracy is low (chance is {100 / session.info.num_classes:.2f} %); likely causes "
+                "are a checkpoint for other data, another normalization in training (--teacher_mean, --teacher_std), or "
+                "another order of the classes"
             )
         session = replace(session, teacher_acc1=acc1, test=test if todo[0] == "distill" else None)
     if session.flags["scale"] != 1:

@@ -96,7 +96,8 @@ class Session:
         wanted, found = noted_files(entry["facts"], f"{folder}/{stage}-*.safetensors"), len(bank.rounds(stage))
         if found < wanted:
             raise UserError(
-                f"{path} has {found} of its {wanted} shards {stage}-*; restore the others from a copy, or make the bank again"
+                f"{path} has {found} of its {wanted} shards {stage}-*; restore the others from a copy, or make the bank "
+                "again"
             )
         return Finished(stage, bank, entry["seconds"], entry["depends_on"], entry["facts"])
 

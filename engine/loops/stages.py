@@ -247,8 +247,8 @@ class Distill(Stage):
             return Accuracy(session.test or load_split(session.info, "test", session.device))
         kind = "drawn anew after each epoch" if self.method.streams else "evenly spaced in its training images"
         session.run.log(
-            f"distill: no accuracy (--no_test); the agreement is the share in % of up to {Agreement.MOST} synthetic images, {kind}, "
-            "for which the student predicts the same class as the teacher"
+            f"distill: no accuracy (--no_test); the agreement is the share in % of up to {Agreement.MOST} synthetic "
+            f"images, {kind}, for which the student predicts the same class as the teacher"
         )
         return Agreement(self.method.teacher, session.schedule.batch_size, session.seed)
 

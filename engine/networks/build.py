@@ -103,8 +103,9 @@ def exported_spec(table: dict[str, str], config: dict[str, Any], place: str) -> 
     elif name not in table:
         mean, std = (",".join(f"{value:g}" for value in config[key]) for key in ("mean", "std"))
         raise UserError(
-            f"{place} has the architecture {name}, which is not in registry.MODELS, and code that only a folder names is never "
-            f"run; give {name} as the model and {public.FILES[1]} of the folder as its weights (mean {mean}, std {std})"
+            f"{place} has the architecture {name}, which is not in registry.MODELS, and code that only a folder names is "
+            f"never run; give {name} as the model and {public.FILES[1]} of the folder as its weights (mean {mean}, std "
+            f"{std})"
         )
     written = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
     return f"{name}({written})" if written else name
@@ -208,8 +209,8 @@ def require_batch_norm(teacher: Classifier, config, methods: dict[str, str]) -> 
     if getattr(config, "bn", 0) and not has_statistics:
         without = [name for name, path in methods.items() if "bn" not in resolve(path).Config.__dataclass_fields__]
         raise UserError(
-            f"the teacher {teacher.name} has no BatchNorm layer, but --bn {config.bn:g} matches the statistics of such layers; "
-            f"give --bn 0, or a method that works without: {', '.join(without)}"
+            f"the teacher {teacher.name} has no BatchNorm layer, but --bn {config.bn:g} matches the statistics of such "
+            f"layers; give --bn 0, or a method that works without: {', '.join(without)}"
         )
 
 

@@ -67,7 +67,8 @@ def configuration(spec: str) -> dict[str, Any]:
     channels, height, width = found.get("input_size") or (3, 0, 0)
     if channels != 3 or height != width or not height:
         raise UserError(
-            f"{spec} needs images of {channels} x {height} x {width}, three channels and square images wanted; use another model"
+            f"{spec} needs images of {channels} x {height} x {width}, three channels and square images wanted; use "
+            "another model"
         )
     names = found.get("class_names")
     return {
@@ -187,8 +188,8 @@ def _how_to_bring(spec: str) -> str:
     if spec.startswith("timm:"):
         repository = _timm_arguments(spec)["pretrained_cfg"].get("hf_hub_id") or f"timm/{spec.removeprefix('timm:')}"
     return (
-        f"on a machine with a network, run 'hf download {repository} {' '.join(FILES)} --local-dir FOLDER', copy that folder "
-        "here, and give local-dir:FOLDER as the model"
+        f"on a machine with a network, run 'hf download {repository} {' '.join(FILES)} --local-dir FOLDER', copy that "
+        "folder here, and give local-dir:FOLDER as the model"
     )
 
 
@@ -264,8 +265,8 @@ def published_weights(table: dict[str, str], spec: str) -> Path:
     if module != "models.imagenet":
         known = ", ".join(key for key, value in table.items() if value.startswith("models.imagenet:"))
         raise UserError(
-            f"--pretrained: there are no published ImageNet weights of '{spec}'; choose --model from {known}, or a network of "
-            "timm:, hf-hub:, torchvision: or local-dir:"
+            f"--pretrained: there are no published ImageNet weights of '{spec}'; choose --model from {known}, or a network "
+            "of timm:, hf-hub:, torchvision: or local-dir:"
         )
     advice = "give --resume {name} in place of --pretrained: a head for other classes is dropped"
     return fetch_torchvision(_torchvision_weights(f"torchvision:{name}"), "--pretrained", advice)
@@ -291,7 +292,7 @@ def fetch_torchvision(weights: Any, what: str, advice: str) -> Path:
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise
             raise UserError(
-                f"{what}: {weights.url} cannot be downloaded ({first_line(error)}); download it where there is a network and "
-                + advice.format(name=file.name, folder=file.parent)
+                f"{what}: {weights.url} cannot be downloaded ({first_line(error)}); download it where there is a network "
+                "and " + advice.format(name=file.name, folder=file.parent)
             ) from None
     return file

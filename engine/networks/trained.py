@@ -82,7 +82,8 @@ def _named_arch(table: dict[str, str], stored: dict[str, Any], path: Path, flag:
         raise UserError(f"{path} does not record its architecture; give {flag} NAME, for example a name in registry.MODELS")
     if split_arguments(arch)[0] not in table and not public.is_public(arch):
         raise UserError(
-            f"{path} has the architecture {arch}, and code that only a file names is never run; give {flag} '{arch}' to run it"
+            f"{path} has the architecture {arch}, and code that only a file names is never run; give {flag} '{arch}' to "
+            "run it"
         )
     return arch
 
@@ -105,6 +106,7 @@ def weights_of_run(run: Path) -> Path:
             return Path(output)
         if output:
             raise UserError(
-                f"the weights of {run} were written to {output}, which does not exist; start this command in the folder where that run was started"
+                f"the weights of {run} were written to {output}, which does not exist; start this command in the folder "
+                "where that run was started"
             )
     raise UserError(f"{run} has no finished run (result.json and student.pth); give another run folder, or finish that run")

@@ -97,7 +97,8 @@ def _read_file(file: Path) -> list[dict[str, Any]]:
             result = parse_json(line)
         except ValueError as error:
             raise UserError(
-                f"line {number} of {file} is not a result of a run ({error}); give a file that python -m engine.report --lines wrote"
+                f"line {number} of {file} is not a result of a run ({error}); give a file that python -m engine.report "
+                "--lines wrote"
             ) from None
         result = checked(result, f"line {number} of {file}", OF_A_LINE)
         results.append(result | {"path": f"{file}, {result['folder']}"})

@@ -43,7 +43,8 @@ def explain_os_error(error: OSError) -> UserError:
     name = error.filename or "a file"
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return UserError(
-            f"no space left while writing {name}; files written so far are complete: free some space, then run the same command again"
+            f"no space left while writing {name}; files written so far are complete: free some space, then run the same "
+            "command again"
         )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return UserError(f"cannot write to {name} ({error.strerror}); give a writable folder with --save_dir")
@@ -95,7 +96,10 @@ def explain(error: Exception) -> str | None:
         advice = "files written so far are complete: give a smaller batch, bank or image size, and run again"
         return f"not enough memory ({str(error).partition(chr(10))[0][:200]}); {advice}"
     if isinstance(error, RuntimeError) and re.search("(closed|reset) by peer", str(error)):
-        return f"process {launched_rank()} lost the connection to another process; see the last line of that process for the cause"
+        return (
+            f"process {launched_rank()} lost the connection to another process; see the last line of that process for the "
+            "cause"
+        )
     return None
 
 

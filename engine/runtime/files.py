@@ -299,8 +299,8 @@ def _require_finite(state: Any, path: Path) -> None:
     for name, tensor in _named_tensors(state):
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise UserError(
-                f"{path} was not written, because {name} became NaN or infinite; files written so far are complete: lower the learning "
-                "rate or the loss weights, and run again"
+                f"{path} was not written, because {name} became NaN or infinite; files written so far are complete: lower "
+                "the learning rate or the loss weights, and run again"
             )
 
 

@@ -244,7 +244,7 @@ def served(bank, home, monkeypatch, steps=9, **shares):
     monkeypatch.setattr("engine.data.bank.memory_limit", lambda device: 0 if home == "mapped" else 2**40)
     transfer = TransferSet(14, 8, torch.device("cpu"))
     assert transfer.mapped == (home == "mapped") and transfer.description.endswith(
-        "in memory-mapped shards" if home == "mapped" else "in host memory"
+        "memory-mapped" if home == "mapped" else "in host memory"
     )
     columns = bank.read("synthesize")
     keep = torch.arange(12) != 5
