@@ -89,7 +89,7 @@ def test_a_prior_s_own_classes_take_turns_or_it_is_told_none(generative):
 BAD = {
     "map and own classes": (
         dict(kind="dit", num_classes=2, class_map=(1, 2), classes="own"),
-        "--prior_classes own otherwise",
+        "--class_map and --prior_classes own contradict each other",
     ),
     "no class without null": (dict(kind="pixel_unet", num_classes=5, classes="none"), "has no null class, .* --null_class"),
     "wrong kind": (dict(kind="image_variation"), "is a StableDiffusionImageVariationPipeline, StableDiffusion"),

@@ -286,7 +286,7 @@ def test_shares_are_a_whole_batch():
 
 
 def test_a_batch_that_cannot_be_shared_ends_all_with_one_line(teacher_file, tmp_path):
-    with pytest.raises(UserError, match="--batch_size 7 .* multiple of 2, like 8"):
+    with pytest.raises(UserError, match="--batch_size 7 .* multiple of 2, for example 8"):
         Processes(0, 2).check_divides(7)
     flags = f"{TINY_TASK} --teacher_ckpt {teacher_file} {TINY['csd']} --save_dir {tmp_path / 'run'} --batch_size 7"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

@@ -194,7 +194,7 @@ BAD = {
     "--method csd --dataset digits --teacher resnet8 --teacher_ckpt README.md": "README.md cannot be read",
     "--method csd --gpu 3": "--gpu 3: this machine has no GPU",
     "--method csd --amp fp16": "--amp fp16 needs a GPU",
-    "--method csd --amp fp8": "none of auto, no, bf16, fp16",
+    "--method csd --amp fp8": "one of auto, no, bf16, fp16 wanted",
     "--method dda --embedding nonsense": "one of teacher, clip, dinov2 wanted",
     "": "--method",
 }

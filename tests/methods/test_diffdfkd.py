@@ -208,7 +208,7 @@ BAD = {
     "--images_per_class 0": "--images_per_class 0 found",
     "--scheduler euler": "one of own, ddim",
     "--diffusion_model {dit} --class_map 1,2": "--class_map has 2 ids",
-    "--diffusion_model {dit} --class_map 1,2,3,4,5,6,7,8,9,10": "has the class ids 0 to 9, .* is mapped to id 10",
+    "--diffusion_model {dit} --class_map 1,2,3,4,5,6,7,8,9,10": "has the class ids 0 to 9, but one of the dataset's 10 classes is mapped to id 10",
     "--diffusion_model {stable_diffusion} --oh 0 --prompt picture": "has a prompt without {label} and --oh is 0",
     "--diffusion_model nobody/nothing": "there is no such directory, and no such model could be downloaded from the hub",
     "--diffusion_model README.md": "--diffusion_model README.md",
