@@ -221,10 +221,10 @@ def train_run(
         stages.check(["train"])
         if stages.status("train") == "done" and output.exists() and not checksums.missing(run.path, ["result.json"]):
             checksums.require(output, stages.fact("train", "sha256"))
-            run.log(f"trained before: {output}, acc1 {stages.fact('train', 'acc1'):.2f} %; --redo trains again")
+            run.log(f"already trained: {output}, acc1 {stages.fact('train', 'acc1'):.2f} %; --redo trains again")
             return
         if output.exists() and written != str(output):
-            raise UserError(f"{output} is there and not of this run; give another --output, or move that file away")
+            raise UserError(f"{output} exists and is not from this run; give another --output, or move that file away")
         stages.begin("train")
         stages.update("train", output=str(output))
         about = {"arch": flags.model, "dataset": info.name, "epoch": lengths.epochs, "seed": flags.seed}

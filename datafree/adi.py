@@ -100,7 +100,9 @@ class ADI(DeepInversion):
     def __init__(self, config: ADIConfig, teacher: nn.Module, student: nn.Module, task: Task):
         super().__init__(config, teacher, student, task)
         if config.bn and config.student_bn and not layers_with_statistics(student):
-            raise UserError(f"the student {student.name} has no BatchNorm layer, hence no statistics; give --student_bn 0")
+            raise UserError(
+                f"the student {student.name} has no BatchNorm layer, so it has no statistics to match; give --student_bn 0"
+            )
 
     def synthesizer(self) -> ADISynthesizer:
         return ADISynthesizer(self.config, self.teacher, self.student, self.task)

@@ -139,7 +139,7 @@ def export(args: argparse.Namespace) -> None:
     only_for(args, "npy", dtype="float32", shard_mb=256)
     only_for(args, "npy or imagefolder", teacher=None, teacher_ckpt=None, teacher_mean=None, teacher_std=None)
     if args.teacher_ckpt and not args.teacher:
-        raise UserError("--teacher_ckpt is given without --teacher; name the network too")
+        raise UserError("--teacher_ckpt is given without --teacher; give its network with --teacher")
     require_new(args.folder)
     if args.format == "png":
         count = export_folders(bank, args.folder)
@@ -162,7 +162,7 @@ def only_for(args: argparse.Namespace, formats: str, **defaults: Any) -> None:
     """
     given = [name for name, default in defaults.items() if getattr(args, name) != default]
     if given and args.format not in formats.split(" or "):
-        raise UserError(f"--{given[0]} is for --format {formats}; leave it out")
+        raise UserError(f"--{given[0]} is only for --format {formats}; leave it out")
 
 
 def describe(args: argparse.Namespace, bank: ImageBank) -> DatasetInfo:
@@ -172,7 +172,7 @@ def describe(args: argparse.Namespace, bank: ImageBank) -> DatasetInfo:
     if info.num_classes != manifest.num_classes:
         raise UserError(
             f"{bank.path} has {manifest.num_classes} classes, {info.name} in {args.data_root} has {info.num_classes}; give "
-            "the --data_root of the run that made it"
+            "the --data_root of the run that made the bank"
         )
     return info
 
@@ -182,7 +182,7 @@ def names_only(args: argparse.Namespace, bank: ImageBank) -> DatasetInfo | None:
     try:
         return describe(args, bank)
     except UserError as error:
-        print(f"without class names: {error}")
+        print(f"class names are left out: {error}")
         return None
 
 
@@ -199,8 +199,8 @@ def teacher_of(args: argparse.Namespace, bank: ImageBank, info: DatasetInfo | No
     found, wanted = weights_digest(teacher.network.state_dict()), bank.manifest.teacher_digest
     if wanted and found != wanted:
         raise UserError(
-            f"{bank.path} was made with the teacher {bank.manifest.teacher} (weights {wanted}), --teacher is {args.teacher} "
-            f"(weights {found}); give that teacher"
+            f"{bank.path} was made with the teacher {bank.manifest.teacher} (weights {wanted}), but --teacher is "
+            f"{args.teacher} (weights {found}); give the teacher of the bank"
         )
     return teacher
 
@@ -300,7 +300,9 @@ def main() -> None:
     classes = len(labels.unique())
     if int(labels.max()) >= info.num_classes:
         last = info.num_classes - 1
-        raise UserError(f"{args.folder} has a class {int(labels.max())}, {info.name} has the classes 0 to {last}")
+        raise UserError(
+            f"{args.folder} has a class {int(labels.max())}, {info.name} has the classes 0 to {last}; give another --dataset"
+        )
     warn_of_cropping(str(args.folder), info.image_size, files)
     with atomic_folder(args.bank) as unfinished:  # a damaged image may be found late and would leave half a bank
         bank = ImageBank(unfinished, Manifest(info.name, info.num_classes, info.image_size))

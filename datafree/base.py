@@ -150,8 +150,9 @@ def state_errors() -> Iterator[None]:
         yield
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(
-            "the synthesizer's state beside the image bank was left by another --method or with other flags of size "
-            f"({type(error).__name__}); give an --init_bank of this method and these flags, or none"
+            "the synthesizer's state in the image bank does not fit: it was saved by another --method or for networks of "
+            f"other sizes ({type(error).__name__}); give an --init_bank that this method made with these flags, or leave "
+            "it out"
         ) from error
 
 
@@ -302,7 +303,7 @@ def build_method(
     flags, run_flags, _, config = groups
     device = choose_device(run_flags.gpu)
     if flags.no_test and method_class.reads_train_split:
-        raise UserError(f"--no_test opens no real image, and {name} learns from them; leave it out")
+        raise UserError(f"--no_test opens no real image, but {name} trains on real images; leave it out")
     named = flags.dataset, flags.data_root, flags.image_size, flags.domain, flags.classes, flags.name, flags.num_classes
     info = dataset_info(datasets, *named, unseen=flags.no_test)
     earlier = earlier_value(run_folder(name, groups, info.name), "amp")
@@ -317,7 +318,7 @@ def build_method(
 
     def training_split():
         if processes.main:
-            print(f"{name} opens the training images of {info.name}: a control, not a data-free method")
+            print(f"{name} opens the training images of {info.name}: it is a control, not a data-free method")
         with allow_train_split():
             return load_split(info, "train", device)
 

@@ -262,7 +262,9 @@ class CMISynthesizer(Synthesizer):
             return
         found, wanted = len(state["head"]["0.bias"]), self.config.head_dim
         if found != wanted:
-            raise UserError(f"--head_dim {wanted}: the image bank's contrastive head has {found}; give --head_dim {found}")
+            raise UserError(
+                f"--head_dim {wanted} found, but the contrastive head in the image bank has {found}; give --head_dim {found}"
+            )
         self.head.load_state_dict(state["head"])
         self.optimizer.load_state_dict(state["optimizer"])
         for group in self.optimizer.param_groups:

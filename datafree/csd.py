@@ -284,5 +284,7 @@ class CSD(Method):
     def objective(self) -> AlignedDistillation:
         shapes = self.student.block_map_shape, self.teacher.block_map_shape
         if self.config.feat and None in shapes:
-            raise UserError("a network without feature maps cannot use the feature-map loss; give --feat 0")
+            raise UserError(
+                "the feature-map loss needs feature maps, which the teacher or the student does not have; give --feat 0"
+            )
         return AlignedDistillation(self.config, *(s or (1, 1, 1) for s in shapes))

@@ -222,7 +222,8 @@ class DDA(CSD):
         self.revision = config.diffusion_revision or (None if config.diffusion_model else default.revision)
         if config.prior == "pixel" and config.diffusion_model:
             raise UserError(
-                f"--diffusion_model {config.diffusion_model} needs --prior natural, image_variation or image_to_image"
+                f"--diffusion_model {config.diffusion_model} needs --prior natural, image_variation or image_to_image, "
+                "pixel was given"
             )
         if self.guided and config.prior not in ("pixel", "natural"):
             raise UserError(f"--guidance_oh and --guidance_bn need --prior pixel or natural, {config.prior} was given")

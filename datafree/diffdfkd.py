@@ -356,7 +356,10 @@ class DiffDFKD(Method):
     def __init__(self, config: DiffDFKDConfig, teacher: nn.Module, student: nn.Module, task: Task):
         super().__init__(config, teacher, student, task)
         if config.msarc and not (teacher.feature_map_shapes and student.feature_map_shapes):
-            raise UserError("a network without feature maps has no activation maps; give --msarc 0")
+            raise UserError(
+                "the activation maps of --msarc need feature maps, which the teacher or the student does not have; give "
+                "--msarc 0"
+            )
         self.model = config.diffusion_model or default_model(task)
         self.prompts = tuple(text.strip() for text in (config.prompt or task.info.prompt).split("|") if text.strip())
 
@@ -372,8 +375,8 @@ class DiffDFKD(Method):
         by_prompt = check_prior(self.model, config.diffusion_revision, self.prompts, self.task.info.class_names)
         if by_prompt and not config.oh and not all("{label}" in prompt for prompt in self.prompts):
             raise UserError(
-                f"--prompt '{config.prompt}' does not name the class and --oh is 0, so nothing would make an image one of "
-                "its class; put {label} into every prompt, or give --oh 1"
+                f"--prompt '{config.prompt}' has a prompt without {{label}} and --oh is 0, so its images would not depend "
+                "on the class; put {label} into every prompt, or give --oh 1"
             )
 
     def stages(self) -> tuple[Stage, ...]:
@@ -484,7 +487,7 @@ def default_model(task: Task, embedded: Path = EMBEDDED) -> str:
             return str(embedded)
         if about.get("num_classes") == task.info.num_classes == 10 and are_digits(task.info.class_names) and is_main():
             tqdm.write(
-                f"--diffusion_model {DEFAULT_MODEL} by default; the shipped {embedded} draws printed digits at "
+                f"the default --diffusion_model {DEFAULT_MODEL} is used; {embedded} draws printed digits at "
                 f"{about.get('image_size')} px: if classes 0 to 9 are digits, give --diffusion_model {embedded}"
             )
     return DEFAULT_MODEL

@@ -77,7 +77,7 @@ def check_embedding(kind: str, model_id: str | None) -> None:
     with hub_errors(model_id, None, "--embedding_model"):
         config = AutoConfig.from_pretrained(model_id)
     if config.model_type not in MODEL_TYPES[kind]:
-        raise UserError(f"--embedding_model {model_id} holds a model of type {config.model_type}, but {kind} is wanted")
+        raise UserError(f"--embedding_model {model_id} is a model of type {config.model_type}, {kind} wanted")
 
 
 class _TeacherEmbedding:

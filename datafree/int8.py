@@ -162,7 +162,8 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     if manifest.teacher_digest not in (None, digest) or manifest.image_size != info.image_size:
         raise UserError(
             f"{args.bank} was made with the teacher {manifest.teacher} (weights {manifest.teacher_digest}) at "
-            f"{manifest.image_size} px, this one has weights {digest} and {info.image_size} px; give a bank of its own"
+            f"{manifest.image_size} px, but --teacher has weights {digest} and {info.image_size} px; give a bank of this "
+            "teacher and size"
         )
     test = load_split(info, "test", "cpu")
     seed_position(args.seed, "test")
@@ -177,10 +178,13 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         export_onnx(teacher, whole)
         graph = Graph(whole)
         difference = float((graph(images) - wanted).abs().max())
-        print(f"{args.teacher} as ONNX: logits of {len(images)} test images, {difference:.1e} from PyTorch's at most")
+        print(
+            f"{args.teacher} as ONNX: logits of {len(images)} test images differ by at most {difference:.1e} from PyTorch's"
+        )
         if difference > CLOSE:
             raise UserError(
-                f"the ONNX graph differs from PyTorch by {difference:.1e}, at most {CLOSE:g} is wanted; give another network"
+                f"the logits of the ONNX graph differ from PyTorch's by {difference:.1e}, at most {CLOSE:g} wanted; give "
+                "another --teacher"
             )
         common |= {"acc1_fp32": evaluate(graph, test)["acc1"], "test_images": len(test)}
         kinds = calibration_images(args, info)
@@ -220,7 +224,9 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
             lines.append(json.loads(text))
             lines[-1]["acc1_fp32"], lines[-1]["weight_bits"]
         except (json.JSONDecodeError, KeyError, TypeError):
-            raise UserError(f"line {number} of {file} is no result of python -m datafree.int8; give another file") from None
+            raise UserError(
+                f"line {number} of {file} is not a result of python -m datafree.int8; give another file"
+            ) from None
     return lines
 
 

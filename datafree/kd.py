@@ -60,7 +60,9 @@ class RealImages(Synthesizer):
 
     def _decoded(self, batch_size: int, seed: int, rank: int, count: int) -> Iterator[tuple[Tensor, Tensor]]:
         if batch_size > len(self.split):
-            raise UserError(f"--batch_size {batch_size} is more than the {len(self.split)} training images; give less")
+            raise UserError(
+                f"--batch_size {batch_size} is more than the {len(self.split)} training images; give a smaller --batch_size"
+            )
         generator, whole = torch.Generator().manual_seed(seed), len(self.split) // batch_size * batch_size
         while True:
             order = torch.randperm(len(self.split), generator=generator)[:whole].view(-1, batch_size)

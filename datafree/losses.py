@@ -157,7 +157,9 @@ def bn_loss(batch_stats: list[Stats], running_stats: list[Stats]) -> Tensor:
         ValueError: the two lists differ in length.
     """
     if len(batch_stats) != len(running_stats):
-        raise ValueError(f"{len(batch_stats)} layers of batch statistics for {len(running_stats)} of running ones")
+        raise ValueError(
+            f"{len(batch_stats)} layers with batch statistics, but {len(running_stats)} layers with running statistics"
+        )
     distances = [
         torch.linalg.vector_norm(batch.float() - running.float())
         for pair, running_pair in zip(batch_stats, running_stats, strict=True)

@@ -73,14 +73,16 @@ def choose_scale(folder: Path, method: Method, groups: list, stages: list[str], 
     """
     minutes, scale = groups[1].minutes, groups[1].scale
     if scale != 1:
-        raise UserError(f"--scale {scale:g} and --minutes {minutes:g} found; give one of them, --minutes chooses --scale")
+        raise UserError(
+            f"--scale {scale:g} and --minutes {minutes:g} found; give one of them, because --minutes chooses --scale"
+        )
     begun = read_json(folder / "args.json")["args"] if (folder / "args.json").exists() else None
     if begun:
         if begun.get("minutes") != minutes:
             raise UserError(
-                f"the run in {folder} was begun with --minutes {show(begun.get('minutes'))} and --scale "
-                f"{begun.get('scale', 1):g}, now --minutes {minutes:g} is asked for; give what it was begun with, or "
-                "another --save_dir"
+                f"the run in {folder} was started with --minutes {show(begun.get('minutes'))} and --scale "
+                f"{begun.get('scale', 1):g}, now --minutes {minutes:g} is given; give the former flags, or another "
+                "--save_dir"
             )
         return begun["scale"]
     costs = measure(method, groups, stages)
@@ -91,8 +93,8 @@ def choose_scale(folder: Path, method: Method, groups: list, stages: list[str], 
     chosen = fitting_scale(seconds, 60 * minutes)
     told = ", ".join(f"{cost.what} {1000 * cost.seconds:.3g} ms" for cost in costs)
     print(
-        f"--minutes {minutes:g}: --scale {chosen:g}, by {told}; the published lengths would take about "
-        f"{duration(seconds(1.0))}"
+        f"--minutes {minutes:g}: --scale {chosen:g} is used, from measured times ({told}); the published lengths would take "
+        f"about {duration(seconds(1.0))}"
     )
     return chosen
 
@@ -279,7 +281,8 @@ def fitting_scale(seconds: Callable[[float], float], wanted: float) -> float:
     low, high = math.log(1e-8), 0.0
     if (least := seconds(math.exp(low))) > wanted:
         raise UserError(
-            f"--minutes {wanted / 60:g} is less than the shortest run takes here, about {duration(least)}; give more"
+            f"--minutes {wanted / 60:g} found, but the shortest run takes about {duration(least)} here; give a larger "
+            "--minutes"
         )
     while high - low > 1e-3:
         middle = (low + high) / 2

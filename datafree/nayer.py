@@ -136,7 +136,7 @@ def check_text_model(model_id: str) -> None:
     with hub_errors(model_id, None, "--text_model"):
         kind = AutoConfig.from_pretrained(model_id).model_type
     if kind not in TEXT_MODEL_TYPES:
-        raise UserError(f"--text_model {model_id} holds a model of type {kind}, but a CLIP text encoder is wanted")
+        raise UserError(f"--text_model {model_id} is a model of type {kind}, a CLIP text encoder wanted")
 
 
 @torch.no_grad()
@@ -163,7 +163,8 @@ def text_codes(names: tuple[str, ...], prompt: str, model_id: str, device: torch
     codes = torch.cat([model(**part).text_embeds for part in tokens])
     if len(codes.unique(dim=0)) < len(set(prompts)):  # silent result of a model directory without a vocabulary
         raise UserError(
-            f"--text_model {model_id} embeds different classes alike; give one whose tokenizer reads the --prompt"
+            f"--text_model {model_id} gives different classes the same embedding; give a model with the complete "
+            "vocabulary of its tokenizer"
         )
     return codes
 
@@ -294,10 +295,13 @@ class NAYER(Method):
         if config.label_embedding == "clip":
             if not task.info.class_names:
                 raise UserError(
-                    "--label_embedding clip wants class names, and this dataset has none; give --label_embedding orthogonal"
+                    "--label_embedding clip needs class names, and this dataset has none; give --label_embedding orthogonal"
                 )
             if "{label}" not in config.prompt:
-                raise UserError(f"--prompt '{config.prompt}' has no {{label}}, so that all classes would have one embedding")
+                raise UserError(
+                    f"--prompt '{config.prompt}' has no {{label}}, so all classes would have the same embedding; put "
+                    "{label} into it"
+                )
             self.external_prior = prior_name(config.text_model)
 
     def check_inputs(self, stages: Collection[str]) -> None:

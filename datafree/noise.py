@@ -86,7 +86,7 @@ def pictures_in(folder: str) -> list[str]:
     """
     files = image_files(folder)
     if not files:
-        raise UserError(f"--images {folder} holds no images ({', '.join(SUFFIXES)}); give a folder that does")
+        raise UserError(f"--images {folder} contains no images ({', '.join(SUFFIXES)}); give another folder")
     return files
 
 

@@ -174,7 +174,9 @@ class OneImage(Method):
     def __init__(self, config: OneImageConfig, teacher: nn.Module, student: nn.Module, task: Task):
         super().__init__(config, teacher, student, task)
         if not config.image:
-            raise UserError("--image FILE is missing: the one picture to learn from, large and full of different things")
+            raise UserError(
+                "--image is missing; give the path of the picture to learn from, a large one with many different objects"
+            )
         self.external_prior = f"the image {Path(config.image).name}"
 
     def check_inputs(self, stages: Collection[str]) -> None:

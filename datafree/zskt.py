@@ -98,5 +98,8 @@ class ZSKT(StreamingMethod):
     def objective(self) -> BeliefMatching:
         sizes = [{shape[1:] for shape in network.feature_map_shapes} for network in (self.teacher, self.student)]
         if self.config.attention and not set.intersection(*sizes):
-            raise UserError("teacher and student have no feature maps of one size to match; give --attention 0")
+            raise UserError(
+                "the attention loss needs feature maps of the same size in teacher and student, and there are none; give "
+                "--attention 0"
+            )
         return BeliefMatching(self.config.T, self.config.attention)

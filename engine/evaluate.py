@@ -75,7 +75,7 @@ def parse(argv: list[str] | None = None):
     parser.add_argument("--json", type=Path, metavar="FILE", help="file to write all figures to")
     args = parser.parse_args(argv)
     if bool(args.dataset) == bool(args.images):
-        raise UserError("give --dataset NAME or --images FOLDER, one of them")
+        raise UserError("give either --dataset NAME or --images FOLDER")
     return args
 
 
@@ -123,11 +123,13 @@ def images_info(folder: str, model: Trained, image_size: int | None) -> tuple[Da
     """
     root, about = Path(folder), model.about
     if not root.is_dir():
-        raise UserError(f"--images {folder} is no folder; wanted {folder}/<class>/*.png, or a folder of images")
+        raise UserError(
+            f"--images {folder} is not a folder; give a folder of images, or a folder with one subfolder of images per class"
+        )
     labelled = any(entry.is_dir() and not entry.name.startswith(".") and image_files(entry) for entry in root.iterdir())
     size = image_size or about.get("image_size")
     if size is None:
-        raise UserError(f"{model.origin} does not say its image size; give --image_size")
+        raise UserError(f"{model.origin} does not record its image size; give --image_size")
     names = about.get("class_names")
     reader = "engine.data.readers:read_class_folders" if labelled else "engine.data.readers:read_unlabelled"
     return DatasetInfo(
@@ -227,7 +229,9 @@ def lines(figures: dict[str, Any], info: DatasetInfo) -> list[str]:
         (int(wrong.flatten()[k]), names[k // len(names)], names[k % len(names)]) for k in most if wrong.flatten()[k] > 0
     ]
     return (
-        found + (["", "most frequent confusions"] if pairs else []) + [f"  {n:4d} x {a} taken for {b}" for n, a, b in pairs]
+        found
+        + (["", "most frequent confusions"] if pairs else [])
+        + [f"  {n:4d} x {a} classified as {b}" for n, a, b in pairs]
     )
 
 

@@ -84,9 +84,9 @@ def model_card(library: str, student: Trained, result: dict[str, Any]) -> str:
         "seed": result.get("seed"),
     }
     made = "Trained on real images." if scratch else "Distilled from a teacher without its training data."
-    best = "The best epoch was chosen on the test split itself: compare by the last one. "
+    best = "The best epoch was chosen on the test split itself, so compare the accuracy of the last epoch. "
     if not scratch and prior != "none":
-        best += f"Besides the teacher, a pretrained model was used ({prior}): what it has seen is part of this student. "
+        best += f"Besides the teacher, a pretrained model was used ({prior}). Its training data influences this student. "
     listed = ", ".join(f"{label} {name}" for label, name in enumerate(names[:20])) if names else ""
     more = f", and {len(names) - 20} more in config.json" if names and len(names) > 20 else ""
     mean, std = (", ".join(f"{value:g}" for value in about[key]) for key in ("mean", "std"))
@@ -100,7 +100,8 @@ def model_card(library: str, student: Trained, result: dict[str, Any]) -> str:
         std=std,
         classes=about["num_classes"],
         names=f": {listed}{more}" if names else ", whose names are not known",
-        honesty=best + "One seed alone says little; python -m engine.report gives mean and spread over several.",
+        honesty=best
+        + "The result of one seed is uncertain; python -m engine.report gives mean and spread over several seeds.",
         command=result.get("command", "unknown"),
         commit=result.get("commit", "unknown"),
         versions=", ".join(f"{name} {version}" for name, version in result.get("versions", {}).items())
@@ -201,7 +202,7 @@ def _inlined(module: str, seen: set[str]) -> str:
 def check_name(repository: str) -> None:
     """Raises a UserError unless ``repository`` has the form ORG/NAME."""
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
-        raise UserError(f"--push_to_hub {repository}: wanted ORG/NAME")
+        raise UserError(f"--push_to_hub {repository} found, ORG/NAME wanted")
 
 
 def push(folder: Path, repository: str) -> str:
@@ -218,8 +219,8 @@ def push(folder: Path, repository: str) -> str:
         api.upload_folder(folder_path=folder, repo_id=repository, commit_message="Upload a distilled student")
     except Exception as error:  # error types of the hub's client and of its HTTP client
         raise UserError(
-            f"--push_to_hub {repository}: the hub cannot be written ({first_line(error)}); {folder} is whole: where there is a "
-            f"network and a login (hf auth login), run hf upload {repository} {folder}"
+            f"--push_to_hub {repository}: the upload failed ({first_line(error)}); {folder} is complete: with a network "
+            f"and a login (hf auth login), run hf upload {repository} {folder}"
         ) from None
     return str(address)
 
@@ -292,7 +293,7 @@ def write_onnx(file: Path, student: Trained, images: Tensor) -> float:
         found = [torch.from_numpy(session.run(None, {"images": part.numpy()})[0]) for part in (images, images[:1])]
     except Exception as error:  # the exporter and the runtime have their own error types
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{student.spec} cannot be written as ONNX: {reason[:300]}; leave out --onnx") from None
+        raise UserError(f"{student.spec} cannot be exported to ONNX: {reason[:300]}; leave out --onnx") from None
     difference = max(float((part - wanted[: len(part)]).abs().max()) for part in found)
     if not difference <= TOLERANCE:
         raise UserError(
@@ -322,7 +323,7 @@ def main() -> None:
     weights_of_run(args.run)
     student = open_trained(MODELS, str(args.run), arch=args.arch)
     if missing := [key for key in ("image_size", "mean", "std") if key not in student.about]:
-        raise UserError(f"{student.origin} does not say its {' and '.join(missing)}; give a run of this version")
+        raise UserError(f"{student.origin} does not record its {' and '.join(missing)}; give a run of this version")
     with atomic_folder(args.out) as unfinished:
         write_folder(unfinished, MODELS, student, read_json(args.run / "result.json"))
         if args.onnx:

@@ -167,13 +167,13 @@ def _trace(network: nn.Module, images: Tensor, num_classes: int) -> list[_Call]:
             logits = network(images)
     except (RuntimeError, AssertionError) as error:
         size, reason = "x".join(map(str, images.shape[1:])), str(error).strip().partition("\n")[0]
-        raise ValueError(f"network cannot take {size} images: {reason}") from error
+        raise ValueError(f"network fails on images of {size}: {reason}") from error
     finally:
         for hook in hooks:
             hook.remove()
     if not isinstance(logits, Tensor) or logits.ndim != 2:
         found = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
-        raise ValueError(f"network returns {found}, wanted logits ({len(images)}, {num_classes})")
+        raise ValueError(f"network returns {found}, logits ({len(images)}, {num_classes}) wanted")
     if logits.shape[1] != num_classes:
         raise ValueError(f"network returns {logits.shape[1]} logits, dataset has {num_classes} classes")
     return calls
@@ -187,7 +187,9 @@ def _find_head(calls: list[_Call], num_classes: int) -> _Call:
             return call
         if isinstance(module, nn.Conv2d) and module.out_channels == num_classes and module.kernel_size == (1, 1):
             return call
-    raise ValueError(f"network has no nn.Linear or 1x1 nn.Conv2d with {num_classes} outputs, whose input are its features")
+    raise ValueError(
+        f"network has no nn.Linear or 1x1 nn.Conv2d with {num_classes} outputs, whose input could be the features"
+    )
 
 
 def _find_feature_map(calls: list[_Call]) -> _Call | None:

@@ -22,9 +22,9 @@ python train_scratch.py --model resnet20 --dataset digits --epochs 30 --save_dir
 demo digits --teacher resnet20 --teacher_ckpt "$out/teacher.pth"
 root="${DATA_ROOT:-data}"
 if [ -z "${CIFAR_TEACHER:-}" ]; then
-  echo "CIFAR-10 skipped: CIFAR_TEACHER names no weights of a resnet20"
+  echo "CIFAR-10 skipped: set CIFAR_TEACHER to the weights of a resnet20"
 elif ! compgen -G "$root/cifar10.npz" > /dev/null && ! compgen -G "$root/cifar-10*" > /dev/null; then
-  echo "CIFAR-10 skipped: $root holds neither cifar10.npz nor cifar-10-*; set DATA_ROOT"
+  echo "CIFAR-10 skipped: $root contains neither cifar10.npz nor cifar-10-*; set DATA_ROOT to the folder of CIFAR-10"
 else
   demo cifar10 --data_root "$root" --teacher resnet20 --teacher_ckpt "$CIFAR_TEACHER" ${CIFAR_FLAGS:-}
 fi

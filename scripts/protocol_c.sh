@@ -50,7 +50,7 @@ often=" kd fast nayer csd dda "  # with three seeds
 names="${*:-$order}" failed=
 for seed in ${SEEDS:-0 1 2}; do
   for name in $names; do
-    if [ -z "${flags[$name]:-}" ]; then echo "error: '$name' found, some of $order wanted" >&2; exit 2; fi
+    if [ -z "${flags[$name]:-}" ]; then echo "error: '$name' found, names out of $order wanted" >&2; exit 2; fi
     if [ -z "${SEEDS:-}" ] && [ "$seed" != 0 ] && [[ "$often" != *" $name "* ]]; then continue; fi
     run="$out/$name/seed$seed"
     if [ -e "$run/result.json" ]; then continue; fi
@@ -61,14 +61,14 @@ for seed in ${SEEDS:-0 1 2}; do
     if [ -n "$list" ]; then echo "${command[*]}"; continue; fi
     while [ "$(jobs -rp | wc -l)" -ge "$jobs" ]; do wait -n || failed=yes; done
     mkdir -p "$out/console"
-    echo "$(date +%H:%M:%S) $name, seed $seed: $out/console/${name}_seed$seed.txt"
+    echo "$(date +%H:%M:%S) $name, seed $seed: output in $out/console/${name}_seed$seed.txt"
     "${command[@]}" >"$out/console/${name}_seed$seed.txt" 2>&1 &
   done
 done
 if [ -n "$list" ]; then exit; fi
 while [ -n "$(jobs -p)" ]; do wait -n || failed=yes; jobs >/dev/null; done
 if [ -n "$failed" ]; then
-  echo "error: some runs stopped; see the ends of $out/console/*.txt, then run this again" >&2
+  echo "error: some runs failed; see the last lines of $out/console/*.txt, then run the same command again" >&2
   exit 1
 fi
 python -m engine.report "$out" --folders

@@ -18,27 +18,27 @@ kd=("${task[@]}" --teacher resnet20 --teacher_ckpt "$out/teacher.pth" --student 
 echo "== 1/5  teacher: resnet20 on 1195 real digits"
 python train_scratch.py --model resnet20 "${task[@]}" --epochs 30 --save_dir "$out/teacher" --output "$out/teacher.pth"
 if [ "$part" = all ]; then
-  echo "== 2/5  for comparison: the student, resnet8, on the same real digits, as many steps as below"
+  echo "== 2/5  for comparison: resnet8, the student, on the same real digits, with as many steps as below"
   python train_scratch.py --model resnet8 "${task[@]}" --epochs 13 --save_dir "$out/real" --output "$out/real.pth"
   inversion=(--g_steps 20 --synthesis_batch_size 100 --oh 5 --lr_g 2e-3 --warm_generator)
-  echo "== 3/5  CSD: an image bank inverted from the teacher, and a student that has seen no digit"
+  echo "== 3/5  CSD: an image bank inverted from the teacher, and a student trained on it without real digits"
   python datafree_kd.py --method csd "${kd[@]}" "${inversion[@]}" --save_dir "$out/csd" --init_rounds 4 --init_g_steps 20
-  echo "== 4/5  DDA: the same bank, varied by a diffusion model trained on it, filtered, and distilled"
+  echo "== 4/5  DDA: filtered variants of that bank, made by a diffusion model trained on it, and a student trained on both"
   python datafree_kd.py --method dda "${kd[@]}" "${inversion[@]}" --save_dir "$out/dda" --init_bank "$out/csd/bank" \
     --variants 2 --strength 0.6 --fit_passes 21 --fit_lr 4e-3
 fi
-echo "== 5/5  DiffDFKD: a diffusion model that knows printed digits draws what the teacher asks for"
+echo "== 5/5  DiffDFKD: a diffusion model of printed digits draws images under the teacher's guidance, and a student is trained on them"
 python datafree_kd.py --method diffdfkd "${kd[@]}" --save_dir "$out/diffdfkd" --images_per_class 60 --num_inference_steps 10 --bn 0.03
 
 echo
 python -m engine.report "$out" --rounds
 echo
 if [ "$part" = all ]; then
-  echo "You have seen a resnet8 learn handwritten digits from images made with the teacher alone (csd, dda) or with"
-  echo "a diffusion model of printed digits (diffdfkd); the rows \"real data\" are the teacher and a resnet8 that had the real images."
+  echo "These resnet8 students learned handwritten digits from images that were made with the teacher alone (csd, dda) or with"
+  echo "a diffusion model of printed digits (diffdfkd). The rows \"real data\" are the teacher and a resnet8 trained on real images."
 else
-  echo "You have seen a resnet8 learn handwritten digits from images that a diffusion model of printed digits drew under the"
-  echo "teacher's guidance; the row \"real data\" is the teacher, which had the real images."
+  echo "This resnet8 student learned handwritten digits from images that a diffusion model of printed digits drew under the"
+  echo "teacher's guidance. The row \"real data\" is the teacher, which was trained on real images."
 fi
 echo
 echo "pictures:    $out/*/pictures/*.png"

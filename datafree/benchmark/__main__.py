@@ -265,12 +265,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.pairs = [tuple(pair.split(":")) for pair in args.pairs.split(",")]
     if wrong := [pair for pair in args.pairs if len(pair) != 2 or not all(pair)]:
-        raise UserError(f"--pairs {':'.join(wrong[0])} is no pair; wanted teacher:student,teacher:student,...")
+        raise UserError(f"--pairs {':'.join(wrong[0])} found, teacher:student,teacher:student,... wanted")
     args.loops = args.loops.split(",")
     for name in args.loops:
         lookup(LOOPS, name, "loop")
     if args.bank < args.batch_size:
-        raise UserError(f"--bank {args.bank} must hold a batch ({args.batch_size}); give more")
+        raise UserError(f"--bank {args.bank} found, at least one batch ({args.batch_size}) wanted; give a larger --bank")
     return args
 
 

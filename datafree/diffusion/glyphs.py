@@ -276,7 +276,7 @@ class GlyphFlags:
 def write_dataset(flags: GlyphFlags, fonts: list[Font]) -> None:
     """Renders both splits and writes them atomically as one npz file; test glyphs are numbered after the training glyphs."""
     if Path(flags.output).exists():
-        raise UserError(f"--output {flags.output} is there already; give another name, or move that file away")
+        raise UserError(f"--output {flags.output} exists already; give another name, or move that file away")
     images, labels = render(flags.images + flags.test_images, flags.image_size, fonts, flags.seed, bar=True)
     images, labels = images.permute(0, 2, 3, 1).numpy(), labels.numpy()
     arrays = {"classes": np.array(CLASS_NAMES)}
@@ -300,7 +300,7 @@ def main() -> None:
     fonts = find_fonts(flags.fonts)
     print(f"{len(fonts)} fonts: {', '.join(font.name for font in fonts)}")
     write_dataset(flags, fonts)
-    print(f"{flags.output}: {flags.images} glyphs to train on, {flags.test_images} to measure on")
+    print(f"{flags.output}: {flags.images} training images, {flags.test_images} test images")
 
 
 if __name__ == "__main__":

@@ -215,7 +215,7 @@ def check_finite(finite: list[bool]) -> None:
     """
     if not all(finite):
         raise UserError(
-            f"latents became NaN or infinite at denoising step {finite.index(False) + 1} of {len(finite)}; images made before "
+            f"latents became NaN or infinite at denoising step {finite.index(False) + 1} of {len(finite)}; finished images "
             "are kept: give --diffusion_dtype fp32 or a lower --guidance_lr, --bn, --oh or --adv"
         )
 
@@ -229,7 +229,7 @@ def memory_errors() -> Iterator[None]:
         if not isinstance(error, torch.OutOfMemoryError) and not re.search("allocate memory|ALLOC_FAILED", str(error)):
             raise
         raise UserError(
-            "out of memory while drawing images; what was made before is kept: give --guidance_micro_batch 1, "
+            "out of memory while drawing images; finished images are kept: give --guidance_micro_batch 1, "
             "--gradient_checkpointing, --guidance_backprop decoder, --diffusion_dtype bf16, a lower --resolution or a "
             "smaller --diffusion_batch_size"
         ) from error

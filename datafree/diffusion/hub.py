@@ -68,12 +68,15 @@ def hub_errors(model_id: str, revision: str | None, flag: str) -> Iterator[None]
             raise
         if Path(model_id).is_dir():
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            raise UserError(f"{flag} {model_id}: this directory is no whole model of the wanted kind ({reason})") from error
+            raise UserError(
+                f"{flag} {model_id}: this directory is not a complete model of the required kind ({reason}); give "
+                "another one"
+            ) from error
         at = f" --revision {revision}" if revision else ""
         raise UserError(
-            f"{flag} {model_id}: neither a directory here nor a model that could be had from the hub "
-            f"({type(error).__name__}); where there is a network, run 'hf download {model_id}{at} --local-dir DIR' "
-            f"(older: huggingface-cli download), then give {flag} DIR"
+            f"{flag} {model_id}: there is no such directory, and no such model could be downloaded from the hub "
+            f"({type(error).__name__}); on a machine with a network, run 'hf download {model_id}{at} --local-dir DIR' "
+            f"(older versions: huggingface-cli download), then give {flag} DIR"
         ) from error
 
 
@@ -104,7 +107,7 @@ def pipeline_config(model_id: str, revision: str | None, kinds: Iterable[str], f
         config = diffusers.DiffusionPipeline.load_config(model_id, revision=revision)
     found = config.get("_class_name")
     if found not in kinds:
-        raise UserError(f"{flag} {model_id} holds a {found or 'model without pipeline'}; wanted: {' or '.join(kinds)}")
+        raise UserError(f"{flag} {model_id} is a {found or 'model without a pipeline'}, {' or '.join(kinds)} wanted")
     return config
 
 

@@ -80,8 +80,8 @@ class PatchUNet(nn.Module):
         levels = len(channels)
         if image_size % (patch * 2 ** (levels - 1)) or any(width % GROUPS for width in channels):
             raise UserError(
-                f"images of {image_size} px do not fit a diffusion model of patch {patch} and channels {channels}: each of "
-                f"the {levels} levels halves the image, and channels are multiples of {GROUPS}"
+                f"images of {image_size} px do not fit a diffusion model of patch {patch} and channels {channels}: image "
+                f"sizes divisible by {patch * 2 ** (levels - 1)} and channels divisible by {GROUPS} wanted"
             )
         self.patch = patch
         self.unet = UNet2DModel(
@@ -167,7 +167,7 @@ def load_patch_prior(path: Path) -> tuple[PatchUNet, dict[str, Any]]:
     except (KeyError, ValueError, TypeError, RuntimeError, UserError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"{path} is no pixel prior as python -m datafree.diffusion.train_prior writes it ({reason})"
+            f"{path} is not a pixel prior written by python -m datafree.diffusion.train_prior ({reason}); give another file"
         ) from None
     return network.requires_grad_(False).eval(), about
 

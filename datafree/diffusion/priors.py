@@ -114,7 +114,9 @@ class _Pipeline(DiffusionPrior):
         own = network.config.sample_size * factor
         resolution = resolution or own
         if resolution % max(8, factor):
-            raise UserError(f"--resolution {resolution} is no multiple of {max(8, factor)}; {name} was made for {own}")
+            raise UserError(
+                f"--resolution {resolution} found, a multiple of {max(8, factor)} wanted; {name} was trained at {own} px"
+            )
         self.resolution = resolution
         self.shape = (network.config.in_channels, resolution // factor, resolution // factor)
 
@@ -209,11 +211,14 @@ class _Classes:
     ) -> None:
         assert classes in CLASSES, classes
         if class_map is not None and len(class_map) != num_classes:
-            raise UserError(f"--class_map has {len(class_map)} ids for the {num_classes} classes of the dataset")
+            raise UserError(f"--class_map has {len(class_map)} ids, {num_classes} wanted: one for each class of the dataset")
         if class_map is not None and classes != "same":
-            raise UserError(f"--class_map says which class of the prior each label is, --prior_classes {classes} otherwise")
+            raise UserError(f"--class_map and --prior_classes {classes} contradict each other; leave one of them out")
         if classes == "none" and null is None:
-            raise UserError(f"{FLAG} {self.external_prior} has no null class; give --prior_classes own, or --null_class")
+            raise UserError(
+                f"{FLAG} {self.external_prior} has no null class, which --prior_classes none needs; give --prior_classes "
+                "own, or the id of the null class with --null_class"
+            )
         self.classes, self.num_classes = classes, num_classes
         if classes == "same":
             ids = class_map or tuple(range(num_classes))
@@ -222,13 +227,14 @@ class _Classes:
             self.guidance_scale = self.guidance_scale if classes == "own" else min(1.0, self.guidance_scale)
         if classes == "same" and (wrong := [c for c in ids if not 0 <= c < known]):
             raise UserError(
-                f"{FLAG} {self.external_prior} knows {known} classes, id {wrong[0]} is none of them and the dataset has "
-                f"{num_classes}; give a prior that knows them, or its ids with --class_map"
+                f"{FLAG} {self.external_prior} has the class ids 0 to {known - 1}, but one of the dataset's "
+                f"{num_classes} classes is mapped to id {wrong[0]}; give another prior, or its class id for each label "
+                "with --class_map"
             )
         if self.guidance_scale > 1 and null is None:
             raise UserError(
                 f"{FLAG} {self.external_prior} was trained without a null class, which --guidance_scale "
-                f"{self.guidance_scale:g} needs; give --guidance_scale 1, or the id of that class with --null_class"
+                f"{self.guidance_scale:g} needs; give --guidance_scale 1, or the id of a null class with --null_class"
             )
         self.ids, self.null = torch.tensor(ids, device=self.device), null
 
@@ -262,7 +268,7 @@ class DiT(_Classes, _Pipeline):
         own = self.network.config.sample_size
         if self.shape[1] != own:
             only = own * resolution // self.shape[1]
-            raise UserError(f"--resolution {resolution}: {name} draws {only} px only; leave it out")
+            raise UserError(f"--resolution {resolution} found, but {name} draws only images of {only} px; leave it out")
         known = self.network.config.num_embeds_ada_norm
         self._take_classes(known, known, num_classes, class_map, classes or "same")
 
@@ -293,11 +299,14 @@ class PixelUNet(_Classes, _Pipeline):
         super().__init__(pipeline, pipeline.unet, name, guidance_scale, resolution)
         known = self.network.config.get("num_class_embeds")
         if not known:
-            raise UserError(f"{FLAG} {name}: a class-conditional model is wanted, its UNet2DModel has no num_class_embeds")
+            raise UserError(
+                f"{FLAG} {name} is not class-conditional (its UNet2DModel has no num_class_embeds); give a "
+                "class-conditional model"
+            )
         if null_class is None and known == num_classes + 1:
             null_class = num_classes
         if null_class is not None and not 0 <= null_class < known:
-            raise UserError(f"--null_class {null_class}: {FLAG} {name} has the class ids 0 to {known - 1}")
+            raise UserError(f"--null_class {null_class} found, but {FLAG} {name} has the class ids 0 to {known - 1}")
         self._take_classes(known, null_class, num_classes, class_map, classes or "same")
 
     def _network(self, latents: Tensor, time: Tensor, condition: Tensor) -> Tensor:
@@ -364,7 +373,7 @@ def check_prompts(prompts: tuple[str, ...], class_names: tuple[str, ...] | None)
         raise UserError("--prompt is empty; give one such as 'a photo of a {label}'")
     if class_names is None and (wanting := [p for p in prompts if "{label}" in p]):
         raise UserError(
-            f"--prompt '{wanting[0]}' wants class names, and this dataset has none; give a --prompt without {{label}}"
+            f"--prompt '{wanting[0]}' needs class names, and this dataset has none; give a --prompt without {{label}}"
         )
 
 
@@ -424,7 +433,7 @@ def load_prior(
     model_id = str(shipped_prior(model_id) or model_id)
     if model_id.endswith(".safetensors"):
         if resolution:
-            raise UserError(f"--resolution {resolution}: {model_id} draws at its own size only; leave it out")
+            raise UserError(f"--resolution {resolution} found, but {model_id} draws only at its own size; leave it out")
         return PatchPrior.load(Path(model_id), device, dtype, **common)
     pipeline = load_pipeline(model_id, revision, PIPELINES, dtype, device, FLAG)
     name, kind = prior_name(model_id, revision), type(pipeline).__name__

@@ -221,7 +221,9 @@ def train_prior(flags: PriorFlags) -> Path:
         state = _unfinished(run, flags, settings)
         renewed = flags.start and Path(flags.start).resolve() == output.resolve()
         if output.exists() and not (state or flags.redo or renewed):
-            raise UserError(f"--output {output} is there and not of this run; give another --output, or move that file away")
+            raise UserError(
+                f"--output {output} exists and is not from this run; give another --output, or move that file away"
+            )
         network, about = _network(flags, info, device, state)
         training = Denoising(
             network,
@@ -256,8 +258,8 @@ def _unfinished(run: Run, flags: PriorFlags, settings: dict[str, Any]) -> dict[s
     state = load_checkpoint(file, "unfinished training") if file.exists() else None
     for name, value in settings.items() if state else ():
         if state["settings"].get(name) != value:
-            found = f"{run.path} was begun with --{name} {state['settings'].get(name)}, now {value}"
-            raise UserError(f"{found}; give another --save_dir, or --redo")
+            found = f"{run.path} was started with --{name} {state['settings'].get(name)}, now {value} is given"
+            raise UserError(f"{found}; give the former value, another --save_dir, or --redo")
     run.rewind("prior", state["round"] if state else 0)
     return state
 
@@ -283,7 +285,10 @@ def _network(
     if flags.start and not state:
         loaded, known = load_patch_prior(Path(flags.start))
         if other := [name for name, value in shape.items() if known[name] != value]:
-            raise UserError(f"--start {flags.start} has {other[0]} {known[other[0]]}, this training {shape[other[0]]}")
+            raise UserError(
+                f"--start {flags.start} has {other[0]} {known[other[0]]}, but this training has {shape[other[0]]}; give "
+                "equal values"
+            )
         network.load_state_dict(loaded.state_dict())
         about["images_drawn"] = known.get("images_drawn", 0)
     return network.to(device, memory_format=torch.channels_last), about
@@ -296,7 +301,8 @@ def _eval_classifier(flags: PriorFlags, info: DatasetInfo, device: torch.device)
     about = load_checkpoint(Path(flags.eval_classifier), "classifier for evaluation")
     if "arch" not in about:
         raise UserError(
-            f"--eval_classifier {flags.eval_classifier} does not say of which network it is; give one that train_scratch.py wrote"
+            f"--eval_classifier {flags.eval_classifier} does not record its architecture; give a file that "
+            "train_scratch.py wrote"
         )
     return load_teacher(MODELS, about["arch"], info, device, flags.eval_classifier, about.get("mean"), about.get("std"))
 
@@ -317,7 +323,7 @@ def _rounds(
     end = time.monotonic() + 60 * flags.minutes if flags.minutes else float("inf")
     images, labels = train.images, train.labels
     if report.eval_classifier and first < rounds:
-        run.log(f"of training images: {report.quality(*_spread(images, labels, count=len(report.labels)))}")
+        run.log(f"training images, for comparison: {report.quality(*_spread(images, labels, count=len(report.labels)))}")
     bar = progress(rounds * a_round, f"train {output.stem}", "img", first * a_round)
     for number in range(first, rounds):
         seed_position(flags.seed, "prior", number)

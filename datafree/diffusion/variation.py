@@ -91,11 +91,11 @@ def denoising_steps(strength: float, num_inference_steps: int) -> int:
         UserError: ``strength`` is outside (0, 1], or the result is 0.
     """
     if not 0 < strength <= 1:
-        raise UserError(f"--strength {strength:g} is outside (0, 1]: the share of the way back to pure noise")
+        raise UserError(f"--strength {strength:g} found, a number above 0, at most 1 wanted; 1 starts from pure noise")
     steps = int(strength * num_inference_steps)
     if steps < 1:
         raise UserError(
-            f"--strength {strength:g} of --num_inference_steps {num_inference_steps} leaves no denoising step; "
+            f"--strength {strength:g} with --num_inference_steps {num_inference_steps} leaves no denoising step; "
             f"give --num_inference_steps {-int(-1 // strength)} or more, or a larger --strength"
         )
     return steps
@@ -130,7 +130,10 @@ class _LatentAugmenter(Augmenter):
         own = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
         self.resolution = resolution or own
         if self.resolution % 8 or self.resolution % pipeline.vae_scale_factor:
-            raise UserError(f"--resolution {self.resolution} is no multiple of 8; {model_id} was made for {own}")
+            raise UserError(
+                f"--resolution {self.resolution} found, a multiple of {max(8, pipeline.vae_scale_factor)} wanted; "
+                f"{model_id} was trained at {own} px"
+            )
 
     def augment(self, images: Tensor, labels: Tensor, seeds: list[int]) -> Tensor:
         """See ``Augmenter.augment``."""
@@ -228,7 +231,7 @@ class ImageToImage(_LatentAugmenter):
     ):
         if "{label}" in prompt and class_names is None:
             raise UserError(
-                f"--prompt '{prompt}' wants class names, and this dataset has none; give a --prompt without {{label}}"
+                f"--prompt '{prompt}' needs class names, and this dataset has none; give a --prompt without {{label}}"
             )
         denoising_steps(strength, num_inference_steps)
         pipeline = load_pipeline(model_id, revision, IMAGE_TO_IMAGE, dtype, device)

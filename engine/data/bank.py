@@ -173,7 +173,10 @@ class ImageBank:
         file = self.path / "manifest.json"
         if not file.exists():
             if not create:
-                raise UserError(f"no image bank at {self.path} (it has no manifest.json); make one with --stages synthesize")
+                raise UserError(
+                    f"no image bank at {self.path} (it has no manifest.json); give a bank folder or a run folder that "
+                    "contains one"
+                )
             checksums.keep(self.path)
             write_json(file, vars(manifest))
         self.manifest = read_manifest(self.path)
@@ -184,7 +187,7 @@ class ImageBank:
         for name in ("dataset", "num_classes", "image_size"):
             if getattr(found, name) != getattr(wanted, name):
                 raise UserError(
-                    f"{self.path} holds images of {name} {getattr(found, name)}, this run has {name} "
+                    f"{self.path} was made with {name} {getattr(found, name)}, this run has {name} "
                     f"{getattr(wanted, name)}; give another --init_bank or --save_dir"
                 )
         if found.teacher_digest and wanted.teacher_digest and found.teacher_digest != wanted.teacher_digest:
@@ -223,10 +226,10 @@ class ImageBank:
         """
         present = self.rounds(stage)
         if stop is None and (gone := checksums.missing(self.path, [f"{stage}-*.safetensors"])):
-            raise UserError(f"{gone[0]} is missing; make the stage again with --redo {stage}")
+            raise UserError(f"{gone[0]} is missing; run the stage again with --redo {stage}")
         wanted = range(len(present) if stop is None else stop)
         if missing := sorted(set(wanted) - set(present)):
-            raise UserError(f"{self.shard(stage, missing[0])} is missing; make the stage again with --redo {stage}")
+            raise UserError(f"{self.shard(stage, missing[0])} is missing; run the stage again with --redo {stage}")
         return self.open_shards([self.shard(stage, round) for round in wanted])
 
     def read_all(self) -> dict[str, MappedImages | Tensor]:
@@ -247,16 +250,18 @@ class ImageBank:
         for file, shard in zip(files, shards):
             require(shard, columns | {"source_index?": Array(torch.int64, (None,))}, str(file))
             if len({len(column) for column in shard.values() if column.dim()} | {len(shard["images"])}) > 1:
-                raise UserError(f"{file} does not hold as many labels as images; restore it from a copy, or make it again")
+                raise UserError(
+                    f"{file} has different numbers of images and labels; restore it from a copy, or make it again"
+                )
         names = [name for name in shards[0] if name != "images" and all(name in shard for shard in shards)]
         columns = {name: torch.cat([shard[name] for shard in shards]) for name in names}
         labels = columns["labels"]
         if len(wrong := labels[(labels < 0) | (labels >= classes)]):
             raise UserError(
-                f"{self.path} has a label {int(wrong[0])} of {classes} classes; make it again, or give another bank"
+                f"{self.path} has a label {int(wrong[0])}, 0 to {classes - 1} wanted; make it again, or give another bank"
             )
         if "source_index" in columns and len(index := columns["source_index"]) and int(index.min()) < 0:
-            raise UserError(f"{self.path} has a source_index below 0; make it again")
+            raise UserError(f"{self.path} has a source_index below 0; make the variants again")
         return {"images": MappedImages.of([shard["images"] for shard in shards]), **columns}
 
 

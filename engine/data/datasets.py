@@ -101,14 +101,15 @@ class DatasetInfo:
         names, size = config.get("class_names"), config["image_size"]
         if config["num_classes"] != self.num_classes:
             raise UserError(
-                f"{spec} has {config['num_classes']} classes, {self.name} has {self.num_classes}; choose a dataset of its classes, "
-                f"or train a head for these: python train_scratch.py --model {spec} --pretrained"
+                f"{spec} has {config['num_classes']} classes, {self.name} has {self.num_classes}; give a dataset with its "
+                f"classes, or train a head for those of {self.name}: python train_scratch.py --model {spec} --pretrained"
             )
         if names and self.class_names and set(names) == set(self.class_names) and list(names) != list(self.class_names):
             label = next(k for k, (a, b) in enumerate(zip(names, self.class_names)) if a != b)
             raise UserError(
-                f"class {label} is '{names[label]}' to {spec}, and '{self.class_names[label]}' in {self.name}: the same classes in "
-                "another order; number them as the model does (folders 0, 1, ...; labels of an npz)"
+                f"class {label} is '{names[label]}' in {spec} and '{self.class_names[label]}' in {self.name}: both have "
+                "the same classes in another order; number the dataset's classes as the model does (folders 0, 1, ...; "
+                "labels of an npz)"
             )
         changes: dict[str, Any] = {"class_names": tuple(names)} if names else {}
         if not keep_size:
@@ -161,16 +162,21 @@ def dataset_info(
     has_archive = (root / f"{name}.npz").is_file()
     if unseen and name not in table and not has_archive:
         if not (num_classes and image_size):
-            raise UserError(f"nothing is known of the dataset '{name}'; with --no_test give --num_classes and --image_size")
+            raise UserError(
+                f"unknown dataset '{name}'; with --no_test, an unknown dataset needs --num_classes and --image_size"
+            )
         row = UNSEEN | {"num_classes": num_classes, "size": image_size}
     else:
         row = _row(table, name, root, has_archive)
     if (domain or classes) and "domains" not in row:
         raise UserError(f"dataset '{name}' has no domains; leave out {'--domain' if domain else '--classes'}")
     if alias is not None and not re.fullmatch(r"\w[\w.-]*", alias):
-        raise UserError(f"--name {alias}: wanted letters, digits, '_', '-' and '.', for it stands in file names")
+        raise UserError(
+            f"--name {alias} found, only letters, digits, '_', '-' and '.' wanted, without '-' or '.' at the beginning, "
+            "because file names contain it"
+        )
     if alias in table and alias != name:
-        raise UserError(f"--name {alias} is another dataset's name; give one that is not taken")
+        raise UserError(f"--name {alias} is the name of another dataset; give a new name")
 
     if "describe" in row:
         row = row | resolve(row["describe"])(row, root, name, domain, classes)

@@ -105,7 +105,7 @@ def warn_of_cropping(what: str, size: int, images: np.ndarray | list[str]) -> No
     if wide and is_main():
         tqdm.write(
             f"{what}: images are not square (one has {wide[0]} x {wide[1]} px); each is resized to {size} px on its shorter "
-            "side, and its middle is kept"
+            "side and cropped at the center"
         )
 
 
@@ -137,12 +137,12 @@ def class_files(folder: Path | str, class_names: tuple[str, ...] = ()) -> tuple[
     elif class_names:
         stranger = min(set(names) - set(class_names))
         known = ", ".join(class_names[:10]) + (", ..." if len(class_names) > 10 else "")
-        raise UserError(f"{folder} has a folder '{stranger}', which is no class; wanted class numbers or names: {known}")
+        raise UserError(f"{folder} has a folder '{stranger}', which is not a class; class numbers or names wanted: {known}")
     else:
         labels = {name: label for label, name in enumerate(sorted(names))}
     found = [(file, labels[f.name]) for f in sorted(folders, key=lambda f: labels[f.name]) for file in image_files(f)]
     if not found:
-        raise UserError(f"{folder} has no class folders with images; wanted {folder}/<class>/<name>.png")
+        raise UserError(f"{folder} has no class folders with images, {folder}/<class>/<name>.png wanted")
     return [file for file, _ in found], torch.tensor([label for _, label in found])
 
 

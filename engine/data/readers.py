@@ -61,13 +61,15 @@ def describe_npz(row: dict[str, Any], root: Path, name: str, domain: str | None,
         shape = _shape(archive, path, "x_test")
     if names is None and labels.size and labels.min() != 0:
         raise UserError(
-            f"{path}: the test labels lie in {labels.min()}..{labels.max()}, wanted 0..C-1; number the classes from 0, or add "
-            "their names as 'classes'"
+            f"{path}: the test labels lie in {labels.min()}..{labels.max()}, 0..C-1 wanted; number the classes from 0, or "
+            "add their names as 'classes'"
         )
     if names is None and not labels.size:
-        raise UserError(f"{path} has neither 'classes' nor test labels: the number of classes is unknown")
+        raise UserError(
+            f"{path} has neither 'classes' nor test labels, so the number of classes is unknown; add one of them"
+        )
     if len(shape) not in (3, 4):
-        raise UserError(f"{path}: x_test has shape {shape}; wanted (N, H, W), (N, H, W, 1) or (N, H, W, 3)")
+        raise UserError(f"{path}: x_test has shape {shape}, (N, H, W), (N, H, W, 1) or (N, H, W, 3) wanted")
     text = names is not None and tuple(n.decode() if isinstance(n, bytes) else str(n) for n in names.tolist())
     return {
         "num_classes": len(text) if text else int(labels.max()) + 1,
@@ -95,7 +97,8 @@ def _images(archive, path: Path, split: str) -> np.ndarray:
         images = images[..., 0]
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] != 3):
         raise UserError(
-            f"{path}: x_{split} is {images.dtype} of shape {images.shape}; wanted uint8 (N, H, W), (N, H, W, 1) or (N, H, W, 3)"
+            f"{path}: x_{split} is {images.dtype} of shape {images.shape}, uint8 (N, H, W), (N, H, W, 1) or (N, H, W, 3) "
+            "wanted"
         )
     return images
 
@@ -110,15 +113,15 @@ def open_npz(path: Path) -> Iterator[np.lib.npyio.NpzFile]:
         with archive:
             yield archive
     except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error, RuntimeError, *OF_A_HEADER) as error:
-        reason = "it holds Python objects, which are never loaded" if "pickle" in str(error) else str(error)
+        reason = "it contains Python objects, which are never loaded" if "pickle" in str(error) else str(error)
         raise UserError(
-            f"{path} cannot be read: {reason}; wanted a whole .npz with x_train, y_train, x_test, y_test"
+            f"{path} cannot be read: {reason}; give a complete .npz file with x_train, y_train, x_test and y_test"
         ) from None
 
 
 def _require(archive, path: Path, key: str) -> None:
     if key not in archive:
-        raise UserError(f"{path} has no {key}; it has {', '.join(archive.files) or 'nothing'}")
+        raise UserError(f"{path} has no array {key}; it has {', '.join(archive.files) or 'nothing'}")
 
 
 def _member(archive, path: Path, key: str) -> np.ndarray:
@@ -132,10 +135,12 @@ def _member(archive, path: Path, key: str) -> np.ndarray:
     size = math.prod(shape) * dtype.itemsize
     if size > stored.file_size or stored.file_size > MOST_PACKED * stored.compress_size + 2**20:
         raise UserError(
-            f"{path}: {key} says that it is {dtype} of shape {shape}, which is more than there is of it; make it again"
+            f"{path}: by its header, {key} is {dtype} of shape {shape}, but the file has less data; make the file again"
         )
     if size > (most := memory_limit(torch.device("cpu"))):
-        raise UserError(f"{path}: {key} takes {size / 1e9:.1f} GB of memory, {most / 1e9:.1f} can be had; give fewer images")
+        raise UserError(
+            f"{path}: {key} needs {size / 1e9:.1f} GB of memory, {most / 1e9:.1f} GB are free; give fewer images"
+        )
     return archive[key]
 
 
@@ -143,7 +148,7 @@ def _labels(archive, path: Path, split: str) -> np.ndarray:
     """Labels (N,); the archive may store them as (N,) or, like Keras, as (N, 1) integers."""
     labels = _member(archive, path, f"y_{split}")
     if labels.dtype.kind not in "iu" or labels.shape[1:] not in ((), (1,)):
-        raise UserError(f"{path}: y_{split} is {labels.dtype} of shape {labels.shape}; wanted integers (N,)")
+        raise UserError(f"{path}: y_{split} is {labels.dtype} of shape {labels.shape}, integers (N,) wanted")
     return labels.reshape(-1)
 
 
@@ -156,7 +161,7 @@ def _header(archive, path: Path, key: str) -> tuple[tuple[int, ...], np.dtype]:
     """Shape and dtype of an archive's array, from its header alone."""
     _require(archive, path, key)
     if f"{key}.npy" not in archive.zip.namelist():
-        raise UserError(f"{path}: {key} is no array; wanted what numpy.savez writes")
+        raise UserError(f"{path}: {key} is not an array; write the file with numpy.savez")
     with archive.zip.open(f"{key}.npy") as member:
         version = np.lib.format.read_magic(member)
         read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
@@ -198,7 +203,7 @@ def read_torchvision(info: DatasetInfo, split: str) -> RawSplit:
     except (OSError, RuntimeError, ValueError, AssertionError, EOFError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"{info.name} is not whole under {info.data_root} and cannot be downloaded ({reason}); put "
+            f"{info.name} is not complete in {info.data_root} and cannot be downloaded ({reason}); put "
             f"{Path(info.data_root, info.archive)} (x_train, y_train, x_test, y_test) or torchvision's own {info.source} files there"
         ) from None
     images = np.asarray(dataset.data)
@@ -245,7 +250,7 @@ def read_tiny_imagenet(info: DatasetInfo, split: str) -> RawSplit:
     for number, line in enumerate(annotations.read_text(errors="replace").splitlines(), 1):
         fields = line.split("\t")
         if len(fields) < 2:
-            raise UserError(f"{annotations}:{number}: wanted a file name, a tab and a class, found '{line[:80]}'")
+            raise UserError(f"{annotations}:{number}: '{line[:80]}' found, a file name, a tab and a class wanted")
         files.append(str(annotations.parent / "images" / fields[0]))
         wnids.append(fields[1])
     names, labels = np.unique(np.array(wnids, dtype=str), return_inverse=True)
@@ -257,7 +262,10 @@ def _from_folders(info: DatasetInfo, folder: Path) -> RawSplit:
     names = class_folders(folder)
     _check_count(info, len(names), folder)
     if info.classes and set(names) != set(info.classes):
-        raise UserError(f"{folder} has other classes than the test split: {sorted(set(names) ^ set(info.classes))[:5]}")
+        raise UserError(
+            f"{folder} and the test split have different class folders, equal ones wanted: "
+            f"{sorted(set(names) ^ set(info.classes))[:5]}"
+        )
     files = [image_files(folder / name) for name in names]
     labels = np.repeat(np.arange(len(names)), [len(f) for f in files])
     return RawSplit([file for group in files for file in group], labels, str(folder))
@@ -278,13 +286,13 @@ def split_folder(root: Path, split: str) -> Path:
         if (root / name).is_dir() and class_folders(root / name):
             return root / name
     wanted = " or ".join(str(root / name / "<class>" / "*") for name in SPLIT_FOLDERS[split])
-    raise UserError(f"no {split} images: wanted {wanted} (--data_root says where to look)")
+    raise UserError(f"no {split} images found, {wanted} wanted; put the images there, or give another --data_root")
 
 
 def class_folders(folder: Path) -> list[str]:
     """Names of the class folders in label order: by value if all are numbers ('2' before '10'), else alphabetical."""
     if not folder.is_dir():
-        raise UserError(f"{folder} does not exist; wanted one folder of images a class in it")
+        raise UserError(f"{folder} does not exist; a folder with one subfolder of images per class is wanted")
     names = [entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith(".")]
     numeric = all(name.isdecimal() for name in names)
     return sorted(names, key=lambda name: (int(name), name)) if numeric else sorted(names)
@@ -304,7 +312,7 @@ def describe_domainnet(
         found = f"unknown --domain '{domain}'" if domain else "--domain is missing"
         raise UserError(f"{found}; {name} has {', '.join(row['domains'])}")
     if classes not in (None, "ten", "all"):
-        raise UserError(f"--classes {classes}: wanted 'ten' (the subset) or 'all'")
+        raise UserError(f"--classes {classes} found, 'ten' (the subset) or 'all' wanted")
     named = {"name": f"{name}_{domain}", "domain": domain}
     if classes != "all":
         return named | {
@@ -337,14 +345,17 @@ def _read_list(listing: Path) -> tuple[list[str], list[int]]:
     try:
         lines = listing.read_text(errors="replace").splitlines()
     except FileNotFoundError:
-        raise UserError(f"{listing} does not exist; wanted one line 'path label' an image, paths beside the list") from None
+        raise UserError(
+            f"{listing} does not exist; a list with one line 'path label' per image is wanted, with paths relative to "
+            "its folder"
+        ) from None
     files, labels = [], []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         fields = line.rsplit(maxsplit=1)
         if len(fields) != 2 or not fields[1].isdecimal():
-            raise UserError(f"{listing}:{number}: wanted 'path label', found '{line[:80]}'")
+            raise UserError(f"{listing}:{number}: '{line[:80]}' found, 'path label' wanted")
         files.append(fields[0])
         labels.append(int(fields[1]))
     return files, labels

@@ -189,7 +189,8 @@ def read_split(info: DatasetInfo, split: str) -> tuple[RawSplit, Tensor]:
     assert split in ("train", "test"), split
     if split == "train" and _train_split_forbidden:
         raise UserError(
-            f"this run is data-free: the train split of {info.name} stays closed (only 'test' is opened, to report)"
+            f"this run is data-free: the train split of {info.name} must not be read (only the test split, to measure "
+            "accuracy)"
         )
     raw = resolve(info.reader)(info, split)
     return raw, _checked_labels(raw, info, split)
@@ -198,7 +199,9 @@ def read_split(info: DatasetInfo, split: str) -> tuple[RawSplit, Tensor]:
 def _checked_labels(raw: RawSplit, info: DatasetInfo, split: str) -> Tensor:
     """Labels (N,) int64, after checking that each image has one and that all lie in 0 .. num_classes - 1."""
     if len(raw.images) != len(raw.labels):
-        raise UserError(f"{raw.origin}: {len(raw.images)} {split} images, but {len(raw.labels)} labels")
+        raise UserError(
+            f"{raw.origin}: {len(raw.images)} {split} images and {len(raw.labels)} labels found, one label per image wanted"
+        )
     if not len(raw.labels):
         raise UserError(f"{raw.origin}: no {split} images of {info.name}'s classes")
     low, high = int(raw.labels.min()), int(raw.labels.max())

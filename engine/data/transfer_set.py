@@ -44,9 +44,7 @@ class TransferSet:
     @property
     def description(self) -> str:
         """Capacity, size and storage of the set, in one line."""
-        place = (
-            "in mapped shards" if self.mapped else "in host memory" if self.storage.type == "cpu" else f"on {self.storage}"
-        )
+        place = "memory-mapped" if self.mapped else "in host memory" if self.storage.type == "cpu" else f"on {self.storage}"
         return f"transfer set: {self.capacity} images, {self.bytes / 1e6:.0f} MB, {place}"
 
     def add(self, images: MappedImages | Tensor, labels: Tensor) -> None:

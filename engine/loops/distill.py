@@ -238,7 +238,10 @@ def distill(
         if state is not None:
             require(state, CHECKPOINT | {"round": (int, Range(least=0, most=schedule.rounds))}, str(file), advice)
             if state["round"] != len(state["accuracies"]) * schedule.rounds_per_epoch:
-                raise UserError(f"{file} has {len(state['accuracies'])} accuracies after {state['round']} rounds; {advice}")
+                raise UserError(
+                    f"{file} has {len(state['accuracies'])} accuracies after {state['round']} rounds, one per epoch "
+                    f"wanted; {advice}"
+                )
         run.rewind("distill", state["round"] if state else 0)
     state = processes.broadcast(state)
     try:
@@ -251,11 +254,11 @@ def distill(
             transfer.add(made["images"], made["labels"])
         if len(transfer) != (images := processes.broadcast(len(transfer))):
             raise UserError(
-                f"process {processes.rank} finds {len(transfer)} images in {bank.path}, the main one {images}; wait until "
-                "the file system shows the same everywhere, and run again"
+                f"process {processes.rank} sees {len(transfer)} images in {bank.path}, the main process sees {images}; wait "
+                "until all machines see the same files, then run the same command again"
             )
     if start and processes.main:
-        run.log(f"distill: going on after round {start} of {schedule.rounds}")
+        run.log(f"distill: resumed after round {start} of {schedule.rounds}")
     bar = progress(schedule.rounds * schedule.kd_steps, "distill", "step", start * schedule.kd_steps)
     distillation.pace = StepPace(run.log, distillation, start) if run else None
     for epoch in range(start // schedule.rounds_per_epoch, schedule.epochs):

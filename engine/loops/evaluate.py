@@ -187,4 +187,4 @@ def check_finite(values: dict[str, float], where: str, advice: str) -> None:
     """
     for name, value in values.items():
         if value != value or value in (float("inf"), float("-inf")):
-            raise UserError(f"{name} became {value} in {where}; what was written before is whole: {advice}")
+            raise UserError(f"{name} became {value} in {where}; files written so far are complete: {advice}")

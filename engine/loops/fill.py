@@ -139,7 +139,7 @@ def fill(
         run.picture(bank.path.name, shown(run, columns["images"], columns["labels"]), rounds)
         record.update(stage, done=True, images=images, **means)
         seconds, share = record.seconds()[stage], means.get("teacher_acc1")
-        named = f", {share:.1f} % of them classified by the teacher as labelled" if share is not None else ""
+        named = f", the teacher classifies {share:.1f} % of them as their labels" if share is not None else ""
         run.log(
             f"{stage}: {images} images in {bank.path}{named} ({seconds:.0f} s, {images / max(seconds, 1e-3):.1f} images/s)"
         )
@@ -151,7 +151,10 @@ def _first_missing(record: StageRecord, bank: ImageBank, stage: str, rounds: int
     present, file = set(bank.rounds(stage)), bank.path / STATE
     start = next((round for round in range(rounds) if round not in present), rounds)
     if file.exists() and start < (saved := load_state(file)["round"]):
-        raise UserError(f"{bank.path} misses round {start} of {saved}; make it again with --redo {stage}")
+        raise UserError(
+            f"{bank.path} lacks the shard of round {start}, although {saved} rounds were made; run the stage again with "
+            f"--redo {stage}"
+        )
     return min(start, saved) if file.exists() else start
 
 
@@ -175,7 +178,9 @@ def _make_rounds(
         run.rewind(stage, start)
         if start and not maker.independent:
             if not (bank.path / STATE).exists():
-                raise UserError(f"{bank.path / STATE}, from which round {start} goes on, is gone; use --redo {stage}")
+                raise UserError(
+                    f"{bank.path / STATE} is missing, and round {start} needs it; run the stage again with --redo {stage}"
+                )
             maker.load_state_dict(load_state(bank.path / STATE)["synthesizer"])
         elif not maker.independent:  # a kill between the first shard and its state repeats that round
             save_checkpoint(bank.path / STATE, {"round": 0, "synthesizer": {}})
@@ -205,7 +210,7 @@ def _make_rounds(
             bar.refresh()
         if first == start:
             made, left = (sum(sizes[part]) for part in (slice(start, first + step), slice(first + step, None)))
-            log_time_left(run.log, f"time left of stage {stage}", (time.monotonic() - began) / made * left)
+            log_time_left(run.log, f"time left in stage {stage}", (time.monotonic() - began) / made * left)
     bar.close()
 
 

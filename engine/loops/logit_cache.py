@@ -95,7 +95,7 @@ class LogitCache:
 def check_logit_cache(choice: str) -> None:
     """Raises a UserError if the value of ``--logit_cache`` is not one that ``cached_keys`` accepts."""
     if choice not in ("auto", "no") and not choice.isdecimal():
-        raise UserError(f"--logit_cache {choice} found; give auto, no, or a number of MiB")
+        raise UserError(f"--logit_cache {choice} found, auto, no, or a number of MiB wanted")
 
 
 def cached_keys(choice: str, views: KeyedViews, lookups: int, row_bytes: int, device: torch.device) -> tuple[int, str]:
@@ -117,7 +117,7 @@ def cached_keys(choice: str, views: KeyedViews, lookups: int, row_bytes: int, de
     index = 4 * len(views)
     rows = min(len(views), lookups, (bound - index) // row_bytes)
     if rows < 1:
-        found = f"takes {index / 2**20:.0f} MiB of {bound / 2**20:.0f}; give --logit_cache MiB"
+        found = f"needs {index / 2**20:.0f} of at most {bound / 2**20:.0f} MiB; give a larger --logit_cache"
         return 0, f"logit cache: none, because its index of {len(views)} views {found}"
     return rows, (
         f"logit cache: room for {rows} of {len(views)} image views, at most {(index + rows * row_bytes) / 1e6:.0f} MB on "

@@ -317,7 +317,7 @@ def filter_variants(run: Run, folder: Path, sources: dict[str, Any], variants: d
     file, stored = filter_file(run.path, filter), stored_scores(run.path, folder, filter)
     if stored is None or len(stored["cosine"]) != len(variants["labels"]):
         teacher_labels = filter.metrics.labels(variants["images"])
-        with progress(len(sources["labels"]) + len(variants["labels"]), "embed", "img", delay=3) as bar:
+        with progress(len(sources["labels"]) + len(variants["labels"]), "embed images", "img", delay=3) as bar:
             cosine, calibrated = filter.score(sources, variants, bar.update)
     else:
         cosine, calibrated = stored["cosine"], stored["calibrated_omega"].item()
@@ -337,11 +337,14 @@ def filter_variants(run: Run, folder: Path, sources: dict[str, Any], variants: d
     low, middle, high = torch.quantile(cosine[:1_000_000].float(), torch.tensor([0.1, 0.5, 0.9])).tolist()
     run.log(
         f"filter: {int(keep.sum())} of {len(keep)} variants kept at omega {omega:.3f} ({filter.name} embedding; "
-        f"cosine 10/50/90 %: {low:.3f} {middle:.3f} {high:.3f})"
+        f"cosine percentiles 10/50/90: {low:.3f} {middle:.3f} {high:.3f})"
     )
     for name, some in found.items():
         distance = f", BN distance {some['loss_bn']:.3f}" if "loss_bn" in some else ""
-        run.log(f"filter: {name}: the teacher names {some['teacher_acc1']:.1f} % by their source's label{distance}")
+        run.log(
+            f"filter: the teacher classifies {some['teacher_acc1']:.1f} % of the {name} variants as their source's "
+            f"label{distance}"
+        )
     run.board.add_histogram("filter/cosine", cosine)
     run.board.add_scalar("filter/keep_rate", keep.float().mean())
     total = len(sources["labels"])
@@ -362,7 +365,9 @@ def stored_scores(run: Path, folder: Path, filter) -> dict[str, Tensor] | None:
         if "teacher_labels" in scores:  # a file of an earlier version has no such field
             require(scores, SCORES, str(file))
             if len({len(scores[name]) for name in ("cosine", "teacher_labels", "keep")}) > 1:
-                raise UserError(f"{file} does not hold as many labels as cosines; delete it, and it is made again")
+                raise UserError(
+                    f"{file} has different numbers of labels and cosines; delete it and run the same command again"
+                )
             return scores
     return None
 

@@ -60,6 +60,4 @@ class StepPace:
         steps = (schedule.rounds - self.start) * schedule.kd_steps - self.steps
         rounds = schedule.rounds - self.start - begun
         seconds = per_step * steps + synthesis / begun * rounds
-        log_time_left(
-            self.log, "time left of stage distill, the last stage, without the evaluation after each epoch", seconds
-        )
+        log_time_left(self.log, "time left in stage distill (the last stage), without the evaluations", seconds)

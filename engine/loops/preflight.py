@@ -91,9 +91,9 @@ def tell(session: Session, teacher, todo: list[str]) -> Session:
         log(f"{line}: {acc1:.2f} % on the {len(test)} test images of {session.info.name}")
         if acc1 < suspicious(session.info.num_classes):
             log(
-                f"warning: chance is {100 / session.info.num_classes:.2f} %; likely causes of such a low accuracy are a "
-                "checkpoint for other data, another normalization in training (--teacher_mean, --teacher_std), or another "
-                "order of the classes"
+                f"warning: the teacher's accuracy is low (chance is {100 / session.info.num_classes:.2f} %); likely causes "
+                "are a checkpoint for other data, another normalization in training (--teacher_mean, --teacher_std), or "
+                "another order of the classes"
             )
         session = replace(session, teacher_acc1=acc1, test=test if todo[0] == "distill" else None)
     if session.flags["scale"] != 1:
@@ -121,7 +121,7 @@ def long_for_a_cpu(flags: dict[str, Any], schedule: Schedule, info: DatasetInfo,
     if flags["minutes"] or max(student, synthesis) <= MANY_STEPS:
         return ""
     return (
-        f"no GPU: {student} student steps and {synthesis} of synthesis take hours to days on a CPU; --minutes N shortens "
+        f"no GPU: {student} student steps and {synthesis} synthesis steps take hours to days on a CPU; --minutes N shortens "
         f"the run to about N minutes, --scale F makes it about F times as long as published (now {flags['scale']:g})"
     )
 

@@ -86,14 +86,19 @@ class Session:
         entry = made.get(stage)
         if entry and entry["status"] != "done" or not given and not entry:
             advice = (
-                f"run it first with --stages {stage}, or give --{flag}" if not given else "finish it with its own command"
+                f"run it first with --stages {stage}, or give --{flag}"
+                if not given
+                else "finish it with the command that started it"
             )
-            raise UserError(f"stage {stage} in {path.parent} is {'incomplete' if entry else 'not begun'}; {advice}")
+            raise UserError(f"stage {stage} in {path.parent} is {'incomplete' if entry else 'not started'}; {advice}")
         bank = ImageBank(path, self.manifest, create=False)
         entry = entry or {"seconds": None, "depends_on": {}, "facts": {}}
         wanted, found = noted_files(entry["facts"], f"{folder}/{stage}-*.safetensors"), len(bank.rounds(stage))
         if found < wanted:
-            raise UserError(f"{path} has {found} of its {wanted} shards {stage}-*; restore the others, or make it again")
+            raise UserError(
+                f"{path} has {found} of its {wanted} shards {stage}-*; restore the others from a copy, or make the bank "
+                "again"
+            )
         return Finished(stage, bank, entry["seconds"], entry["depends_on"], entry["facts"])
 
     def check_shared(self) -> None:
@@ -104,7 +109,7 @@ class Session:
         """
         if not (self.path / "args.json").exists():
             raise UserError(
-                f"process {self.processes.rank} does not see {self.path.resolve()}, where the main one writes; give a "
+                f"process {self.processes.rank} does not see {self.path.resolve()}, where the main process writes; give a "
                 "--save_dir on a file system that all machines share"
             )
 
@@ -188,12 +193,12 @@ def choose_stages(name: str, known: list[str], flags) -> tuple[list[str], list[s
     for flag, replaced in (("init_bank", ("synthesize", "generate")), ("init_variants", ("augment",))):
         if getattr(flags, flag):
             if not set(replaced) & set(known):
-                raise UserError(f"--{flag}: {name} has no stage {' or '.join(replaced)} that it could take the place of")
+                raise UserError(f"--{flag} found, but {name} has no stage {' or '.join(replaced)} to replace; leave it out")
             known = [stage for stage in known if stage not in replaced]
     if flags.redo and flags.redo not in known:
-        raise UserError(f"--redo {flags.redo}: this run has the stages {', '.join(known)}")
+        raise UserError(f"--redo {flags.redo} found, one of the stages {', '.join(known)} wanted")
     if wrong := [stage for stage in flags.stages or () if stage not in known]:
-        raise UserError(f"--stages {','.join(wrong)}: this run has the stages {', '.join(known)}")
+        raise UserError(f"--stages {','.join(wrong)} found, stages out of {', '.join(known)} wanted")
     return known, [stage for stage in known if stage in (flags.stages or known)]
 
 
@@ -219,13 +224,13 @@ def check_outputs(path: Path, record: StageRecord, stages: Iterable[Stage]) -> l
         names = ", ".join(("some of " if "*" in file.name else "") + str(file.relative_to(path)) for file in gone[:3])
         again = {path / name for name in stage.outputs if "*" not in name and name != stage.checkpoint}
         if gone and not (stage.checkpoint and set(gone) <= again and (path / stage.checkpoint).exists()):
-            advice = f"restore it from a copy, or make it again with --redo {stage.name}"
-            raise UserError(f"stage {stage.name} in {path} is done, but {names} is gone; {advice}")
+            advice = f"restore it from a copy, or run the stage again with --redo {stage.name}"
+            raise UserError(f"stage {stage.name} in {path} is done, but {names} is missing; {advice}")
         for file in checksums.present(path, stage.outputs):
             checksums.check(file)
         if gone:
             record.reopen(stage.name)
-            said.append(f"{stage.name}: {names} is gone; it is made again from {stage.checkpoint}")
+            said.append(f"{stage.name}: {names} is missing and is written again from {stage.checkpoint}")
     return said
 
 
@@ -251,7 +256,7 @@ def run_stages(session: Session, stages: tuple[Stage, ...], selected: list[str],
     plan = processes.broadcast(_plan(session, stages, selected, redo) if processes.main else None)
     for stage in stages:
         if plan.get(stage.name) == "done" and processes.main:
-            session.run.log(f"{stage.name}: done before, skipped ({session.path})")
+            session.run.log(f"{stage.name}: already done, skipped ({session.path})")
         if plan.get(stage.name) != "todo":
             continue
         if processes.main:
@@ -279,7 +284,7 @@ def _plan(session: Session, stages: tuple[Stage, ...], selected: list[str], redo
     for name in selected:
         if record.status(name) == "incomplete" and (begun := record.threads(name)) not in (None, now):
             session.run.log(
-                f"{name}: begun with {begun} CPU threads, goes on with {now}: sums are computed in another order, so the "
+                f"{name}: started with {begun} CPU threads, resumed with {now}: sums are computed in another order, so the "
                 f"results may differ in the last bits from an uninterrupted run; OMP_NUM_THREADS={begun} gives the same bits"
             )
     return {name: "done" if record.status(name) == "done" else "todo" for name in selected}

@@ -192,7 +192,7 @@ class DistillFlags:
         """
         if self.lr_schedule == "one_cycle" and self.warmup_epochs:
             raise UserError(
-                f"--warmup_epochs {self.warmup_epochs} found, but --lr_schedule one_cycle has a warm-up of its own; give "
+                f"--warmup_epochs {self.warmup_epochs} found, but --lr_schedule one_cycle has its own warm-up; give "
                 "--warmup_epochs 0 or --lr_schedule cosine"
             )
         steps = self.ep_steps or self.kd_steps

@@ -220,11 +220,14 @@ class Distill(Stage):
         if source is None or not isinstance(view, Views):
             if few:
                 raise UserError(
-                    f"--views {few}: what the student sees here is no finite set of crops and flips; leave it out"
+                    f"--views {few} found, but this run has no finite set of crops and flips of stored images; leave it out"
                 )
             return
         views = KeyedViews(view, source.capacity, few, session.seed, session.device)
-        logit_cache, text = None, "logit cache: none, because the student's loss needs more of the teacher than its logits"
+        logit_cache, text = (
+            None,
+            "logit cache: none, because the student's loss needs other outputs of the teacher than its logits",
+        )
         schedule = session.schedule
         if getattr(distillation.objective, "logits_only", False):
             lookups = schedule.rounds * schedule.kd_steps * schedule.batch_size
@@ -244,8 +247,8 @@ class Distill(Stage):
             return Accuracy(session.test or load_split(session.info, "test", session.device))
         kind = "drawn anew after each epoch" if self.method.streams else "evenly spaced in its training images"
         session.run.log(
-            f"distill: no accuracy (--no_test); instead the share in % of up to {Agreement.MOST} synthetic images, {kind}, "
-            "for which the student predicts the same class as the teacher"
+            f"distill: no accuracy (--no_test); the agreement is the share in % of up to {Agreement.MOST} synthetic "
+            f"images, {kind}, for which the student predicts the same class as the teacher"
         )
         return Agreement(self.method.teacher, session.schedule.batch_size, session.seed)
 
@@ -284,7 +287,7 @@ class Distill(Stage):
         sources, variants = initial.columns, made.columns
         index = variants["source_index"]
         if int(index.max()) >= len(sources["labels"]) or not torch.equal(sources["labels"][index], variants["labels"]):
-            raise UserError(f"{made.bank.path} holds variants of another image bank; give theirs with --init_bank")
+            raise UserError(f"{made.bank.path} has the variants of another image bank; give that bank with --init_bank")
         return sources, variants
 
     def _finished(self, session: Session) -> list[Finished]:
@@ -319,7 +322,9 @@ class Distill(Stage):
         session.compiler.compile_all(synthesizer.compile_targets(), session.schedule.rounds)
         file = initial.bank.path / STATE if initial else None
         if file and checksums.missing(file.parent, [STATE]):
-            raise UserError(f"{file}, from which the rounds go on, is gone; restore it, or make that bank again")
+            raise UserError(
+                f"{file} is missing, and stage distill starts from it; restore it from a copy, or make that bank again"
+            )
         if session.processes.main and file and file.exists():  # the others make no images
             synthesizer.load_state_dict(load_state(file)["synthesizer"])
         return synthesizer

@@ -98,8 +98,10 @@ def train(
         except DOES_NOT_FIT as error:
             raise UserError(f"{file} does not fit this run: {first_line(error)}; use --redo") from None
         if start != len(accuracies):
-            raise UserError(f"{file} has {len(accuracies)} accuracies after {start} epochs; use --redo")
-        run.log(f"going on after epoch {start} of {flags.epochs}")
+            raise UserError(
+                f"{file} has {len(accuracies)} accuracies after {start} epochs, one per epoch wanted; use --redo"
+            )
+        run.log(f"resumed after epoch {start} of {flags.epochs}")
     run.rewind("train", start)
     steps = max(1, len(train_split) // flags.batch_size)
     trained = compiler(classifier, flags.epochs * steps, "network")

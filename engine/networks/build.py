@@ -54,7 +54,7 @@ def find_checkpoint(spec: str, dataset: str, given: str | None, folder: Path = P
             return file
     raise UserError(
         f"no teacher checkpoint {folder / stem}.pth (or .safetensors); train one with 'python train_scratch.py --model "
-        f"{spec}' and the dataset flags of this command, put a published one there, or name one with --teacher_ckpt"
+        f"{spec}' and the dataset flags of this command, put a published one there, or give its path with --teacher_ckpt"
     )
 
 
@@ -87,7 +87,7 @@ def build_network(table: dict[str, str], spec: str, num_classes: int, image_size
     except Exception as error:  # a user's file may raise anything
         raise UserError(f"model '{spec}' failed: {first_line(error)}") from error
     if not isinstance(network, nn.Module):
-        raise UserError(f"model '{spec}' made a {type(network).__name__}, wanted a torch.nn.Module")
+        raise UserError(f"model '{spec}' is of type {type(network).__name__}, a torch.nn.Module wanted")
     return network
 
 
@@ -103,8 +103,9 @@ def exported_spec(table: dict[str, str], config: dict[str, Any], place: str) -> 
     elif name not in table:
         mean, std = (",".join(f"{value:g}" for value in config[key]) for key in ("mean", "std"))
         raise UserError(
-            f"{place} holds a network of {name}, which is no network of this project, and no code is run because a folder names "
-            f"it; give that name yourself, and {public.FILES[1]} of the folder as its weights (mean {mean}, std {std})"
+            f"{place} has the architecture {name}, which is not in registry.MODELS, and code that only a folder names is "
+            f"never run; give {name} as the model and {public.FILES[1]} of the folder as its weights (mean {mean}, std "
+            f"{std})"
         )
     written = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
     return f"{name}({written})" if written else name
@@ -129,13 +130,15 @@ def split_arguments(spec: str) -> tuple[str, dict[str, Any]]:
         return place, arguments
     except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
         raise UserError(
-            f"model '{spec}': arguments are given by name, with literal values, as in {place}(depth=3, kind='a')"
+            f"model '{spec}': arguments must be given by name, with literal values, as in {place}(depth=3, kind='a')"
         ) from None
 
 
 def _find_factory(table: dict[str, str], spec: str) -> Callable[..., Any]:
     if spec.endswith(".py"):
-        raise UserError(f"model '{spec}' names no factory; give {spec}:factory")
+        raise UserError(
+            f"model '{spec}' has no factory; give {spec}:NAME, where NAME is a function that returns the network"
+        )
     if ":" not in spec:
         return resolve(lookup(table, spec, "model"))
     place, _, name = spec.rpartition(":")
@@ -146,7 +149,9 @@ def _find_factory(table: dict[str, str], spec: str) -> Callable[..., Any]:
     except Exception as error:
         raise UserError(f"model '{spec}' cannot be imported: {first_line(error)}") from error
     if not callable(getattr(module, name, None)):
-        raise UserError(f"{place} has no factory '{name}'")
+        raise UserError(
+            f"{place} has no function '{name}'; give {place}:NAME, where NAME is a function that returns the network"
+        )
     return getattr(module, name)
 
 
@@ -204,8 +209,8 @@ def require_batch_norm(teacher: Classifier, config, methods: dict[str, str]) -> 
     if getattr(config, "bn", 0) and not has_statistics:
         without = [name for name, path in methods.items() if "bn" not in resolve(path).Config.__dataclass_fields__]
         raise UserError(
-            f"the teacher {teacher.name} has no BatchNorm layer, and --bn {config.bn:g} asks to match the statistics that such "
-            f"layers keep; give --bn 0, or a method that works without: {', '.join(without)}"
+            f"the teacher {teacher.name} has no BatchNorm layer, but --bn {config.bn:g} matches the statistics of such "
+            f"layers; give --bn 0, or a method that works without: {', '.join(without)}"
         )
 
 
@@ -275,7 +280,7 @@ def load_named_weights(
         return load_weights(network, path, what, new_head)
     except WrongNetwork as error:
         names = matching_models(table, error.shapes, num_classes)
-        found = f"{' or '.join(names)} would fit" if names else "choose the architecture that made it"
+        found = f"{' or '.join(names)} would fit" if names else "give the architecture that it was trained with"
         raise UserError(f"{error}; {found}") from None
 
 

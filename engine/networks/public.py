@@ -66,7 +66,10 @@ def configuration(spec: str) -> dict[str, Any]:
         found["class_names"] = _timm_names(found, spec)
     channels, height, width = found.get("input_size") or (3, 0, 0)
     if channels != 3 or height != width or not height:
-        raise UserError(f"{spec} takes images of {channels} x {height} x {width}; wanted three channels and square images")
+        raise UserError(
+            f"{spec} needs images of {channels} x {height} x {width}, three channels and square images wanted; use "
+            "another model"
+        )
     names = found.get("class_names")
     return {
         "num_classes": found["num_classes"],
@@ -119,7 +122,7 @@ def load_public(spec: str, arguments: dict[str, Any], num_classes: int | None, b
     elif spec.startswith("torchvision:"):
         weights = _torchvision_weights(spec)
         network = build(num_classes or len(weights.meta["categories"]), None)
-        advice = "put it into {folder} under that name"
+        advice = "put it into {folder} under the same name"
         load_weights(network, fetch_torchvision(weights, spec, advice), "weights", new_head=num_classes is not None)
     else:
         import timm
@@ -133,7 +136,7 @@ def load_public(spec: str, arguments: dict[str, Any], num_classes: int | None, b
             raise UserError(f"the weights of {spec} cannot be loaded ({first_line(error)}); {_how_to_bring(spec)}") from None
     for name, tensor in network.state_dict().items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise UserError(f"{spec} has NaN or infinite weights ({name}), wanted finite ones; use another model")
+            raise UserError(f"{spec} has NaN or infinite weights ({name}), finite ones wanted; use another model")
     return network
 
 
@@ -148,13 +151,13 @@ def own_config(spec: str) -> dict[str, Any] | None:
     file = _file(spec, FILES[0])
     config = read_json(file)
     if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
-        raise UserError(f"{file} names no 'architecture'; wanted timm's layout, or a folder that engine.export wrote")
+        raise UserError(f"{file} has no 'architecture'; give a folder in timm's layout, or one that engine.export wrote")
     if config.get("library_name") not in (OWN, "torchvision"):
         return None
     require(config, CONFIG, str(file), "give a folder as engine.export writes it")
     if len(config["input_size"]) != 3:
         raise UserError(
-            f"{file} has an input_size of {len(config['input_size'])} numbers, channels, height and width wanted"
+            f"{file} has an input_size of {len(config['input_size'])} numbers, three wanted (channels, height, width)"
         )
     return config
 
@@ -164,7 +167,7 @@ def _file(spec: str, name: str) -> Path:
     kind, _, place = spec.partition(":")
     if kind == "local-dir":
         if not (file := Path(place, name)).is_file():
-            raise UserError(f"{file} does not exist; wanted a folder with {' and '.join(FILES)}")
+            raise UserError(f"{file} does not exist; give a folder with {' and '.join(FILES)}")
         return file
     from huggingface_hub import hf_hub_download
 
@@ -174,19 +177,19 @@ def _file(spec: str, name: str) -> Path:
     except Exception as error:  # the hub's own types and those of its HTTP client
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise UserError(f"{name} of {spec} cannot be fetched ({first_line(error)}); {_how_to_bring(spec)}") from None
+        raise UserError(f"{name} of {spec} cannot be downloaded ({first_line(error)}); {_how_to_bring(spec)}") from None
 
 
 def _how_to_bring(spec: str) -> str:
     """Advice for an error message: what to do on a machine without a network."""
     if spec.startswith("local-dir:"):
-        return f"wanted {' and '.join(FILES)} of one model in that folder"
+        return f"put {' and '.join(FILES)} of one model into that folder"
     repository = spec.removeprefix("hf-hub:").partition("@")[0]
     if spec.startswith("timm:"):
         repository = _timm_arguments(spec)["pretrained_cfg"].get("hf_hub_id") or f"timm/{spec.removeprefix('timm:')}"
     return (
-        f"where there is a network, run 'hf download {repository} {' '.join(FILES)} --local-dir FOLDER', bring that folder "
-        "here and name it in place of the model: local-dir:FOLDER"
+        f"on a machine with a network, run 'hf download {repository} {' '.join(FILES)} --local-dir FOLDER', copy that "
+        "folder here, and give local-dir:FOLDER as the model"
     )
 
 
@@ -202,7 +205,7 @@ def _timm_arguments(spec: str, image_size: int | None = None) -> dict[str, Any]:
         architecture, _, tag = name.partition(".")
         if not timm.is_model(architecture):
             near = " or ".join(difflib.get_close_matches(architecture, timm.list_models()))
-            hint = f"did you mean {near}?" if near else "timm.list_models() lists those that it has"
+            hint = f"did you mean {near}?" if near else "timm.list_models() lists all networks"
             raise UserError(f"timm has no network '{architecture}'; {hint}")
         tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{architecture}.*")]
         if tag and tag not in tags:
@@ -210,7 +213,7 @@ def _timm_arguments(spec: str, image_size: int | None = None) -> dict[str, Any]:
     try:
         return timm.models.resolve_model_input_args(name, {"img_size": image_size} if image_size else None)
     except Exception as error:  # a damaged configuration may raise anything
-        raise UserError(f"{spec}: its configuration is none of timm's ({first_line(error)})") from None
+        raise UserError(f"{spec}: its configuration is not a valid timm configuration ({first_line(error)})") from None
 
 
 def _timm_names(config: dict[str, Any], spec: str) -> list[str] | None:
@@ -245,7 +248,7 @@ def _torchvision_weights(spec: str) -> Any:
     known = torchvision.models.get_model_weights(_torchvision_name(spec))
     tag = spec.partition(".")[2]
     if tag and tag not in known.__members__:
-        raise UserError(f"{spec}: there are no such weights; torchvision has {', '.join(known.__members__) or 'none'}")
+        raise UserError(f"{spec}: torchvision has no such weights; it has {', '.join(known.__members__) or 'none'}")
     return known[tag] if tag else known.DEFAULT
 
 
@@ -262,8 +265,8 @@ def published_weights(table: dict[str, str], spec: str) -> Path:
     if module != "models.imagenet":
         known = ", ".join(key for key, value in table.items() if value.startswith("models.imagenet:"))
         raise UserError(
-            f"--pretrained: there are no published ImageNet weights of '{spec}'; there are of {known}, and of the networks "
-            "of timm:, hf-hub:, torchvision: and local-dir:"
+            f"--pretrained: there are no published ImageNet weights of '{spec}'; choose --model from {known}, or a network "
+            "of timm:, hf-hub:, torchvision: or local-dir:"
         )
     advice = "give --resume {name} in place of --pretrained: a head for other classes is dropped"
     return fetch_torchvision(_torchvision_weights(f"torchvision:{name}"), "--pretrained", advice)
@@ -289,7 +292,7 @@ def fetch_torchvision(weights: Any, what: str, advice: str) -> Path:
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise
             raise UserError(
-                f"{what}: {weights.url} cannot be fetched ({first_line(error)}); fetch it where there is a network and "
-                + advice.format(name=file.name, folder=file.parent)
+                f"{what}: {weights.url} cannot be downloaded ({first_line(error)}); download it where there is a network "
+                "and " + advice.format(name=file.name, folder=file.parent)
             ) from None
     return file

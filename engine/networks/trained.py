@@ -68,7 +68,7 @@ def open_trained(table: dict[str, str], place: str, info=None, arch: str | None 
     spec = arch or _named_arch(table, stored, path, flag)
     num_classes = stored.get("num_classes") or (info and info.num_classes)
     if num_classes is None:
-        raise UserError(f"{path} does not say how many classes it has; name the dataset with --dataset")
+        raise UserError(f"{path} does not record its number of classes; give the dataset with --dataset")
     require(stored | {"num_classes": num_classes}, ABOUT_SCHEMA, str(path))
     network = build_network(table, spec, num_classes, stored.get("image_size"))
     about = load_named_weights(table, network, path, "checkpoint", num_classes=num_classes)
@@ -79,9 +79,12 @@ def open_trained(table: dict[str, str], place: str, info=None, arch: str | None 
 def _named_arch(table: dict[str, str], stored: dict[str, Any], path: Path, flag: str) -> str:
     arch = stored.get("arch")
     if not isinstance(arch, str):
-        raise UserError(f"{path} does not say of which network it is; give {flag} NAME, a name of registry.MODELS for one")
+        raise UserError(f"{path} does not record its architecture; give {flag} NAME, for example a name in registry.MODELS")
     if split_arguments(arch)[0] not in table and not public.is_public(arch):
-        raise UserError(f"{path} is of {arch}, and no code is run because a file names it; give {flag} '{arch}' yourself")
+        raise UserError(
+            f"{path} has the architecture {arch}, and code that only a file names is never run; give {flag} '{arch}' to "
+            "run it"
+        )
     return arch
 
 
@@ -103,6 +106,7 @@ def weights_of_run(run: Path) -> Path:
             return Path(output)
         if output:
             raise UserError(
-                f"the weights of {run} were written to {output}, which is gone from here; start in the same folder"
+                f"the weights of {run} were written to {output}, which does not exist; start this command in the folder "
+                "where that run was started"
             )
-    raise UserError(f"{run} holds no finished run (result.json and student.pth); give a run folder, or finish that run")
+    raise UserError(f"{run} has no finished run (result.json and student.pth); give another run folder, or finish that run")

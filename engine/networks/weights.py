@@ -73,7 +73,7 @@ def _checked(name: str, values: Any, what: str, advice: str) -> tuple[float, ...
     if not numbers or len(values) != 3 or (name == "std" and min(values) <= 0):
         shown = ",".join(map(str, values)) if listed else values
         above = ", each above 0" if name == "std" else ""
-        raise UserError(f"{what} {shown}: wanted three finite numbers r,g,b{above}; {advice}")
+        raise UserError(f"{what} {shown}, three finite numbers r,g,b{above} wanted; {advice}")
     return tuple(map(float, values))
 
 
@@ -120,7 +120,7 @@ def load_weights(network: nn.Module, path: Path, what: str = "teacher checkpoint
     _check_fit(state, wanted, f"{what} {path}", type(network).__name__, metadata.get("arch"))
     for key, tensor in state.items():
         if key.endswith("running_var") and (tensor < 0).any():
-            raise UserError(f"{what} {path} has a negative variance ({key}), wanted none below 0; use another file")
+            raise UserError(f"{what} {path} has a negative variance ({key}), 0 or more wanted; use another file")
     network.load_state_dict(state, strict=False)
     return metadata
 
@@ -128,12 +128,14 @@ def load_weights(network: nn.Module, path: Path, what: str = "teacher checkpoint
 def _unwrap(checkpoint: Any, file: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Splits a loaded file into its state dict and the plain values beside it."""
     if not isinstance(checkpoint, Mapping):
-        raise UserError(f"{file} holds a {type(checkpoint).__name__}, wanted a state_dict")
+        raise UserError(f"{file} contains an object of type {type(checkpoint).__name__}, a state_dict wanted")
     wrapper = next((key for key in WRAPPERS if isinstance(checkpoint.get(key), Mapping)), None)
     state = checkpoint if wrapper is None else checkpoint[wrapper]
     if not state or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()):
         found = ", ".join(map(str, list(state)[:3])) or "nothing"
-        raise UserError(f"{file} holds no state_dict ({found}, ...); wanted one, plain or under {', '.join(WRAPPERS)}")
+        raise UserError(
+            f"{file} contains no state_dict ({found}, ...), one wanted, at the top level or under {', '.join(WRAPPERS)}"
+        )
     metadata = {}
     for key, value in () if wrapper is None else checkpoint.items():
         if isinstance(value, Tensor):
@@ -153,16 +155,16 @@ def _check_fit(state: dict[str, Tensor], wanted: dict[str, Tensor], file: str, n
         return
     if not (missing or unexpected) and _is_head(misshaped, state, wanted):
         key = misshaped[0]
-        raise UserError(f"{file} has {len(state[key])} classes ({key} {_size(state[key])}), wanted {len(wanted[key])}")
+        raise UserError(f"{file} has {len(state[key])} classes ({key} {_size(state[key])}), {len(wanted[key])} wanted")
     shapes = [f"{key} {_size(state[key])} for {_size(wanted[key])}" for key in misshaped]
     found = [
         f"{len(keys)} {kind} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
-        for kind, keys in (("missing", missing), ("unexpected", unexpected), ("mis-shaped", shapes))
+        for kind, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
         if keys
     ]
-    holds = f"holds {arch}" if arch else "holds another network"
+    holds = f"contains {arch}" if arch else "contains another network"
     shapes = {key: tensor.shape for key, tensor in state.items() if not key.endswith("num_batches_tracked")}
-    raise WrongNetwork(f"{file} {holds}, wanted {network}: {'; '.join(found)}", shapes)
+    raise WrongNetwork(f"{file} {holds}, {network} wanted: {'; '.join(found)}", shapes)
 
 
 def _is_head(keys: list[str], state: dict[str, Tensor], wanted: dict[str, Tensor]) -> bool:

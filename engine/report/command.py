@@ -117,11 +117,11 @@ def main() -> None:
     args = parse()
     if args.lines:
         results = _results(args)
-        print(f"{args.lines}: {len(results)} results written, {write_lines(args.lines, results)} in it now")
+        print(f"{args.lines}: {len(results)} results written, {write_lines(args.lines, results)} results in the file")
         return
     if args.plot:
         lines = plot(group(collect(args.runs)), args.plot, args.x, args.folders)
-        print(f"{args.plot}: {lines} line{'s' * (lines != 1)}")
+        print(f"{args.plot}: plot with {lines} line{'s' * (lines != 1)}")
         return
     if args.html:
         from engine.report.page import write_page  # imports matplotlib, which takes a second

@@ -119,7 +119,7 @@ def plot(groups: Groups, file: Path, x: str = "steps", folders: bool = False) ->
         raise UserError("--plot draws with matplotlib, which is not installed; run pip install matplotlib") from None
     lines = lines_of(groups, AXES[x], folders)
     if not lines:
-        raise UserError(f"no run has an accuracy with its {WORDS[x]}; give others, or another --x")
+        raise UserError(f"no run has recorded its accuracies by {WORDS[x]}; give other runs, or another --x")
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     axes = figure.subplots()
     for k, (name, xs, mean, low, high) in enumerate(lines):

@@ -105,7 +105,8 @@ def training_images(folder: Path) -> tuple[Tensor, Tensor]:
         rows += [(columns, row) for row in load_tensors(decided[0])["keep"].nonzero().flatten().tolist()]
     if not rows:
         raise UserError(
-            f"{folder} has neither a bank nor {STREAMED}; runs of earlier versions that stream have kept no image"
+            f"{folder} has neither a bank nor {STREAMED}; leave it out, or run it again (earlier versions stored no "
+            "streamed images)"
         )
     rows = [rows[k] for k in evenly_spaced(len(rows), MOST).tolist()]
     images = torch.stack([columns["images"][[row]][0] for columns, row in rows])

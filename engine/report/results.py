@@ -73,7 +73,7 @@ def checked(result: Any, what: str, also: dict[str, Any] = {}) -> dict[str, Any]
     Raises:
         UserError: a field is missing or has a wrong value.
     """
-    advice = "wanted a run's result.json, or a file that python -m engine.report --lines wrote"
+    advice = "give a run's result.json, or a file that python -m engine.report --lines wrote"
     require(result, RESULT | also, what, advice)
     result = {name: value for name, value in result.items() if value is not None or f"{name}?" not in RESULT}
     measured = "acc1" if "acc1_last" in result else "agreement"
@@ -97,7 +97,8 @@ def _read_file(file: Path) -> list[dict[str, Any]]:
             result = parse_json(line)
         except ValueError as error:
             raise UserError(
-                f"line {number} of {file} is no result of a run ({error}); wanted a file that python -m engine.report --lines wrote"
+                f"line {number} of {file} is not a result of a run ({error}); give a file that python -m engine.report "
+                "--lines wrote"
             ) from None
         result = checked(result, f"line {number} of {file}", OF_A_LINE)
         results.append(result | {"path": f"{file}, {result['folder']}"})
@@ -136,7 +137,10 @@ def warn_of_repeated_seeds(groups: list[list[dict[str, Any]]]) -> None:
         for seed, count in Counter(run["seed"] for run in runs).items():
             if count > 1:
                 places = ", ".join(run["path"] for run in runs if run["seed"] == seed)
-                print(f"warning: seed {seed} is {count} times in one row ({places}); leave one", file=sys.stderr)
+                print(
+                    f"warning: seed {seed} occurs {count} times in one row ({places}); give only one of these runs",
+                    file=sys.stderr,
+                )
 
 
 def settings(result: dict[str, Any]) -> dict[str, Any]:
@@ -286,7 +290,9 @@ def confusion(folder: Path) -> dict[str, Any] | None:
     tables = (counts, found["label_student"])
     square = all(len(table) == len(counts) and all(len(row) == len(counts) for row in table) for table in tables)
     if not square or len(found.get("class_names") or counts) != len(counts) or not sum(map(sum, counts)):
-        raise UserError(f"{file} does not hold two tables of as many rows and columns as classes; restore it from a copy")
+        raise UserError(
+            f"{file} does not have two confusion matrices with a row and a column per class; restore it from a copy"
+        )
     names = found.get("class_names") or [str(k) for k in classes]
     pairs = sorted(((counts[i][k], i, k) for i in classes for k in classes if i != k and counts[i][k]), reverse=True)[:10]
     tables = [("teacher", counts), ("label", found["label_student"])] if len(counts) <= MOST_CLASSES else []

@@ -166,11 +166,11 @@ def row(
     return line | {
         "student steps": str(first.get("student_steps", "")),
         "images": str(first.get("images", first.get("bank_images", ""))),
-        "teacher acc1 on them": over("bank_teacher_acc1"),
+        "teacher acc1 on images": over("bank_teacher_acc1"),
         "BN distance": over("bank_loss_bn"),
         "variants (kept %)": f"{first['variants']} ({kept})" if first.get("variants") else "",
-        "teacher acc1 on kept": over("variants_kept_teacher_acc1"),
-        "BN distance of kept": over("variants_kept_loss_bn"),
+        "teacher acc1 on kept variants": over("variants_kept_teacher_acc1"),
+        "BN distance of kept variants": over("variants_kept_loss_bn"),
         f"synthesis {unit}": times(making),
         f"distillation {unit}": times(learning),
         f"training {unit}": times([run["seconds"].get("train") for run in runs]),
@@ -292,5 +292,5 @@ def image_rows(groups: Groups, folders: bool = False) -> list[dict[str, str]]:
         columns = {column: spread([f[key] for f in seen], digits) for key, (column, digits) in IMAGE_FIGURES.items()}
         rows.append((statistics.fmean(run.get("acc1_last", 0) for run in runs), name | {"acc1 last": acc1} | columns))
     if not rows:
-        raise UserError("no run has figures of its images; give run folders, or lines that were kept with --images")
+        raise UserError("no run has figures of its images; give run folders, or lines that were written with --images")
     return [row for _, row in sorted(rows, key=lambda pair: -pair[0])]

@@ -88,7 +88,8 @@ def require(path: Path, digest: str | None) -> None:
     if digest and (state := (str(path), *_state(path))) not in _checked:
         if digest_of(path) != digest:
             raise UserError(
-                f"{path} is not what its run has written: its SHA-256 is another; restore it, or train again with --redo"
+                f"{path} has changed since its run wrote it: its SHA-256 differs; restore it from a copy, or train again "
+                "with --redo"
             )
         _checked.add(state)
 

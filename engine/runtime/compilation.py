@@ -78,7 +78,7 @@ class Compiler:
             setattr(owner, name, self(getattr(owner, name), rounds * calls, what, keeps_tensors=True))
 
     def _report(self, name: str, reason: str) -> None:
-        self.log(f"compile: the {name} runs uncompiled: {reason}")
+        self.log(f"compile: the {name} will run uncompiled: {reason}")
 
 
 class _Compiled:
@@ -96,7 +96,9 @@ class _Compiled:
         if self.tried:
             return self.call(*args, **kwargs)
         self.tried = True
-        self.compiler.log(f"compile: the {self.name}; its first steps take longer (--compile no turns this off)")
+        self.compiler.log(
+            f"compile: the {self.name} will be compiled; the first steps take longer (--compile no turns this off)"
+        )
         try:
             return self.call(*args, **kwargs)
         except Exception as error:  # errors of many types: missing headers, a full disk, an unsupported operation

@@ -43,10 +43,11 @@ def explain_os_error(error: OSError) -> UserError:
     name = error.filename or "a file"
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return UserError(
-            f"no space left while writing {name}; what was written before is whole: free space, then run the same command again"
+            f"no space left while writing {name}; files written so far are complete: free some space, then run the same "
+            "command again"
         )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return UserError(f"cannot write to {name} ({error.strerror}); give a writable place with --save_dir")
+        return UserError(f"cannot write to {name} ({error.strerror}); give a writable folder with --save_dir")
     return UserError(f"{error.strerror or error}: {name}")
 
 
@@ -92,10 +93,13 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.errno is not None:
         return str(explain_os_error(error))
     if is_out_of_memory(error):
-        advice = "what was written before is whole: give a smaller batch, bank or image size, and run again"
+        advice = "files written so far are complete: give a smaller batch, bank or image size, and run again"
         return f"not enough memory ({str(error).partition(chr(10))[0][:200]}); {advice}"
     if isinstance(error, RuntimeError) and re.search("(closed|reset) by peer", str(error)):
-        return f"process {launched_rank()} has lost another one, which says why in its own last line"
+        return (
+            f"process {launched_rank()} lost the connection to another process; see the last line of that process for the "
+            "cause"
+        )
     return None
 
 
@@ -132,7 +136,7 @@ def run_command(main: Callable[[], None], leave: Callable[[], None] = lambda: No
         follow(command) if rank else command()
         end_process(0)
     except (KeyboardInterrupt, Terminated) as stop:
-        print("\nstopped; nothing written is lost: run the same command again to go on", file=sys.stderr)
+        print("\nstopped; all files are complete: to resume, run the same command again", file=sys.stderr)
         end_process(143 if isinstance(stop, Terminated) else 130)
     except Exception as error:
         if message := explain(error):

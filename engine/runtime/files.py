@@ -96,7 +96,7 @@ def require_new(path: Path) -> None:
     """Raises a UserError unless ``path`` is absent or an empty folder."""
     path = Path(path)
     if path.is_symlink() or (path.exists() and not (path.is_dir() and not any(path.iterdir()))):
-        raise UserError(f"{path} is there already and is not an empty folder; give a new one")
+        raise UserError(f"{path} exists already and is not an empty folder; give a new folder")
 
 
 def is_claimed(folder: Path) -> bool:
@@ -142,7 +142,7 @@ def delete_files(folder: Path, patterns: list[str]) -> None:
     files = sorted({file for pattern in patterns for file in folder.glob(pattern) if not file.is_dir()})
     for path in dict.fromkeys(part for file in files for part in (file.parent, file)):
         if path.is_symlink() and path != folder:
-            raise UserError(f"{path} is a link, and nothing is deleted through links; remove it by hand")
+            raise UserError(f"{path} is a link, and files behind links are never deleted; remove it by hand")
     for file in files:
         file.unlink()
     checksums.forget(files)
@@ -215,9 +215,11 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path} is not a whole safetensors file ({error}); delete it and make it again") from None
+        raise UserError(f"{path} is not a complete safetensors file ({error}); delete it and make it again") from None
     except RuntimeError as error:  # by default, Linux allows 65530 memory maps per process
-        raise UserError(f"{path} cannot be mapped ({error}); of very many files, raise sysctl vm.max_map_count") from None
+        raise UserError(
+            f"{path} cannot be memory-mapped ({error}); if there are very many files, raise sysctl vm.max_map_count"
+        ) from None
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -257,10 +259,10 @@ def load_checkpoint(path: Path, what: str = "checkpoint") -> Any:
         if "Unsupported operand" in str(error) or isinstance(
             error, LookupError | EOFError | ValueError | TypeError | AttributeError
         ):
-            reason = "it is no whole file that torch.save has written"
+            reason = "it is not a complete file of torch.save"
         elif "weights_only" in str(error) or "Unsupported" in str(error):
-            reason = "it holds pickled objects other than tensors, which may run code and are never loaded"
-        raise UserError(f"{what} {path} cannot be read: {reason}; a file with a plain state_dict is wanted") from None
+            reason = "it contains pickled objects other than tensors, which could run code and are never loaded"
+        raise UserError(f"{what} {path} cannot be read: {reason}; give a file with a plain state_dict") from None
     if found := _unusable(loaded):
         raise UserError(f"{what} {path} {found}; use another file")
     return loaded
@@ -285,11 +287,11 @@ def _unusable(loaded: Any) -> str | None:
             or tensor.dtype not in DTYPES
         ):
             kind = tensor.dtype if tensor.layout == torch.strided and tensor.device.type == "cpu" else "sparse or empty"
-            return f"has a tensor of a kind that is not taken ({name}: {kind}), wanted dense ones of usual dtypes"
+            return f"has a tensor of an unsupported kind ({name}: {kind}), dense tensors of a usual dtype wanted"
         if tensor.nbytes > max(tensor.untyped_storage().nbytes(), 2**20):
-            return f"has a tensor that is larger than what is stored of it ({name})"
+            return f"has a tensor that is larger than its stored data ({name})"
         if tensor.is_floating_point() and not tensor.isfinite().all():
-            return f"has NaN or infinite weights ({name}), wanted finite ones"
+            return f"has NaN or infinite weights ({name}), finite ones wanted"
     return None
 
 
@@ -297,8 +299,8 @@ def _require_finite(state: Any, path: Path) -> None:
     for name, tensor in _named_tensors(state):
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise UserError(
-                f"{path} is not written: {name} became NaN or infinite; what was written before is whole: lower the learning "
-                "rate or the loss weights, and run again"
+                f"{path} was not written, because {name} became NaN or infinite; files written so far are complete: lower "
+                "the learning rate or the loss weights, and run again"
             )
 
 

@@ -89,7 +89,7 @@ def check_flags(config: Any) -> None:
         value = getattr(config, field.name)
         check_number(f"--{field.name}", value, field.metadata["range"])
         if field.metadata["distinct"] and value and len(set(value)) < len(value):
-            raise UserError(f"--{field.name} {','.join(map(str, value))} names one twice; leave it out once")
+            raise UserError(f"--{field.name} {','.join(map(str, value))} has a value twice; give each value once")
 
 
 def check_number(what: str, value: Any, legal: Range) -> None:
@@ -218,13 +218,13 @@ def _reader(kind: type, repeated: bool, choices: Sequence[str] | None):
             wanted = {int: "a whole number", float: "a number"}.get(kind, kind.__name__)
             raise argparse.ArgumentTypeError(f"'{text[:SHOWN]}' found, {wanted} wanted") from None
         if choices and value not in choices:
-            raise argparse.ArgumentTypeError(f"'{text}' is none of {', '.join(choices)}")
+            raise argparse.ArgumentTypeError(f"'{text}' found, one of {', '.join(choices)} wanted")
         return value
 
     def read(text: str) -> Any:
         values = tuple(one(t) for t in text.split(",") if t.strip()) if repeated else one(text)
         if values == ():
-            raise argparse.ArgumentTypeError("a list without anything in it found; leave the flag out, or name something")
+            raise argparse.ArgumentTypeError("an empty list found; give at least one value, or leave the flag out")
         return values
 
     read.__name__ = kind.__name__

@@ -109,8 +109,8 @@ class Processes:
         """
         if batch_size % self.count:
             raise UserError(
-                f"--batch_size {batch_size} cannot be shared by {self.count} processes; give a multiple of {self.count}, "
-                f"like {-(-batch_size // self.count) * self.count}"
+                f"--batch_size {batch_size} cannot be divided equally among {self.count} processes; give a multiple of "
+                f"{self.count}, for example {-(-batch_size // self.count) * self.count}"
             )
 
 

@@ -49,7 +49,7 @@ def require_run_folder(path: Path) -> None:
     is_stage = (isinstance(entry, dict) and "depends_on" in entry for entry in stages.values())
     if not ({"args", "command", "versions"} <= args.keys() or any(is_stage)):
         raise UserError(
-            f"--save_dir {path} holds files that are no run of this program; give a new folder, or that of a run"
+            f"--save_dir {path} contains files, but not those of a run; give a new folder, or the folder of a run"
         )
 
 

@@ -26,7 +26,7 @@ WORDS = {
     int: "a whole number",
     float: "a finite number",
     dict: "an object",
-    None: "nothing",
+    None: "null",
 }
 
 
@@ -47,7 +47,7 @@ def require(value: Any, wanted: Any, what: str, advice: str = "restore it from a
         advice: what the user can do, at the end of the error message.
     """
     if found := wrong(value, wanted):
-        raise UserError(f"{what} is not as this program writes it: {found}; {advice}")
+        raise UserError(f"{what} does not have the expected contents: {found}; {advice}")
 
 
 def wrong(value: Any, wanted: Any, place: str = "it") -> str | None:
@@ -100,7 +100,7 @@ def _wrong_field(value: Any, wanted: dict, place: str) -> str | None:
         if optional and value.get(key) is None:
             continue
         if key not in value:
-            return f"it has no {inside}{key}"
+            return f"{inside}{key} is missing"
         if found := wrong(value[key], schema, f"{inside}{key}"):
             return found
     return None

@@ -23,7 +23,9 @@ def read_record(path: Path) -> dict[str, dict[str, Any]]:
     record = read_json(path) if path.exists() else {}
     require(record, RECORD, str(path))
     if wrong := [entry["status"] for entry in record.values() if entry["status"] not in ("incomplete", "done")]:
-        raise UserError(f"{path} has a stage that is '{wrong[0][:30]}', incomplete or done wanted; restore it from a copy")
+        raise UserError(
+            f"{path} has a stage with the status '{wrong[0][:30]}', incomplete or done wanted; restore it from a copy"
+        )
     return record
 
 
@@ -56,18 +58,18 @@ class StageRecord:
                 continue
             status, before = self.record[stage]["status"], self.record[stage]["depends_on"]
             now = self.dependencies[stage]
-            again = "give another --save_dir, or make it and what follows again with " + self.redo.format(stage=stage)
+            again = "give another --save_dir, or run it and all later stages again with " + self.redo.format(stage=stage)
             unknown = [name for name in now if name not in before and now[name] is not None]
             if unknown:
                 raise UserError(
-                    f"stage {stage} in {self.path.parent} is of an earlier version, which did not record "
-                    f"--{unknown[0]}, now {show(now[unknown[0]])}: whether it fits this command is not known; {again}"
+                    f"stage {stage} in {self.path.parent} was made by an earlier version, which did not record "
+                    f"--{unknown[0]}, now {show(now[unknown[0]])}: the stage may not fit this command; {again}"
                 )
             for name in dict.fromkeys([*now, *before]):
                 if before.get(name) != now.get(name):
                     raise UserError(
                         f"stage {stage} in {self.path.parent} is {status} with --{name} {show(before.get(name))}, now "
-                        f"{show(now.get(name))} is asked for; go back to the former value, {again}"
+                        f"{show(now.get(name))} is given; give the former value, {again}"
                     )
 
     def status(self, stage: str) -> str:
@@ -104,7 +106,7 @@ class StageRecord:
         """Returns the names of a stage and of all later stages."""
         order = list(self.dependencies)
         if stage not in order:
-            raise UserError(f"--redo {stage}: this method has the stages {', '.join(order)}")
+            raise UserError(f"--redo {stage} found, one of the stages {', '.join(order)} wanted")
         return order[order.index(stage) :]
 
     def forget(self, stage: str) -> list[str]:

@@ -83,9 +83,9 @@ def test_an_image_folder_says_what_is_known_of_each(bank, command, tmp_path, tea
 @pytest.mark.parametrize(
     "flags, words",
     [
-        ("--dtype uint8", "--dtype is for --format npy; leave it out"),
-        ("--format imagefolder --shard_mb 3", "--shard_mb is for --format npy"),
-        ("--teacher resnet8", "--teacher is for --format npy or imagefolder"),
+        ("--dtype uint8", "--dtype is only for --format npy; leave it out"),
+        ("--format imagefolder --shard_mb 3", "--shard_mb is only for --format npy"),
+        ("--teacher resnet8", "--teacher is only for --format npy or imagefolder"),
         ("--format npy --shard_mb 0", "--shard_mb 0 found"),
         ("--format npy --teacher_ckpt x.pth", "without --teacher"),
         ("--format npy --teacher_std 1,2", "--teacher_std"),

@@ -82,7 +82,7 @@ def test_describing_and_testing_never_open_the_train_arrays(tmp_path):
     np.savez(tmp_path / "foo.npz", **{key: whole[key] for key in ("x_test", "y_test")})
     info = dataset_info("foo", tmp_path)
     assert len(load(info)) == 6
-    with fails("foo.npz", "has no x_train"):
+    with fails("foo.npz", "has no array x_train"):
         load(info, "train")
 
 
@@ -114,7 +114,7 @@ def test_damaged_archives(content, tmp_path):
     said = re.sub(rb"(PK\x01\x02....)\x00", lambda found: found[1] + b"\x01", whole, flags=re.DOTALL)  # in the directory
     path.write_bytes({b"half": whole[:900], b"encrypted": said}.get(content, content))
     assert path.read_bytes() != whole
-    with fails("foo.npz cannot be read", "wanted a whole .npz"):
+    with fails("foo.npz cannot be read", "give a complete .npz"):
         dataset_info("foo", tmp_path)
 
 
@@ -138,7 +138,7 @@ def test_without_network_the_line_says_what_to_put_where(name, tmp_path, monkeyp
         raise URLError("no network")
 
     monkeypatch.setattr("urllib.request.urlopen", no_network)
-    with fails(f"{name} is not whole", "cannot be downloaded", f"{name}.npz", DATASETS[name]["source"]):
+    with fails(f"{name} is not complete", "cannot be downloaded", f"{name}.npz", DATASETS[name]["source"]):
         load(dataset_info(name, tmp_path))
 
 
@@ -172,7 +172,7 @@ def test_wrong_folders(tmp_path):
     write_folders(tmp_path, ["a", "b"])
     info = dataset_info("folder", tmp_path)
     (tmp_path / "train" / "b").rename(tmp_path / "train" / "B")
-    with fails("train has other classes than the test split", "'B'"):
+    with fails("train and the test split have different class folders", "'B'"):
         load(info, "train")
     write_folders(tmp_path, ["a", "b", "c"], ["train"])
     with fails(f"train has 4 classes, {tmp_path.name} has 2"):
@@ -293,14 +293,14 @@ def test_names_of_datasets(tmp_path):
     write_npz(tmp_path, "foo")
     named = dataset_info("foo", tmp_path, alias="bar")
     assert dataset_info("foo", tmp_path).name == "foo" and named.name == "bar" and len(load(named)) == 6
-    with fails("--name cifar10 is another dataset's name"):
+    with fails("--name cifar10 is the name of another dataset"):
         dataset_info("foo", tmp_path, alias="cifar10")
     for wrong in ("a/b", "", "-x", "a b"):
-        with fails("--name", "wanted letters"):
+        with fails("--name", "only letters, digits"):
             dataset_info("foo", tmp_path, alias=wrong)
 
 
 def test_labels_that_begin_at_one_are_refused(tmp_path):
     write_npz(tmp_path, "ones", labels=(1, 2, 3, 4, 1, 2))
-    with fails("ones.npz: the test labels lie in 1..4, wanted 0..C-1", "'classes'"):
+    with fails("ones.npz: the test labels lie in 1..4, 0..C-1 wanted", "'classes'"):
         dataset_info("ones", tmp_path)

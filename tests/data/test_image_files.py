@@ -69,5 +69,5 @@ def test_class_folders_by_number_and_by_name(tmp_path):
         write_image(tmp_path / name / "a.png", (1, 2, 3), (8, 8))
     assert class_files(tmp_path, ("cat", "dog", "ship"))[1].tolist() == [0, 2]
     assert class_files(tmp_path)[1].tolist() == [0, 1]
-    with fails("a folder 'ship', which is no class; wanted class numbers or names: cat, dog"):
+    with fails("a folder 'ship', which is not a class; class numbers or names wanted: cat, dog"):
         class_files(tmp_path, ("cat", "dog"))

@@ -89,21 +89,27 @@ def test_a_prior_s_own_classes_take_turns_or_it_is_told_none(generative):
 BAD = {
     "map and own classes": (
         dict(kind="dit", num_classes=2, class_map=(1, 2), classes="own"),
-        "--prior_classes own otherwise",
+        "--class_map and --prior_classes own contradict each other",
     ),
-    "no class without null": (dict(kind="pixel_unet", num_classes=5, classes="none"), "has no null class; .* --null_class"),
-    "wrong kind": (dict(kind="image_variation"), "holds a StableDiffusionImageVariationPipeline; wanted: StableDiffusion"),
-    "too many classes": (dict(kind="dit", num_classes=12), "dit knows 10 classes, id 10 is none of them .* --class_map"),
-    "short map": (dict(kind="dit", class_map=(1, 2)), "--class_map has 2 ids for the 10 classes"),
+    "no class without null": (dict(kind="pixel_unet", num_classes=5, classes="none"), "has no null class, .* --null_class"),
+    "wrong kind": (dict(kind="image_variation"), "is a StableDiffusionImageVariationPipeline, StableDiffusion"),
+    "too many classes": (
+        dict(kind="dit", num_classes=12),
+        "dit has the class ids 0 to 9, but one of the dataset's 12 classes is mapped to id 10; .* --class_map",
+    ),
+    "short map": (dict(kind="dit", class_map=(1, 2)), "--class_map has 2 ids, 10 wanted"),
     "wrong map": (dict(kind="dit", num_classes=2, class_map=(1, 99)), "id 99"),
-    "no names": (dict(kind="stable_diffusion", class_names=None), "--prompt .* wants class names"),
+    "no names": (dict(kind="stable_diffusion", class_names=None), "--prompt .* needs class names"),
     "no null class": (dict(kind="pixel_unet", num_classes=5), "without a null class, .* --guidance_scale 1"),
     "wrong null class": (dict(kind="pixel_unet", num_classes=5, null_class=30), "--null_class 30"),
-    "fixed size": (dict(kind="dit", resolution=64), "--resolution 64: dit draws 32 px only"),
-    "odd size": (dict(kind="sdxl", resolution=30), "--resolution 30 is no multiple of 8; sdxl was made for 32"),
+    "fixed size": (dict(kind="dit", resolution=64), "--resolution 64 found, but dit draws only images of 32 px"),
+    "odd size": (
+        dict(kind="sdxl", resolution=30),
+        "--resolution 30 found, a multiple of 8 wanted; sdxl was trained at 32 px",
+    ),
     "own size": (dict(kind="patch_prior", resolution=32), "--resolution 32"),
     "missing file": (dict(model="no/such.safetensors"), "no/such.safetensors does not exist"),
-    "unreachable": (dict(model="some/model"), "neither a directory here .* 'hf download some/model"),
+    "unreachable": (dict(model="some/model"), "there is no such directory, .* 'hf download some/model"),
 }
 
 
@@ -121,7 +127,7 @@ def test_bad_priors_are_one_line(case, generative, tmp_path):
 
 def test_an_unconditional_model_is_refused(tmp_path):
     path = tiny_pipelines.pixel_unet(tmp_path / "plain", classes=None)
-    with pytest.raises(UserError, match="a class-conditional model is wanted"):
+    with pytest.raises(UserError, match="is not class-conditional"):
         load_prior(path, num_classes=10)
     assert "DDPMPipeline" in PIPELINES
 

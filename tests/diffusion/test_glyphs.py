@@ -201,7 +201,7 @@ def test_foreign_metadata(change, word, shipped, tmp_path):
     _, about = shipped
     metadata = {key: json.dumps(value) for key, value in (about | change).items() if value is not None}
     save_tensors(tmp_path / "x.safetensors", load_tensors(SHIPPED), metadata)
-    with pytest.raises(UserError, match=f"x.safetensors is no pixel prior .*{word}") as caught:
+    with pytest.raises(UserError, match=f"x.safetensors is not a pixel prior .*{word}") as caught:
         load_patch_prior(tmp_path / "x.safetensors")
     assert "\n" not in str(caught.value)
 
@@ -214,10 +214,10 @@ def test_foreign_tensors(shipped, tmp_path):
     with pytest.raises(UserError, match="NaN or infinite weights"):
         load_patch_prior(path)
     save_tensors(path, {"weight": torch.ones(2)}, metadata)
-    with pytest.raises(UserError, match="no pixel prior"):
+    with pytest.raises(UserError, match="not a pixel prior"):
         load_patch_prior(path)
     save_tensors(path, tensors, {"format": "pt"})
-    with pytest.raises(UserError, match="no pixel prior"):
+    with pytest.raises(UserError, match="not a pixel prior"):
         load_patch_prior(path)
 
 

@@ -129,7 +129,9 @@ def test_minutes_stop_a_training_that_can_go_on(train, trained):
 def test_changed_flags_are_refused_and_redo_forgets(train):
     first = train()
     before = first.read_bytes()
-    with pytest.raises(UserError, match="begun with --lr 0.001, now 0.002; give another --save_dir, or --redo"):
+    with pytest.raises(
+        UserError, match="started with --lr 0.001, now 0.002 is given; give the former value, another --save_dir, or --redo"
+    ):
         train(extra="--lr 2e-3")
     train(extra="--lr 2e-3 --redo")
     assert first.read_bytes() != before
@@ -164,7 +166,7 @@ def test_a_classifier_compares_samples_with_the_test_split(train, trained, tmp_p
     assert last["frechet"] > 0 and 0 <= last["coverage"] <= 1 and 0 <= last["eval_classifier_acc1"] <= 100
     assert same(trained, judged)  # measuring changes nothing
     save_checkpoint(tmp_path / "nameless.pth", {"state_dict": build_network("resnet8", 3).state_dict()})
-    with pytest.raises(UserError, match="nameless.pth does not say of which network"):
+    with pytest.raises(UserError, match="nameless.pth does not record its architecture"):
         train("judged", f"--eval_classifier {tmp_path / 'nameless.pth'}")
 
 
@@ -195,7 +197,7 @@ MISTAKES = {
     "--images 0": "--images 0 found",
     "--channels 8,7": "do not fit",
     "--patch 3": "do not fit",
-    "--amp fp16": "none of auto, no, bf16",
+    "--amp fp16": "one of auto, no, bf16 wanted",
     "--image_sise 8": "did you mean --image_size",
     "--eval_classifier missing.pth": "classifier for evaluation missing.pth does not exist",
     "--lr 1e12": "diverged .*lower --lr",

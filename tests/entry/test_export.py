@@ -187,7 +187,7 @@ def open_network(name):
 def test_a_folder_is_whole_or_absent(runs, export, tmp_path, monkeypatch):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/notes.txt").write_text("mine")
-    with pytest.raises(UserError, match="is there already and is not an empty folder"):
+    with pytest.raises(UserError, match="exists already and is not an empty folder"):
         export(runs["resnet8"], tmp_path / "mine")
     monkeypatch.setattr("engine.export.TOLERANCE", -1.0)
     with pytest.raises(UserError, match=r"differ from PyTorch's by .*at most -1 wanted"):
@@ -196,14 +196,15 @@ def test_a_folder_is_whole_or_absent(runs, export, tmp_path, monkeypatch):
 
 
 def test_what_is_no_finished_run_is_refused(runs, export, tmp_path):
-    with pytest.raises(UserError, match="holds no finished run"):
+    with pytest.raises(UserError, match="has no finished run"):
         export(tmp_path, tmp_path / "out")
     shutil.copytree(runs["resnet8"], tmp_path / "run")
     state = load_checkpoint(tmp_path / "run/student.pth")
     (tmp_path / "run/sha256.txt").unlink()
     torch.save(state | {"arch": "os:getcwd"}, tmp_path / "run/student.pth")
     with pytest.raises(
-        UserError, match="is of os:getcwd, and no code is run because a file names it; give --arch 'os:getcwd'"
+        UserError,
+        match="has the architecture os:getcwd, and code that only a file names is never run; give --arch 'os:getcwd'",
     ):
         export(tmp_path / "run", tmp_path / "out")
 
@@ -215,14 +216,17 @@ def test_a_network_of_a_file_is_exported_with_its_source(export, tmp_path, comma
     export(tmp_path / "run", tmp_path / "student", "--arch", spec)
     assert (tmp_path / "student/network.py").read_text() == (ROOT / "tests/plain_network.py").read_text()
     assert "Trained on real images" in (tmp_path / "student/README.md").read_text()
-    with pytest.raises(UserError, match="holds a network of tests/plain_network.py:plain, .*no code is run.*mean 0.305"):
+    with pytest.raises(
+        UserError,
+        match="has the architecture tests/plain_network.py:plain, .*code that only a folder names is never run.*mean 0.305",
+    ):
         open_trained(MODELS, str(tmp_path / "student"))
 
 
 def test_the_hub_is_one_line_offline_and_gets_the_folder(runs, export, tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="--push_to_hub x: wanted ORG/NAME"):
+    with pytest.raises(UserError, match="--push_to_hub x found, ORG/NAME wanted"):
         export(runs["resnet8"], tmp_path / "a", "--push_to_hub", "x")
-    with pytest.raises(UserError, match=r"org/net: the hub cannot be written.*hf upload org/net") as caught:
+    with pytest.raises(UserError, match=r"org/net: the upload failed .*hf upload org/net") as caught:
         export(runs["resnet8"], tmp_path / "a", "--push_to_hub", "org/net")
     assert "\n" not in str(caught.value) and (tmp_path / "a/model.safetensors").exists()
     sent = {}
@@ -303,9 +307,9 @@ def test_evaluation_of_an_exported_folder_on_folders_of_images(runs, export, mea
     [
         ("none --dataset digits", "unknown model 'none'|no teacher checkpoint"),
         ("none --images {tmp}", "there is no file or folder none; give one, a public name"),
-        ("{bare} --dataset digits", "does not say of which network it is; give --arch NAME"),
-        ("{tmp} --dataset digits", "holds no finished run"),
-        ("{bare} --dataset digits --images x", "--dataset NAME or --images FOLDER, one of them"),
+        ("{bare} --dataset digits", "does not record its architecture; give --arch NAME"),
+        ("{tmp} --dataset digits", "has no finished run"),
+        ("{bare} --dataset digits --images x", "give either --dataset NAME or --images FOLDER"),
     ],
 )
 def test_wrong_evaluations_are_one_line(arguments, message, measure, tmp_path, monkeypatch):

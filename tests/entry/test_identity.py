@@ -69,7 +69,7 @@ def test_training_on_other_data_is_another_training(train, tmp_path, capsys):
     train("two", place)
     train("two", place)
     train("moved", place)
-    assert capsys.readouterr().out.count("trained before") == 2
+    assert capsys.readouterr().out.count("already trained") == 2
     for name, called in (("other", "other"), ("three", "three"), ("taught", "two")):
         with pytest.raises(UserError, match=rf"--data_root \(two: 2 classes .*, now \({called}: .*--save_dir.*--redo$"):
             train(name, place)
@@ -106,7 +106,7 @@ def test_a_run_on_other_data_is_never_taken_for_done(flags, train, distill_from,
     flags += " --teacher_ckpt teacher.pth --save_dir run"
     distill_from("two", flags)
     distill_from("moved", flags)
-    assert "distill: done before" in capsys.readouterr().out
+    assert "distill: already done" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"is done with --data_root \(two: .*, now \(other: .*--redo"):
         distill_from("other", flags)
     with pytest.raises(UserError, match=r"test images \w+\), now \(two: "):
@@ -123,7 +123,7 @@ def test_images_that_are_made_depend_on_classes_alone(train, distill_from, tmp_p
     train("two", "--output teacher.pth")
     distill_from("two", f"{BANK} --teacher_ckpt teacher.pth --save_dir run --stages synthesize")
     distill_from("other", f"{BANK} --teacher_ckpt teacher.pth --save_dir run --name two")
-    assert "synthesize: done before" in capsys.readouterr().out and Path("run/result.json").exists()
+    assert "synthesize: already done" in capsys.readouterr().out and Path("run/result.json").exists()
 
 
 def test_a_run_of_an_earlier_version_is_refused(train, distill_from, tmp_path):

@@ -82,5 +82,5 @@ def test_a_bank_of_another_teacher_is_refused(command, tmp_path, teacher_file):
         "synthesize", 0, torch.rand(2, 3, 16, 16), torch.zeros(2, dtype=torch.long)
     )
     flags = f"--dataset digits --teacher resnet8 --teacher_ckpt {teacher_file} --bank {tmp_path / 'bank'}"
-    with pytest.raises(UserError, match="a bank of its own"):
+    with pytest.raises(UserError, match="give a bank of this teacher"):
         command("datafree.int8", f"{flags} --lines {tmp_path / 'r.jsonl'}")

@@ -136,7 +136,7 @@ def test_images_that_stay_in_their_shards_make_the_same_student(distill, tmp_pat
     monkeypatch.setattr("engine.data.bank.memory_limit", lambda device: 0)
     distill("dda", tmp_path)
     log = (tmp_path / "log.txt").read_text()
-    assert outcome(tmp_path) == expected and "in mapped shards" in log and "peak memory" in log.splitlines()[-1]
+    assert outcome(tmp_path) == expected and "MB, memory-mapped" in log and "peak memory" in log.splitlines()[-1]
 
 
 @pytest.mark.parametrize("method", [m for m in METHODS if "bn" in resolve(registry.METHODS[m]).Config.__dataclass_fields__])

@@ -21,7 +21,7 @@ def slow_clock(monkeypatch):
 def test_the_largest_scale_that_fits():
     assert minutes.fitting_scale(lambda scale: 1000 * scale, 50) == pytest.approx(0.05, rel=0.01)
     assert minutes.fitting_scale(lambda scale: 1000 * scale, 2000) == 1  # never longer than the published run
-    with pytest.raises(UserError, match="--minutes 1 is less than the shortest run takes"):
+    with pytest.raises(UserError, match="--minutes 1 found, but the shortest run takes"):
         minutes.fitting_scale(lambda scale: 100 + scale, 60)
 
 
@@ -84,7 +84,7 @@ def test_a_resume_keeps_the_scale(command, teacher_file, tmp_path, monkeypatch):
     monkeypatch.setattr(minutes, "measure", lambda *_: pytest.fail("measured again"))
     command("datafree_kd", line + ".05")
     assert (tmp_path / "run/result.json").read_text() == before
-    with pytest.raises(UserError, match="was begun with --minutes 0.05 and --scale .*, now --minutes 9 is asked for"):
+    with pytest.raises(UserError, match="was started with --minutes 0.05 and --scale .*, now --minutes 9 is given"):
         command("datafree_kd", line + "9")
 
 

@@ -102,7 +102,7 @@ def test_a_folder_of_others_is_refused_and_left_as_it_is(content, tmp_path):
         (tmp_path / "theirs" / name).write_text(content)
     (tmp_path / "theirs" / ".lock").write_text("held")
     before = tree(tmp_path)
-    with pytest.raises(UserError, match="no run of this program; give a new folder") as caught:
+    with pytest.raises(UserError, match="contains files, but not those of a run; give a new folder") as caught:
         Run(tmp_path / "theirs", {})
     assert tree(tmp_path) == before and "\n" not in str(caught.value)
 
@@ -111,7 +111,7 @@ def test_the_parent_of_runs_is_refused(tmp_path):
     open_and_close(tmp_path / "runs" / "seed0")
     (tmp_path / "runs" / "seed0" / OURS).write_text("of a run that is under way")
     before = tree(tmp_path)
-    with pytest.raises(UserError, match="no run of this program"):
+    with pytest.raises(UserError, match="contains files, but not those of a run"):
         Run(tmp_path / "runs", {})
     assert tree(tmp_path) == before
 
@@ -171,9 +171,9 @@ def test_trained_weights_replace_no_other_file(command, tmp_path):
     output = tmp_path / "teacher.pth"
     flags = f"--model resnet8 --dataset digits --epochs 1 --batch_size 600 --gpu -1 --output {output} --save_dir {tmp_path / 'run'}"
     output.write_text("a thesis")
-    with pytest.raises(UserError, match="teacher.pth is there and not of this run; give another --output"):
+    with pytest.raises(UserError, match="teacher.pth exists and is not from this run; give another --output"):
         command("train_scratch", flags)
-    with pytest.raises(UserError, match="teacher.pth is there and not of this run"):
+    with pytest.raises(UserError, match="teacher.pth exists and is not from this run"):
         command("train_scratch", f"{flags} --redo")
     assert output.read_text() == "a thesis"
     output.unlink()
@@ -188,7 +188,7 @@ def test_export_wants_a_new_folder(tmp_path, monkeypatch):
     bank.append("synthesize", 0, torch.zeros(2, 3, 8, 8), torch.tensor([0, 1]))
     (tmp_path / "png" / "0").mkdir(parents=True)
     (tmp_path / "png" / "0" / "0000000.png").write_text("a photograph")
-    with pytest.raises(UserError, match="not an empty folder; give a new one"):
+    with pytest.raises(UserError, match="not an empty folder; give a new folder"):
         bank_module.export_folders(bank, tmp_path / "png")
     assert (tmp_path / "png" / "0" / "0000000.png").read_text() == "a photograph"
     (tmp_path / "empty").mkdir()
@@ -228,7 +228,7 @@ def test_export_png_overwrites_no_photograph(command, teacher_file, miniature, t
     flags = (
         f"{TINY_TASK} --teacher_ckpt {teacher_file} {TINY['diffdfkd']} --adv 0 --diffusion_model {miniature('patch_prior')}"
     )
-    with pytest.raises(UserError, match="png is there already and is not an empty folder"):
+    with pytest.raises(UserError, match="png exists already and is not an empty folder"):
         command("datafree_kd", f"--method diffdfkd {flags} --save_dir {tmp_path / 'run'} --export_png {tmp_path / 'png'}")
     assert tree(tmp_path / "png") == before
 
@@ -238,6 +238,6 @@ def test_rendered_glyphs_replace_no_file(tmp_path, monkeypatch):
     before = tree(tmp_path)
     monkeypatch.setattr(glyphs, "find_fonts", lambda paths: [])
     monkeypatch.setattr("sys.argv", ["glyphs", "--output", str(tmp_path / "x.npz")])
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="exists already"):
         glyphs.main()
     assert tree(tmp_path) == before

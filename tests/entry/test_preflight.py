@@ -13,27 +13,27 @@ from engine.runtime.files import load_checkpoint, load_tensors, weights_digest
 from tests.conftest import CPU, dataset_info, load_teacher
 
 UNSEEN = "--no_test --dataset pens --num_classes 10 --image_size 16"
-HUB = "neither a directory here nor a model that could be had from the hub"
+HUB = "there is no such directory, and no such model could be downloaded from the hub"
 REFUSED = {
     "csd --init_bank {tmp}/nowhere": "no image bank",
     "dda --init_variants {tmp}/nowhere": "no image bank",
-    "dda --stages augment": "stage synthesize .* is not begun",
-    "dda --stages distill": "is not begun",
-    "csd --redo nonsense": "--redo nonsense: this run has the stages synthesize, distill",
-    "noise --images {tmp}/nowhere": "--images .* holds no images",
+    "dda --stages augment": "stage synthesize .* is not started",
+    "dda --stages distill": "is not started",
+    "csd --redo nonsense": "--redo nonsense found, one of the stages synthesize, distill wanted",
+    "noise --images {tmp}/nowhere": "--images .* contains no images",
     "noise --images {tmp}/garbage": "a.png",
     "nayer --label_embedding clip --text_model nobody/nothing": f"--text_model nobody/nothing: {HUB}",
     "dda --prior image_variation --diffusion_model nobody/nothing": f"--diffusion_model nobody/nothing: {HUB}",
-    "dda --prior image_to_image --diffusion_model {tmp}/garbage": "this directory is no whole model",
+    "dda --prior image_to_image --diffusion_model {tmp}/garbage": "this directory is not a complete model",
     "dda --embedding clip --embedding_model nobody/nothing": f"--embedding_model nobody/nothing: {HUB}",
     "diffdfkd --diffusion_model nobody/nothing": f"--diffusion_model nobody/nothing: {HUB}",
     "diffdfkd --diffusion_model {tmp}/garbage/a.safetensors": "a.safetensors",
-    "diffdfkd --export_png {tmp}/garbage": "is there already and is not an empty folder",
+    "diffdfkd --export_png {tmp}/garbage": "exists already and is not an empty folder",
     "csd --dataset cifar10 --data_root {tmp}/nowhere": "--no_test, which needs no real image",
     "csd --stages synthesize --dataset cifar10 --data_root {tmp}/nowhere": "--no_test, which needs no real image",
-    "csd --no_test --dataset pens --num_classes 10": "'pens'; with --no_test give --num_classes and --image_size",
+    "csd --no_test --dataset pens --num_classes 10": "'pens'; with --no_test, an unknown dataset needs --num_classes and --image_size",
     "csd --no_test --num_classes 7": "--num_classes 7: digits has 10 classes",
-    "kd --no_test": "kd learns from them; leave it out",
+    "kd --no_test": "kd trains on real images; leave it out",
 }
 
 
@@ -53,7 +53,10 @@ def test_the_teacher_is_told_of_once_before_the_first_stage(distill, tmp_path):
     distill("csd", tmp_path, "--stages synthesize")
     first = (tmp_path / "log.txt").read_text().splitlines()
     assert "teacher resnet8 normalizes with mean 0.305" in first[0] and "% on the 101 test images of digits" in first[0]
-    assert "warning: chance is 10.00 %" in first[1] and "another order of the classes" in first[1]
+    assert (
+        "warning: the teacher's accuracy is low (chance is 10.00 %)" in first[1]
+        and "another order of the classes" in first[1]
+    )
     distill("csd", tmp_path, "--stages synthesize")
     assert len((tmp_path / "log.txt").read_text().splitlines()) == len(first) + 1, "that it was done before, and no more"
     distill("csd", tmp_path)

@@ -255,7 +255,7 @@ def test_another_number_of_processes_goes_on(name, folder):
     found = result(folder / name)
     assert found["processes"] == {"fewer": 1, "more": 2}[name] and found["student_steps"] == 6
     assert found["bank_images"] == 24 and len(shards(folder / name, "bank/*.safetensors")) == 4
-    assert "going on after round 1 of 2" in (folder / name / "log.txt").read_text()
+    assert "resumed after round 1 of 2" in (folder / name / "log.txt").read_text()
     lines = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
     assert [(line["stage"], line["round"]) for line in lines] == [
         ("synthesize", 0),
@@ -286,7 +286,7 @@ def test_shares_are_a_whole_batch():
 
 
 def test_a_batch_that_cannot_be_shared_ends_all_with_one_line(teacher_file, tmp_path):
-    with pytest.raises(UserError, match="--batch_size 7 .* multiple of 2, like 8"):
+    with pytest.raises(UserError, match="--batch_size 7 .* multiple of 2, for example 8"):
         Processes(0, 2).check_divides(7)
     flags = f"{TINY_TASK} --teacher_ckpt {teacher_file} {TINY['csd']} --save_dir {tmp_path / 'run'} --batch_size 7"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -300,6 +300,6 @@ def test_a_batch_that_cannot_be_shared_ends_all_with_one_line(teacher_file, tmp_
     )
     assert done.returncode != 0 and re.search(r"exitcode +: 2 ", done.stderr), done.stderr
     assert [line for line in done.stderr.splitlines() if line.startswith("error: ")] == [
-        "error: --batch_size 7 cannot be shared by 2 processes; give a multiple of 2, like 8"
+        "error: --batch_size 7 cannot be divided equally among 2 processes; give a multiple of 2, for example 8"
     ]
     assert not (tmp_path / "run").exists()

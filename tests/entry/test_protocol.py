@@ -67,7 +67,7 @@ def test_what_is_done_is_left_out(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "words, message", [(["--list", "fasst"], "'fasst' found, some of kd"), (["--job", "2"], "--job found")]
+    "words, message", [(["--list", "fasst"], "'fasst' found, names out of kd"), (["--job", "2"], "--job found")]
 )
 def test_mistakes_are_one_line(words, message):
     code, lines, error = script(*words)
@@ -80,5 +80,5 @@ def test_runs_that_fail_are_said(tmp_path):
     (tmp_path / "python").chmod(0o755)
     variables = {"OUT": str(tmp_path), "SEEDS": "0", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     code, lines, error = script("--jobs", "2", "kd", "noise", **variables)
-    assert code == 1 and "some runs stopped" in error and len(lines) == 2
+    assert code == 1 and "some runs failed" in error and len(lines) == 2
     assert "error: datafree_kd.py --method kd" in (tmp_path / "console/kd_seed0.txt").read_text()

@@ -62,7 +62,7 @@ def test_a_lost_end_is_made_again_from_the_checkpoint(name, distill, copied, fin
     folder = copied("csd")
     (folder / name).unlink()
     distill("csd", folder)
-    assert f"distill: {name} is gone; it is made again from distill.pth" in capsys.readouterr().out
+    assert f"distill: {name} is missing and is written again from distill.pth" in capsys.readouterr().out
     assert (folder / name).exists() and outcome(folder) == outcome(finished("csd"))
 
 
@@ -74,7 +74,7 @@ def test_a_lost_file_of_a_done_stage_is_one_line(name, listed, distill, copied):
     if not listed:
         ((folder / name).parent / checksums.LIST).unlink()
         name = re.sub(r"(bank/\w+)-\d+(.*)", r"some of \1-\\*\2", name)
-    with pytest.raises(UserError, match=f"is done, but {name} is gone; .*--redo (synthesize|distill)$"):
+    with pytest.raises(UserError, match=f"is done, but {name} is missing; .*--redo (synthesize|distill)$"):
         distill("csd", folder)
 
 
@@ -91,7 +91,7 @@ def test_a_bank_that_lost_images_is_no_bank_to_start_from(listed, distill, copie
 def test_a_bank_without_its_synthesizer_is_no_bank_to_start_from(distill, copied, tmp_path):
     folder = copied("fast")
     (folder / "bank/synthesizer.pth").unlink()
-    with pytest.raises(UserError, match="synthesizer.pth, from which the rounds go on, is gone"):
+    with pytest.raises(UserError, match="synthesizer.pth is missing, and stage distill starts from it"):
         distill("fast", tmp_path / "other", f"--init_bank {folder}")
 
 
@@ -149,7 +149,7 @@ def test_a_student_that_diverges_in_the_last_step_is_not_saved(distill, tmp_path
     with monkeypatch.context() as patch:
         patch.setattr(engine.loops.distill.Distillation, "student_steps", diverging)
         with pytest.raises(
-            UserError, match="distill.pth is not written: .* became NaN or infinite; what was written before is"
+            UserError, match="distill.pth was not written, because .* became NaN or infinite; files written so far are"
         ):
             distill("csd", tmp_path / "run")
     assert not (tmp_path / "run/student.pth").exists() and load_checkpoint(tmp_path / "run/distill.pth")["round"] == 1
@@ -167,7 +167,7 @@ def test_weights_that_changed_since_are_not_called_trained(command, tmp_path):
     flags = f"{flags} --save_dir {tmp_path / 'run'} --output {tmp_path / 'w.pth'}"
     command("train_scratch", flags)
     flip(tmp_path / "w.pth")
-    with pytest.raises(UserError, match="w.pth is not what its run has written"):
+    with pytest.raises(UserError, match="w.pth has changed since its run wrote it"):
         command("train_scratch", flags)
 
 
@@ -175,7 +175,7 @@ ODD = {
     "round": (10**9, "round is 1000000000, a whole number from 0 to 2 wanted"),
     "accuracies": (["x"], r"accuracies\[0\] is 'x', a finite number wanted"),
     "student": (3, "student is 3, an object wanted"),
-    "optimizer": ({"state": {}}, "it has no optimizer.param_groups"),
+    "optimizer": ({"state": {}}, "optimizer.param_groups is missing"),
 }
 
 
@@ -212,7 +212,7 @@ def test_tensors_of_odd_kinds(tmp_path):
         torch.save({"a": odd}, tmp_path / "a.pth")
         with pytest.raises(UserError, match="a.pth has (a tensor|NaN)"):
             load_checkpoint(tmp_path / "a.pth")
-    with pytest.raises(UserError, match="not written: a became NaN"):
+    with pytest.raises(UserError, match="not written, because a became NaN"):
         save_tensors(tmp_path / "b.safetensors", {"a": whole / 0})
 
 
@@ -235,9 +235,9 @@ def test_a_schema_names_the_place():
     schema = {"a": [{"b?": int}], "c": {int, None}}
     require({"a": [{}, {"b": None}, {"b": 3}], "c": None, "more": 1}, schema, "f")
     for value, message in (
-        ({"a": [{"b": 1.5}], "c": 1}, r"f is not as .*: a\[0\].b is 1.5, a whole number wanted"),
+        ({"a": [{"b": 1.5}], "c": 1}, r"f does not have the expected contents: a\[0\].b is 1.5, a whole number wanted"),
         ({"a": [], "c": "x"}, "c is 'x'"),
-        ({"a": []}, "it has no c"),
+        ({"a": []}, "c is missing"),
         ([], "it is a list, an object wanted"),
     ):
         with pytest.raises(UserError, match=message):
@@ -264,7 +264,7 @@ def test_another_number_of_threads_is_told(distill, copied, capsys):
     record["distill"] |= {"status": "incomplete", "threads": 64}
     (folder / "stages.json").write_text(json.dumps(record))
     distill("csd", folder)
-    assert "distill: begun with 64 CPU threads, goes on with" in capsys.readouterr().out
+    assert "distill: started with 64 CPU threads, resumed with" in capsys.readouterr().out
 
 
 def test_a_failed_import_leaves_nothing(command, tmp_path):

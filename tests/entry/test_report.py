@@ -152,7 +152,7 @@ def test_a_repeated_seed_is_a_warning(tmp_path, capsys):
         write_result(tmp_path / f"run{k}", seed=seed)
     assert "| 0,1,1 |" in report.table(report.parse([str(tmp_path), "--wide", "--markdown"]))
     warning = capsys.readouterr().err
-    assert warning.startswith("warning: seed 1 is 2 times in one row") and warning.count("\n") == 1
+    assert warning.startswith("warning: seed 1 occurs 2 times in one row") and warning.count("\n") == 1
     assert "run1" in warning and "run2" in warning and "run0" not in warning
 
 
@@ -228,7 +228,7 @@ def test_result_lines_make_the_tables_that_their_folders_made(three_runs, tmp_pa
     monkeypatch.setattr("sys.argv", ["report", str(three_runs), "--lines", str(lines)])
     report.main()
     report.main()  # lines of the same runs are replaced
-    assert capsys.readouterr().out.splitlines() == [f"{lines}: 4 results written, 4 in it now"] * 2
+    assert capsys.readouterr().out.splitlines() == [f"{lines}: 4 results written, 4 results in the file"] * 2
     assert run_report(lines, *flags) == run_report(three_runs, *flags)
     kept = [json.loads(line) for line in lines.read_text().splitlines()]
     assert [line["folder"] for line in kept] == ["long", "m/seed0", "m/seed1", "real"]

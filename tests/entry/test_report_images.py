@@ -137,7 +137,7 @@ def test_what_a_plot_cannot_be(finished, report, tmp_path, monkeypatch):
     old = tmp_path / "old"
     shutil.copytree(finished("dfq"), old)
     (old / "times.jsonl").unlink()
-    with pytest.raises(UserError, match="no run has an accuracy with its minutes"):
+    with pytest.raises(UserError, match="no run has recorded its accuracies by minutes"):
         report(old, "--plot", tmp_path / "plot.png", "--x", "minutes")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(UserError, match="matplotlib, which is not installed"):

@@ -113,7 +113,7 @@ def test_a_run_folder_holds_what_the_page_shows(run_folders, tmp_path, monkeypat
 def test_results_kept_as_lines_make_a_page_too(tmp_path, monkeypatch):
     page = make_page(monkeypatch, tmp_path, ROOT / "checkpoints/results/sketches.jsonl")
     check_self_contained(page)
-    assert "These results hold no times" in page.read_text()
+    assert "These results contain no times" in page.read_text()
 
 
 def test_the_page_escapes_what_it_shows(tmp_path, monkeypatch):

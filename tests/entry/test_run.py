@@ -24,7 +24,7 @@ def test_several_seeds_in_one_command(distill, tmp_path, capsys):
     assert {p.name for p in (tmp_path / "runs").iterdir()} == {"seed0", "seed2"}
     distill("noise", tmp_path / "runs", "--seeds 0,2,3")
     out = capsys.readouterr().out
-    assert out.count("distill: done before, skipped") == 2 and out.splitlines()[-1].startswith("noise ")
+    assert out.count("distill: already done, skipped") == 2 and out.splitlines()[-1].startswith("noise ")
     distill("csd", tmp_path / "bank{seed}", "--stages synthesize --seeds 0,1 --init_rounds 1")
     assert "\ncsd " not in capsys.readouterr().out, "no run is finished, so there is no table"
     distill("csd", tmp_path / "s{seed}", f"--seeds 0,1 --init_bank {tmp_path}/bank{{seed}} --epochs 1")
@@ -47,7 +47,7 @@ def test_noise_from_a_folder_of_pictures(distill, tmp_path):
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["images"] == 9 and result["external_prior"] == "images of pictures"
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="holds no images"):
+    with pytest.raises(UserError, match="contains no images"):
         distill("noise", tmp_path / "run2", f"--images {tmp_path / 'empty'}")
 
 
@@ -55,7 +55,7 @@ def test_a_done_run_is_skipped(distill, copied, capsys):
     folder = copied("csd")
     student = (folder / "student.pth").stat().st_mtime_ns
     distill("csd", folder)
-    assert "distill: done before, skipped" in capsys.readouterr().out
+    assert "distill: already done, skipped" in capsys.readouterr().out
     assert (folder / "student.pth").stat().st_mtime_ns == student
 
 
@@ -132,12 +132,12 @@ def test_bfloat16_runs(distill, tmp_path):
 
 
 def test_stages_can_be_run_apart(distill, tmp_path, finished):
-    with pytest.raises(UserError, match="stage synthesize .* is not begun; run it first"):
+    with pytest.raises(UserError, match="stage synthesize .* is not started; run it first"):
         distill("dda", tmp_path, "--stages augment")
     for stage in ("synthesize", "augment", "distill"):
         distill("dda", tmp_path, f"--stages {stage}")
     assert outcome(tmp_path) == outcome(finished("dda"))
-    with pytest.raises(UserError, match="--stages generate: this run has the stages synthesize, augment, distill"):
+    with pytest.raises(UserError, match="--stages generate found, stages out of synthesize, augment, distill wanted"):
         distill("dda", tmp_path, "--stages generate")
 
 
@@ -194,8 +194,8 @@ BAD = {
     "--method csd --dataset digits --teacher resnet8 --teacher_ckpt README.md": "README.md cannot be read",
     "--method csd --gpu 3": "--gpu 3: this machine has no GPU",
     "--method csd --amp fp16": "--amp fp16 needs a GPU",
-    "--method csd --amp fp8": "none of auto, no, bf16, fp16",
-    "--method dda --embedding nonsense": "none of teacher, clip, dinov2",
+    "--method csd --amp fp8": "one of auto, no, bf16, fp16 wanted",
+    "--method dda --embedding nonsense": "one of teacher, clip, dinov2 wanted",
     "": "--method",
 }
 

@@ -169,7 +169,7 @@ def test_several_processes_make_the_bank_of_one(tmp_path, count, learns_from):
 def test_a_lost_shard_is_named(tmp_path):
     filled(tmp_path, learns_from=16)
     (tmp_path / "bank" / "generate-000000.safetensors").unlink()
-    with pytest.raises(UserError, match="misses round 0 of 3; .* --redo generate"):
+    with pytest.raises(UserError, match="lacks the shard of round 0, although 3 rounds were made; .* --redo generate"):
         filled(tmp_path, learns_from=16)
 
 

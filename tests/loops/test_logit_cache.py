@@ -118,7 +118,7 @@ def test_how_much_is_kept():
     assert rows == 0 and "only 1 % of the teacher's outputs would come from it" in text
     assert cached_keys("auto", views, 10**6, 40, CPU)[0] == 1800
     for wrong in ("yes", "-1", "1.5"):
-        with pytest.raises(UserError, match=f"--logit_cache {wrong} found; give auto, no, or a number of MiB"):
+        with pytest.raises(UserError, match=f"--logit_cache {wrong} found, auto, no, or a number of MiB wanted"):
             check_logit_cache(wrong)
 
 
@@ -187,7 +187,9 @@ def test_a_small_memo_makes_the_same_student(distill, finished, tmp_path, monkey
 
 def test_losses_of_feature_maps_keep_the_plain_way(distill, tmp_path):
     distill("csd", tmp_path, "--logit_cache 1 --epochs 1")
-    assert "logit cache: none, because the student's loss needs more of the teacher than its logits" in log(tmp_path)
+    assert "logit cache: none, because the student's loss needs other outputs of the teacher than its logits" in log(
+        tmp_path
+    )
 
 
 def test_a_short_run_has_none(distill, tmp_path):
@@ -196,10 +198,10 @@ def test_a_short_run_has_none(distill, tmp_path):
 
 
 REFUSED = {
-    ("dafl", "--views 2"): "--views 2: what the student sees here is no finite set",
-    ("diffdfkd", "--views 2 --mix cutmix"): "--views 2: what the student sees here is no finite set",
+    ("dafl", "--views 2"): "--views 2 found, but this run has no finite set of crops and flips",
+    ("diffdfkd", "--views 2 --mix cutmix"): "--views 2 found, but this run has no finite set of crops and flips",
     ("fast", "--views 0"): "--views 0 found",
-    ("fast", "--logit_cache many"): "--logit_cache many found; give auto, no",
+    ("fast", "--logit_cache many"): "--logit_cache many found, auto, no, or a number of MiB wanted",
 }
 
 

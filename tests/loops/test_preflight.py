@@ -44,9 +44,9 @@ def test_published_lengths_on_a_cpu_are_said_and_tiny_ones_are_not(method):
 
 
 def test_the_steps_of_a_run_are_counted():
-    assert "200000 student steps and 220000 of synthesis" in line("csd")[0]  # 100 x 2000; 400 x 500 + 100 x 200
-    assert "120000 student steps and 24000 of synthesis" in line("nayer")[0]  # 300 x 400; 20 x 10 x 30 + 300 x 2 x 30
-    assert "0 student steps and 200000 of synthesis" in line("csd", stages=["synthesize"])[0]
+    assert "200000 student steps and 220000 synthesis steps" in line("csd")[0]  # 100 x 2000; 400 x 500 + 100 x 200
+    assert "120000 student steps and 24000 synthesis steps" in line("nayer")[0]  # 300 x 400; 20 x 10 x 30 + 300 x 2 x 30
+    assert "0 student steps and 200000 synthesis steps" in line("csd", stages=["synthesize"])[0]
 
 
 def test_a_duration_in_words():
@@ -102,7 +102,7 @@ def test_a_round_of_a_bank_tells_what_is_left(tmp_path, monkeypatch):
         fill(run, record, ImageBank(tmp_path / name / "bank", Manifest("d", 10, 4)), "synthesize", 4, Slow)
         run.close()
         log = (tmp_path / name / "log.txt").read_text()
-        assert log.count("time left of stage synthesize: about 5 min") == (name == "slow") == log.count("time left")
+        assert log.count("time left in stage synthesize: about 5 min") == (name == "slow") == log.count("time left")
 
 
 @pytest.mark.parametrize("mapped", [False, True])

@@ -79,7 +79,7 @@ def test_a_function_that_cannot_be_compiled_runs_as_it_is(monkeypatch):
     monkeypatch.setattr("torch.compile", lambda function, **_: raising)
     double = Compiler("yes", CPU, lines.append)(lambda x: 2 * x, 1, "doubling")
     assert double(3) == 6 and double(4) == 8
-    assert len(lines) == 2 and lines[1] == "compile: the doubling runs uncompiled: OSError: no space left on device"
+    assert len(lines) == 2 and lines[1] == "compile: the doubling will run uncompiled: OSError: no space left on device"
 
 
 def raising(*_):
@@ -129,4 +129,4 @@ def test_without_a_compiler_nothing_is_compiled(monkeypatch):
     monkeypatch.setattr("shutil.which", lambda name: None)
     monkeypatch.delenv("CXX", raising=False)
     assert Compiler("yes", CPU, lines.append)(abs, 1, "function") is abs
-    assert lines == ["compile: the function runs uncompiled: there is no C++ compiler"]
+    assert lines == ["compile: the function will run uncompiled: there is no C++ compiler"]

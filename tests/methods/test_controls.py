@@ -62,7 +62,7 @@ def test_an_archive_of_pictures_is_as_good_as_a_folder(tmp_path, finished):
     result = json.loads((finished("noise", f"--images {tmp_path / 'others.npz'}") / "result.json").read_text())
     assert (result["external_prior"], result["images"]) == ("images of others", 9)
     np.savez(tmp_path / "empty.npz", labels=pixels)
-    with pytest.raises(UserError, match="has no x_train; it has labels"):
+    with pytest.raises(UserError, match="has no array x_train; it has labels"):
         noise.read_pictures(str(tmp_path / "empty.npz"), 16)
 
 
@@ -140,7 +140,7 @@ def test_a_picture_must_be_there_and_large_enough(tmp_path):
     def method(file):
         return one_image.OneImage(one_image.OneImageConfig(image=file), None, None, make_task())
 
-    with pytest.raises(UserError, match="--image FILE is missing"):
+    with pytest.raises(UserError, match="--image is missing"):
         method(None)
     Image.new("RGB", (40, 31)).save(tmp_path / "small.png")
     with pytest.raises(UserError, match="40 x 31 pixels, at least 32 a side"):

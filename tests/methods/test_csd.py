@@ -197,13 +197,13 @@ def test_a_warm_generator_goes_on_where_the_last_round_left_it(distill, tmp_path
             distill("csd", tmp_path / name, f"{flags} {stop}")
     assert (tmp_path / "unbroken/bank/synthesizer.pth").exists()
     assert outcome(tmp_path / "unbroken") == outcome(tmp_path / "stopped")
-    with pytest.raises(UserError, match="left by another --method or with other flags of size"):
+    with pytest.raises(UserError, match="saved by another --method or for networks of other sizes"):
         distill("csd", tmp_path / "other", f"--warm_generator --nz 9 --init_bank {tmp_path / 'unbroken'}")
     distill("csd", tmp_path / "cold", f"--nz 9 --init_bank {tmp_path / 'unbroken'}")
 
 
 def test_a_bank_of_another_method_is_one_line(distill, finished, tmp_path):
-    with pytest.raises(UserError, match="left by another --method or with other flags of size"):
+    with pytest.raises(UserError, match="saved by another --method or for networks of other sizes"):
         distill("csd", tmp_path / "run", f"--init_bank {finished('fast')}")
 
 

@@ -51,7 +51,8 @@ def test_guidance_makes_the_teacher_surer_of_variants_of_one_bank(natural, disti
         assert stored["kept_teacher_acc1"].item() == pytest.approx(100 * share, abs=1e-3) and "dropped_loss_bn" not in stored
         found[oh] = stored["kept_loss_oh"].item()
         assert (
-            f"the teacher names {100 * share:.1f} % by their source's label" in (tmp_path / str(oh) / "log.txt").read_text()
+            f"the teacher classifies {100 * share:.1f} % of the kept variants as their source's label"
+            in (tmp_path / str(oh) / "log.txt").read_text()
         )
     assert found[100] < found[0]
 

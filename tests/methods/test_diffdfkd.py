@@ -206,11 +206,11 @@ def test_nan_keeps_what_was_made(generative, distill, tmp_path):
 BAD = {
     "--lca_every -1": "--lca_every -1 found, a whole number from 0 on wanted",
     "--images_per_class 0": "--images_per_class 0 found",
-    "--scheduler euler": "none of own, ddim",
+    "--scheduler euler": "one of own, ddim",
     "--diffusion_model {dit} --class_map 1,2": "--class_map has 2 ids",
-    "--diffusion_model {dit} --class_map 1,2,3,4,5,6,7,8,9,10": "knows 10 classes, id 10",
-    "--diffusion_model {stable_diffusion} --oh 0 --prompt picture": "does not name the class and --oh is 0",
-    "--diffusion_model nobody/nothing": "neither a directory here nor a model that could be had from the hub",
+    "--diffusion_model {dit} --class_map 1,2,3,4,5,6,7,8,9,10": "has the class ids 0 to 9, but one of the dataset's 10 classes is mapped to id 10",
+    "--diffusion_model {stable_diffusion} --oh 0 --prompt picture": "has a prompt without {label} and --oh is 0",
+    "--diffusion_model nobody/nothing": "there is no such directory, and no such model could be downloaded from the hub",
     "--diffusion_model README.md": "--diffusion_model README.md",
     "--diffusion_model {dit} --num_inference_steps 5000": "--num_inference_steps 5000",
 }

@@ -363,6 +363,6 @@ def test_the_state_of_another_method_or_size_is_one_line(teacher):
     synthesizer = FastSynthesizer(SMALL, teacher, TASK, warm_up=False)
     other = FastSynthesizer(small(nz=5), teacher, TASK, warm_up=True).state_dict()
     for state in ({"steps": 3}, other):
-        with pytest.raises(UserError, match="another --method or with other flags") as caught:
+        with pytest.raises(UserError, match="another --method or for networks of other sizes") as caught:
             synthesizer.load_state_dict(state)
         assert "\n" not in str(caught.value)

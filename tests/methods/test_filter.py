@@ -123,10 +123,10 @@ def test_dinov2_without_preprocessor_takes_standard_constants(folders):
 def test_models_that_cannot_be_had(folders, tmp_path):
     with pytest.raises(UserError, match="--embedding_model openai/clip-vit-base-patch32: .*'hf download openai/clip"):
         build_embedding("clip")
-    with pytest.raises(UserError, match="of type dinov2, but clip is wanted"):
+    with pytest.raises(UserError, match="of type dinov2, clip wanted"):
         build_embedding("clip", folders["dinov2"])
-    with pytest.raises(UserError, match="of type clip, but dinov2 is wanted"):
+    with pytest.raises(UserError, match="of type clip, dinov2 wanted"):
         build_embedding("dinov2", folders["clip"])
-    with pytest.raises(UserError, match="is no whole model"):
+    with pytest.raises(UserError, match="is not a complete model"):
         build_embedding("dinov2", str(tmp_path))
     assert set(DEFAULT_MODELS) | {"teacher"} == set(EMBEDDINGS)

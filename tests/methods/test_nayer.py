@@ -234,7 +234,7 @@ def test_a_run_with_clip_needs_it_once(text_model, distill, tmp_path):
     distill("nayer", tmp_path / "run", flags)
     assert json.loads((tmp_path / "run" / "result.json").read_text())["external_prior"] == "tiny-clip"
     shutil.rmtree(tmp_path / "run")
-    with pytest.raises(UserError, match="--text_model .*tiny-clip: this directory is no whole model"):
+    with pytest.raises(UserError, match="--text_model .*tiny-clip: this directory is not a complete model"):
         distill("nayer", tmp_path / "run", flags)
 
 
@@ -245,12 +245,12 @@ def test_a_hub_that_cannot_be_reached_is_one_line(distill, tmp_path):
 
 
 def test_a_model_of_another_kind_is_refused(distill, tmp_path, miniature):
-    with pytest.raises(UserError, match="--text_model .*dinov2 holds a model of type dinov2"):
+    with pytest.raises(UserError, match="--text_model .*dinov2 is a model of type dinov2"):
         distill("nayer", tmp_path / "run", f"--label_embedding clip --text_model {miniature('dinov2')}")
 
 
 def test_a_model_without_tokenizer_is_one_line(miniature):
-    with pytest.raises(UserError, match="--text_model .*clip embeds different classes alike") as caught:
+    with pytest.raises(UserError, match="--text_model .*clip gives different classes the same embedding") as caught:
         text_codes(NAMES, "{label}", miniature("clip"), CPU)
     assert "\n" not in str(caught.value)
 
@@ -276,7 +276,7 @@ def test_bad_flags(name, teacher, student):
 def test_clip_wants_class_names_and_a_place_for_them(teacher, student):
     nameless = make_task(num_classes=4)
     config = small(label_embedding="clip")
-    with pytest.raises(UserError, match="--label_embedding clip wants class names"):
+    with pytest.raises(UserError, match="--label_embedding clip needs class names"):
         NAYER(config, teacher, student, nameless)
     with pytest.raises(UserError, match=r"--prompt 'a photo' has no \{label\}"):
         NAYER(dataclasses.replace(config, prompt="a photo"), teacher, student, TASK)

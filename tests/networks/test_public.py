@@ -125,15 +125,21 @@ def test_what_timm_says_of_its_weights():
         ("timm:resnet18.none", "timm has no weights 'none' of resnet18; it has .*a1_in1k"),
         (
             "hf-hub:nobody/nothing",
-            "config.json of hf-hub:nobody/nothing cannot be fetched.*hf download nobody/nothing config.json",
+            "config.json of hf-hub:nobody/nothing cannot be downloaded.*hf download nobody/nothing config.json",
         ),
         ("torchvision:resnet19", "unknown network of torchvision 'resnet19'; did you mean"),
-        ("torchvision:resnet18.none", "no such weights; torchvision has IMAGENET1K_V1"),
-        ("torchvision:resnet18", "resnet18-f37072fd.pth cannot be fetched .*put it into .*checkpoints under that name"),
-        ("local-dir:{tmp}/none", "config.json does not exist; wanted a folder with config.json and model.safetensors"),
-        ("local-dir:{tmp}/other", "names no 'architecture'; wanted timm's layout, or a folder that engine.export wrote"),
-        ("local-dir:{tmp}/code", "holds a network of os:getcwd, which is no network of this project, and no code is run"),
-        ("local-dir:{tmp}/wide", "takes images of 3 x 32 x 64; wanted three channels and square images"),
+        ("torchvision:resnet18.none", "torchvision has no such weights; it has IMAGENET1K_V1"),
+        (
+            "torchvision:resnet18",
+            "resnet18-f37072fd.pth cannot be downloaded .*put it into .*checkpoints under the same name",
+        ),
+        ("local-dir:{tmp}/none", "config.json does not exist; give a folder with config.json and model.safetensors"),
+        ("local-dir:{tmp}/other", "has no 'architecture'; give a folder in timm's layout, or one that engine.export wrote"),
+        (
+            "local-dir:{tmp}/code",
+            "has the architecture os:getcwd, which is not in registry.MODELS, and code that only a folder names is never run",
+        ),
+        ("local-dir:{tmp}/wide", "needs images of 3 x 32 x 64, three channels and square images wanted"),
     ],
 )
 def test_what_cannot_be_had_is_one_line(spec, message, tmp_path, monkeypatch):
@@ -155,7 +161,9 @@ def test_what_cannot_be_had_is_one_line(spec, message, tmp_path, monkeypatch):
 def test_classes_in_another_order_are_told(folders):
     info = dataset_info("digits")
     config = {"num_classes": 10, "image_size": 32, "class_names": list(reversed(info.class_names))}
-    with pytest.raises(UserError, match="class 0 is '9' to m, and '0' in digits: the same classes in another order"):
+    with pytest.raises(
+        UserError, match="class 0 is '9' in m and '0' in digits: both have the same classes in another order"
+    ):
         info.adapted_to_model("m", config)
     with pytest.raises(UserError, match="m has 9 classes, digits has 10; .*train_scratch.py --model m --pretrained"):
         info.adapted_to_model("m", config | {"num_classes": 9})

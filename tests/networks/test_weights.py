@@ -57,20 +57,20 @@ def with_nan(state):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (lambda s: build_network("resnet8", 100).state_dict(), r"has 100 classes \(fc.weight 100x64\), wanted 10$"),
+        (lambda s: build_network("resnet8", 100).state_dict(), r"has 100 classes \(fc.weight 100x64\), 10 wanted$"),
         (
             lambda s: {"state_dict": build_network("wrn16_1", 10).state_dict(), "arch": "wrn16_1"},
-            r"holds wrn16_1, wanted ResNet: \d+ missing \(bn1.weight|layer1.0.conv1.weight, .*, \.\.\.\); \d+ unexpected",
+            r"contains wrn16_1, ResNet wanted: \d+ missing \(bn1.weight|layer1.0.conv1.weight, .*, \.\.\.\); \d+ unexpected",
         ),
-        (lambda s: build_network("resnet20", 10).state_dict(), r"wanted ResNet: 60 unexpected \(layer1.1.conv1.weight"),
+        (lambda s: build_network("resnet20", 10).state_dict(), r"ResNet wanted: 60 unexpected \(layer1.1.conv1.weight"),
         (
             lambda s: {**s, "conv1.weight": torch.zeros(8, 3, 3, 3), "fc.bias": torch.zeros(9)},
-            r"2 mis-shaped \(conv1.weight 8x3x3x3 for 16x3x3x3, fc.bias 9 for 10\)",
+            r"2 of another shape \(conv1.weight 8x3x3x3 for 16x3x3x3, fc.bias 9 for 10\)",
         ),
         (with_nan, r"NaN or infinite weights \(fc.bias\)"),
-        (lambda s: [1, 2], "holds a list, wanted a state_dict"),
-        (lambda s: {"epoch": 3}, r"holds no state_dict \(epoch"),
-        (lambda s: {"state_dict": {}}, r"holds no state_dict \(nothing"),
+        (lambda s: [1, 2], "contains an object of type list, a state_dict wanted"),
+        (lambda s: {"epoch": 3}, r"contains no state_dict \(epoch"),
+        (lambda s: {"state_dict": {}}, r"contains no state_dict \(nothing"),
     ],
 )
 def test_refused_contents(tmp_path, state, content, message):

@@ -131,5 +131,5 @@ def test_every_number_has_a_range_and_is_held_to_it(command, parser_of, capsys):
 
 
 def test_a_seed_that_comes_twice(command):
-    with pytest.raises(UserError, match="--seeds 0,1,0 names one twice"):
+    with pytest.raises(UserError, match="--seeds 0,1,0 has a value twice"):
         command("datafree_kd", "--method dafl --seeds 0,1,0")
