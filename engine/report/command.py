@@ -27,6 +27,7 @@ from engine.report.tables import (
     rounds_rows,
     rows_of,
     what_all_share,
+    wide_rows,
 )
 from engine.runtime.errors import UserError
 from engine.runtime.files import atomic_path
@@ -45,7 +46,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "runs", nargs="+", type=Path, help="run folders, folders of run folders, or files written by --lines"
     )
-    parser.add_argument("--wide", action="store_true", help="show all columns")
+    parser.add_argument("--wide", action="store_true", help="show all columns; what all rows share is above the table")
     parser.add_argument("--markdown", action="store_true", help="print the table in Markdown")
     parser.add_argument("--rounds", action="store_true", help="add a table of the accuracy during training")
     parser.add_argument(
@@ -96,12 +97,11 @@ def table(args: argparse.Namespace) -> str:
     if args.images:
         rows = image_rows(groups, args.folders)
         return markdown(rows) if args.markdown or args.into else aligned(rows)
-    rows = (rows_of if args.wide else brief_rows)(groups, args.budget, args.target, args.folders)
+    rows = (wide_rows if args.wide else brief_rows)(groups, args.budget, args.target, args.folders)
     way = rounds_rows(groups, 10 if args.wide else 6) if args.rounds else []
-    if args.markdown or args.into:
-        return "\n\n".join(markdown(part) for part in (rows, way) if part)
     width = None if args.wide else 100
-    return what_all_share(groups) + "\n\n" + "\n\n".join(aligned(part, width) for part in (rows, way) if part)
+    tables = [markdown(part) if args.markdown or args.into else aligned(part, width) for part in (rows, way) if part]
+    return "\n\n".join([what_all_share(groups, args.wide), *tables])
 
 
 def _results(args: argparse.Namespace) -> list[dict[str, Any]]:

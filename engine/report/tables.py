@@ -69,7 +69,7 @@ def replace_table(file: Path, name: str, table: str) -> None:
 
 
 Groups = list[list[dict[str, Any]]]  # each group: results that differ only in the seed
-FACTS = ("dataset", "teacher", "network", "student steps", "seeds")  # columns of the brief table only if its rows differ
+FACTS = ("dataset", "teacher", "network", "student steps", "seeds")  # columns of a table only if its rows differ
 
 
 def spread(values: list[float | None], digits: int = 2) -> str:
@@ -186,6 +186,20 @@ def rows_of(
     return [line for _, line in _runs_and_rows(groups, budget, target, folders)]
 
 
+def wide_rows(
+    groups: Groups, budget: int | None = None, target: float | None = None, folders: bool = False
+) -> list[dict[str, str]]:
+    """Rows with all columns, except those of ``FACTS`` in which the rows agree; ``what_all_share`` states these."""
+    pairs = _runs_and_rows(groups, budget, target, folders)
+    shared = _shared(pairs)
+    rows = []
+    for _, line in pairs:
+        if not line["teacher"] and "network" in shared:
+            line = line | {"method": f"{line['method']} ({line['network']})"}
+        rows.append({name: value for name, value in line.items() if name not in shared})
+    return rows
+
+
 def brief_rows(
     groups: Groups, budget: int | None = None, target: float | None = None, folders: bool = False
 ) -> list[dict[str, str]]:
@@ -217,15 +231,16 @@ def brief_rows(
     return rows
 
 
-def what_all_share(groups: Groups) -> str:
-    """One line that states what all rows of the brief table have in common."""
+def what_all_share(groups: Groups, wide: bool = False) -> str:
+    """One line that states what all rows of a table have in common, and the unit of its accuracies."""
     shared = _shared(_runs_and_rows(groups))
     words = [shared.get("dataset"), " -> ".join(shared[n] for n in ("teacher", "network") if n in shared)]
     words += [f"{shared['student steps']} student steps" if shared.get("student steps") else ""]
     words += [f"seed{'s' * (',' in shared['seeds'])} {shared['seeds']}" if "seeds" in shared else ""]
+    meaning = "accuracies in %" if wide else "acc1: test accuracy of the last epoch in %"
     some = any("agreement_last" in run for runs in groups for run in runs)
     untested = "; agreement: with the teacher, on synthetic images alone" if some else ""
-    return "; ".join(filter(None, [", ".join(filter(None, words)), f"acc1: test accuracy of the last epoch in %{untested}"]))
+    return "; ".join(filter(None, [", ".join(filter(None, words)), meaning + untested]))
 
 
 def _shared(pairs: list[tuple[list[dict[str, Any]], dict[str, str]]]) -> dict[str, str]:

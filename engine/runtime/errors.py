@@ -113,7 +113,7 @@ def run_command(main: Callable[[], None], leave: Callable[[], None] = lambda: No
     """Runs ``main`` and ends the process. This is the wrapper of every entry point.
 
     A UserError, a file system error or a lack of memory is one line on stderr and exit code 2. SIGINT gives exit code 130,
-    SIGTERM 143.
+    SIGTERM 143. If the reader of stdout has stopped, the process ends without a message, with exit code 141.
 
     Args:
         main: function to run.
@@ -138,6 +138,8 @@ def run_command(main: Callable[[], None], leave: Callable[[], None] = lambda: No
     except (KeyboardInterrupt, Terminated) as stop:
         print("\nstopped; all files are complete: to resume, run the same command again", file=sys.stderr)
         end_process(143 if isinstance(stop, Terminated) else 130)
+    except BrokenPipeError:  # the reader of the output has stopped, as in "... | head"
+        end_process(141)
     except Exception as error:
         if message := explain(error):
             print(one_line(f"error: {message}"), file=sys.stderr)

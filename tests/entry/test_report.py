@@ -150,7 +150,7 @@ def test_a_teacher_for_each_seed_is_one_row(paths, tmp_path):
 def test_a_repeated_seed_is_a_warning(tmp_path, capsys):
     for k, seed in enumerate((0, 1, 1)):
         write_result(tmp_path / f"run{k}", seed=seed)
-    assert "| 0,1,1 |" in report.table(report.parse([str(tmp_path), "--wide", "--markdown"]))
+    assert "seeds 0,1,1" in report.table(report.parse([str(tmp_path), "--wide", "--markdown"]))
     warning = capsys.readouterr().err
     assert warning.startswith("warning: seed 1 occurs 2 times in one row") and warning.count("\n") == 1
     assert "run1" in warning and "run2" in warning and "run0" not in warning
@@ -177,7 +177,7 @@ def test_report_rewrites_a_table_in_place(tmp_path, monkeypatch):
     report.main()
     text = file.read_text()
     assert (
-        text.startswith("before\n<!-- table:x from runs -->\n| method")
+        text.startswith("before\n<!-- table:x from runs -->\nd, t -> s, 100 student steps, seed 0; acc1: ")
         and text.endswith("<!-- /table:x -->\nafter\n")
         and "old" not in text
     )
@@ -215,10 +215,13 @@ def test_a_terminal_gets_aligned_columns_that_fit(three_runs):
     assert "--a_long_flag_8" in " ".join(text.split()) and "acc1 best" not in text and "50.0 ± 0.0" in text
 
 
-def test_wide_has_all_columns_and_markdown_the_same_figures(three_runs):
+def test_wide_has_more_columns_and_markdown_the_same_figures(three_runs):
+    """What all rows share is above the table, and no column of it."""
     wide, brief = run_report(three_runs, "--wide"), run_report(three_runs, "--markdown")
     assert "acc1 best" in wide and "distillation s" in wide and "|" not in wide
-    assert brief.splitlines()[0] == "| method | seeds | external prior | acc1 | time s | images |"
+    assert wide.startswith("d, t -> s, 100 student steps; accuracies in %\n\n") and "real data (t)" in wide
+    assert {"seeds", "images"} <= set(wide.splitlines()[2].split()) and "dataset" not in wide and "network" not in wide
+    assert brief.splitlines()[2] == "| method | seeds | external prior | acc1 | time s | images |"
     assert "| m | 0,1 | none | 91.00 ± 1.41 | 30 | 5 |" in brief
 
 

@@ -36,6 +36,14 @@ def test_a_terminated_run_says_how_to_go_on(tmp_path):
         assert process.wait(20) == expected and "same command again" in process.stderr.read()
 
 
+def test_a_reader_that_stops_is_no_error():
+    code = "from engine.runtime.errors import run_command\nrun_command(lambda: [print('line', flush=True) for _ in range(10**6)])"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(20) == 141 and process.stderr.read() == b""
+
+
 @pytest.mark.parametrize("script", ["datafree_kd.py", "train_scratch.py", "-mengine.report", "-mdatafree.bank"])
 def test_stopped_while_it_imports_it_prints_no_traceback(script, tmp_path):
     (tmp_path / "torch.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(30)\n")
