@@ -137,7 +137,7 @@ def run(name: str, method_class: type, groups: list) -> Path:
         session = dataclasses.replace(session, run=folder, record=StageRecord(path / "stages.json", depends_on))
     try:
         if processes.main and todo:
-            session = preflight.tell(session, method.teacher, todo)
+            session = preflight.log_start(session, method.teacher, todo)
         run_stages(session, stages, selected, run_flags.redo)
     finally:
         if folder:

@@ -282,7 +282,7 @@ def main() -> None:
     bar = progress(args.repeats * (len(args.pairs) * len(loops) + ("growth" in args.loops)), "benchmark", "turn")
     texts = []
 
-    def say(text: str) -> None:
+    def print_part(text: str) -> None:
         texts.append(text)
         bar.write(text + "\n")  # on stdout, above the bar
 
@@ -294,10 +294,10 @@ def main() -> None:
             export_folders(bank, Path(folder, "png"))
         benchmark = Benchmark(args, bank, Path(folder, "png"), device, info, bar)
         for teacher, student in args.pairs if loops else ():
-            say(benchmark.pair(teacher, student, loops))
+            print_part(benchmark.pair(teacher, student, loops))
             gc.collect()  # ends the plain loop's workers
         if "growth" in args.loops:
-            say(benchmark.growth())
+            print_part(benchmark.growth())
         bar.close()
     if args.into:
         replace_table(args.into, args.name, "\n\n".join(texts))

@@ -43,7 +43,7 @@ class StepPace:
         if self.steps == WARM_UP:
             self.first = self._now()
         elif self.steps == WARM_UP + MEASURED:
-            self._tell()
+            self._log_estimate()
 
     def _now(self) -> tuple[float, float]:
         """Returns (clock time, seconds of synthesis so far), after the device has finished its queued work."""
@@ -52,7 +52,7 @@ class StepPace:
             torch.cuda.synchronize(self.distillation.precision.device)
         return time.monotonic(), synthesis
 
-    def _tell(self) -> None:
+    def _log_estimate(self) -> None:
         schedule = self.distillation.schedule
         begun = -(-self.steps // schedule.kd_steps)  # rounds
         (first, before), (last, synthesis) = self.first, self._now()

@@ -1,6 +1,6 @@
 """Checks before the first stage of a run, so that mistakes are found at once and not after hours.
 
-``check`` runs before the run folder is created. A run that it refuses leaves no folder. ``tell`` runs afterwards and logs
+``check`` runs before the run folder is created. A run that it refuses leaves no folder. ``log_start`` runs afterwards and logs
 the teacher's normalization and accuracy. Both run in the main process only. If all selected stages are done, no data is
 opened. Random numbers drawn here do not affect the stages, because each stage seeds its own random stream.
 """
@@ -72,7 +72,7 @@ def check(
         return replace(session, test=load_split(session.info, "test", session.device)), todo
 
 
-def tell(session: Session, teacher, todo: list[str]) -> Session:
+def log_start(session: Session, teacher, todo: list[str]) -> Session:
     """Logs the teacher's normalization and accuracy, scaled lengths and warnings, before the first stage.
 
     Args:
