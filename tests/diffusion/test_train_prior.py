@@ -142,7 +142,7 @@ def test_start_goes_on_from_a_file(train, trained, tmp_path):
     about = load_patch_prior(second)[1]
     assert about["images_drawn"] == 48 and [line["images"] for line in lines(tmp_path / "second")] == [40, 48]
     assert about["settings"]["start"] == "prior.safetensors" and not same(trained, second)
-    with pytest.raises(UserError, match=r"has channels \(8, 8\), this training \(8, 16\)"):
+    with pytest.raises(UserError, match=r"has channels \(8, 8\), but this training has \(8, 16\)"):
         train("third", f"--start {trained} --channels 8,16 --images 48")
     with pytest.raises(UserError, match="missing.safetensors does not exist"):
         train("third", "--start missing.safetensors")

@@ -81,7 +81,7 @@ def test_the_classes_are_part_of_the_run(command, data_root, tmp_path):
 
 def test_the_classes_reach_a_data_free_run(command, teacher_file, data_root, tmp_path):
     flags = f"--method csd --dataset domainnet --domain sketch --image_size 32 --data_root {data_root}"
-    with pytest.raises(UserError, match="has 10 classes.*wanted 345"):
+    with pytest.raises(UserError, match="has 10 classes.*, 345 wanted"):
         teacher = f"--teacher resnet8 --teacher_ckpt {teacher_file} --gpu -1"
         command("datafree_kd", f"{flags} --classes all {teacher} --save_dir {tmp_path}")
 
@@ -138,7 +138,7 @@ def test_a_head_for_other_classes_is_dropped(command, data_root, imagenet_file, 
 
 def test_only_the_head_may_differ(imagenet_file):
     network = build_network("resnet18_imagenet", 10)
-    with pytest.raises(UserError, match="1000 classes.*wanted 10"):
+    with pytest.raises(UserError, match="1000 classes.*, 10 wanted"):
         load_weights(network, imagenet_file)
     before = network.fc.weight.clone()
     assert load_weights(network, imagenet_file, new_head=True) == {"dropped_head": "fc of 1000 classes"}

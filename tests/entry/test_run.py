@@ -34,7 +34,7 @@ def test_several_seeds_in_one_command(distill, tmp_path, capsys):
 
 def test_the_control_alone_opens_the_train_split(distill, tmp_path, capsys):
     distill("kd", tmp_path / "kd", "--epochs 1")
-    assert "kd opens the training images of digits: a control" in capsys.readouterr().out
+    assert "kd opens the training images of digits: it is a control" in capsys.readouterr().out
     assert json.loads((tmp_path / "kd" / "result.json").read_text())["images"] == 1195
     assert [m for m in registry.METHODS if resolve(registry.METHODS[m]).reads_train_split] == ["kd"]
 

@@ -325,7 +325,7 @@ def test_distillation_goes_on_from_the_initial_bank():
     assert synthesizer.adv == 0.5 and initial.adv == 0
     synthesizer.load_state_dict(initial.state_dict())
     assert torch.equal(synthesizer.memory, initial.memory) and len(synthesizer.memory) == 6
-    with pytest.raises(UserError, match="--head_dim 12: .* give --head_dim 10"):
+    with pytest.raises(UserError, match="--head_dim 12 found, .* give --head_dim 10"):
         method(head_dim=12).synthesizer().load_state_dict(initial.state_dict())
     slower = method(lr_g=1e-4).synthesizer()
     slower.load_state_dict(initial.state_dict())
