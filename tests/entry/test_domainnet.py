@@ -144,7 +144,7 @@ def test_only_the_head_may_differ(imagenet_file):
     assert load_weights(network, imagenet_file, new_head=True) == {"dropped_head": "fc of 1000 classes"}
     assert torch.equal(network.fc.weight, before)
     assert load_weights(build_network("resnet18_imagenet", 1000), imagenet_file, new_head=True) == {}
-    with pytest.raises(UserError, match="wanted ResNet: .*missing"):
+    with pytest.raises(UserError, match="another network, ResNet wanted: .*missing"):
         load_weights(build_network("resnet34_imagenet", 10), imagenet_file, new_head=True)
 
 
