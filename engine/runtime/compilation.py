@@ -72,9 +72,9 @@ class Compiler:
         graphs = self.choice == "graphs" and self.device.type == "cuda" and not keeps_tensors
         return _Compiled(function, name, {"freezing": constant_weights, "triton.cudagraphs": graphs}, self)
 
-    def compile_all(self, functions: Iterable[CompileTarget], rounds: int) -> None:
+    def compile_all(self, targets: Iterable[CompileTarget], rounds: int) -> None:
         """Replaces the functions of ``targets`` by compiled ones, if ``rounds`` rounds call them often enough."""
-        for owner, name, calls, what in functions:
+        for owner, name, calls, what in targets:
             setattr(owner, name, self(getattr(owner, name), rounds * calls, what, keeps_tensors=True))
 
     def _report(self, name: str, reason: str) -> None:
