@@ -65,38 +65,29 @@ paper.
   rate by 10 after epochs 150, 180 and 210.
 """
 
-import json
-import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import torch
-from safetensors import safe_open
 from torch import Tensor, nn
-from torch.nn import functional as F
-from tqdm import tqdm
 
+from datafree.activation_maps import MapDistillation
 from datafree.base import Method, Synthesizer, Task
+from datafree.diffusion.default_prior import default_prior
 from datafree.diffusion.guidance import BACKPROP, Guidance, lca_steps
 from datafree.diffusion.guided_sampler import Competitor, GuidedSampler
 from datafree.diffusion.hub import DTYPES, diffusion_dtype, prior_name
-from datafree.diffusion.patch_unet import SHIPPED
-from datafree.diffusion.priors import CLASSES
+from datafree.diffusion.prior_base import CLASSES
 from datafree.diffusion.sampling import RULES
-from datafree.losses import kd_loss
-from engine.data.crops import resized_crop_flip
+from engine.data.crops import mixed, resized_crop_flip
 from engine.loops.makers import GuidedMaker, Order
 from engine.loops.session import Session, Stage
 from engine.loops.stages import Distill, FillBank
 from engine.runtime.errors import UserError
-from engine.runtime.files import claim_folder, digest, is_claimed, require_new, shipped
+from engine.runtime.files import claim_folder, digest, is_claimed, require_new
 from engine.runtime.flags import flag
-from engine.runtime.processes import is_main
 
-EMBEDDED = SHIPPED / "glyphs_digits_16.safetensors"
-DEFAULT_MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 GENERATE = ("generate",)
 DISTILL = ("distill",)
 
@@ -268,85 +259,6 @@ class DiffDFKDConfig:
     )
 
 
-class MapDistillation(nn.Module):
-    """Student loss KL_T + msarc * L_mSARC.
-
-    L_mSARC is the squared distance between the normalised activation maps of teacher and student, batch mean, summed over
-    scales. Scales are paired from the last one backwards. The finer map is pooled to the size of the coarser one.
-
-    Args:
-        temperature: T.
-        msarc: weight of L_mSARC.
-        teacher, student: classifiers whose last linear layers are used. They do not become submodules.
-    """
-
-    def __init__(self, temperature: float, msarc: float, teacher: nn.Module, student: nn.Module):
-        super().__init__()
-        self.temperature, self.msarc, self.logits_only = temperature, msarc, not msarc
-        self.heads = (head_of(teacher), head_of(student))
-
-    def forward(self, teacher_out, student_out, labels: Tensor) -> dict[str, Tensor]:
-        """Named scalar losses of two outputs with logits (B, C) and feature_maps."""
-        losses = {"kd": kd_loss(student_out.logits, teacher_out.logits, self.temperature)}
-        losses["loss"] = losses["kd"]
-        if self.msarc:
-            classes = teacher_out.logits.argmax(1)
-            losses["msarc"] = self.map_distance(teacher_out.feature_maps, student_out.feature_maps, classes)
-            losses["loss"] = losses["loss"] + self.msarc * losses["msarc"]
-        return losses
-
-    def map_distance(self, teacher_maps: dict, student_maps: dict, classes: Tensor) -> Tensor:
-        """L_mSARC, a scalar in [0, 4 * scales].
-
-        Args:
-            teacher_maps, student_maps: feature maps {(h, w): (B, C_l, h, w)}, fine to coarse.
-            classes: classes (B,) of the class activation maps.
-        """
-        pairs = list(zip(reversed(teacher_maps.values()), reversed(student_maps.values())))
-        total = torch.zeros((), device=classes.device)
-        for scale, pair in enumerate(pairs):
-            maps = [m.float() for m in pair]
-            cam = scale == 0 and all(h is not None and h.weight.shape[1] == m.shape[1] for h, m in zip(self.heads, maps))
-            if cam:
-                weights = [head.weight.flatten(1)[classes].float() for head in self.heads]
-                maps = [torch.einsum("bc,bchw->bhw", w, m) for w, m in zip(weights, maps)]
-            else:
-                maps = [m.square().mean(1) for m in maps]
-            size = tuple(min(sides) for sides in zip(*(m.shape[1:] for m in maps)))
-            t, s = (F.normalize(F.adaptive_avg_pool2d(m[:, None], size).flatten(1)) for m in maps)
-            total = total + (t - s).square().sum(1).mean()
-        return total
-
-
-def head_of(classifier: nn.Module) -> nn.Module | None:
-    """The last linear layer or 1x1 convolution with as many outputs as there are classes; None if there is none."""
-    layers = [m for m in classifier.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
-    heads = [m for m in layers if m.weight.shape[0] == classifier.num_classes and m.weight[0, 0].numel() == 1]
-    return heads[-1] if heads else None
-
-
-def mixed(images: Tensor, kind: str) -> Tensor:
-    """Mixes each image with another one of the batch; the share is uniform and drawn for each image.
-
-    Labels are not mixed, because the teacher is run on the mixed images.
-
-    Args:
-        images: (B, 3, H, W), uint8 or float.
-        kind: "mixup" blends pixels (Zhang et al. 2017, arXiv 1710.09412), "cutmix" pastes a box (Yun et al. 2019, arXiv
-            1905.04899).
-    """
-    count, device = len(images), images.device
-    others = images[torch.randperm(count, device=device)]
-    share, middle_y, middle_x = torch.rand(3, count, 1, 1, 1, device=device)
-    if kind == "mixup":
-        blend = images.float().lerp(others.float(), share)
-        return blend.round_().to(images.dtype) if images.dtype == torch.uint8 else blend
-    half = share.sqrt() / 2
-    y, x = ((torch.arange(n, device=device) + 0.5) / n for n in images.shape[2:])
-    inside = ((y[:, None] - middle_y).abs() < half) & ((x - middle_x).abs() < half)
-    return torch.where(inside, others, images)
-
-
 class DiffDFKD(Method):
     """Method with stages generate (the teacher-guided bank) and distill (on that bank)."""
 
@@ -360,7 +272,7 @@ class DiffDFKD(Method):
                 "the activation maps of --msarc need feature maps, which the teacher or the student does not have; give "
                 "--msarc 0"
             )
-        self.model = config.diffusion_model or default_model(task)
+        self.model = config.diffusion_model or default_prior(task)
         self.prompts = tuple(text.strip() for text in (config.prompt or task.info.prompt).split("|") if text.strip())
 
     def check_inputs(self, stages: Collection[str]) -> None:
@@ -472,30 +384,3 @@ class DiffDFKD(Method):
 
     def objective(self) -> MapDistillation:
         return MapDistillation(self.config.T, self.config.msarc, self.teacher, self.student)
-
-
-def default_model(task: Task, embedded: Path = EMBEDDED) -> str:
-    """The shipped digits prior if it has this dataset's class names and image size, else Stable Diffusion.
-
-    If the dataset may be digits under other class names or at another size, a printed line names the shipped prior.
-    """
-    embedded = shipped(embedded)
-    if embedded.exists():
-        with safe_open(embedded, framework="pt") as file:
-            about = {name: json.loads(value) for name, value in (file.metadata() or {}).items()}
-        if about.get("image_size") == task.info.image_size and about.get("class_names") == list(task.info.class_names or ()):
-            return str(embedded)
-        if about.get("num_classes") == task.info.num_classes == 10 and are_digits(task.info.class_names) and is_main():
-            tqdm.write(
-                f"the default --diffusion_model {DEFAULT_MODEL} is used; {embedded} draws printed digits at "
-                f"{about.get('image_size')} px: if classes 0 to 9 are digits, give --diffusion_model {embedded}"
-            )
-    return DEFAULT_MODEL
-
-
-def are_digits(names: tuple[str, ...] | None) -> bool:
-    """Whether ten class names mean 0 to 9 in this order ("3", "digit_3", "three"); True if there are no names."""
-    if not names:
-        return True
-    words = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-    return all(re.findall(r"\d+", name) == [str(i)] or name.lower() == words[i] for i, name in enumerate(names))

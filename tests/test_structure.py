@@ -112,3 +112,8 @@ def test_every_flag_is_read_and_documented():
 
 def test_the_entry_point_stays_short():
     assert len((ROOT / "datafree_kd.py").read_text().splitlines()) < 150
+
+
+def test_modules_stay_short():
+    for path, text in SOURCES.items():
+        assert len(text.splitlines()) <= 400, f"{path} is too long to read at once; split it"

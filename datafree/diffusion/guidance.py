@@ -37,7 +37,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from datafree.diffusion.priors import DiffusionPrior
+from datafree.diffusion.prior_base import DiffusionPrior
 from datafree.diffusion.sampling import Trajectory
 from datafree.diffusion.variation import resize
 from datafree.losses import BNStatistics, adversarial_loss, bn_loss, collected, layers_with_statistics

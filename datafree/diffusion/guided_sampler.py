@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from datafree.base import ImageBatch, Task
 from datafree.diffusion.guidance import Guidance, TeacherMetrics, batches, check_finite, memory_errors
-from datafree.diffusion.priors import DiffusionPrior
+from datafree.diffusion.prior_base import DiffusionPrior
 from datafree.diffusion.sampling import RULES
 from datafree.diffusion.variation import resize, seeded_generators
 from datafree.losses import kd_loss

@@ -1,4 +1,4 @@
-"""Random crop and flip of whole batches: drawn per image, differentiable, without host synchronisation."""
+"""Random crop, flip and mixing of whole batches: drawn per image, differentiable, without host synchronisation."""
 
 import math
 from dataclasses import dataclass
@@ -213,3 +213,25 @@ class KeyedViews:
     def show(self, images: Tensor, keys: Tensor) -> Tensor:
         """Returns images (B, 3, H, W) in the views of their keys (B,)."""
         return self.views.show(images, self.chosen[keys] if self.few else keys % self.count)
+
+
+def mixed(images: Tensor, kind: str) -> Tensor:
+    """Mixes each image with another one of the batch; the share is uniform and drawn for each image.
+
+    Labels are not mixed, because the teacher is run on the mixed images.
+
+    Args:
+        images: (B, 3, H, W), uint8 or float.
+        kind: "mixup" blends pixels (Zhang et al. 2017, arXiv 1710.09412), "cutmix" pastes a box (Yun et al. 2019, arXiv
+            1905.04899).
+    """
+    count, device = len(images), images.device
+    others = images[torch.randperm(count, device=device)]
+    share, middle_y, middle_x = torch.rand(3, count, 1, 1, 1, device=device)
+    if kind == "mixup":
+        blend = images.float().lerp(others.float(), share)
+        return blend.round_().to(images.dtype) if images.dtype == torch.uint8 else blend
+    half = share.sqrt() / 2
+    y, x = ((torch.arange(n, device=device) + 0.5) / n for n in images.shape[2:])
+    inside = ((y[:, None] - middle_y).abs() < half) & ((x - middle_x).abs() < half)
+    return torch.where(inside, others, images)

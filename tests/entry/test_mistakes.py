@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from datafree import diffdfkd
+from datafree.diffusion.default_prior import DEFAULT_MODEL, EMBEDDED, default_prior
 from engine.networks.build import find_checkpoint, matching_models, short_name, split_arguments
 from engine.runtime.errors import UserError
 from engine.runtime.files import PROJECT, load_checkpoint, shipped
@@ -105,7 +105,7 @@ def test_a_network_fits_its_own_weights(name):
 def test_defaults_are_looked_for_here_and_beside_the_project(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     name = "checkpoints/priors/glyphs_digits_16.safetensors"
-    assert shipped(name) == PROJECT / name == diffdfkd.EMBEDDED and diffdfkd.EMBEDDED.exists()
+    assert shipped(name) == PROJECT / name == EMBEDDED and EMBEDDED.exists()
     mine = type(PROJECT)(name)
     mine.parent.mkdir(parents=True), mine.write_text("one's own comes first")
     assert shipped(name) == mine
@@ -121,7 +121,7 @@ def test_defaults_are_looked_for_here_and_beside_the_project(tmp_path, monkeypat
 def test_from_another_directory_the_shipped_prior_is_the_default(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     task = make_task(class_names=tuple("0123456789"))
-    assert diffdfkd.default_model(task) == str(diffdfkd.EMBEDDED) and not capsys.readouterr().out
+    assert default_prior(task) == str(EMBEDDED) and not capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_from_another_directory_the_shipped_prior_is_the_default(tmp_path, monke
 )
 def test_the_prior_of_digits_is_offered_where_classes_may_be_digits(names, size, offered, capsys):
     task = make_task(image_size=size, class_names=names)
-    assert diffdfkd.default_model(task) == diffdfkd.DEFAULT_MODEL
+    assert default_prior(task) == DEFAULT_MODEL
     assert ("give --diffusion_model" in capsys.readouterr().out) == offered
 
 

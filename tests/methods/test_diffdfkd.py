@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from datafree.diffdfkd import DEFAULT_MODEL, MapDistillation, default_model, mixed
+from datafree.activation_maps import MapDistillation
+from datafree.diffusion.default_prior import DEFAULT_MODEL, default_prior
 from engine.data.bank import ImageBank, Manifest
+from engine.data.crops import mixed
 from engine.loops import fill as fill_module
 from engine.loops.stages import first_per_class
 from engine.runtime.errors import UserError
@@ -228,7 +230,7 @@ def test_the_embedded_prior_is_for_the_dataset_that_it_fits(generative, tmp_path
         return make_task(num_classes=classes, image_size=size, class_names=names)
 
     digits, embedded = tuple("0123456789"), Path(generative["patch_prior"])
-    assert default_model(task(10, 16, digits), embedded) == str(embedded)
+    assert default_prior(task(10, 16, digits), embedded) == str(embedded)
     for other in (task(10, 32, digits), task(10, 16, tuple("abcdefghij")), task(10, 16, None)):
-        assert default_model(other, embedded) == DEFAULT_MODEL
-    assert default_model(task(10, 16, digits), tmp_path / "missing") == DEFAULT_MODEL
+        assert default_prior(other, embedded) == DEFAULT_MODEL
+    assert default_prior(task(10, 16, digits), tmp_path / "missing") == DEFAULT_MODEL
