@@ -21,7 +21,7 @@ class MapDistillation(nn.Module):
 
     def __init__(self, temperature: float, msarc: float, teacher: nn.Module, student: nn.Module):
         super().__init__()
-        self.temperature, self.msarc, self.logits_only = temperature, msarc, not msarc
+        self.temperature, self.msarc, self.caches_logits = temperature, msarc, not msarc
         self.heads = (head_of(teacher), head_of(student))
 
     def forward(self, teacher_out, student_out, labels: Tensor) -> dict[str, Tensor]:

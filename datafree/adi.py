@@ -17,7 +17,8 @@ and sets tv 0; these are the defaults here. The scripts of CMI and CSD have ``--
 Deviations: those of DeepInversion, and the direction of the divergences in JS. The paper writes the Jensen-Shannon
 divergence, with KL(p || m) and KL(q || m). Its authors' code and all later scripts exchange the arguments of both. This file
 follows the code, because the weight adv 1 was chosen for it: the gradient of the paper's formula is only .3 to .6 times as
-long. Clamping the mean m changes the length of the gradient little (factor .93 to 1.02).
+long. JS is not clamped to [0, 1], as in some copies of that code: the clamp would stop the gradient where JS exceeds 1.
+Clamping the mean m changes the length of the gradient little (factor .93 to 1.02).
 """
 
 from dataclasses import dataclass

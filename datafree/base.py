@@ -4,8 +4,8 @@ A new method is one file with these parts, one line in ``registry.py``, its scri
 
 Config        frozen dataclass of the method's flags (``engine.runtime.flags.flag``)
 Synthesizer   makes images with the teacher (and the student), one round per call
-Objective     nn.Module: (teacher_out, student_out, labels) -> {"loss": ..., every named term}; ``logits_only = True`` if the
-              teacher's logits are its only input from the teacher, so that they can be cached
+Objective     nn.Module: (teacher_out, student_out, labels) -> {"loss": ..., every named term}; ``caches_logits = True`` if all
+              that it needs of the teacher is each image's own logits, so that they can be cached
 Augmenter     optional: makes variants of bank images (``datafree.diffusion.variation``)
 Method        defines the stages of a run and builds the other parts
 

@@ -233,7 +233,7 @@ class AlignedDistillation(nn.Module):
     def __init__(self, config: CSDConfig, student_shape: tuple[int, int, int], teacher_shape: tuple[int, int, int]):
         super().__init__()
         self.T, self.ce, self.feat = config.T, config.ce, config.feat
-        self.logits_only = not config.feat
+        self.caches_logits = not config.feat
         width, out = 2 * teacher_shape[0], teacher_shape[0]
         self.size = (min(student_shape[1], teacher_shape[1]), min(student_shape[2], teacher_shape[2]))
         if self.feat:

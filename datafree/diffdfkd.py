@@ -50,7 +50,7 @@ paper.
   images made so far with the task's random crop and flip. It keeps its weights from round to round. The script trains its
   student for 30 epochs on all images whenever 10 more images per class exist, each time with a cosine schedule. L_adv has
   temperature 1.
-- Latent CutMix pastes at most half of the area. The mixed labels are soft targets of the one-hot loss. The bank keeps the
+- Latent CutMix pastes at most about half of the area. The mixed labels are soft targets of the one-hot loss. The bank keeps the
   label for which an image was prompted.
 - The repair of the seams (``--lca_repair``) is our reading of the paper's inpainting. It is RePaint's resampling with the
   same prior, applied to one latent pixel on either side of the seam.

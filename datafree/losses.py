@@ -78,13 +78,13 @@ def adversarial_loss(
 def balance_loss(teacher_logits: Tensor) -> Tensor:
     """``sum p log p`` of the batch's mean class probabilities p (DAFL); least, -log C, if p is uniform."""
     mean = F.softmax(teacher_logits.float(), dim=1).mean(0)
-    return torch.xlogy(mean, mean).sum()
+    return torch.xlogy(mean, mean.clamp_min(torch.finfo(mean.dtype).tiny)).sum()  # without the clamp, p = 0 has gradient NaN
 
 
 class KLDistillation(nn.Module):
     """The student loss of most methods: ``kd_loss`` at temperature T. Labels are not used."""
 
-    logits_only = True
+    caches_logits = True
 
     def __init__(self, temperature: float):
         super().__init__()

@@ -153,4 +153,6 @@ class Noise(Method):
         return UnrelatedImages(self.task, config.images) if config.images else NoiseImages(self.task, config.noise)
 
     def objective(self) -> KLDistillation:
-        return KLDistillation(self.config.T)
+        objective = KLDistillation(self.config.T)
+        objective.caches_logits = self.config.bn_mode == "running"  # with "batch", logits depend on the whole batch
+        return objective

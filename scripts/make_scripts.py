@@ -56,6 +56,7 @@ FLAGS = {
     ("adi",): "--g_steps 2000",
     ("cmi",): "--epochs 40 --g_steps 200 --synthesis_batch_size 256 --oh 0.5 --cr_T 0.1 \\\n ",
     ("deepinv",): "--g_steps 2000",
+    ("dfq", "resnet34"): "--lr 0.05",
     ("fast", "resnet34"): "--adv 1.33 --oh 0.5",
     ("fast", "vgg11"): "--adv 1.0 --oh 0.5",
     ("nayer", "cifar100"): "--g_steps 40",
@@ -93,11 +94,22 @@ KINDS = {
     "csd": "published for CIFAR-10, wrn40_2 -> wrn16_1",
     "dda": "published for CSD; none are published for the diffusion stage, whose prior is trained here",
     "cmi": "published for CIFAR-10, wrn40_2 -> wrn16_1",
+    "dfad": "published, except the generator's learning rate, which falls as in the paper",
+    "zskt": "published, except the attention loss and the generator's falling learning rate, which are the paper's",
     "adi": "published for CIFAR-10, wrn40_2 -> wrn16_1, except the number of steps",
     "deepinv": "those of ADI without its competition term",
     **dict.fromkeys(CONTROLS, "student steps and learning rates as for the methods"),
     **{("diffdfkd", dataset): "published for CIFAR-10" for dataset in ("cifar100", "tiny_imagenet")},
     "dm_kd": "those of DiffDFKD without guidance; DM-KD itself draws its images with a DiT",
+}
+# The same for the script of the initial bank, if it differs.
+BANK_KINDS = {
+    "cmi": "none are published for the initial bank; loss weights as in CMI's script, 500 steps per image as in CSD's",
+    "diffdfkd": "published, except that 16 images are generated together (published: one)",
+    **{
+        ("diffdfkd", dataset): "published for CIFAR-10, except that 16 images are generated together (published: one)"
+        for dataset in ("cifar100", "tiny_imagenet")
+    },
 }
 # Row of registry.PUBLISHED that a method's scripts correspond to, if the row is not named after the method alone.
 TABLE_ROW = {
@@ -178,7 +190,9 @@ def of_method(method: str, paper: str, results: list[dict[str, Any]]) -> Iterato
     """(path below scripts/, text) of every script of one method; ``results`` are those of this repository's runs."""
     for dataset in DATASETS.get(method, CIFAR):
         for teacher, student in PAIRS:
-            kind = KINDS.get((method, dataset)) or KINDS.get(method, "published")
+            kinds = (KINDS.get((method, dataset)), KINDS.get(method), "published")
+            bank_kinds = (BANK_KINDS.get((method, dataset)), BANK_KINDS.get(method), *kinds)
+            kind, bank_kind = (next(filter(None, sources)) for sources in (kinds, bank_kinds))
             common = {"paper": paper, "dataset": dataset, "teacher": teacher, "kind": kind}
             common["method"] = BASELINES.get(method, method)
             note = f"Needs one GPU and checkpoints/pretrained/{dataset}_{teacher}.pth."
@@ -196,7 +210,7 @@ def of_method(method: str, paper: str, results: list[dict[str, Any]]) -> Iterato
                 yield (
                     f"{method}/{method}_{dataset}_initBank_{short(teacher)}.sh",
                     HEAD.format(
-                        **common | {"method": BASELINES.get(owner, owner)},
+                        **common | {"method": BASELINES.get(owner, owner), "kind": bank_kind},
                         what=f"initial image bank of {teacher} ({INITIAL_BANK[method]:,} images{shared})",
                         note=f"Needs one GPU and checkpoints/pretrained/{dataset}_{teacher}.pth.\n# Makes {bank}/bank.",
                         published="",

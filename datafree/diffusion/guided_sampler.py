@@ -59,7 +59,7 @@ class CutMix:
 def draw_cutmix(generators: list[torch.Generator], height: int, width: int, device: torch.device | str = "cpu") -> CutMix:
     """Draws a box and a partner for every image of a batch of at least two.
 
-    The box's share of the area is uniform between 0 and ``LARGEST_SHARE``.
+    The box's share of the area is uniform between 0 and ``LARGEST_SHARE``, before its sides are rounded to latent pixels.
     """
     count = len(generators)
     assert count > 1, "latent CutMix needs a batch of two"
@@ -255,13 +255,15 @@ class GuidedSampler:
         self.guidance.student = self.student.eval().requires_grad_(False)
 
     def state_dict(self) -> dict[str, Any]:
-        """State of the student of ``adv`` and of its optimizer, which ``fit`` changes; empty without a student."""
-        if self.student is None:
+        """State of the student of ``adv`` and of its optimizer; empty before the first ``fit``."""
+        if self.guidance.student is None:
             return {}
         return {"student": self.student.network.state_dict(), "optimizer": self.optimizer.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what ``state_dict`` returned and hands the student to the guidance."""
+        """Restores what ``state_dict`` returned and hands the student to the guidance, unless the state is empty."""
+        if not state:
+            return
         self.student.network.load_state_dict(state["student"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.compete()

@@ -226,10 +226,10 @@ class Distill(Stage):
         views = KeyedViews(view, source.capacity, few, session.seed, session.device)
         logit_cache, text = (
             None,
-            "logit cache: none, because the student's loss needs other outputs of the teacher than its logits",
+            "logit cache: none, because the student's loss needs more of the teacher than each image's own logits",
         )
         schedule = session.schedule
-        if getattr(distillation.objective, "logits_only", False):
+        if getattr(distillation.objective, "caches_logits", False):
             lookups = schedule.rounds * schedule.kd_steps * schedule.batch_size
             width = session.info.num_classes * (distillation.precision.dtype or torch.float32).itemsize
             rows, text = cached_keys(session.flags["logit_cache"], views, lookups, width, session.device)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # CMI, IJCAI 2021 (arXiv 2105.08584).
 # cifar10, initial image bank of vgg11 (51,200 images).
-# Settings: published for CIFAR-10, wrn40_2 -> wrn16_1.
+# Settings: none are published for the initial bank; loss weights as in CMI's script, 500 steps per image as in CSD's.
 # Needs one GPU and checkpoints/pretrained/cifar10_vgg11.pth.
 # Makes checkpoints/cmi/cifar10_vgg11_initBank/bank.
 set -euo pipefail

@@ -8,4 +8,4 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 source scripts/environment.sh
 python datafree_kd.py --method dfq --dataset cifar10 --teacher resnet34 \
-  --student resnet18 "$@"
+  --student resnet18 --lr 0.05 "$@"

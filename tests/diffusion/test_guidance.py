@@ -322,6 +322,9 @@ def test_the_student_learns_from_what_was_made_and_then_competes(priors, teacher
     generator = build()
     assert not generator.student_is_due(0) and not generator.student_is_due(19) and generator.student_is_due(20)
     assert not generator.guidance.active
+    early = build()
+    early.load_state_dict(generator.state_dict())  # a run resumed before the student is due has no student either
+    assert not early.guidance.active
     images_u8 = torch.randint(0, 256, (20, 3, 16, 16), dtype=torch.uint8)
     torch.manual_seed(5)
     assert generator.fit(images_u8, torch.zeros(20))["loss_student"] > 0

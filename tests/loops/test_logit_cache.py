@@ -187,7 +187,7 @@ def test_a_small_memo_makes_the_same_student(distill, finished, tmp_path, monkey
 
 def test_losses_of_feature_maps_keep_the_plain_way(distill, tmp_path):
     distill("csd", tmp_path, "--logit_cache 1 --epochs 1")
-    assert "logit cache: none, because the student's loss needs other outputs of the teacher than its logits" in log(
+    assert "logit cache: none, because the student's loss needs more of the teacher than each image's own logits" in log(
         tmp_path
     )
 

@@ -49,6 +49,12 @@ def test_the_student_of_noise_learns_what_that_teacher_says(finished):
     assert lines[0] != lines[1]
 
 
+def test_logits_that_depend_on_the_batch_are_not_cached(tmp_path, finished):
+    np.savez(tmp_path / "others.npz", x_train=np.random.default_rng(0).integers(0, 256, (9, 16, 16, 3), dtype=np.uint8))
+    log = (finished("noise", f"--images {tmp_path / 'others.npz'} --bn_mode batch --logit_cache 1") / "log.txt").read_text()
+    assert "logit cache: none" in log
+
+
 def test_an_archive_of_pictures_is_as_good_as_a_folder(tmp_path, finished):
     pixels = np.random.default_rng(0).integers(0, 256, (9, 16, 16, 3), dtype=np.uint8)
     np.savez(tmp_path / "others.npz", x_train=pixels)

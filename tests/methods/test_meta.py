@@ -126,7 +126,7 @@ CASES = [(method, "") for method in sorted(registry.METHODS)] + [
 def test_synthesis_student_steps_and_what_follows_them(method, extra, on_meta):
     pieces, distillation = build(method, extra)
     losses = round_of(pieces, distillation)
-    if distillation.views and getattr(distillation.objective, "logits_only", False):
+    if distillation.views and getattr(distillation.objective, "caches_logits", False):
         losses |= round_of(pieces, distillation, remember=True)
     assert losses and all(loss.device == META for loss in losses.values())
     if pieces.streams or pieces.images_per_round:

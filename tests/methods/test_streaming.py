@@ -62,6 +62,9 @@ def test_balance_is_least_at_a_uniform_batch():
     two = torch.tensor([[80.0, 0, 0, 0], [0, 80, 0, 0], [0, 80.0, 0, 0]])
     p = np.array([1, 2]) / 3
     assert balance_loss(two).item() == pytest.approx((p * np.log(p)).sum(), abs=1e-5)
+    sure = torch.tensor([[120.0, 0, 0, 0]] * 6, requires_grad=True)  # the other probabilities underflow to 0
+    balance_loss(sure).backward()
+    assert sure.grad.isfinite().all()
 
 
 def test_dafl_wants_certain_active_balanced_images(networks, task):
