@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 
 from engine.evaluate import main as evaluate_main
@@ -176,6 +177,11 @@ def test_the_source_of_every_network_stands_alone(name, tmp_path):
         factory = runpy.run_path(str(tmp_path / "network.py"))[name]
         made, wanted = factory(num_classes=7).state_dict(), open_network(name).state_dict()
     assert {k: v.shape for k, v in made.items()} == {k: v.shape for k, v in wanted.items()}
+
+
+def test_torchvision_knows_the_names_of_its_networks():
+    places = [target.partition(":") for target in MODELS.values()]
+    assert {name for module, _, name in places if module == "models.imagenet"} <= set(torchvision.models.list_models())
 
 
 def open_network(name):
