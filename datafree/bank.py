@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from engine.data.bank import ImageBank, Manifest, find_bank, read_manifest
+from engine.data.bank import ImageBank, Manifest, find_bank, open_bank
 from engine.data.datasets import DatasetInfo, dataset_info
 from engine.data.pictures import class_files, read_images, warn_of_cropping
 from engine.networks.build import load_teacher
@@ -134,8 +134,7 @@ def export(args: argparse.Namespace) -> None:
     Raises:
         UserError: flags do not fit together, or the bank, dataset or teacher is missing or does not fit.
     """
-    path = find_bank(args.bank)
-    bank = ImageBank(path, read_manifest(path), create=False)
+    bank = open_bank(find_bank(args.bank))
     only_for(args, "npy", dtype="float32", shard_mb=256)
     only_for(args, "npy or imagefolder", teacher=None, teacher_ckpt=None, teacher_mean=None, teacher_std=None)
     if args.teacher_ckpt and not args.teacher:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from engine.data.bank import ImageBank, find_bank, read_manifest
+from engine.data.bank import find_bank, open_bank, read_manifest
 from engine.data.datasets import dataset_info
 from engine.data.splits import load_split
 from engine.loops.evaluate import evaluate
@@ -130,12 +130,11 @@ def calibration_images(args: argparse.Namespace, info) -> dict[str, tuple[np.nda
     Returns:
         {kind: (images (N, 3, S, S) float32 in [0, 1], further entries of the result line)}.
     """
-    path = find_bank(args.bank)
-    bank = ImageBank(path, read_manifest(path), create=False)
+    bank = open_bank(find_bank(args.bank))
     made, real = bank.read_all()["images"], load_split(info, "train", "cpu")
     count = min(args.images, len(made), len(real))
     if count < 1:
-        raise UserError(f"{path} is empty; give a bank with images")
+        raise UserError(f"{bank.path} is empty; give a bank with images")
     seed_position(args.seed, "calibration")
     noise = torch.rand(count, 3, info.image_size, info.image_size)
     chosen = torch.randperm(len(made))[:count]

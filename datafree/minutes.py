@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from datafree.base import Method
-from engine.data.bank import ImageBank, find_bank, read_manifest
+from engine.data.bank import find_bank, open_bank
 from engine.data.splits import load_split
 from engine.data.transfer_set import TransferSet
 from engine.loops.distill import Distillation, Schedule
@@ -193,7 +193,7 @@ def bank_labels(path: Path) -> torch.Tensor:
     folder = find_bank(path)
     if not (folder / "manifest.json").exists():
         raise UserError(f"no image bank at {folder} (it has no manifest.json); give another --init_bank")
-    return ImageBank(folder, read_manifest(folder), create=False).read_all()["labels"]
+    return open_bank(folder).read_all()["labels"]
 
 
 def distillation_rates(method: Method, groups: list) -> list[UnitCost]:

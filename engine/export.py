@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import models
-from engine.data.bank import ImageBank, find_bank, read_manifest
+from engine.data.bank import find_bank, open_bank
 from engine.networks import public
 from engine.networks.build import exported_spec, split_arguments
 from engine.networks.trained import Trained, open_trained, weights_of_run
@@ -252,7 +252,7 @@ def images_of_run(run: Path, image_size: int) -> tuple[Tensor, str]:
     """
     path = find_bank(run)
     if path != run and (path / "manifest.json").is_file():
-        images = ImageBank(path, read_manifest(path), create=False).read_all()["images"]
+        images = open_bank(path).read_all()["images"]
         if len(images) >= CHECKED and images.shape[-1] == image_size:
             return images[:CHECKED].float() / 255, "of the run's bank"
     return torch.rand(CHECKED, 3, image_size, image_size, generator=torch.Generator().manual_seed(0)), "random pixels"

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from engine.data.bank import ImageBank, find_bank, read_manifest
+from engine.data.bank import find_bank, open_bank
 from engine.data.datasets import dataset_info
 from engine.data.splits import load_split
 from engine.loops.evaluate import density_coverage
@@ -95,13 +95,12 @@ def training_images(folder: Path) -> tuple[Tensor, Tensor]:
         return kept["images"][:MOST], kept["labels"][:MOST]
     places = [find_bank(Path(args["init_bank"]))] if args.get("init_bank") else []
     places = [place for place in (*places, folder / "bank") if (place / "manifest.json").exists()]
-    banks = [ImageBank(place, read_manifest(place), create=False) for place in places]
-    read = [bank.read(stage) for bank in banks for stage in (*INITIAL, "distill") if bank.rounds(stage)]
+    read = [bank.read(stage) for bank in map(open_bank, places) for stage in (*INITIAL, "distill") if bank.rounds(stage)]
     rows = [(columns, row) for columns in read for row in range(len(columns["labels"]))]
     decided = sorted(folder.glob("filter_*.safetensors"))
     variants = find_bank(Path(args.get("init_variants") or folder), "variants")
     if decided and (variants / "manifest.json").exists():
-        columns = ImageBank(variants, read_manifest(variants), create=False).read("augment")
+        columns = open_bank(variants).read("augment")
         rows += [(columns, row) for row in load_tensors(decided[0])["keep"].nonzero().flatten().tolist()]
     if not rows:
         raise UserError(
