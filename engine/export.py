@@ -19,8 +19,7 @@ from engine.data.bank import find_bank, open_bank
 from engine.networks import public
 from engine.networks.build import exported_spec, split_arguments
 from engine.networks.trained import Trained, open_trained, weights_of_run
-from engine.networks.weights import first_line
-from engine.runtime.errors import UserError, run_command
+from engine.runtime.errors import UserError, first_line, reason_of, run_command
 from engine.runtime.files import atomic_folder, read_json, require_new, save_tensors, write_json
 from engine.runtime.flags import Parser
 from registry import MODELS
@@ -292,8 +291,7 @@ def write_onnx(file: Path, student: Trained, images: Tensor) -> float:
         session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
         found = [torch.from_numpy(session.run(None, {"images": part.numpy()})[0]) for part in (images, images[:1])]
     except Exception as error:  # the exporter and the runtime have their own error types
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{student.spec} cannot be exported to ONNX: {reason[:300]}; leave out --onnx") from None
+        raise UserError(f"{student.spec} cannot be exported to ONNX: {reason_of(error)[:300]}; leave out --onnx") from None
     difference = max(float((part - wanted[: len(part)]).abs().max()) for part in found)
     if not difference <= TOLERANCE:
         raise UserError(

@@ -1,6 +1,5 @@
 """Loads pretrained models from the Hugging Face hub or a directory, names them, and reports errors in one line."""
 
-import errno
 import socket
 import warnings
 from collections.abc import Iterable, Iterator
@@ -12,7 +11,7 @@ from urllib.request import getproxies
 
 import torch
 
-from engine.runtime.errors import UserError
+from engine.runtime.errors import UserError, is_disk_full, reason_of
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -64,12 +63,11 @@ def hub_errors(model_id: str, revision: str | None, flag: str) -> Iterator[None]
     try:
         yield
     except (HTTPError, OSError, ValueError) as error:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if is_disk_full(error):
             raise
         if Path(model_id).is_dir():
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise UserError(
-                f"{flag} {model_id}: this directory is not a complete model of the required kind ({reason}); give "
+                f"{flag} {model_id}: this directory is not a complete model of the required kind ({reason_of(error)}); give "
                 "another one"
             ) from error
         at = f" --revision {revision}" if revision else ""

@@ -22,7 +22,7 @@ import torch
 
 from engine.data.bank import memory_limit
 from engine.data.pictures import class_files, image_files
-from engine.runtime.errors import UserError
+from engine.runtime.errors import UserError, reason_of
 
 if TYPE_CHECKING:
     from engine.data.datasets import DatasetInfo
@@ -201,9 +201,8 @@ def read_torchvision(info: DatasetInfo, split: str) -> RawSplit:
         except RuntimeError:  # torchvision's "not found or corrupted"
             dataset = dataset_class(info.data_root, download=True, **which)
     except (OSError, RuntimeError, ValueError, AssertionError, EOFError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"{info.name} is not complete in {info.data_root} and cannot be downloaded ({reason}); put "
+            f"{info.name} is not complete in {info.data_root} and cannot be downloaded ({reason_of(error)}); put "
             f"{Path(info.data_root, info.archive)} (x_train, y_train, x_test, y_test) or torchvision's own {info.source} files there"
         ) from None
     images = np.asarray(dataset.data)

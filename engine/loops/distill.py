@@ -24,8 +24,7 @@ from engine.loops.evaluate import check_finite
 from engine.loops.logit_cache import STEPS, LogitCache
 from engine.loops.muon import Muon
 from engine.loops.pace import StepPace
-from engine.networks.weights import first_line
-from engine.runtime.errors import UserError
+from engine.runtime.errors import UserError, first_line
 from engine.runtime.files import load_checkpoint, save_checkpoint
 from engine.runtime.flags import Range
 from engine.runtime.precision import DOES_NOT_FIT, OPTIMIZER, Precision, begin_momentum, load_optimizer

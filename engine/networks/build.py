@@ -15,8 +15,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from engine.networks import public
-from engine.networks.weights import Normalization, WrongNetwork, choose_normalization, first_line, load_weights
-from engine.runtime.errors import UserError, lookup, resolve
+from engine.networks.weights import Normalization, WrongNetwork, choose_normalization, load_weights
+from engine.runtime.errors import UserError, first_line, lookup, resolve
 from engine.runtime.files import shipped
 from models.classifier import Classifier, frozen
 
