@@ -55,7 +55,6 @@ from datafree.losses import (
     adversarial_loss,
     bn_loss,
     collected,
-    layers_with_statistics,
     one_hot_loss,
     weighted_sum,
 )
@@ -63,6 +62,7 @@ from engine.loops.session import Stage
 from engine.runtime.compilation import CompileTarget
 from engine.runtime.errors import UserError
 from engine.runtime.flags import flag
+from models.classifier import layers_with_statistics
 
 BOTH = ("synthesize", "distill")
 

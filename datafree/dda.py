@@ -56,11 +56,11 @@ from datafree.diffusion.hub import DTYPES, diffusion_dtype, pipeline_config, pri
 from datafree.diffusion.patch_unet import load_patch_prior, shipped_prior
 from datafree.diffusion.variation import Augmenter, denoising_steps
 from datafree.filter import DEFAULT_MODELS, EMBEDDINGS, CosineFilter, build_embedding, check_embedding
-from datafree.losses import layers_with_statistics
 from engine.loops.session import Stage
 from engine.loops.stages import Augment, Distill
 from engine.runtime.errors import UserError
 from engine.runtime.flags import flag
+from models.classifier import layers_with_statistics
 
 AUGMENT = ("augment",)
 FILTER = ("distill",)

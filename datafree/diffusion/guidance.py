@@ -40,8 +40,9 @@ from torch.nn import functional as F
 from datafree.diffusion.prior_base import DiffusionPrior
 from datafree.diffusion.sampling import Trajectory
 from datafree.diffusion.variation import resize
-from datafree.losses import BNStatistics, adversarial_loss, bn_loss, collected, layers_with_statistics
+from datafree.losses import BNStatistics, adversarial_loss, bn_loss, collected
 from engine.runtime.errors import UserError
+from models.classifier import layers_with_statistics
 
 # The teacher's predictions for finished images.
 

@@ -12,13 +12,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from engine.networks import public
 from engine.networks.weights import Normalization, WrongNetwork, choose_normalization, load_weights
 from engine.runtime.errors import UserError, first_line, lookup, resolve
 from engine.runtime.files import shipped
-from models.classifier import Classifier, frozen
+from models.classifier import Classifier, frozen, layers_with_statistics
 
 PRETRAINED = Path("checkpoints/pretrained")
 
@@ -205,8 +204,7 @@ def require_batch_norm(teacher: Classifier, config, methods: dict[str, str]) -> 
     Raises:
         UserError: the teacher has no BN statistics to match.
     """
-    has_statistics = any(isinstance(m, _BatchNorm) and m.track_running_stats for m in teacher.modules())
-    if getattr(config, "bn", 0) and not has_statistics:
+    if getattr(config, "bn", 0) and not layers_with_statistics(teacher):
         without = [name for name, path in methods.items() if "bn" not in resolve(path).Config.__dataclass_fields__]
         raise UserError(
             f"the teacher {teacher.name} has no BatchNorm layer, but --bn {config.bn:g} matches the statistics of such "

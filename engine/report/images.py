@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from engine.data.bank import find_bank, open_bank
 from engine.data.datasets import dataset_info
@@ -30,6 +29,7 @@ from engine.loops.stages import STREAMED
 from engine.networks.build import load_teacher, own_weights
 from engine.runtime.errors import UserError
 from engine.runtime.files import load_tensors
+from models.classifier import layers_with_statistics
 from registry import DATASETS, MODELS
 
 MOST, BATCH = 1000, 250
@@ -160,8 +160,7 @@ class Statistics:
     """Context that collects the mean and variance at the input of each BN layer, over all batches."""
 
     def __init__(self, network: nn.Module):
-        layers = [module for module in network.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
-        self.sums: dict[nn.Module, list[Tensor | int]] = {layer: [0, 0, 0] for layer in layers}
+        self.sums: dict[nn.Module, list[Tensor | int]] = {layer: [0, 0, 0] for layer in layers_with_statistics(network)}
 
     def __enter__(self) -> "Statistics":
         self.hooks = [layer.register_forward_pre_hook(self._add) for layer in self.sums]
