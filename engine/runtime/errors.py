@@ -49,7 +49,8 @@ def is_disk_full(error: Exception) -> bool:
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether an error means that memory could not be allocated, on a GPU or on the host."""
-    words = ("out of memory", "can't allocate memory", "not enough memory", "overflow")  # "overflow" of a tensor's size
+    # "overflow" of a tensor's size; "ALLOC_FAILED" of cuBLAS and cuDNN
+    words = ("out of memory", "can't allocate memory", "not enough memory", "overflow", "ALLOC_FAILED")
     return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
