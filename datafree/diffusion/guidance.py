@@ -205,7 +205,7 @@ def batches(count: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
-def check_finite(finite: list[bool]) -> None:
+def check_latents(finite: list[bool]) -> None:
     """Checks that all latents were finite after each denoising step.
 
     Args:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from datafree.base import ImageBatch, Task
-from datafree.diffusion.guidance import Guidance, TeacherMetrics, batches, check_finite, memory_errors
+from datafree.diffusion.guidance import Guidance, TeacherMetrics, batches, check_latents, memory_errors
 from datafree.diffusion.prior_base import DiffusionPrior
 from datafree.diffusion.sampling import RULES
 from datafree.diffusion.variation import resize, seeded_generators
@@ -158,7 +158,7 @@ class GuidedSampler:
         """
         with memory_errors():
             drawn, finite = self.draw_async(labels, seeds, repeats)
-            check_finite(finite.tolist())
+            check_latents(finite.tolist())
         return drawn
 
     @torch.no_grad()
