@@ -170,8 +170,7 @@ class Guidance:
     def view(self, prior: DiffusionPrior, trajectory: Trajectory, latents: Tensor, k: int, output: Tensor) -> Tensor:
         """Clean images (B, 3, S, S) in [0, 1], predicted from latents at step k and the prior's output for them."""
         images = prior.decode(trajectory.clean(latents, k, output)).clamp(0, 1)
-        size = (self.image_size, self.image_size)
-        return images if images.shape[2:] == size else resize(images, size)
+        return resize(images, (self.image_size, self.image_size))
 
     def gradient(
         self, prior: DiffusionPrior, trajectory: Trajectory, latents: Tensor, k: int, condition: Any, targets: Tensor

@@ -173,8 +173,7 @@ class GuidedSampler:
         parts = batches(len(latents), self.guidance.micro_batch)
         full = torch.cat([self.prior.decode(latents[part]).clamp(0, 1) for part in parts]).float()
         finite[-1] = finite[-1] & full.isfinite().all()
-        size = (self.task.info.image_size, self.task.info.image_size)
-        images = full if full.shape[2:] == size else resize(full, size)
+        images = resize(full, (self.task.info.image_size, self.task.info.image_size))
         labels = labels.to(self.prior.device) if self.uses_labels else self.guidance.teacher(images).argmax(1)
         return Drawn(images, labels, full=full), torch.stack(finite)
 
