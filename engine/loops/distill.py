@@ -128,12 +128,11 @@ class Distillation:
         self.step = processes.parallel(step)
         self.parameters = [*student.parameters(), *objective.parameters()]
         rates = {"lr": schedule.lr, "momentum": schedule.momentum, "weight_decay": schedule.weight_decay}
-        fused = {"fused": True} if precision.device.type in ("cuda", "cpu") else {}
         muon = schedule.optimizer == "muon"
-        self.optimizer = Muon(self.parameters, **rates) if muon else torch.optim.SGD(self.parameters, **rates, **fused)
+        self.optimizer = Muon(self.parameters, **rates) if muon else torch.optim.SGD(self.parameters, **rates, fused=True)
         begin_momentum(self.optimizer)
-        self.views: KeyedViews | None = None
-        self.logit_cache: LogitCache | None = None
+        self.views: KeyedViews | None = None  # numbered views on which the student is trained
+        self.logit_cache: LogitCache | None = None  # teacher logits of these views
         self.scores: list[float] = []  # accuracy or agreement after each epoch
         self.synthesis_clock = Stopwatch(precision.device)
         self.pace: StepPace | None = None
@@ -149,10 +148,6 @@ class Distillation:
         self.synthesizer.lr_factor = self.schedule.learning_rate(round * self.schedule.kd_steps) / self.schedule.lr
         with self.synthesis_clock, weights_fixed(self.student):
             return self.synthesizer.synthesize(self.student)
-
-    def use_views(self, logit_cache: LogitCache | None, views: KeyedViews) -> None:
-        """Makes the student train on ``views``, with teacher logits from ``logit_cache`` unless it is None."""
-        self.logit_cache, self.views = logit_cache, views
 
     @torch.no_grad()
     def teacher_outputs(self, images: Tensor) -> Output:

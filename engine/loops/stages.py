@@ -237,7 +237,7 @@ class Distill(Stage):
                 block = schedule.batch_size // processes.count
                 compute_logits = lambda keys: distillation.teacher_outputs(source.images_of_keys(views, keys)).logits
                 logit_cache = LogitCache(compute_logits, len(views), rows, block, session.device, processes)
-        distillation.use_views(logit_cache, views)
+        distillation.views, distillation.logit_cache = views, logit_cache
         if processes.main and text and session.flags["logit_cache"] != "no":
             session.run.log(text)
 
