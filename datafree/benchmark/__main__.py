@@ -31,7 +31,7 @@ import torch
 
 from datafree.bank import export_folders
 from datafree.benchmark.loops import RUN_ROUNDS, Ours, Plain, repeat
-from datafree.benchmark.measuring import Ceilings, Measured, Step, ceilings, clock, flops, in_turns
+from datafree.benchmark.measuring import Ceilings, Measured, Step, ceilings, flops, in_turns
 from engine.data.bank import ImageBank, Manifest, MappedImages
 from engine.data.crops import Views
 from engine.data.datasets import DatasetInfo, dataset_info
@@ -44,7 +44,7 @@ from engine.runtime.errors import UserError, lookup, run_command
 from engine.runtime.files import load_tensors, save_tensors
 from engine.runtime.flags import Parser
 from engine.runtime.precision import AMP, Precision, choose_amp, choose_device
-from engine.runtime.run import machine, progress
+from engine.runtime.run import clock, machine, progress
 from models.classifier import frozen
 from registry import DATASETS, MODELS
 

@@ -191,6 +191,13 @@ class Run:
         self._lock.close()
 
 
+def clock(device: torch.device) -> float:
+    """Waits for the device's pending work and returns the time in seconds."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.monotonic()
+
+
 class Stopwatch:
     """Measures the seconds inside ``with stopwatch:``. On a GPU it uses CUDA events and synchronizes only in ``read``."""
 

@@ -63,7 +63,7 @@ def test_a_duration_in_words():
 def test_student_steps_tell_what_is_left(kd_steps, monkeypatch):
     """A student step takes 2 s, a round of synthesis 10 s; measured in one long round or in several short ones."""
     clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr(pace.time, "monotonic", lambda: clock.now)
+    monkeypatch.setattr(pace, "clock", lambda device: clock.now)
     synthesis = SimpleNamespace(seconds=7.0, read=lambda: synthesis.seconds)  # time of an earlier command
     schedule = SimpleNamespace(kd_steps=kd_steps, rounds=8000 // kd_steps)
     distillation = SimpleNamespace(synthesis_clock=synthesis, schedule=schedule, precision=SimpleNamespace(device=CPU))
