@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from datafree.bank import rgb
 from engine.data.bank import find_bank, open_bank, read_manifest
 from engine.data.datasets import dataset_info
 from engine.data.splits import load_split
@@ -256,8 +257,6 @@ def rows(lines: list[dict[str, Any]]) -> list[dict[str, str]]:
 
 
 def main() -> None:
-    from datafree.bank import rgb
-
     parser = Parser(prog="python -m datafree.int8", description="Static int8 quantization, calibrated on an image bank.")
     parser.add_argument("--dataset", required=True, help="name of registry.DATASETS; training and test split are opened")
     parser.add_argument("--data_root", default="data", help="folder of the dataset [data]")
