@@ -2,8 +2,8 @@
 
 python -m datafree.bank export RUN FOLDER                      class folders of PNG files
 python -m datafree.bank export RUN FOLDER --format npy         arrays for calibration, normalized as the teacher's inputs
-python -m datafree.bank export RUN FOLDER --format imagefolder PNG files with metadata.jsonl, as read by Hugging Face
-datasets python -m datafree.bank import FOLDER BANK --dataset cifar10   a bank from class folders
+python -m datafree.bank export RUN FOLDER --format imagefolder PNG files with metadata.jsonl, for Hugging Face datasets
+python -m datafree.bank import FOLDER BANK --dataset cifar10   a bank from class folders
 """
 
 import argparse
