@@ -282,12 +282,11 @@ class CMI(Method):
         return self.from_initial_bank(self.config.init_rounds)
 
     def initial_synthesizer(self) -> CMISynthesizer:
-        lengths = {"g_steps": self.config.init_g_steps}
-        return CMISynthesizer(self.config, self.teacher, self.task, **lengths, adv=0.0)
+        return CMISynthesizer(self.config, self.teacher, self.task, g_steps=self.config.init_g_steps, adv=0.0)
 
     def synthesizer(self) -> CMISynthesizer:
-        lengths = {"g_steps": self.config.g_steps}
-        return CMISynthesizer(self.config, self.teacher, self.task, **lengths, adv=self.config.adv)
+        config = self.config
+        return CMISynthesizer(config, self.teacher, self.task, g_steps=config.g_steps, adv=config.adv)
 
     def objective(self) -> KLDistillation:
         return KLDistillation(self.config.T)
