@@ -103,9 +103,8 @@ def main() -> None:
         theirs, _ = logits_of(teacher, known_to(info, teacher, size, args.against), device, args)
         predictions["teacher_predicted"] = theirs.argmax(1)
         figures |= {"against": args.against, "agreement": _percent(logits.argmax(1) == theirs.argmax(1))}
-        figures |= {
-            f"teacher_{k}": v for k, v in measures(theirs, labels, info.num_classes).items() if k == "acc1" and labelled
-        }
+        if labelled:
+            figures["teacher_acc1"] = measures(theirs, labels, info.num_classes)["acc1"]
     if args.csv:
         write_csv(args.csv, info, labels if labelled else None, predictions)
     if args.json:
