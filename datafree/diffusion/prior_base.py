@@ -9,11 +9,8 @@ from datafree.diffusion.sampling import Trajectory
 from engine.runtime.errors import UserError
 
 FLAG = "--diffusion_model"
-CLASSES = (
-    "same",
-    "own",
-    "none",
-)  # which class of a class-conditional prior a dataset class is drawn from; see ClassConditional
+# Which class of a class-conditional prior a dataset class is drawn from; see ``ClassConditional``.
+CLASSES = ("same", "own", "none")
 
 
 class DiffusionPrior:

@@ -165,13 +165,8 @@ class Distill(Stage):
             makers.filter_variants(session.run, path, *self._sources_and_variants(session), self.filter)
 
     def run(self, session: Session) -> None:
-        method, run, record, processes, device = (
-            self.method,
-            session.run,
-            session.record,
-            session.processes,
-            session.device,
-        )
+        method, run, record = self.method, session.run, session.record
+        processes, device = session.processes, session.device
         bank, transfer, images = None, None, TransferImages(None, None, (), {})
         if not method.streams:
             images = self._images(session)
@@ -224,11 +219,8 @@ class Distill(Stage):
                 )
             return
         views = KeyedViews(view, source.capacity, few, session.seed, session.device)
-        logit_cache, text = (
-            None,
-            "logit cache: none, because the student's loss needs other outputs of the teacher than its logits",
-        )
-        schedule = session.schedule
+        schedule, logit_cache = session.schedule, None
+        text = "logit cache: none, because the student's loss needs other outputs of the teacher than its logits"
         if getattr(distillation.objective, "logits_only", False):
             lookups = schedule.rounds * schedule.kd_steps * schedule.batch_size
             width = session.info.num_classes * (distillation.precision.dtype or torch.float32).itemsize
