@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from datafree.diffusion.guidance import TeacherMetrics
 from datafree.diffusion.hub import hub_errors, quiet_libraries
+from datafree.diffusion.variation import CLIP_MEAN, CLIP_STD
 from engine.runtime.errors import UserError
 
 Embedding = Callable[[Tensor], Tensor]
@@ -35,7 +36,7 @@ OMEGA_QUANTILE = 0.99
 MODEL_TYPES = {"clip": ("clip", "clip_vision_model"), "dinov2": ("dinov2", "dinov2_with_registers")}
 # (mean, std) for a model without preprocessor_config.json.
 NORMALIZATION = {
-    "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+    "clip": (CLIP_MEAN, CLIP_STD),
     "dinov2": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
 
