@@ -35,10 +35,7 @@ EMBEDDINGS = ("teacher", "clip", "dinov2")
 OMEGA_QUANTILE = 0.99
 MODEL_TYPES = {"clip": ("clip", "clip_vision_model"), "dinov2": ("dinov2", "dinov2_with_registers")}
 # (mean, std) for a model without preprocessor_config.json.
-NORMALIZATION = {
-    "clip": (CLIP_MEAN, CLIP_STD),
-    "dinov2": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-}
+NORMALIZATION = {"clip": (CLIP_MEAN, CLIP_STD), "dinov2": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))}
 
 
 def build_embedding(

@@ -13,6 +13,7 @@ import torch
 
 from engine.runtime.errors import UserError, is_disk_full, reason_of
 
+FLAG = "--diffusion_model"  # flag that takes the id of a pipeline
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -89,7 +90,7 @@ def quiet_libraries() -> None:
         library.disable_progress_bar()
 
 
-def pipeline_config(model_id: str, revision: str | None, kinds: Iterable[str], flag: str = "--diffusion_model") -> dict:
+def pipeline_config(model_id: str, revision: str | None, kinds: Iterable[str]) -> dict:
     """The configuration of a pretrained pipeline; no weights are downloaded. See ``load_pipeline``.
 
     Args:
@@ -101,21 +102,16 @@ def pipeline_config(model_id: str, revision: str | None, kinds: Iterable[str], f
 
     quiet_libraries()
     revision = None if Path(model_id).is_dir() else revision
-    with hub_errors(model_id, revision, flag):
+    with hub_errors(model_id, revision, FLAG):
         config = diffusers.DiffusionPipeline.load_config(model_id, revision=revision)
     found = config.get("_class_name")
     if found not in kinds:
-        raise UserError(f"{flag} {model_id} is a {found or 'model without a pipeline'}, {' or '.join(kinds)} wanted")
+        raise UserError(f"{FLAG} {model_id} is a {found or 'model without a pipeline'}, {' or '.join(kinds)} wanted")
     return config
 
 
 def load_pipeline(
-    model_id: str,
-    revision: str | None,
-    cls: str | dict[str, str],
-    dtype: torch.dtype,
-    device: torch.device | str,
-    flag: str = "--diffusion_model",
+    model_id: str, revision: str | None, cls: str | dict[str, str], dtype: torch.dtype, device: torch.device | str
 ) -> Any:
     """A pretrained diffusers pipeline without progress bars, ready for sampling.
 
@@ -129,7 +125,6 @@ def load_pipeline(
         cls: class name of the pipeline in ``diffusers``. If several kinds of model are accepted, a dict from the class name
             in the model's configuration to the class that is loaded.
         dtype: dtype of the weights.
-        flag: flag that takes the id, for error messages.
     Raises:
         UserError: the model cannot be loaded, or is of another kind. The kind is checked before any weights are downloaded.
     """
@@ -137,10 +132,10 @@ def load_pipeline(
 
     kinds = {cls: cls} if isinstance(cls, str) else cls
     revision = None if Path(model_id).is_dir() else revision
-    config = pipeline_config(model_id, revision, kinds, flag)
+    config = pipeline_config(model_id, revision, kinds)
     found = config["_class_name"]
     no_checker = {"safety_checker": None, "requires_safety_checker": False} if "safety_checker" in config else {}
-    with hub_errors(model_id, revision, flag):
+    with hub_errors(model_id, revision, FLAG):
         pipeline = getattr(diffusers, kinds[found]).from_pretrained(model_id, revision=revision, dtype=dtype, **no_checker)
     if getattr(pipeline, "watermark", None) is not None:
         pipeline.watermark = None
