@@ -37,22 +37,22 @@ def short_name(spec: str) -> str:
     return "_".join([name, *re.findall(r"\w+", arguments)])
 
 
-def find_checkpoint(spec: str, dataset: str, given: str | None, folder: Path = PRETRAINED) -> Path:
-    """Path of the teacher's weights: ``given``, else ``<folder>/<dataset>_<name>.pth`` or ``.safetensors``.
+def stored_checkpoint(spec: str, dataset: str) -> Path | None:
+    """The file ``PRETRAINED/<dataset>_<name>``.pth or .safetensors, in the working directory or in the project; or None."""
+    files = (shipped(f"{PRETRAINED}/{dataset}_{short_name(spec)}{suffix}") for suffix in (".pth", ".safetensors"))
+    return next((file for file in files if file.exists()), None)
 
-    The second is looked for in the working directory and in the project.
+
+def find_checkpoint(spec: str, dataset: str, given: str | None) -> Path:
+    """Path of the teacher's weights: ``given``, else the ``stored_checkpoint``.
 
     Raises:
         UserError: no file is given or found; the message says how to get one.
     """
-    if given:
-        return Path(given)
-    stem = f"{dataset}_{short_name(spec)}"
-    for suffix in (".pth", ".safetensors"):
-        if (file := shipped(folder / (stem + suffix))).exists():
-            return file
+    if file := given or stored_checkpoint(spec, dataset):
+        return Path(file)
     raise UserError(
-        f"no teacher checkpoint {folder / stem}.pth (or .safetensors); train one with 'python train_scratch.py --model "
+        f"no teacher checkpoint {PRETRAINED}/{dataset}_{short_name(spec)}.pth (or .safetensors); train one with 'python train_scratch.py --model "
         f"{spec}' and the dataset flags of this command, put a published one there, or give its path with --teacher_ckpt"
     )
 
@@ -223,9 +223,7 @@ def own_weights(spec: str, dataset: str, given: str | None) -> dict[str, Any] | 
     """
     if given or not public.is_public(spec):
         return None
-    stem = PRETRAINED / f"{dataset}_{short_name(spec)}"
-    files = [shipped(f"{stem}{suffix}") for suffix in (".pth", ".safetensors")]
-    if not public.has_fixed_weights(spec) and any(file.exists() for file in files):
+    if not public.has_fixed_weights(spec) and stored_checkpoint(spec, dataset):
         return None
     return public.configuration(split_arguments(spec)[0])
 
