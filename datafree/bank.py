@@ -24,7 +24,7 @@ from engine.networks.build import load_teacher
 from engine.networks.weights import choose_normalization
 from engine.runtime.errors import UserError, run_command
 from engine.runtime.files import atomic_folder, require_new, weights_digest, write_json
-from engine.runtime.flags import Parser
+from engine.runtime.flags import Parser, numbers
 from engine.runtime.precision import choose_device
 from registry import DATASETS, MODELS
 
@@ -214,14 +214,6 @@ def normalization_of(args: argparse.Namespace, bank: ImageBank) -> tuple:
     return chosen.mean, chosen.std
 
 
-def rgb(text: str) -> tuple[float, ...]:
-    """Parses "0.5,0.5,0.5" as three floats."""
-    values = tuple(float(value) for value in text.split(","))
-    if len(values) != 3:
-        raise ValueError
-    return values
-
-
 def main() -> None:
     """Runs the command line of this module: export or import."""
     parser = Parser(prog="python -m datafree.bank", description="Exports image banks to files, and imports them.")
@@ -254,13 +246,13 @@ def main() -> None:
     )
     out.add_argument(
         "--teacher_mean",
-        type=rgb,
+        type=numbers,
         default=None,
         help="r,g,b, mean of the teacher's normalization; unset: that of its checkpoint, else the dataset's",
     )
     out.add_argument(
         "--teacher_std",
-        type=rgb,
+        type=numbers,
         default=None,
         help="r,g,b, std of the teacher's normalization; unset: that of its checkpoint, else the dataset's",
     )

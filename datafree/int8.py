@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from datafree.bank import rgb
 from engine.data.bank import find_bank, open_bank, read_manifest
 from engine.data.datasets import dataset_info
 from engine.data.splits import load_split
@@ -28,7 +27,7 @@ from engine.networks.build import load_teacher, short_name
 from engine.report import markdown, replace_table
 from engine.runtime.errors import UserError, run_command
 from engine.runtime.files import atomic_path, weights_digest
-from engine.runtime.flags import Parser
+from engine.runtime.flags import Parser, numbers
 from engine.runtime.processes import seed_position
 from engine.runtime.run import progress
 from registry import DATASETS, MODELS
@@ -269,13 +268,13 @@ def main() -> None:
     )
     parser.add_argument(
         "--teacher_mean",
-        type=rgb,
+        type=numbers,
         default=None,
         help="r,g,b, mean of the teacher's normalization; unset: that of its checkpoint, else the dataset's",
     )
     parser.add_argument(
         "--teacher_std",
-        type=rgb,
+        type=numbers,
         default=None,
         help="r,g,b, std of the teacher's normalization; unset: that of its checkpoint, else the dataset's",
     )
