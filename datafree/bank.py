@@ -237,30 +237,24 @@ def main() -> None:
     out.add_argument("--data_root", default="data", help="folder of the dataset; none of its images is opened [data]")
     out.add_argument(
         "--teacher",
-        default=None,
         help="teacher, a network as in datafree_kd.py; npy: images are normalized for it; imagefolder: its five most "
         "probable classes are added to the metadata",
     )
-    out.add_argument(
-        "--teacher_ckpt", default=None, help="checkpoint of --teacher; unset: the file that datafree_kd.py would use"
-    )
+    out.add_argument("--teacher_ckpt", help="checkpoint of --teacher; unset: the file that datafree_kd.py would use")
     out.add_argument(
         "--teacher_mean",
         type=numbers,
-        default=None,
         help="r,g,b, mean of the teacher's normalization; unset: that of its checkpoint, else the dataset's",
     )
     out.add_argument(
         "--teacher_std",
         type=numbers,
-        default=None,
         help="r,g,b, std of the teacher's normalization; unset: that of its checkpoint, else the dataset's",
     )
     out.add_argument(
         "--gpu",
         type=int,
         least=-1,
-        default=None,
         help="index of the GPU that runs the teacher, -1 for the CPU; unset: GPU 0 if there is one",
     )
     into = commands.add_parser("import", help="make a bank from class folders of images, named by class number or name")
@@ -268,17 +262,10 @@ def main() -> None:
     into.add_argument("bank", type=Path, help="folder of the image bank to write, new or empty")
     into.add_argument("--dataset", required=True, help="dataset whose classes the class folders are")
     into.add_argument("--data_root", default="data", help="folder of the dataset; none of its images is opened [data]")
-    into.add_argument("--domain", default=None, help="domain, for a dataset that has several")
+    into.add_argument("--domain", help="domain, for a dataset that has several")
+    into.add_argument("--classes", help="classes of a dataset that has domains: ten (its usual subset) or all; unset: ten")
     into.add_argument(
-        "--classes", default=None, help="classes of a dataset that has domains: ten (its usual subset) or all; unset: ten"
-    )
-    into.add_argument(
-        "--image_size",
-        type=int,
-        least=1,
-        most=4096,
-        default=None,
-        help="size of the bank's images in px; unset: the dataset's",
+        "--image_size", type=int, least=1, most=4096, help="size of the bank's images in px; unset: the dataset's"
     )
     into.add_argument("--shard_size", type=int, least=1, default=4096, help="images per shard [4096]")
     args = parser.parse_args()

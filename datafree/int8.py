@@ -259,39 +259,31 @@ def main() -> None:
     parser = Parser(prog="python -m datafree.int8", description="Static int8 quantization, calibrated on an image bank.")
     parser.add_argument("--dataset", required=True, help="name of registry.DATASETS; training and test split are opened")
     parser.add_argument("--data_root", default="data", help="folder of the dataset [data]")
-    parser.add_argument(
-        "--image_size", type=int, least=1, most=4096, default=None, help="image size in px; unset: the dataset's own"
-    )
+    parser.add_argument("--image_size", type=int, least=1, most=4096, help="image size in px; unset: the dataset's own")
     parser.add_argument("--teacher", required=True, help="teacher, a network as in datafree_kd.py")
-    parser.add_argument(
-        "--teacher_ckpt", default=None, help="checkpoint of the teacher; unset: the file that datafree_kd.py would use"
-    )
+    parser.add_argument("--teacher_ckpt", help="checkpoint of the teacher; unset: the file that datafree_kd.py would use")
     parser.add_argument(
         "--teacher_mean",
         type=numbers,
-        default=None,
         help="r,g,b, mean of the teacher's normalization; unset: that of its checkpoint, else the dataset's",
     )
     parser.add_argument(
         "--teacher_std",
         type=numbers,
-        default=None,
         help="r,g,b, std of the teacher's normalization; unset: that of its checkpoint, else the dataset's",
     )
     parser.add_argument("--bank", type=Path, required=True, help="image bank made with this teacher, or its run folder")
     parser.add_argument(
         "--images", type=int, least=1, default=500, help="largest number of calibration images of each kind [500]"
     )
-    parser.add_argument(
-        "--test_images", type=int, least=1, default=None, help="number of random test images to measure on; unset: all"
-    )
+    parser.add_argument("--test_images", type=int, least=1, help="number of random test images to measure on; unset: all")
     parser.add_argument(
         "--seed", type=int, least=0, default=0, help="seed of the noise and of the random choice of images [0]"
     )
     parser.add_argument(
         "--lines", type=Path, required=True, metavar="FILE.jsonl", help="file to which the results are added"
     )
-    parser.add_argument("--into", type=Path, default=None, help="Markdown file whose table 'int8' is rewritten")
+    parser.add_argument("--into", type=Path, help="Markdown file whose table 'int8' is rewritten")
     args = parser.parse_args()
     try:
         import onnx  # noqa: F401

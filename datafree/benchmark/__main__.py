@@ -257,9 +257,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         choices=CHOICES,
         help="compilation of our loop; auto: as in a long run; the plain loop is never compiled [auto]",
     )
-    parser.add_argument(
-        "--gpu", type=int, least=-1, default=None, help="index of the GPU, -1 for the CPU; unset: GPU 0 if there is one"
-    )
+    parser.add_argument("--gpu", type=int, least=-1, help="index of the GPU, -1 for the CPU; unset: GPU 0 if there is one")
     parser.add_argument("--into", type=Path, help="file in which to replace the table --name by the printed one")
     parser.add_argument("--name", default="benchmark", help="name of the table in the --into file [benchmark]")
     args = parser.parse_args(argv)
