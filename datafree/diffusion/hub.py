@@ -79,6 +79,25 @@ def hub_errors(model_id: str, revision: str | None, flag: str) -> Iterator[None]
         ) from error
 
 
+def check_model_type(model_id: str, types: Iterable[str], wanted: str, flag: str) -> None:
+    """Checks from its configuration alone that a model of transformers exists and is of the right kind.
+
+    Args:
+        types: accepted types, as named in the configuration.
+        wanted: the right kind, in words.
+        flag: flag that takes the id, for example ``"--text_model"``.
+    Raises:
+        UserError: the model is missing or of another kind.
+    """
+    from transformers import AutoConfig
+
+    quiet_libraries()
+    with hub_errors(model_id, None, flag):
+        found = AutoConfig.from_pretrained(model_id).model_type
+    if found not in types:
+        raise UserError(f"{flag} {model_id} is a model of type {found}, {wanted} wanted")
+
+
 def quiet_libraries() -> None:
     """Turns off the progress bars and hints that diffusers and transformers print; hub downloads keep their bar."""
     from diffusers.utils import logging as diffusers_logging
