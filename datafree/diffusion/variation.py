@@ -167,8 +167,8 @@ class ImageVariation(_LatentAugmenter):
 
     def __init__(
         self,
-        model_id: str = "lambdalabs/sd-image-variations-diffusers",
-        revision: str | None = "v2.0",
+        model_id: str,
+        revision: str | None = None,
         *,
         guidance_scale: float = 3.0,
         num_inference_steps: int = 25,
