@@ -19,7 +19,7 @@ from pathlib import Path
 
 from engine.data.datasets import dataset_info
 from engine.data.splits import data_identity, load_split
-from engine.loops.evaluate import evaluate
+from engine.loops.measures import evaluate
 from engine.loops.train import TrainFlags, train
 from engine.networks.build import (
     PRETRAINED,

@@ -22,7 +22,7 @@ import torch
 from engine.data.bank import find_bank, open_bank, read_manifest
 from engine.data.datasets import dataset_info
 from engine.data.splits import load_split
-from engine.loops.evaluate import evaluate
+from engine.loops.measures import evaluate
 from engine.networks.build import load_teacher, short_name
 from engine.report import markdown, replace_table
 from engine.runtime.errors import UserError, run_command

@@ -18,7 +18,7 @@ from torch import Tensor
 from engine.data.datasets import DatasetInfo, dataset_info
 from engine.data.pictures import image_files
 from engine.data.splits import load_split, read_split
-from engine.loops.evaluate import calibration_error, class_accuracy, confusion, predict
+from engine.loops.measures import calibration_error, class_accuracy, confusion, predict
 from engine.networks.build import wrap
 from engine.networks.trained import Trained, open_trained
 from engine.networks.weights import choose_normalization

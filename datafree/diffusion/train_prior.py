@@ -42,7 +42,7 @@ from datafree.diffusion.variation import seeded_noise
 from engine.data.datasets import DatasetInfo, dataset_info
 from engine.data.pictures import grid
 from engine.data.splits import Split, load_split
-from engine.loops.evaluate import density_coverage, frechet_distance
+from engine.loops.measures import density_coverage, frechet_distance
 from engine.networks.build import load_teacher
 from engine.runtime.errors import UserError, run_command
 from engine.runtime.files import load_checkpoint, save_checkpoint

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from engine.data.crops import KeyedViews
 from engine.data.pictures import grid
-from engine.loops.evaluate import check_finite
 from engine.loops.logit_cache import STEPS, LogitCache
+from engine.loops.measures import check_finite
 from engine.loops.muon import Muon
 from engine.loops.pace import StepPace
 from engine.runtime.errors import UserError, first_line
@@ -215,7 +215,7 @@ def distill(
         bank: bank that stores the images of each round; None for a streaming method.
         transfer: ``TransferSet`` with the images from before the first round; None if ``bank`` is None.
         augment_batch: random crop and flip of the student's batches; not used with ``distillation.views``.
-        measure: ``engine.loops.evaluate.Accuracy`` or ``Agreement`` in the main process, used only for reports; None in the
+        measure: ``engine.loops.measures.Accuracy`` or ``Agreement`` in the main process, used only for reports; None in the
             other processes.
         seed: seed of the run.
     Returns:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from engine.data.bank import ImageBank
 from engine.data.pictures import grid
-from engine.loops.evaluate import check_finite
+from engine.loops.measures import check_finite
 from engine.loops.pace import log_time_left
 from engine.runtime.compilation import CompileTarget
 from engine.runtime.errors import UserError

@@ -12,9 +12,9 @@ from engine.data.crops import KeyedViews, Views
 from engine.data.splits import load_split
 from engine.data.transfer_set import TransferSet
 from engine.loops import distill, makers
-from engine.loops.evaluate import Accuracy, Agreement, confusion, predict
 from engine.loops.fill import STATE, Maker, fill, load_state
 from engine.loops.logit_cache import LogitCache, cached_keys, check_logit_cache
+from engine.loops.measures import Accuracy, Agreement, confusion, predict
 from engine.loops.session import Finished, Session, Stage
 from engine.runtime import checksums
 from engine.runtime.errors import UserError

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from engine.data.crops import crop_flip
-from engine.loops.evaluate import check_finite, evaluate
+from engine.loops.measures import check_finite, evaluate
 from engine.runtime.compilation import Compiler
 from engine.runtime.errors import UserError, first_line
 from engine.runtime.files import load_checkpoint, save_checkpoint

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from engine.data.bank import find_bank, open_bank
 from engine.data.datasets import dataset_info
 from engine.data.splits import load_split
-from engine.loops.evaluate import density_coverage
+from engine.loops.measures import density_coverage
 from engine.loops.session import INITIAL
 from engine.loops.stages import STREAMED
 from engine.networks.build import load_teacher, own_weights

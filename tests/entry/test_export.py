@@ -15,7 +15,7 @@ from PIL import Image
 from engine.evaluate import main as evaluate_main
 from engine.export import TOLERANCE, network_source
 from engine.export import main as export_main
-from engine.loops.evaluate import calibration_error, class_accuracy, confusion
+from engine.loops.measures import calibration_error, class_accuracy, confusion
 from engine.networks.trained import open_trained
 from engine.runtime.errors import UserError
 from engine.runtime.files import load_checkpoint
