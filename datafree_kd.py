@@ -21,7 +21,7 @@ from pathlib import Path
 from datafree.base import build_method, run_folder
 from datafree.minutes import choose_scale, trial_groups
 from engine import report
-from engine.data.bank import Manifest
+from engine.data.image_bank import Manifest
 from engine.data.splits import forbid_train_split
 from engine.loops import preflight
 from engine.loops.session import Session, choose_stages, run_stages

@@ -17,8 +17,8 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from engine.data.bank import ImageBank, Manifest, find_bank, open_bank
 from engine.data.datasets import DatasetInfo, dataset_info
+from engine.data.image_bank import ImageBank, Manifest, find_bank, open_bank
 from engine.data.pictures import class_files, read_images, warn_of_cropping
 from engine.networks.build import load_teacher
 from engine.networks.weights import choose_normalization

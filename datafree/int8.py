@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from engine.data.bank import find_bank, open_bank, read_manifest
 from engine.data.datasets import dataset_info
+from engine.data.image_bank import find_bank, open_bank, read_manifest
 from engine.data.splits import load_split
 from engine.loops.measures import evaluate
 from engine.networks.build import load_teacher, short_name

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from datafree.base import Method
-from engine.data.bank import find_bank, open_bank
+from engine.data.image_bank import find_bank, open_bank
 from engine.data.splits import load_split
 from engine.data.transfer_set import TransferSet
 from engine.loops.distill import Distillation, Schedule

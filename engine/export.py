@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import models
-from engine.data.bank import find_bank, open_bank
+from engine.data.image_bank import find_bank, open_bank
 from engine.networks import public
 from engine.networks.build import exported_spec, split_arguments
 from engine.networks.trained import Trained, open_trained, weights_of_run

@@ -32,9 +32,9 @@ import torch
 from datafree.bank import export_folders
 from datafree.benchmark.loops import RUN_ROUNDS, Ours, Plain, repeat
 from datafree.benchmark.measuring import Ceilings, Measured, Step, ceilings, flops, in_turns
-from engine.data.bank import ImageBank, Manifest, MappedImages
 from engine.data.crops import Views
 from engine.data.datasets import DatasetInfo, dataset_info
+from engine.data.image_bank import ImageBank, Manifest, MappedImages
 from engine.data.transfer_set import TransferSet
 from engine.loops.logit_cache import STEPS
 from engine.networks.build import build_classifier

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from engine.data.bank import memory_limit
+from engine.data.image_bank import memory_limit
 from engine.data.pictures import class_files, image_files
 from engine.runtime.errors import UserError, reason_of
 

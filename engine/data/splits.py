@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from engine.data.bank import storage_device
 from engine.data.datasets import DatasetInfo
+from engine.data.image_bank import storage_device
 from engine.data.pictures import decode_image, warn_of_cropping
 from engine.data.readers import RawSplit
 from engine.runtime.errors import UserError, resolve

@@ -6,8 +6,8 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from engine.data.bank import MappedImages, prefetch, storage_device
 from engine.data.crops import KeyedViews
+from engine.data.image_bank import MappedImages, prefetch, storage_device
 
 COPIED_AT_ONCE = 256  # images copied from the shards to memory at a time
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from engine.data.bank import ImageBank
+from engine.data.image_bank import ImageBank
 from engine.data.pictures import grid
 from engine.loops.measures import check_finite
 from engine.loops.pace import log_time_left

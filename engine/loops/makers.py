@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.data.bank import to_uint8
+from engine.data.image_bank import to_uint8
 from engine.data.pictures import variants_grid
 from engine.loops.fill import Maker, Part, Share
 from engine.loops.measures import check_finite

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.data.bank import ImageBank, to_uint8
 from engine.data.crops import KeyedViews, Views
+from engine.data.image_bank import ImageBank, to_uint8
 from engine.data.splits import load_split
 from engine.data.transfer_set import TransferSet
 from engine.loops import distill, makers

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.data.bank import find_bank, open_bank
 from engine.data.datasets import dataset_info
+from engine.data.image_bank import find_bank, open_bank
 from engine.data.splits import load_split
 from engine.loops.measures import density_coverage
 from engine.loops.session import INITIAL

@@ -204,7 +204,7 @@ def pictures(folder: Path) -> dict[str, Any]:
     "bank": [(image, class number)], "variants": [(source, [(image, cosine, kept)])], "counts": number of images per class.
     A run without a bank has only "sheet", a picture of the last images that the student learnt from.
     """
-    from engine.data.bank import find_bank, open_bank
+    from engine.data.image_bank import find_bank, open_bank
     from engine.loops.session import INITIAL
 
     args = read_json(folder / "args.json") if (folder / "args.json").exists() else {"args": {}}
@@ -229,7 +229,7 @@ def pictures(folder: Path) -> dict[str, Any]:
 
 def _variants(folder: Path, place: Path, sources: dict[str, Any]) -> list[tuple[str, list[tuple[str, float, bool]]]]:
     """Some sources with their variants in ``place``, and whether the run in ``folder`` kept each variant."""
-    from engine.data.bank import open_bank
+    from engine.data.image_bank import open_bank
     from engine.loops.makers import SCORES
     from engine.runtime.files import load_tensors
 

@@ -28,7 +28,7 @@ import train_scratch
 from datafree.diffusion import patch_unet
 from engine import report
 from engine.data import splits
-from engine.data.bank import open_bank
+from engine.data.image_bank import open_bank
 from engine.data.pictures import decode_image
 from engine.networks.build import matching_models
 from engine.networks.trained import open_trained

@@ -10,7 +10,7 @@ from datafree.benchmark import __main__ as benchmark
 from datafree.benchmark import loops, measuring
 from datafree.benchmark.measuring import Ceilings, Measured
 from datafree.generators import Generator, reset
-from engine.data.bank import ImageBank, Manifest
+from engine.data.image_bank import ImageBank, Manifest
 from engine.runtime.errors import UserError
 from engine.runtime.precision import Precision
 from models.classifier import frozen

@@ -8,7 +8,7 @@ import torch
 
 import registry
 from datafree_kd import parse
-from engine.data.bank import ImageBank, Manifest
+from engine.data.image_bank import ImageBank, Manifest
 from engine.data.transfer_set import TransferSet
 from engine.loops import pace
 from engine.loops.fill import Maker, Part, fill
@@ -107,7 +107,7 @@ def test_a_round_of_a_bank_tells_what_is_left(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("mapped", [False, True])
 def test_spaced_images_are_the_stored_ones(mapped, monkeypatch):
-    monkeypatch.setattr("engine.data.bank.memory_limit", lambda device: 0 if mapped else 10**9)
+    monkeypatch.setattr("engine.data.image_bank.memory_limit", lambda device: 0 if mapped else 10**9)
     transfer = TransferSet(20, 4, CPU)
     transfer.add(
         (torch.arange(11)[:, None, None, None] * 5).expand(-1, 3, 4, 4).to(torch.uint8).contiguous(), torch.zeros(11)
