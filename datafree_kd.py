@@ -18,11 +18,22 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from datafree.base import build_method, run_folder
+from datafree.minutes import choose_scale, trial_groups
 from engine import report
+from engine.data.image_bank import Manifest
+from engine.data.splits import forbid_train_split
+from engine.loops import preflight
+from engine.loops.session import Session, choose_stages, run_stages
 from engine.loops.settings import DistillFlags, RunFlags, TaskFlags, for_seed, scaled, with_recipe
+from engine.networks.build import require_batch_norm, short_name
+from engine.runtime.compilation import Compiler
 from engine.runtime.errors import lookup, resolve, run_command
+from engine.runtime.files import weights_digest
 from engine.runtime.flags import Parser, add_flags, add_list, from_args, given_flags, stage_flags
-from engine.runtime.processes import is_main, leave_processes
+from engine.runtime.processes import is_main, join_processes, leave_processes
+from engine.runtime.run import Run
+from engine.runtime.stage_record import StageRecord
 from registry import DATASETS, METHODS, MODELS, PAIRS, PUBLISHED, RECIPES
 
 
@@ -76,12 +87,6 @@ def scale_for_minutes(name: str, method_class: type, groups: list, at: Callable[
     Args:
         at: function that returns the flags of a run with a given scale.
     """
-    from datafree.base import build_method, run_folder
-    from datafree.minutes import choose_scale, trial_groups
-    from engine.data.splits import forbid_train_split
-    from engine.loops.session import choose_stages
-    from engine.runtime.processes import join_processes
-
     run_flags, processes, trial = groups[1], join_processes(groups[1].gpu), trial_groups(groups)
     forbid_train_split()
     method = build_method(name, method_class, trial, trial[2].schedule(), processes, DATASETS, MODELS)
@@ -92,20 +97,7 @@ def scale_for_minutes(name: str, method_class: type, groups: list, at: Callable[
 
 def run(name: str, method_class: type, groups: list) -> Path:
     """Runs all selected stages with one seed; returns the run folder."""
-    # Imported after parsing, so that --help and errors in flags appear at once.
-    from datafree.base import build_method, run_folder
-    from engine.data.bank import Manifest
-    from engine.data.splits import forbid_train_split
-    from engine.loops import preflight
-    from engine.loops.session import Session, choose_stages, run_stages
-    from engine.networks.build import require_batch_norm, short_name
-    from engine.runtime.compilation import Compiler
-    from engine.runtime.files import weights_digest
-    from engine.runtime.processes import join_processes
-    from engine.runtime.run import Run
-    from engine.runtime.stage_record import StageRecord
-
-    task_flags, run_flags, distill_flags, config = groups
+    task_flags, run_flags, distill_flags, _ = groups
     schedule, processes = distill_flags.schedule(), join_processes(run_flags.gpu)
     forbid_train_split()
     method = build_method(name, method_class, groups, schedule, processes, DATASETS, MODELS)

@@ -54,7 +54,7 @@ MODELS = {
     "vgg8": "models.vgg:vgg8",
     "vgg11": "models.vgg:vgg11",
     "vgg13": "models.vgg:vgg13",
-    "mobilenetv2": "models.imagenet:mobilenetv2",
+    "mobilenetv2": "models.imagenet:mobilenet_v2",
     "shufflenetv2": "models.shufflenetv2:shufflenetv2",
     "resnet18_imagenet": "models.imagenet:resnet18",
     "resnet34_imagenet": "models.imagenet:resnet34",

@@ -17,8 +17,33 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from engine.data.datasets import dataset_info
+from engine.data.splits import data_identity, load_split
+from engine.loops.measures import evaluate
+from engine.loops.train import TrainFlags, train
+from engine.networks.build import (
+    PRETRAINED,
+    build_network,
+    find_checkpoint,
+    load_named_weights,
+    own_weights,
+    short_name,
+    split_arguments,
+    with_own_weights,
+    wrap,
+)
+from engine.networks.public import configuration, is_public, published_weights
+from engine.networks.weights import choose_normalization
+from engine.runtime import checksums
+from engine.runtime.compilation import CHOICES as COMPILE
+from engine.runtime.compilation import Compiler
 from engine.runtime.errors import UserError, run_command
+from engine.runtime.files import delete_files, save_checkpoint
 from engine.runtime.flags import Parser, add_flags, add_list, flag, from_args, stage_flags
+from engine.runtime.precision import AMP, Precision, choose_amp, choose_device
+from engine.runtime.processes import seed_position
+from engine.runtime.run import Run, earlier_value
+from engine.runtime.stage_record import StageRecord
 from registry import DATASETS, METHODS, MODELS
 
 TRAIN = ("train",)
@@ -99,7 +124,7 @@ class ScratchFlags:
     amp: str = flag(
         "auto",
         "mixed precision; auto: bf16 on hardware that computes in it, else no; a resumed run keeps its precision",
-        choices=("auto", "no", "bf16", "fp16"),
+        choices=AMP,
         affects=TRAIN,
     )
     fp16: bool = flag(False, "same as --amp fp16")
@@ -107,7 +132,7 @@ class ScratchFlags:
         "auto",
         "torch.compile of the network; auto: only if the run is long enough to save time; graphs: as yes, with CUDA graphs "
         "on a GPU",
-        choices=("auto", "yes", "graphs", "no"),
+        choices=COMPILE,
     )
     workers: int = flag(
         4, "worker processes that decode image files; 0: decode in the main process", short="-j", least=0, most=1024
@@ -115,8 +140,6 @@ class ScratchFlags:
 
 
 def main() -> None:
-    from engine.loops.train import TrainFlags
-
     parser = Parser(
         prog="train_scratch.py", description=__doc__.splitlines()[0], epilog="To resume, run the same command again."
     )
@@ -128,26 +151,6 @@ def main() -> None:
     flags, lengths = (from_args(group, args) for group in groups)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("train_scratch.py trains in one process; start it without a launcher")
-
-    from engine.data.datasets import dataset_info
-    from engine.data.splits import load_split
-    from engine.loops.evaluate import evaluate
-    from engine.networks.build import (
-        PRETRAINED,
-        build_network,
-        find_checkpoint,
-        load_named_weights,
-        own_weights,
-        short_name,
-        split_arguments,
-        with_own_weights,
-        wrap,
-    )
-    from engine.networks.public import configuration, is_public, published_weights
-    from engine.networks.weights import choose_normalization
-    from engine.runtime.precision import Precision, choose_amp, choose_device
-    from engine.runtime.processes import seed_position
-    from engine.runtime.run import earlier_value
 
     if flags.pretrained and (flags.resume or flags.evaluate_only):
         raise UserError(f"--pretrained and {'--resume' if flags.resume else '--evaluate_only'} exclude each other; give one")
@@ -201,14 +204,6 @@ def train_run(
         start: checkpoint file or public model that the weights come from; None: random weights.
         dropped_head: description of the head of ``start`` that was left out; None: no head was left out.
     """
-    from engine.data.splits import data_identity, load_split
-    from engine.loops.train import train
-    from engine.runtime import checksums
-    from engine.runtime.compilation import Compiler
-    from engine.runtime.files import delete_files, save_checkpoint
-    from engine.runtime.run import Run
-    from engine.runtime.stage_record import StageRecord
-
     normalization = classifier.normalization.as_flags()
     settings = stage_flags("train", flags, lengths) | normalization | {"data_root": data_identity(info, "train", "test")}
     run = Run(save_dir, dataclasses.asdict(flags) | dataclasses.asdict(lengths))

@@ -28,9 +28,10 @@ from torch import Tensor, nn
 
 from datafree.base import Task
 from datafree.deepinv import DISTILL, DeepInversion, DeepInversionConfig, DeepInversionSynthesizer
-from datafree.losses import BNStatistics, Terms, bn_loss, collected, layers_with_statistics
+from datafree.losses import BNStatistics, Terms, bn_loss, collected
 from engine.runtime.errors import UserError
 from engine.runtime.flags import flag
+from models.classifier import layers_with_statistics
 
 TAU = 3.0
 

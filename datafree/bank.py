@@ -2,8 +2,8 @@
 
 python -m datafree.bank export RUN FOLDER                      class folders of PNG files
 python -m datafree.bank export RUN FOLDER --format npy         arrays for calibration, normalized as the teacher's inputs
-python -m datafree.bank export RUN FOLDER --format imagefolder PNG files with metadata.jsonl, as read by Hugging Face
-datasets python -m datafree.bank import FOLDER BANK --dataset cifar10   a bank from class folders
+python -m datafree.bank export RUN FOLDER --format imagefolder PNG files with metadata.jsonl, for Hugging Face datasets
+python -m datafree.bank import FOLDER BANK --dataset cifar10   a bank from class folders
 """
 
 import argparse
@@ -17,14 +17,14 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from engine.data.bank import ImageBank, Manifest, find_bank, read_manifest
 from engine.data.datasets import DatasetInfo, dataset_info
+from engine.data.image_bank import ImageBank, Manifest, find_bank, open_bank
 from engine.data.pictures import class_files, read_images, warn_of_cropping
 from engine.networks.build import load_teacher
 from engine.networks.weights import choose_normalization
 from engine.runtime.errors import UserError, run_command
 from engine.runtime.files import atomic_folder, require_new, weights_digest, write_json
-from engine.runtime.flags import Parser
+from engine.runtime.flags import Parser, numbers
 from engine.runtime.precision import choose_device
 from registry import DATASETS, MODELS
 
@@ -134,8 +134,7 @@ def export(args: argparse.Namespace) -> None:
     Raises:
         UserError: flags do not fit together, or the bank, dataset or teacher is missing or does not fit.
     """
-    path = find_bank(args.bank)
-    bank = ImageBank(path, read_manifest(path), create=False)
+    bank = open_bank(find_bank(args.bank))
     only_for(args, "npy", dtype="float32", shard_mb=256)
     only_for(args, "npy or imagefolder", teacher=None, teacher_ckpt=None, teacher_mean=None, teacher_std=None)
     if args.teacher_ckpt and not args.teacher:
@@ -215,14 +214,6 @@ def normalization_of(args: argparse.Namespace, bank: ImageBank) -> tuple:
     return chosen.mean, chosen.std
 
 
-def rgb(text: str) -> tuple[float, ...]:
-    """Parses "0.5,0.5,0.5" as three floats."""
-    values = tuple(float(value) for value in text.split(","))
-    if len(values) != 3:
-        raise ValueError
-    return values
-
-
 def main() -> None:
     """Runs the command line of this module: export or import."""
     parser = Parser(prog="python -m datafree.bank", description="Exports image banks to files, and imports them.")
@@ -246,30 +237,24 @@ def main() -> None:
     out.add_argument("--data_root", default="data", help="folder of the dataset; none of its images is opened [data]")
     out.add_argument(
         "--teacher",
-        default=None,
         help="teacher, a network as in datafree_kd.py; npy: images are normalized for it; imagefolder: its five most "
         "probable classes are added to the metadata",
     )
-    out.add_argument(
-        "--teacher_ckpt", default=None, help="checkpoint of --teacher; unset: the file that datafree_kd.py would use"
-    )
+    out.add_argument("--teacher_ckpt", help="checkpoint of --teacher; unset: the file that datafree_kd.py would use")
     out.add_argument(
         "--teacher_mean",
-        type=rgb,
-        default=None,
+        type=numbers,
         help="r,g,b, mean of the teacher's normalization; unset: that of its checkpoint, else the dataset's",
     )
     out.add_argument(
         "--teacher_std",
-        type=rgb,
-        default=None,
+        type=numbers,
         help="r,g,b, std of the teacher's normalization; unset: that of its checkpoint, else the dataset's",
     )
     out.add_argument(
         "--gpu",
         type=int,
         least=-1,
-        default=None,
         help="index of the GPU that runs the teacher, -1 for the CPU; unset: GPU 0 if there is one",
     )
     into = commands.add_parser("import", help="make a bank from class folders of images, named by class number or name")
@@ -277,17 +262,10 @@ def main() -> None:
     into.add_argument("bank", type=Path, help="folder of the image bank to write, new or empty")
     into.add_argument("--dataset", required=True, help="dataset whose classes the class folders are")
     into.add_argument("--data_root", default="data", help="folder of the dataset; none of its images is opened [data]")
-    into.add_argument("--domain", default=None, help="domain, for a dataset that has several")
+    into.add_argument("--domain", help="domain, for a dataset that has several")
+    into.add_argument("--classes", help="classes of a dataset that has domains: ten (its usual subset) or all; unset: ten")
     into.add_argument(
-        "--classes", default=None, help="classes of a dataset that has domains: ten (its usual subset) or all; unset: ten"
-    )
-    into.add_argument(
-        "--image_size",
-        type=int,
-        least=1,
-        most=4096,
-        default=None,
-        help="size of the bank's images in px; unset: the dataset's",
+        "--image_size", type=int, least=1, most=4096, help="size of the bank's images in px; unset: the dataset's"
     )
     into.add_argument("--shard_size", type=int, least=1, default=4096, help="images per shard [4096]")
     args = parser.parse_args()

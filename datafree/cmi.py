@@ -55,7 +55,6 @@ from datafree.losses import (
     adversarial_loss,
     bn_loss,
     collected,
-    layers_with_statistics,
     one_hot_loss,
     weighted_sum,
 )
@@ -63,6 +62,7 @@ from engine.loops.session import Stage
 from engine.runtime.compilation import CompileTarget
 from engine.runtime.errors import UserError
 from engine.runtime.flags import flag
+from models.classifier import layers_with_statistics
 
 BOTH = ("synthesize", "distill")
 
@@ -282,12 +282,11 @@ class CMI(Method):
         return self.from_initial_bank(self.config.init_rounds)
 
     def initial_synthesizer(self) -> CMISynthesizer:
-        lengths = {"g_steps": self.config.init_g_steps}
-        return CMISynthesizer(self.config, self.teacher, self.task, **lengths, adv=0.0)
+        return CMISynthesizer(self.config, self.teacher, self.task, g_steps=self.config.init_g_steps, adv=0.0)
 
     def synthesizer(self) -> CMISynthesizer:
-        lengths = {"g_steps": self.config.g_steps}
-        return CMISynthesizer(self.config, self.teacher, self.task, **lengths, adv=self.config.adv)
+        config = self.config
+        return CMISynthesizer(config, self.teacher, self.task, g_steps=config.g_steps, adv=config.adv)
 
     def objective(self) -> KLDistillation:
         return KLDistillation(self.config.T)

@@ -275,8 +275,7 @@ class CSD(Method):
 
     def synthesizer(self) -> CSDSynthesizer:
         config = self.config
-        lengths = {"g_steps": config.g_steps, "images": config.synthesis_batch_size}
-        return self._synthesizer(**lengths, csd=config.csd)
+        return self._synthesizer(g_steps=config.g_steps, images=config.synthesis_batch_size, csd=config.csd)
 
     def _synthesizer(self, **lengths) -> CSDSynthesizer:
         return CSDSynthesizer(self.config, self.teacher, self.task, feature_dim=self.student.feature_dim, **lengths)

@@ -54,13 +54,15 @@ from datafree.csd import CSD, CSDConfig
 from datafree.diffusion.guidance import Guidance, TeacherMetrics
 from datafree.diffusion.hub import DTYPES, diffusion_dtype, pipeline_config, prior_name
 from datafree.diffusion.patch_unet import load_patch_prior, shipped_prior
-from datafree.diffusion.variation import Augmenter, denoising_steps
+from datafree.diffusion.pixel import PixelAugmenter, PriorAugmenter
+from datafree.diffusion.priors import PatchPrior
+from datafree.diffusion.variation import PIPELINES, Augmenter, ImageToImage, ImageVariation, denoising_steps
 from datafree.filter import DEFAULT_MODELS, EMBEDDINGS, CosineFilter, build_embedding, check_embedding
-from datafree.losses import layers_with_statistics
 from engine.loops.session import Stage
 from engine.loops.stages import Augment, Distill
 from engine.runtime.errors import UserError
 from engine.runtime.flags import flag
+from models.classifier import layers_with_statistics
 
 AUGMENT = ("augment",)
 FILTER = ("distill",)
@@ -242,8 +244,6 @@ class DDA(CSD):
         if self.config.prior == "natural":
             load_patch_prior(self.prior_file())
         else:
-            from datafree.diffusion.variation import PIPELINES
-
             pipeline_config(self.model, self.revision, PIPELINES[self.config.prior])
 
     def stages(self) -> tuple[Stage, ...]:
@@ -273,8 +273,6 @@ class DDA(CSD):
     def augmenter(self) -> Augmenter:
         config, task = self.config, self.task
         if config.prior == "pixel":
-            from datafree.diffusion.pixel import PixelAugmenter
-
             return PixelAugmenter(
                 task.info.num_classes,
                 task.info.image_size,
@@ -290,9 +288,6 @@ class DDA(CSD):
                 device=task.device,
             )
         if config.prior == "natural":
-            from datafree.diffusion.pixel import PriorAugmenter
-            from datafree.diffusion.priors import PatchPrior
-
             prior = PatchPrior.load(
                 self.prior_file(),
                 task.device,
@@ -301,8 +296,6 @@ class DDA(CSD):
                 guidance_scale=self.guidance_scale,
             )
             return PriorAugmenter(prior, task.info.num_classes, config.strength, self.steps, self.guidance())
-        from datafree.diffusion.variation import ImageToImage, ImageVariation
-
         common = {
             "guidance_scale": self.guidance_scale,
             "num_inference_steps": self.steps,

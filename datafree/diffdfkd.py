@@ -79,6 +79,7 @@ from datafree.diffusion.guidance import BACKPROP, Guidance, lca_steps
 from datafree.diffusion.guided_sampler import Competitor, GuidedSampler
 from datafree.diffusion.hub import DTYPES, diffusion_dtype, prior_name
 from datafree.diffusion.prior_base import CLASSES
+from datafree.diffusion.priors import check_prior, load_prior
 from datafree.diffusion.sampling import RULES
 from engine.data.crops import mixed, resized_crop_flip
 from engine.loops.makers import GuidedMaker, Order
@@ -277,8 +278,6 @@ class DiffDFKD(Method):
 
     def check_inputs(self, stages: Collection[str]) -> None:
         """Checks the prior and the export folder, and that prompt or one-hot loss gives an image its class."""
-        from datafree.diffusion.priors import check_prior
-
         if "generate" not in stages:
             return
         config = self.config
@@ -338,8 +337,6 @@ class DiffDFKD(Method):
         Raises:
             UserError: the prior cannot be loaded, or does not fit the flags or the dataset.
         """
-        from datafree.diffusion.priors import load_prior
-
         config, task = self.config, self.task
         prior = load_prior(
             self.model,

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from datafree.diffusion.guidance import TeacherMetrics
-from datafree.diffusion.hub import hub_errors, quiet_libraries
+from datafree.diffusion.hub import check_model_type, hub_errors
+from datafree.diffusion.variation import CLIP_MEAN, CLIP_STD
 from engine.runtime.errors import UserError
 
 Embedding = Callable[[Tensor], Tensor]
@@ -34,10 +35,7 @@ EMBEDDINGS = ("teacher", "clip", "dinov2")
 OMEGA_QUANTILE = 0.99
 MODEL_TYPES = {"clip": ("clip", "clip_vision_model"), "dinov2": ("dinov2", "dinov2_with_registers")}
 # (mean, std) for a model without preprocessor_config.json.
-NORMALIZATION = {
-    "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
-    "dinov2": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-}
+NORMALIZATION = {"clip": (CLIP_MEAN, CLIP_STD), "dinov2": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))}
 
 
 def build_embedding(
@@ -69,15 +67,8 @@ def check_embedding(kind: str, model_id: str | None) -> None:
     Raises:
         UserError: the model is missing or of another kind.
     """
-    if kind == "teacher":
-        return
-    from transformers import AutoConfig
-
-    quiet_libraries()
-    with hub_errors(model_id, None, "--embedding_model"):
-        config = AutoConfig.from_pretrained(model_id)
-    if config.model_type not in MODEL_TYPES[kind]:
-        raise UserError(f"--embedding_model {model_id} is a model of type {config.model_type}, {kind} wanted")
+    if kind != "teacher":
+        check_model_type(model_id, MODEL_TYPES[kind], kind, "--embedding_model")
 
 
 class _TeacherEmbedding:

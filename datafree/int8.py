@@ -19,15 +19,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from engine.data.bank import ImageBank, find_bank, read_manifest
 from engine.data.datasets import dataset_info
+from engine.data.image_bank import find_bank, open_bank, read_manifest
 from engine.data.splits import load_split
-from engine.loops.evaluate import evaluate
+from engine.loops.measures import evaluate
 from engine.networks.build import load_teacher, short_name
 from engine.report import markdown, replace_table
 from engine.runtime.errors import UserError, run_command
 from engine.runtime.files import atomic_path, weights_digest
-from engine.runtime.flags import Parser
+from engine.runtime.flags import Parser, numbers
 from engine.runtime.processes import seed_position
 from engine.runtime.run import progress
 from registry import DATASETS, MODELS
@@ -130,12 +130,11 @@ def calibration_images(args: argparse.Namespace, info) -> dict[str, tuple[np.nda
     Returns:
         {kind: (images (N, 3, S, S) float32 in [0, 1], further entries of the result line)}.
     """
-    path = find_bank(args.bank)
-    bank = ImageBank(path, read_manifest(path), create=False)
+    bank = open_bank(find_bank(args.bank))
     made, real = bank.read_all()["images"], load_split(info, "train", "cpu")
     count = min(args.images, len(made), len(real))
     if count < 1:
-        raise UserError(f"{path} is empty; give a bank with images")
+        raise UserError(f"{bank.path} is empty; give a bank with images")
     seed_position(args.seed, "calibration")
     noise = torch.rand(count, 3, info.image_size, info.image_size)
     chosen = torch.randperm(len(made))[:count]
@@ -257,44 +256,34 @@ def rows(lines: list[dict[str, Any]]) -> list[dict[str, str]]:
 
 
 def main() -> None:
-    from datafree.bank import rgb
-
     parser = Parser(prog="python -m datafree.int8", description="Static int8 quantization, calibrated on an image bank.")
     parser.add_argument("--dataset", required=True, help="name of registry.DATASETS; training and test split are opened")
     parser.add_argument("--data_root", default="data", help="folder of the dataset [data]")
-    parser.add_argument(
-        "--image_size", type=int, least=1, most=4096, default=None, help="image size in px; unset: the dataset's own"
-    )
+    parser.add_argument("--image_size", type=int, least=1, most=4096, help="image size in px; unset: the dataset's own")
     parser.add_argument("--teacher", required=True, help="teacher, a network as in datafree_kd.py")
-    parser.add_argument(
-        "--teacher_ckpt", default=None, help="checkpoint of the teacher; unset: the file that datafree_kd.py would use"
-    )
+    parser.add_argument("--teacher_ckpt", help="checkpoint of the teacher; unset: the file that datafree_kd.py would use")
     parser.add_argument(
         "--teacher_mean",
-        type=rgb,
-        default=None,
+        type=numbers,
         help="r,g,b, mean of the teacher's normalization; unset: that of its checkpoint, else the dataset's",
     )
     parser.add_argument(
         "--teacher_std",
-        type=rgb,
-        default=None,
+        type=numbers,
         help="r,g,b, std of the teacher's normalization; unset: that of its checkpoint, else the dataset's",
     )
     parser.add_argument("--bank", type=Path, required=True, help="image bank made with this teacher, or its run folder")
     parser.add_argument(
         "--images", type=int, least=1, default=500, help="largest number of calibration images of each kind [500]"
     )
-    parser.add_argument(
-        "--test_images", type=int, least=1, default=None, help="number of random test images to measure on; unset: all"
-    )
+    parser.add_argument("--test_images", type=int, least=1, help="number of random test images to measure on; unset: all")
     parser.add_argument(
         "--seed", type=int, least=0, default=0, help="seed of the noise and of the random choice of images [0]"
     )
     parser.add_argument(
         "--lines", type=Path, required=True, metavar="FILE.jsonl", help="file to which the results are added"
     )
-    parser.add_argument("--into", type=Path, default=None, help="Markdown file whose table 'int8' is rewritten")
+    parser.add_argument("--into", type=Path, help="Markdown file whose table 'int8' is rewritten")
     args = parser.parse_args()
     try:
         import onnx  # noqa: F401

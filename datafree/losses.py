@@ -7,9 +7,9 @@ from contextlib import contextmanager, nullcontext
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from engine.runtime.errors import UserError
+from models.classifier import layers_with_statistics
 
 Terms = dict[str, tuple[float, Tensor]]  # {name: (weight, scalar)}
 
@@ -171,11 +171,6 @@ def bn_loss(batch_stats: list[Stats], running_stats: list[Stats]) -> Tensor:
 def collected(statistics: "BNStatistics | None", **options):
     """``statistics.collect(**options)``, or an empty context if ``statistics`` is None (``--bn 0``)."""
     return statistics.collect(**options) if statistics else nullcontext()
-
-
-def layers_with_statistics(network: nn.Module) -> list[nn.Module]:
-    """The BN layers of a network that keep running statistics."""
-    return [m for m in network.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
 
 
 def normalizing_by_batch(network: nn.Module) -> nn.Module:

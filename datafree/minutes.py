@@ -6,7 +6,6 @@ The times of single steps are measured on this machine in a few seconds, and the
 import dataclasses
 import math
 import sys
-import time
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 
 from datafree.base import Method
-from engine.data.bank import ImageBank, find_bank, read_manifest
+from engine.data.image_bank import find_bank, open_bank
 from engine.data.splits import load_split
 from engine.data.transfer_set import TransferSet
 from engine.loops.distill import Distillation, Schedule
@@ -27,6 +26,7 @@ from engine.loops.session import INITIAL
 from engine.runtime.errors import UserError
 from engine.runtime.files import read_json
 from engine.runtime.processes import seed_position
+from engine.runtime.run import clock
 from engine.runtime.stage_record import show
 from models.classifier import eval_mode, weights_fixed
 
@@ -193,7 +193,7 @@ def bank_labels(path: Path) -> torch.Tensor:
     folder = find_bank(path)
     if not (folder / "manifest.json").exists():
         raise UserError(f"no image bank at {folder} (it has no manifest.json); give another --init_bank")
-    return ImageBank(folder, read_manifest(folder), create=False).read_all()["labels"]
+    return open_bank(folder).read_all()["labels"]
 
 
 def distillation_rates(method: Method, groups: list) -> list[UnitCost]:
@@ -224,19 +224,12 @@ def distillation_rates(method: Method, groups: list) -> list[UnitCost]:
         size = schedule.batch_size, 3, info.image_size, info.image_size
         transfer.add(torch.randint(256, size, dtype=torch.uint8), torch.arange(schedule.batch_size) % info.num_classes)
         batches = transfer.batches(schedule.batch_size, method.student_view, seed=flags["seed"])
-    steps = _Counter()
-    per_step = seconds_of(lambda: distillation.student_steps(batches, 0, steps), device) / STUDENT_STEPS
+    bar = SimpleNamespace(update=lambda: None)
+    per_step = seconds_of(lambda: distillation.student_steps(batches, 0, bar), device) / STUDENT_STEPS
     costs.append(UnitCost("student step", per_step, lambda _, schedule: schedule.rounds * schedule.kd_steps))
     if not flags["no_test"]:  # the student after each epoch, the teacher before the first round, both at the end
         costs.append(UnitCost("test", _seconds_of_a_test(method), lambda _, schedule: schedule.epochs + 3))
     return costs
-
-
-class _Counter:
-    """Stands in for a progress bar."""
-
-    def update(self) -> None:
-        """Does nothing."""
 
 
 @torch.no_grad()
@@ -254,17 +247,11 @@ def _seconds_of_a_test(method: Method) -> float:
 def seconds_of(function: Callable[[], Any], device: torch.device) -> float:
     """Seconds of the second call of a function; of the first call if it took longer than ``PATIENCE`` seconds."""
     for _ in range(2):
-        began = _now(device)
+        began = clock(device)
         function()
-        if (seconds := _now(device) - began) > PATIENCE:
+        if (seconds := clock(device) - began) > PATIENCE:
             break
     return seconds
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.monotonic()
 
 
 def fitting_scale(seconds: Callable[[float], float], wanted: float) -> float:

@@ -45,7 +45,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from datafree.base import ImageBatch, Method, Synthesizer, Task, state_errors
-from datafree.diffusion.hub import hub_errors, prior_name, quiet_libraries
+from datafree.diffusion.hub import check_model_type, hub_errors, prior_name
 from datafree.fast import BETAS, Inversion
 from datafree.generators import Generator, reset
 from datafree.losses import KLDistillation
@@ -130,13 +130,7 @@ def check_text_model(model_id: str) -> None:
     Raises:
         UserError: the model is missing or of another kind.
     """
-    from transformers import AutoConfig
-
-    quiet_libraries()
-    with hub_errors(model_id, None, "--text_model"):
-        kind = AutoConfig.from_pretrained(model_id).model_type
-    if kind not in TEXT_MODEL_TYPES:
-        raise UserError(f"--text_model {model_id} is a model of type {kind}, a CLIP text encoder wanted")
+    check_model_type(model_id, TEXT_MODEL_TYPES, "a CLIP text encoder", "--text_model")
 
 
 @torch.no_grad()

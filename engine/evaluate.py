@@ -18,13 +18,13 @@ from torch import Tensor
 from engine.data.datasets import DatasetInfo, dataset_info
 from engine.data.pictures import image_files
 from engine.data.splits import load_split, read_split
-from engine.loops.evaluate import calibration_error, class_accuracy, confusion, predict
+from engine.loops.measures import calibration_error, class_accuracy, confusion, predict
 from engine.networks.build import wrap
 from engine.networks.trained import Trained, open_trained
 from engine.networks.weights import choose_normalization
 from engine.runtime.errors import UserError, run_command
 from engine.runtime.files import atomic_path, write_json
-from engine.runtime.flags import Parser
+from engine.runtime.flags import Parser, numbers
 from engine.runtime.precision import choose_device
 from models.classifier import Classifier
 from registry import DATASETS, MODELS
@@ -57,9 +57,7 @@ def parse(argv: list[str] | None = None):
     parser.add_argument("--against_arch", metavar="NAME", help="the same as --arch for the --against model")
     for name in ("mean", "std"):
         parser.add_argument(
-            f"--{name}",
-            type=_numbers,
-            help=f"{name} r,g,b for the normalization; unset: the model's own, else the dataset's",
+            f"--{name}", type=numbers, help=f"{name} r,g,b for the normalization; unset: the model's own, else the dataset's"
         )
     parser.add_argument("--batch_size", type=int, least=1, default=250, help="images per forward pass [250]")
     parser.add_argument(
@@ -77,10 +75,6 @@ def parse(argv: list[str] | None = None):
     if bool(args.dataset) == bool(args.images):
         raise UserError("give either --dataset NAME or --images FOLDER")
     return args
-
-
-def _numbers(text: str) -> tuple[float, ...]:
-    return tuple(float(part) for part in text.split(","))
 
 
 def main() -> None:
@@ -103,9 +97,8 @@ def main() -> None:
         theirs, _ = logits_of(teacher, known_to(info, teacher, size, args.against), device, args)
         predictions["teacher_predicted"] = theirs.argmax(1)
         figures |= {"against": args.against, "agreement": _percent(logits.argmax(1) == theirs.argmax(1))}
-        figures |= {
-            f"teacher_{k}": v for k, v in measures(theirs, labels, info.num_classes).items() if k == "acc1" and labelled
-        }
+        if labelled:
+            figures["teacher_acc1"] = measures(theirs, labels, info.num_classes)["acc1"]
     if args.csv:
         write_csv(args.csv, info, labels if labelled else None, predictions)
     if args.json:

@@ -15,12 +15,11 @@ import torch
 from torch import Tensor, nn
 
 import models
-from engine.data.bank import ImageBank, find_bank, read_manifest
+from engine.data.image_bank import find_bank, open_bank
 from engine.networks import public
 from engine.networks.build import exported_spec, split_arguments
 from engine.networks.trained import Trained, open_trained, weights_of_run
-from engine.networks.weights import first_line
-from engine.runtime.errors import UserError, run_command
+from engine.runtime.errors import UserError, first_line, reason_of, run_command
 from engine.runtime.files import atomic_folder, read_json, require_new, save_tensors, write_json
 from engine.runtime.flags import Parser
 from registry import MODELS
@@ -252,7 +251,7 @@ def images_of_run(run: Path, image_size: int) -> tuple[Tensor, str]:
     """
     path = find_bank(run)
     if path != run and (path / "manifest.json").is_file():
-        images = ImageBank(path, read_manifest(path), create=False).read_all()["images"]
+        images = open_bank(path).read_all()["images"]
         if len(images) >= CHECKED and images.shape[-1] == image_size:
             return images[:CHECKED].float() / 255, "of the run's bank"
     return torch.rand(CHECKED, 3, image_size, image_size, generator=torch.Generator().manual_seed(0)), "random pixels"
@@ -292,8 +291,7 @@ def write_onnx(file: Path, student: Trained, images: Tensor) -> float:
         session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
         found = [torch.from_numpy(session.run(None, {"images": part.numpy()})[0]) for part in (images, images[:1])]
     except Exception as error:  # the exporter and the runtime have their own error types
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{student.spec} cannot be exported to ONNX: {reason[:300]}; leave out --onnx") from None
+        raise UserError(f"{student.spec} cannot be exported to ONNX: {reason_of(error)[:300]}; leave out --onnx") from None
     difference = max(float((part - wanted[: len(part)]).abs().max()) for part in found)
     if not difference <= TOLERANCE:
         raise UserError(

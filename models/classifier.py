@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 ADAPTIVE_POOLS = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 POOLS = (*ADAPTIVE_POOLS, nn.AvgPool2d, nn.MaxPool2d, nn.LPPool2d, nn.FractionalMaxPool2d)
@@ -251,6 +252,11 @@ def weights_fixed(module: nn.Module) -> Iterator[None]:
         finally:
             for parameter in wanted:
                 parameter.requires_grad_(True)
+
+
+def layers_with_statistics(network: nn.Module) -> list[nn.Module]:
+    """The BN layers of a network that keep running statistics."""
+    return [m for m in network.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
 
 
 def frozen(classifier: nn.Module) -> nn.Module:

@@ -31,10 +31,10 @@ import torch
 
 from datafree.bank import export_folders
 from datafree.benchmark.loops import RUN_ROUNDS, Ours, Plain, repeat
-from datafree.benchmark.measuring import Ceilings, Measured, Step, ceilings, clock, flops, in_turns
-from engine.data.bank import ImageBank, Manifest, MappedImages
+from datafree.benchmark.measuring import Ceilings, Measured, Step, ceilings, flops, in_turns
 from engine.data.crops import Views
 from engine.data.datasets import DatasetInfo, dataset_info
+from engine.data.image_bank import ImageBank, Manifest, MappedImages
 from engine.data.transfer_set import TransferSet
 from engine.loops.logit_cache import STEPS
 from engine.networks.build import build_classifier
@@ -44,7 +44,7 @@ from engine.runtime.errors import UserError, lookup, run_command
 from engine.runtime.files import load_tensors, save_tensors
 from engine.runtime.flags import Parser
 from engine.runtime.precision import AMP, Precision, choose_amp, choose_device
-from engine.runtime.run import machine, progress
+from engine.runtime.run import clock, machine, progress
 from models.classifier import frozen
 from registry import DATASETS, MODELS
 
@@ -257,9 +257,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         choices=CHOICES,
         help="compilation of our loop; auto: as in a long run; the plain loop is never compiled [auto]",
     )
-    parser.add_argument(
-        "--gpu", type=int, least=-1, default=None, help="index of the GPU, -1 for the CPU; unset: GPU 0 if there is one"
-    )
+    parser.add_argument("--gpu", type=int, least=-1, help="index of the GPU, -1 for the CPU; unset: GPU 0 if there is one")
     parser.add_argument("--into", type=Path, help="file in which to replace the table --name by the printed one")
     parser.add_argument("--name", default="benchmark", help="name of the table in the --into file [benchmark]")
     args = parser.parse_args(argv)

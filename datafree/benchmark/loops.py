@@ -1,7 +1,7 @@
 """The two loops that the benchmark compares: a plain loop like public code of this field, and this project's loop."""
 
 from collections.abc import Iterator
-from functools import partial
+from functools import cached_property, partial
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
@@ -73,11 +73,9 @@ class Plain:
         with torch.no_grad():
             self.teacher(self.images).sum().item()
 
-    @property
+    @cached_property
     def images(self) -> Tensor:
-        if not hasattr(self, "_images"):
-            self._images = next(self.batches)[0].to(self.device)
-        return self._images
+        return next(self.batches)[0].to(self.device)
 
     def distillation(self) -> None:
         images, _ = next(self.batches)
@@ -183,9 +181,7 @@ class Ours:
             drawn = torch.cat([new, old[torch.randint(len(old), (group - unknown,), device=device)]])
             drawn = drawn[torch.randperm(group, device=device)].view(STEPS, block)
             logit_cache.prepare(drawn)
-            self._steps(
-                logit_cache, ((self.transfer.images_of_keys(self.views, keys), self.labels, keys) for keys in drawn), STEPS
-            )
+            self._steps(logit_cache, ((self.transfer.images_of_keys(self.views, keys), self.labels, keys) for keys in drawn))
 
         return step
 
@@ -205,16 +201,16 @@ class Ours:
             places = torch.arange(len(transfer), min(images, int(end))) % len(self.transfer)
             transfer.add(self.transfer.images[places], self.transfer.labels[places])
             plan = {"prepare": logit_cache.prepare, "steps": STEPS, "ahead": STEPS}
-            self._steps(logit_cache, transfer.keyed_batches(block, views, seed=round, **plan), STEPS)
+            self._steps(logit_cache, transfer.keyed_batches(block, views, seed=round, **plan))
         return 1 - logit_cache.misses / logit_cache.lookups
 
     def _compute_logits(self, transfer: TransferSet, views: KeyedViews, keys: Tensor) -> Tensor:
         return self.loop.teacher_outputs(transfer.images_of_keys(views, keys)).logits
 
-    def _steps(self, logit_cache: LogitCache, batches: Iterator[tuple[Tensor, ...]], steps: int) -> None:
-        """Takes student steps on ``batches`` with the teacher logits that ``logit_cache`` holds."""
+    def _steps(self, logit_cache: LogitCache, batches: Iterator[tuple[Tensor, ...]]) -> None:
+        """Takes ``STEPS`` student steps on ``batches`` with the teacher logits that ``logit_cache`` holds."""
         self.loop.logit_cache = logit_cache
-        for _ in range(steps):
+        for _ in range(STEPS):
             self.loop.student_steps(batches, 0, self.bar)
         self.loop.logit_cache = None
 

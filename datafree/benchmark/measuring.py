@@ -12,16 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from engine.runtime.run import machine
+from engine.runtime.run import clock, machine
 
 Step = Callable[[], None]
-
-
-def clock(device: torch.device) -> float:
-    """Waits for the device's pending work and returns the time in seconds."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def flops(step: Step) -> int:
@@ -150,7 +143,7 @@ def in_turns(
     together.
     """
     measured = {kind: Measured([]) for kind in steps}
-    begun = time.perf_counter()
+    begun = time.monotonic()
     for turn in range(repeats):
         for kind, step in steps.items():
             time.sleep(min(seconds, 0.3))  # lets a DataLoader's workers fill their queue before the measurement
@@ -158,7 +151,7 @@ def in_turns(
             measured[kind].rates.append(rate(step, images, seconds, device, least))
             measured[kind].peak = max(measured[kind].peak, peak(device)) if known else 0
         bar.update()
-        if time.perf_counter() - begun > len(steps) * seconds * repeats:
+        if time.monotonic() - begun > len(steps) * seconds * repeats:
             break
     bar.update(repeats - turn - 1)
     return measured

@@ -1,15 +1,12 @@
 """The generative prior of a run that names none."""
 
-import json
 import re
 from pathlib import Path
 
-from safetensors import safe_open
 from tqdm import tqdm
 
 from datafree.base import Task
-from datafree.diffusion.patch_unet import SHIPPED
-from engine.runtime.files import shipped
+from datafree.diffusion.patch_unet import SHIPPED, metadata_of
 from engine.runtime.processes import is_main
 
 EMBEDDED = SHIPPED / "glyphs_digits_16.safetensors"
@@ -21,10 +18,8 @@ def default_prior(task: Task, embedded: Path = EMBEDDED) -> str:
 
     If the dataset may be digits under other class names or at another size, a printed line names the shipped prior.
     """
-    embedded = shipped(embedded)
     if embedded.exists():
-        with safe_open(embedded, framework="pt") as file:
-            about = {name: json.loads(value) for name, value in (file.metadata() or {}).items()}
+        about = metadata_of(embedded)
         if about.get("image_size") == task.info.image_size and about.get("class_names") == list(task.info.class_names or ()):
             return str(embedded)
         if about.get("num_classes") == task.info.num_classes == 10 and are_digits(task.info.class_names) and is_main():

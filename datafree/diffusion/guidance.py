@@ -27,9 +27,8 @@ precision.
 """
 
 import math
-import re
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,8 +39,9 @@ from torch.nn import functional as F
 from datafree.diffusion.prior_base import DiffusionPrior
 from datafree.diffusion.sampling import Trajectory
 from datafree.diffusion.variation import resize
-from datafree.losses import BNStatistics, adversarial_loss, bn_loss, collected, layers_with_statistics
-from engine.runtime.errors import UserError
+from datafree.losses import BNStatistics, adversarial_loss, bn_loss, collected
+from engine.runtime.errors import UserError, is_out_of_memory
+from models.classifier import layers_with_statistics
 
 # The teacher's predictions for finished images.
 
@@ -158,7 +158,7 @@ class Guidance:
 
     def loss(self, images: Tensor, targets: Tensor) -> Tensor:
         """Guidance loss B * L of images (B, 3, S, S) for class probabilities ``targets`` (B, C), scalar."""
-        with self.statistics.collect() if self.statistics else nullcontext() as batch_stats:
+        with collected(self.statistics) as batch_stats:
             logits = self.teacher(images)
         loss = self.oh * F.cross_entropy(logits, targets.to(logits))
         if self.statistics:
@@ -170,8 +170,7 @@ class Guidance:
     def view(self, prior: DiffusionPrior, trajectory: Trajectory, latents: Tensor, k: int, output: Tensor) -> Tensor:
         """Clean images (B, 3, S, S) in [0, 1], predicted from latents at step k and the prior's output for them."""
         images = prior.decode(trajectory.clean(latents, k, output)).clamp(0, 1)
-        size = (self.image_size, self.image_size)
-        return images if images.shape[2:] == size else resize(images, size)
+        return resize(images, (self.image_size, self.image_size))
 
     def gradient(
         self, prior: DiffusionPrior, trajectory: Trajectory, latents: Tensor, k: int, condition: Any, targets: Tensor
@@ -205,7 +204,7 @@ def batches(count: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
-def check_finite(finite: list[bool]) -> None:
+def check_latents(finite: list[bool]) -> None:
     """Checks that all latents were finite after each denoising step.
 
     Args:
@@ -225,8 +224,8 @@ def memory_errors() -> Iterator[None]:
     """Turns an out-of-memory error into a UserError of one line that names the flags that save memory."""
     try:
         yield
-    except (torch.OutOfMemoryError, RuntimeError) as error:
-        if not isinstance(error, torch.OutOfMemoryError) and not re.search("allocate memory|ALLOC_FAILED", str(error)):
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
             raise
         raise UserError(
             "out of memory while drawing images; finished images are kept: give --guidance_micro_batch 1, "

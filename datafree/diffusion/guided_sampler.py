@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from datafree.base import ImageBatch, Task
-from datafree.diffusion.guidance import Guidance, TeacherMetrics, batches, check_finite, memory_errors
+from datafree.diffusion.guidance import Guidance, TeacherMetrics, batches, check_latents, memory_errors
 from datafree.diffusion.prior_base import DiffusionPrior
 from datafree.diffusion.sampling import RULES
 from datafree.diffusion.variation import resize, seeded_generators
@@ -158,7 +158,7 @@ class GuidedSampler:
         """
         with memory_errors():
             drawn, finite = self.draw_async(labels, seeds, repeats)
-            check_finite(finite.tolist())
+            check_latents(finite.tolist())
         return drawn
 
     @torch.no_grad()
@@ -173,8 +173,7 @@ class GuidedSampler:
         parts = batches(len(latents), self.guidance.micro_batch)
         full = torch.cat([self.prior.decode(latents[part]).clamp(0, 1) for part in parts]).float()
         finite[-1] = finite[-1] & full.isfinite().all()
-        size = (self.task.info.image_size, self.task.info.image_size)
-        images = full if full.shape[2:] == size else resize(full, size)
+        images = resize(full, (self.task.info.image_size, self.task.info.image_size))
         labels = labels.to(self.prior.device) if self.uses_labels else self.guidance.teacher(images).argmax(1)
         return Drawn(images, labels, full=full), torch.stack(finite)
 

@@ -1,6 +1,5 @@
 """Loads pretrained models from the Hugging Face hub or a directory, names them, and reports errors in one line."""
 
-import errno
 import socket
 import warnings
 from collections.abc import Iterable, Iterator
@@ -12,8 +11,9 @@ from urllib.request import getproxies
 
 import torch
 
-from engine.runtime.errors import UserError
+from engine.runtime.errors import UserError, is_disk_full, reason_of
 
+FLAG = "--diffusion_model"  # flag that takes the id of a pipeline
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -64,12 +64,11 @@ def hub_errors(model_id: str, revision: str | None, flag: str) -> Iterator[None]
     try:
         yield
     except (HTTPError, OSError, ValueError) as error:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if is_disk_full(error):
             raise
         if Path(model_id).is_dir():
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise UserError(
-                f"{flag} {model_id}: this directory is not a complete model of the required kind ({reason}); give "
+                f"{flag} {model_id}: this directory is not a complete model of the required kind ({reason_of(error)}); give "
                 "another one"
             ) from error
         at = f" --revision {revision}" if revision else ""
@@ -78,6 +77,25 @@ def hub_errors(model_id: str, revision: str | None, flag: str) -> Iterator[None]
             f"({type(error).__name__}); on a machine with a network, run 'hf download {model_id}{at} --local-dir DIR' "
             f"(older versions: huggingface-cli download), then give {flag} DIR"
         ) from error
+
+
+def check_model_type(model_id: str, types: Iterable[str], wanted: str, flag: str) -> None:
+    """Checks from its configuration alone that a model of transformers exists and is of the right kind.
+
+    Args:
+        types: accepted types, as named in the configuration.
+        wanted: the right kind, in words.
+        flag: flag that takes the id, for example ``"--text_model"``.
+    Raises:
+        UserError: the model is missing or of another kind.
+    """
+    from transformers import AutoConfig
+
+    quiet_libraries()
+    with hub_errors(model_id, None, flag):
+        found = AutoConfig.from_pretrained(model_id).model_type
+    if found not in types:
+        raise UserError(f"{flag} {model_id} is a model of type {found}, {wanted} wanted")
 
 
 def quiet_libraries() -> None:
@@ -91,7 +109,7 @@ def quiet_libraries() -> None:
         library.disable_progress_bar()
 
 
-def pipeline_config(model_id: str, revision: str | None, kinds: Iterable[str], flag: str = "--diffusion_model") -> dict:
+def pipeline_config(model_id: str, revision: str | None, kinds: Iterable[str]) -> dict:
     """The configuration of a pretrained pipeline; no weights are downloaded. See ``load_pipeline``.
 
     Args:
@@ -103,21 +121,16 @@ def pipeline_config(model_id: str, revision: str | None, kinds: Iterable[str], f
 
     quiet_libraries()
     revision = None if Path(model_id).is_dir() else revision
-    with hub_errors(model_id, revision, flag):
+    with hub_errors(model_id, revision, FLAG):
         config = diffusers.DiffusionPipeline.load_config(model_id, revision=revision)
     found = config.get("_class_name")
     if found not in kinds:
-        raise UserError(f"{flag} {model_id} is a {found or 'model without a pipeline'}, {' or '.join(kinds)} wanted")
+        raise UserError(f"{FLAG} {model_id} is a {found or 'model without a pipeline'}, {' or '.join(kinds)} wanted")
     return config
 
 
 def load_pipeline(
-    model_id: str,
-    revision: str | None,
-    cls: str | dict[str, str],
-    dtype: torch.dtype,
-    device: torch.device | str,
-    flag: str = "--diffusion_model",
+    model_id: str, revision: str | None, cls: str | dict[str, str], dtype: torch.dtype, device: torch.device | str
 ) -> Any:
     """A pretrained diffusers pipeline without progress bars, ready for sampling.
 
@@ -131,7 +144,6 @@ def load_pipeline(
         cls: class name of the pipeline in ``diffusers``. If several kinds of model are accepted, a dict from the class name
             in the model's configuration to the class that is loaded.
         dtype: dtype of the weights.
-        flag: flag that takes the id, for error messages.
     Raises:
         UserError: the model cannot be loaded, or is of another kind. The kind is checked before any weights are downloaded.
     """
@@ -139,10 +151,10 @@ def load_pipeline(
 
     kinds = {cls: cls} if isinstance(cls, str) else cls
     revision = None if Path(model_id).is_dir() else revision
-    config = pipeline_config(model_id, revision, kinds, flag)
+    config = pipeline_config(model_id, revision, kinds)
     found = config["_class_name"]
     no_checker = {"safety_checker": None, "requires_safety_checker": False} if "safety_checker" in config else {}
-    with hub_errors(model_id, revision, flag):
+    with hub_errors(model_id, revision, FLAG):
         pipeline = getattr(diffusers, kinds[found]).from_pretrained(model_id, revision=revision, dtype=dtype, **no_checker)
     if getattr(pipeline, "watermark", None) is not None:
         pipeline.watermark = None

@@ -149,10 +149,8 @@ def load_patch_prior(path: Path) -> tuple[PatchUNet, dict[str, Any]]:
     """
     path = Path(path)
     tensors = load_tensors(path)
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
     try:
-        about = {name: json.loads(value) for name, value in metadata.items()}
+        about = metadata_of(path)
         sizes = [about["num_classes"], about["image_size"], about["patch"], *about["channels"]]
         if not all(type(size) is int and 0 < size <= 4096 for size in sizes) or not 0 < len(about["channels"]) <= 8:
             raise ValueError(f"sizes {sizes} are out of range")
@@ -161,8 +159,6 @@ def load_patch_prior(path: Path) -> tuple[PatchUNet, dict[str, Any]]:
         about["channels"], about["class_names"] = tuple(about["channels"]), tuple(map(str, about["class_names"]))
         with torch.device("meta"):  # no memory before the shapes are known to fit
             network = PatchUNet(*(about[key] for key in ("num_classes", "image_size", "patch", "channels", "attention")))
-        if bad := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
-            raise ValueError(f"NaN or infinite weights in {bad[0]}")
         network.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
     except (KeyError, ValueError, TypeError, RuntimeError, UserError) as error:
         reason = " ".join(str(error).split())[:200]
@@ -172,7 +168,13 @@ def load_patch_prior(path: Path) -> tuple[PatchUNet, dict[str, Any]]:
     return network.requires_grad_(False).eval(), about
 
 
-def save_patch_prior(path: Path, network: "PatchUNet", about: dict[str, Any]) -> None:
+def metadata_of(path: Path) -> dict[str, Any]:
+    """The metadata in the file of a pixel prior, as Python values."""
+    with safe_open(path, framework="pt") as file:
+        return {name: json.loads(value) for name, value in (file.metadata() or {}).items()}
+
+
+def save_patch_prior(path: Path, network: PatchUNet, about: dict[str, Any]) -> None:
     """Writes the weights in half precision and the metadata ``about`` as JSON, atomically; see ``load_patch_prior``."""
     weights = {name: tensor.half() for name, tensor in network.state_dict().items()}
     save_tensors(Path(path), weights, {name: json.dumps(value) for name, value in about.items()})

@@ -70,9 +70,7 @@ class PriorAugmenter(Augmenter):
     def augment(self, images: Tensor, labels: Tensor, seeds: list[int]) -> Tensor:
         """See ``Augmenter.augment``. A step takes one network call, or two with classifier-free guidance."""
         prior, trajectory, size = self.prior, self.trajectory, tuple(images.shape[2:])
-        images, labels = images.to(prior.device), labels.to(prior.device)
-        if size != prior.shape[1:]:
-            images = resize(images, prior.shape[1:])
+        images, labels = resize(images.to(prior.device), prior.shape[1:]), labels.to(prior.device)
         noise = seeded_noise(seeds, prior.shape).to(prior.device)
         latents = trajectory.alphas[0] * (images * 2 - 1) + trajectory.sigmas[0] * noise
         condition, targets = prior.condition(labels, [0] * len(labels)), F.one_hot(labels, self.num_classes).float()
@@ -80,8 +78,7 @@ class PriorAugmenter(Augmenter):
             latents, output = self.guidance.steer(prior, trajectory, latents, k, condition, targets)
             clean = trajectory.clamp(trajectory.clean(latents, k, output))
             latents = trajectory.step(prior.own_rule, latents, k, clean)
-        variants = prior.decode(latents).clamp(0, 1)
-        return variants if size == prior.shape[1:] else resize(variants, size)
+        return resize(prior.decode(latents).clamp(0, 1), size)
 
 
 class PixelAugmenter(PriorAugmenter):

@@ -5,15 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from datafree.diffusion.hub import FLAG
 from datafree.diffusion.sampling import Trajectory
 from engine.runtime.errors import UserError
 
-FLAG = "--diffusion_model"
-CLASSES = (
-    "same",
-    "own",
-    "none",
-)  # which class of a class-conditional prior a dataset class is drawn from; see ClassConditional
+# Which class of a class-conditional prior a dataset class is drawn from; see ``ClassConditional``.
+CLASSES = ("same", "own", "none")
 
 
 class DiffusionPrior:

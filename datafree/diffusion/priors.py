@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from datafree.diffusion.hub import load_pipeline, pipeline_config, prior_name
+from datafree.diffusion.hub import FLAG, load_pipeline, pipeline_config, prior_name
 from datafree.diffusion.patch_unet import PatchUNet, load_patch_prior, shipped_prior
-from datafree.diffusion.prior_base import FLAG, ClassConditional, DiffusionPrior
+from datafree.diffusion.prior_base import ClassConditional, DiffusionPrior
 from datafree.diffusion.sampling import Trajectory, cosine_trajectory, own_rule, scheduler_trajectory
 from engine.runtime.errors import UserError
 
@@ -267,7 +267,7 @@ def check_prior(model_id: str, revision: str | None, prompts: tuple[str, ...], c
     if model_id.endswith(".safetensors"):
         load_patch_prior(Path(model_id))
         return False
-    by_prompt = pipeline_config(model_id, revision, PIPELINES, FLAG)["_class_name"] in TEXT
+    by_prompt = pipeline_config(model_id, revision, PIPELINES)["_class_name"] in TEXT
     if by_prompt:
         check_prompts(prompts, class_names)
     return by_prompt
@@ -311,7 +311,7 @@ def load_prior(
         if resolution:
             raise UserError(f"--resolution {resolution} found, but {model_id} draws only at its own size; leave it out")
         return PatchPrior.load(Path(model_id), device, dtype, **common)
-    pipeline = load_pipeline(model_id, revision, PIPELINES, dtype, device, FLAG)
+    pipeline = load_pipeline(model_id, revision, PIPELINES, dtype, device)
     name, kind = prior_name(model_id, revision), type(pipeline).__name__
     common["resolution"] = resolution
     if kind == "DiTPipeline":

@@ -181,7 +181,7 @@ class Trajectory:
             previous: clean latents predicted at step k - 1, for "dpmsolver++"; None if there are none.
             noise: standard normal noise (B, C, h, w), needed by "ancestral".
         """
-        alpha, sigma, alpha_next, sigma_next = *self._levels(k), *self._levels(k + 1)
+        (alpha, alpha_next), (sigma, sigma_next) = self.alphas[k : k + 2], self.sigmas[k : k + 2]
         if rule == "dpmsolver++":
             if previous is not None:
                 clean = clean + 0.5 * self._ratio(k) * (clean - previous)
@@ -201,9 +201,6 @@ class Trajectory:
         """The latents x_{k-1}, made from x_k by adding fresh noise (B, C, h, w), as in RePaint (arXiv 2201.09865)."""
         ratio = self.alphas[k - 1] / self.alphas[k]
         return ratio * latents + math.sqrt(max(0.0, self.sigmas[k - 1] ** 2 - (ratio * self.sigmas[k]) ** 2)) * noise
-
-    def _levels(self, k: int) -> tuple[float, float]:
-        return self.alphas[k], self.sigmas[k]
 
     def _ratio(self, k: int) -> float:
         """The ratio h_k / h_{k-1} of this step's length to the previous one's, in half the log signal-to-noise ratio.

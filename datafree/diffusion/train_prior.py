@@ -42,7 +42,7 @@ from datafree.diffusion.variation import seeded_noise
 from engine.data.datasets import DatasetInfo, dataset_info
 from engine.data.pictures import grid
 from engine.data.splits import Split, load_split
-from engine.loops.evaluate import density_coverage, frechet_distance
+from engine.loops.measures import density_coverage, frechet_distance
 from engine.networks.build import load_teacher
 from engine.runtime.errors import UserError, run_command
 from engine.runtime.files import load_checkpoint, save_checkpoint
@@ -295,7 +295,7 @@ def _network(
 
 
 def _eval_classifier(flags: PriorFlags, info: DatasetInfo, device: torch.device) -> Classifier | None:
-    """The frozen classifier of ``--eval_classifier``; its checkpoint names its architecture and normalization."""
+    """The frozen classifier of ``--eval_classifier``; its checkpoint names its architecture."""
     if not flags.eval_classifier:
         return None
     about = load_checkpoint(Path(flags.eval_classifier), "classifier for evaluation")
@@ -304,7 +304,7 @@ def _eval_classifier(flags: PriorFlags, info: DatasetInfo, device: torch.device)
             f"--eval_classifier {flags.eval_classifier} does not record its architecture; give a file that "
             "train_scratch.py wrote"
         )
-    return load_teacher(MODELS, about["arch"], info, device, flags.eval_classifier, about.get("mean"), about.get("std"))
+    return load_teacher(MODELS, about["arch"], info, device, flags.eval_classifier)
 
 
 def _rounds(

@@ -113,12 +113,14 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-def resize(images: Tensor, size: tuple[int, int], antialias: bool = True) -> Tensor:
-    """Bicubic resize of images (B, 3, H, W) in [0, 1], clamped to [0, 1].
+def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bicubic resize of images (B, 3, H, W) in [0, 1], clamped to [0, 1]; images of that size are returned as they are.
 
     Without the clamp, bicubic overshoot below 0 would make diffusers take the whole batch for images in [-1, 1].
     """
-    return F.interpolate(images, size, mode="bicubic", align_corners=False, antialias=antialias).clamp(0, 1)
+    if images.shape[2:] == size:
+        return images
+    return F.interpolate(images, size, mode="bicubic", align_corners=False, antialias=True).clamp(0, 1)
 
 
 class _LatentAugmenter(Augmenter):
@@ -165,8 +167,8 @@ class ImageVariation(_LatentAugmenter):
 
     def __init__(
         self,
-        model_id: str = "lambdalabs/sd-image-variations-diffusers",
-        revision: str | None = "v2.0",
+        model_id: str,
+        revision: str | None = None,
         *,
         guidance_scale: float = 3.0,
         num_inference_steps: int = 25,

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from engine.data.bank import to_uint8
+from engine.data.image_bank import to_uint8
 from engine.runtime.errors import UserError
 from engine.runtime.processes import is_main
 

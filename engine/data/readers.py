@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from engine.data.bank import memory_limit
+from engine.data.image_bank import memory_limit
 from engine.data.pictures import class_files, image_files
-from engine.runtime.errors import UserError
+from engine.runtime.errors import UserError, reason_of
 
 if TYPE_CHECKING:
     from engine.data.datasets import DatasetInfo
@@ -58,7 +58,7 @@ def describe_npz(row: dict[str, Any], root: Path, name: str, domain: str | None,
     with open_npz(path) as archive:
         names = next((_member(archive, path, key) for key in ("classes", "class_names") if key in archive), None)
         labels = _labels(archive, path, "test")
-        shape = _shape(archive, path, "x_test")
+        shape, _ = _header(archive, path, "x_test")
     if names is None and labels.size and labels.min() != 0:
         raise UserError(
             f"{path}: the test labels lie in {labels.min()}..{labels.max()}, 0..C-1 wanted; number the classes from 0, or "
@@ -119,11 +119,6 @@ def open_npz(path: Path) -> Iterator[np.lib.npyio.NpzFile]:
         ) from None
 
 
-def _require(archive, path: Path, key: str) -> None:
-    if key not in archive:
-        raise UserError(f"{path} has no array {key}; it has {', '.join(archive.files) or 'nothing'}")
-
-
 def _member(archive, path: Path, key: str) -> np.ndarray:
     """Reads an array of an archive, after checking its size.
 
@@ -152,14 +147,10 @@ def _labels(archive, path: Path, split: str) -> np.ndarray:
     return labels.reshape(-1)
 
 
-def _shape(archive, path: Path, key: str) -> tuple[int, ...]:
-    """Shape of an archive's array, from its header alone."""
-    return _header(archive, path, key)[0]
-
-
 def _header(archive, path: Path, key: str) -> tuple[tuple[int, ...], np.dtype]:
     """Shape and dtype of an archive's array, from its header alone."""
-    _require(archive, path, key)
+    if key not in archive:
+        raise UserError(f"{path} has no array {key}; it has {', '.join(archive.files) or 'nothing'}")
     if f"{key}.npy" not in archive.zip.namelist():
         raise UserError(f"{path}: {key} is not an array; write the file with numpy.savez")
     with archive.zip.open(f"{key}.npy") as member:
@@ -201,9 +192,8 @@ def read_torchvision(info: DatasetInfo, split: str) -> RawSplit:
         except RuntimeError:  # torchvision's "not found or corrupted"
             dataset = dataset_class(info.data_root, download=True, **which)
     except (OSError, RuntimeError, ValueError, AssertionError, EOFError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"{info.name} is not complete in {info.data_root} and cannot be downloaded ({reason}); put "
+            f"{info.name} is not complete in {info.data_root} and cannot be downloaded ({reason_of(error)}); put "
             f"{Path(info.data_root, info.archive)} (x_train, y_train, x_test, y_test) or torchvision's own {info.source} files there"
         ) from None
     images = np.asarray(dataset.data)

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from engine.data.bank import storage_device
 from engine.data.datasets import DatasetInfo
+from engine.data.image_bank import storage_device
 from engine.data.pictures import decode_image, warn_of_cropping
 from engine.data.readers import RawSplit
 from engine.runtime.errors import UserError, resolve
@@ -107,17 +107,14 @@ class Split:
         """All images (N, 3, H, W) uint8, channels_last; None if the images are decoded batch by batch."""
         return self._pixels.permute(0, 3, 1, 2)
 
-    def batches(
-        self, batch_size: int, order: Tensor | None = None, drop_last: bool = False
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, batch_size: int, order: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields (images, labels): (B, 3, H, W) float32 in [0, 1], channels_last, and (B,) int64, on the device.
 
         Args:
             order: (M,) indices of the images to yield, in that order; None: all images, as stored.
-            drop_last: whether to leave out an incomplete last batch.
         """
         order = torch.arange(len(self)) if order is None else order
-        chunks = [c for c in order.split(batch_size) if len(c) == batch_size or (len(c) and not drop_last)]
+        chunks = [chunk for chunk in order.split(batch_size) if len(chunk)]
         device = self.labels.device
         for chunk, pixels in zip(chunks, self._gather(chunks)):
             images = pixels.to(device, non_blocking=True).permute(0, 3, 1, 2)

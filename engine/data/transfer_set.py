@@ -6,8 +6,8 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from engine.data.bank import MappedImages, prefetch, storage_device
 from engine.data.crops import KeyedViews
+from engine.data.image_bank import MappedImages, prefetch, storage_device
 
 COPIED_AT_ONCE = 256  # images copied from the shards to memory at a time
 
@@ -63,8 +63,7 @@ class TransferSet:
         """Yields up to ``most`` of the images so far, evenly spaced, not augmented: (B, 3, H, W) float32 in [0, 1]."""
         chosen = torch.linspace(0, self.count - 1, min(most, self.count)).round().long()
         for part in chosen.split(batch_size):
-            images = self.images[part] if self.mapped else self.images.index_select(0, part.to(self.storage))
-            yield images.to(self.device).to(torch.float32, memory_format=torch.channels_last).div_(255)
+            yield _to_float(self._select(part.to(self.storage)).to(self.device))
 
     def batches(
         self, batch_size: int, augment: Callable[[Tensor], Tensor], *, seed: int, rank: int = 0, count: int = 1

@@ -20,12 +20,11 @@ from torch import Tensor, nn
 
 from engine.data.crops import KeyedViews
 from engine.data.pictures import grid
-from engine.loops.evaluate import check_finite
 from engine.loops.logit_cache import STEPS, LogitCache
+from engine.loops.measures import check_finite
 from engine.loops.muon import Muon
 from engine.loops.pace import StepPace
-from engine.networks.weights import first_line
-from engine.runtime.errors import UserError
+from engine.runtime.errors import UserError, first_line
 from engine.runtime.files import load_checkpoint, save_checkpoint
 from engine.runtime.flags import Range
 from engine.runtime.precision import DOES_NOT_FIT, OPTIMIZER, Precision, begin_momentum, load_optimizer
@@ -129,12 +128,11 @@ class Distillation:
         self.step = processes.parallel(step)
         self.parameters = [*student.parameters(), *objective.parameters()]
         rates = {"lr": schedule.lr, "momentum": schedule.momentum, "weight_decay": schedule.weight_decay}
-        fused = {"fused": True} if precision.device.type in ("cuda", "cpu") else {}
         muon = schedule.optimizer == "muon"
-        self.optimizer = Muon(self.parameters, **rates) if muon else torch.optim.SGD(self.parameters, **rates, **fused)
+        self.optimizer = Muon(self.parameters, **rates) if muon else torch.optim.SGD(self.parameters, **rates, fused=True)
         begin_momentum(self.optimizer)
-        self.views: KeyedViews | None = None
-        self.logit_cache: LogitCache | None = None
+        self.views: KeyedViews | None = None  # numbered views on which the student is trained
+        self.logit_cache: LogitCache | None = None  # teacher logits of these views
         self.scores: list[float] = []  # accuracy or agreement after each epoch
         self.synthesis_clock = Stopwatch(precision.device)
         self.pace: StepPace | None = None
@@ -150,10 +148,6 @@ class Distillation:
         self.synthesizer.lr_factor = self.schedule.learning_rate(round * self.schedule.kd_steps) / self.schedule.lr
         with self.synthesis_clock, weights_fixed(self.student):
             return self.synthesizer.synthesize(self.student)
-
-    def use_views(self, logit_cache: LogitCache | None, views: KeyedViews) -> None:
-        """Makes the student train on ``views``, with teacher logits from ``logit_cache`` unless it is None."""
-        self.logit_cache, self.views = logit_cache, views
 
     @torch.no_grad()
     def teacher_outputs(self, images: Tensor) -> Output:
@@ -221,7 +215,7 @@ def distill(
         bank: bank that stores the images of each round; None for a streaming method.
         transfer: ``TransferSet`` with the images from before the first round; None if ``bank`` is None.
         augment_batch: random crop and flip of the student's batches; not used with ``distillation.views``.
-        measure: ``engine.loops.evaluate.Accuracy`` or ``Agreement`` in the main process, used only for reports; None in the
+        measure: ``engine.loops.measures.Accuracy`` or ``Agreement`` in the main process, used only for reports; None in the
             other processes.
         seed: seed of the run.
     Returns:

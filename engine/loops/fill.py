@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from engine.data.bank import ImageBank
+from engine.data.image_bank import ImageBank
 from engine.data.pictures import grid
-from engine.loops.evaluate import check_finite
+from engine.loops.measures import check_finite
 from engine.loops.pace import log_time_left
 from engine.runtime.compilation import CompileTarget
 from engine.runtime.errors import UserError
@@ -193,11 +193,10 @@ def _make_rounds(
             bar.unpause()  # excludes the training time from the bar's speed
         if first == start:
             began = time.monotonic()
-        mine, share = (
-            (first + processes.rank, Share()) if maker.independent else (first, Share(processes.rank, processes.count))
-        )
-        scale = step if maker.independent else processes.count  # estimate: the other processes are about as far
-        made = maker.make(mine, share, lambda n: bar.update(min(n * scale, bar.total - bar.n))) if mine < rounds else {}
+        mine = first + processes.rank if maker.independent else first
+        share = Share() if maker.independent else Share(processes.rank, processes.count)
+        show = lambda n: bar.update(min(n * processes.count, bar.total - bar.n))  # the other processes are about as far
+        made = maker.make(mine, share, show) if mine < rounds else {}
         found = processes.gather((mine, made))
         if not processes.main:
             continue
@@ -230,10 +229,8 @@ def _write(run: Run, bank: ImageBank, stage: str, round: int, maker: Maker, part
     columns = {name: torch.cat([part.columns[name] for part in parts]) for name in parts[0].columns}
     figures = parts[0].figures | maker.report(columns)
     check_finite(figures, f"round {round} of stage {stage}", maker.advice)
-    if figures:
-        run.metrics(
-            stage, round, {"images": len(columns["labels"])} | figures
-        )  # before the shard: ``rewind`` removes the line of a repeated round
+    if figures:  # written before the shard: ``rewind`` removes the line of a repeated round
+        run.metrics(stage, round, {"images": len(columns["labels"])} | figures)
     bank.append(stage, round, **columns)
     if not maker.independent:
         save_checkpoint(bank.path / STATE, {"round": round + 1, "synthesizer": maker.state_dict()})

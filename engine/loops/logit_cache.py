@@ -12,8 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from engine.data.bank import memory_limit
 from engine.data.crops import KeyedViews
+from engine.data.image_bank import memory_limit
 from engine.runtime.errors import UserError
 from engine.runtime.processes import Processes
 

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.data.bank import to_uint8
+from engine.data.image_bank import to_uint8
 from engine.data.pictures import variants_grid
-from engine.loops.evaluate import check_finite
 from engine.loops.fill import Maker, Part, Share
+from engine.loops.measures import check_finite
 from engine.runtime.compilation import CompileTarget
 from engine.runtime.errors import UserError
 from engine.runtime.files import atomic_path, load_checkpoint, load_tensors, save_checkpoint, save_tensors

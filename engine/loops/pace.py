@@ -1,9 +1,8 @@
 """Estimates the remaining time of a stage, logged once after its first steps."""
 
-import time
 from collections.abc import Callable
 
-import torch
+from engine.runtime.run import clock
 
 LEAST = 60  # seconds; shorter times are not logged
 WARM_UP, MEASURED = 3, 20  # student steps: those before the measurement, and those measured
@@ -48,9 +47,7 @@ class StepPace:
     def _now(self) -> tuple[float, float]:
         """Returns (clock time, seconds of synthesis so far), after the device has finished its queued work."""
         synthesis = self.distillation.synthesis_clock.read() - self.synthesis_before
-        if self.distillation.precision.device.type == "cuda":
-            torch.cuda.synchronize(self.distillation.precision.device)
-        return time.monotonic(), synthesis
+        return clock(self.distillation.precision.device), synthesis
 
     def _log_estimate(self) -> None:
         schedule = self.distillation.schedule

@@ -13,7 +13,7 @@ from typing import Any
 from engine.data.datasets import DatasetInfo
 from engine.data.splits import allow_train_split, data_identity, load_split
 from engine.loops.distill import Schedule
-from engine.loops.evaluate import evaluate
+from engine.loops.measures import evaluate
 from engine.loops.session import Session, Stage, check_outputs
 from engine.runtime.errors import UserError
 from engine.runtime.run import require_run_folder

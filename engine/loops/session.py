@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from engine.data.bank import ImageBank, Manifest, find_bank
 from engine.data.datasets import DatasetInfo
+from engine.data.image_bank import ImageBank, Manifest, find_bank
 from engine.data.splits import Split
 from engine.loops.distill import Schedule
 from engine.runtime import checksums

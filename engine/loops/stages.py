@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.data.bank import ImageBank, to_uint8
 from engine.data.crops import KeyedViews, Views
+from engine.data.image_bank import ImageBank, to_uint8
 from engine.data.splits import load_split
 from engine.data.transfer_set import TransferSet
 from engine.loops import distill, makers
-from engine.loops.evaluate import Accuracy, Agreement, confusion, predict
 from engine.loops.fill import STATE, Maker, fill, load_state
 from engine.loops.logit_cache import LogitCache, cached_keys, check_logit_cache
+from engine.loops.measures import Accuracy, Agreement, confusion, predict
 from engine.loops.session import Finished, Session, Stage
 from engine.runtime import checksums
 from engine.runtime.errors import UserError
@@ -165,13 +165,8 @@ class Distill(Stage):
             makers.filter_variants(session.run, path, *self._sources_and_variants(session), self.filter)
 
     def run(self, session: Session) -> None:
-        method, run, record, processes, device = (
-            self.method,
-            session.run,
-            session.record,
-            session.processes,
-            session.device,
-        )
+        method, run, record = self.method, session.run, session.record
+        processes, device = session.processes, session.device
         bank, transfer, images = None, None, TransferImages(None, None, (), {})
         if not method.streams:
             images = self._images(session)
@@ -224,11 +219,8 @@ class Distill(Stage):
                 )
             return
         views = KeyedViews(view, source.capacity, few, session.seed, session.device)
-        logit_cache, text = (
-            None,
-            "logit cache: none, because the student's loss needs more of the teacher than each image's own logits",
-        )
-        schedule = session.schedule
+        schedule, logit_cache = session.schedule, None
+        text = "logit cache: none, because the student's loss needs more of the teacher than each image's own logits"
         if getattr(distillation.objective, "caches_logits", False):
             lookups = schedule.rounds * schedule.kd_steps * schedule.batch_size
             width = session.info.num_classes * (distillation.precision.dtype or torch.float32).itemsize
@@ -237,7 +229,7 @@ class Distill(Stage):
                 block = schedule.batch_size // processes.count
                 compute_logits = lambda keys: distillation.teacher_outputs(source.images_of_keys(views, keys)).logits
                 logit_cache = LogitCache(compute_logits, len(views), rows, block, session.device, processes)
-        distillation.use_views(logit_cache, views)
+        distillation.views, distillation.logit_cache = views, logit_cache
         if processes.main and text and session.flags["logit_cache"] != "no":
             session.run.log(text)
 

@@ -8,10 +8,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from engine.data.crops import crop_flip
-from engine.loops.evaluate import check_finite, evaluate
-from engine.networks.weights import first_line
+from engine.loops.measures import check_finite, evaluate
 from engine.runtime.compilation import Compiler
-from engine.runtime.errors import UserError
+from engine.runtime.errors import UserError, first_line
 from engine.runtime.files import load_checkpoint, save_checkpoint
 from engine.runtime.flags import Range, flag
 from engine.runtime.precision import DOES_NOT_FIT, OPTIMIZER, Precision, begin_momentum, load_optimizer

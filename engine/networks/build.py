@@ -12,13 +12,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from engine.networks import public
-from engine.networks.weights import Normalization, WrongNetwork, choose_normalization, first_line, load_weights
-from engine.runtime.errors import UserError, lookup, resolve
+from engine.networks.weights import Normalization, WrongNetwork, choose_normalization, load_weights
+from engine.runtime.errors import UserError, first_line, lookup, resolve
 from engine.runtime.files import shipped
-from models.classifier import Classifier, frozen
+from models.classifier import Classifier, frozen, layers_with_statistics
 
 PRETRAINED = Path("checkpoints/pretrained")
 
@@ -38,22 +37,22 @@ def short_name(spec: str) -> str:
     return "_".join([name, *re.findall(r"\w+", arguments)])
 
 
-def find_checkpoint(spec: str, dataset: str, given: str | None, folder: Path = PRETRAINED) -> Path:
-    """Path of the teacher's weights: ``given``, else ``<folder>/<dataset>_<name>.pth`` or ``.safetensors``.
+def stored_checkpoint(spec: str, dataset: str) -> Path | None:
+    """The file ``PRETRAINED/<dataset>_<name>``.pth or .safetensors, in the working directory or in the project; or None."""
+    files = (shipped(f"{PRETRAINED}/{dataset}_{short_name(spec)}{suffix}") for suffix in (".pth", ".safetensors"))
+    return next((file for file in files if file.exists()), None)
 
-    The second is looked for in the working directory and in the project.
+
+def find_checkpoint(spec: str, dataset: str, given: str | None) -> Path:
+    """Path of the teacher's weights: ``given``, else the ``stored_checkpoint``.
 
     Raises:
         UserError: no file is given or found; the message says how to get one.
     """
-    if given:
-        return Path(given)
-    stem = f"{dataset}_{short_name(spec)}"
-    for suffix in (".pth", ".safetensors"):
-        if (file := shipped(folder / (stem + suffix))).exists():
-            return file
+    if file := given or stored_checkpoint(spec, dataset):
+        return Path(file)
     raise UserError(
-        f"no teacher checkpoint {folder / stem}.pth (or .safetensors); train one with 'python train_scratch.py --model "
+        f"no teacher checkpoint {PRETRAINED}/{dataset}_{short_name(spec)}.pth (or .safetensors); train one with 'python train_scratch.py --model "
         f"{spec}' and the dataset flags of this command, put a published one there, or give its path with --teacher_ckpt"
     )
 
@@ -205,8 +204,7 @@ def require_batch_norm(teacher: Classifier, config, methods: dict[str, str]) -> 
     Raises:
         UserError: the teacher has no BN statistics to match.
     """
-    has_statistics = any(isinstance(m, _BatchNorm) and m.track_running_stats for m in teacher.modules())
-    if getattr(config, "bn", 0) and not has_statistics:
+    if getattr(config, "bn", 0) and not layers_with_statistics(teacher):
         without = [name for name, path in methods.items() if "bn" not in resolve(path).Config.__dataclass_fields__]
         raise UserError(
             f"the teacher {teacher.name} has no BatchNorm layer, but --bn {config.bn:g} matches the statistics of such "
@@ -225,9 +223,7 @@ def own_weights(spec: str, dataset: str, given: str | None) -> dict[str, Any] | 
     """
     if given or not public.is_public(spec):
         return None
-    stem = PRETRAINED / f"{dataset}_{short_name(spec)}"
-    files = [shipped(f"{stem}{suffix}") for suffix in (".pth", ".safetensors")]
-    if not public.has_fixed_weights(spec) and any(file.exists() for file in files):
+    if not public.has_fixed_weights(spec) and stored_checkpoint(spec, dataset):
         return None
     return public.configuration(split_arguments(spec)[0])
 

@@ -9,7 +9,6 @@ timm and torchvision are imported only when such a name is used. No code from a 
 """
 
 import difflib
-import errno
 import inspect
 from collections.abc import Callable
 from http.client import HTTPException
@@ -19,8 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from engine.networks.weights import first_line, load_weights
-from engine.runtime.errors import UserError, lookup
+from engine.networks.weights import load_weights
+from engine.runtime.errors import UserError, first_line, is_disk_full, lookup
 from engine.runtime.files import read_json
 from engine.runtime.schema import SIZE, require
 
@@ -131,7 +130,7 @@ def load_public(spec: str, arguments: dict[str, Any], num_classes: int | None, b
         try:
             network = timm.create_model(spec.removeprefix("timm:"), pretrained=True, **head, **arguments)
         except Exception as error:  # timm, its hub client and torch raise dozens of types
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            if is_disk_full(error):
                 raise
             raise UserError(f"the weights of {spec} cannot be loaded ({first_line(error)}); {_how_to_bring(spec)}") from None
     for name, tensor in network.state_dict().items():
@@ -175,7 +174,7 @@ def _file(spec: str, name: str) -> Path:
     try:
         return Path(hf_hub_download(repository, name, revision=revision or None))
     except Exception as error:  # the hub's own types and those of its HTTP client
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if is_disk_full(error):
             raise
         raise UserError(f"{name} of {spec} cannot be downloaded ({first_line(error)}); {_how_to_bring(spec)}") from None
 
@@ -289,7 +288,7 @@ def fetch_torchvision(weights: Any, what: str, advice: str) -> Path:
             file.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(weights.url, str(file), file.stem.rpartition("-")[2])
         except (OSError, HTTPException, RuntimeError) as error:
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            if is_disk_full(error):
                 raise
             raise UserError(
                 f"{what}: {weights.url} cannot be downloaded ({first_line(error)}); download it where there is a network "

@@ -16,7 +16,7 @@ from engine.runtime.stage_record import read_record
 ABOUT_SCHEMA = {
     "dataset?": str, "num_classes": SIZE, "image_size?": SIZE, "class_names?": [str], "mean?": [float], "std?": [float],
 }  # fmt: skip
-ABOUT = ("dataset", "num_classes", "image_size", "class_names", "mean", "std")
+ABOUT = tuple(key.removesuffix("?") for key in ABOUT_SCHEMA)
 
 
 class Trained(NamedTuple):

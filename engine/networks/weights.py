@@ -89,10 +89,6 @@ class WrongNetwork(UserError):
         self.shapes = shapes
 
 
-def first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".partition("\n")[0]
-
-
 def load_weights(network: nn.Module, path: Path, what: str = "teacher checkpoint", new_head: bool = False) -> dict[str, Any]:
     """Loads a published checkpoint into ``network``, cast to the network's dtypes. After an error ``network`` is unchanged.
 

@@ -19,17 +19,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from engine.data.bank import ImageBank, find_bank, read_manifest
 from engine.data.datasets import dataset_info
+from engine.data.image_bank import find_bank, open_bank
 from engine.data.splits import load_split
-from engine.loops.evaluate import density_coverage
+from engine.loops.measures import density_coverage
 from engine.loops.session import INITIAL
 from engine.loops.stages import STREAMED
 from engine.networks.build import load_teacher, own_weights
 from engine.runtime.errors import UserError
 from engine.runtime.files import load_tensors
+from models.classifier import layers_with_statistics
 from registry import DATASETS, MODELS
 
 MOST, BATCH = 1000, 250
@@ -95,13 +95,12 @@ def training_images(folder: Path) -> tuple[Tensor, Tensor]:
         return kept["images"][:MOST], kept["labels"][:MOST]
     places = [find_bank(Path(args["init_bank"]))] if args.get("init_bank") else []
     places = [place for place in (*places, folder / "bank") if (place / "manifest.json").exists()]
-    banks = [ImageBank(place, read_manifest(place), create=False) for place in places]
-    read = [bank.read(stage) for bank in banks for stage in (*INITIAL, "distill") if bank.rounds(stage)]
+    read = [bank.read(stage) for bank in map(open_bank, places) for stage in (*INITIAL, "distill") if bank.rounds(stage)]
     rows = [(columns, row) for columns in read for row in range(len(columns["labels"]))]
     decided = sorted(folder.glob("filter_*.safetensors"))
     variants = find_bank(Path(args.get("init_variants") or folder), "variants")
     if decided and (variants / "manifest.json").exists():
-        columns = ImageBank(variants, read_manifest(variants), create=False).read("augment")
+        columns = open_bank(variants).read("augment")
         rows += [(columns, row) for row in load_tensors(decided[0])["keep"].nonzero().flatten().tolist()]
     if not rows:
         raise UserError(
@@ -161,8 +160,7 @@ class Statistics:
     """Context that collects the mean and variance at the input of each BN layer, over all batches."""
 
     def __init__(self, network: nn.Module):
-        layers = [module for module in network.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
-        self.sums: dict[nn.Module, list[Tensor | int]] = {layer: [0, 0, 0] for layer in layers}
+        self.sums: dict[nn.Module, list[Tensor | int]] = {layer: [0, 0, 0] for layer in layers_with_statistics(network)}
 
     def __enter__(self) -> "Statistics":
         self.hooks = [layer.register_forward_pre_hook(self._add) for layer in self.sums]

@@ -32,9 +32,7 @@ def cautions(runs: list[dict[str, Any]], lines: list[dict[str, Any]], classes: i
         found.append(f"One seed ({first['seed']}): the spread over seeds is not known. Run more seeds with --seeds.")
     elif len(runs) < 3:
         found.append("Two seeds: the spread over seeds is only a rough estimate.")
-    above = max(
-        run["acc1_best"] - run["acc1_last"] if "acc1_last" in run else 0 for run in runs
-    )  # with --no_test there is none
+    above = max(run.get("acc1_best", 0) - run.get("acc1_last", 0) for run in runs)  # with --no_test neither is known
     if above >= CLOSE:
         found.append(
             f"The best epoch on the test set is up to {above:.2f} points above the last. It is selected on the test set, as "

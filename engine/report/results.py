@@ -204,14 +204,14 @@ def pictures(folder: Path) -> dict[str, Any]:
     "bank": [(image, class number)], "variants": [(source, [(image, cosine, kept)])], "counts": number of images per class.
     A run without a bank has only "sheet", a picture of the last images that the student learnt from.
     """
-    from engine.data.bank import ImageBank, find_bank, read_manifest
+    from engine.data.image_bank import find_bank, open_bank
     from engine.loops.session import INITIAL
 
     args = read_json(folder / "args.json") if (folder / "args.json").exists() else {"args": {}}
     require(args, {"args": {"init_bank?": str, "init_variants?": str}}, str(folder / "args.json"))
     args = args["args"]
     places = [folder / "bank", *([find_bank(Path(args["init_bank"]))] if args.get("init_bank") else [])]
-    banks = [ImageBank(p, read_manifest(p), create=False) for p in reversed(places) if (p / "manifest.json").exists()]
+    banks = [open_bank(p) for p in reversed(places) if (p / "manifest.json").exists()]
     stages = [(bank, stage) for stage in (*INITIAL, "distill") for bank in banks if bank.rounds(stage)]
     parts = [bank.read(stage) for bank, stage in stages]
     if not parts:
@@ -229,14 +229,14 @@ def pictures(folder: Path) -> dict[str, Any]:
 
 def _variants(folder: Path, place: Path, sources: dict[str, Any]) -> list[tuple[str, list[tuple[str, float, bool]]]]:
     """Some sources with their variants in ``place``, and whether the run in ``folder`` kept each variant."""
-    from engine.data.bank import ImageBank, read_manifest
+    from engine.data.image_bank import open_bank
     from engine.loops.makers import SCORES
     from engine.runtime.files import load_tensors
 
     decided = sorted(folder.glob("filter_*.safetensors"))
     if not (place / "manifest.json").exists() or not decided:
         return []
-    columns = ImageBank(place, read_manifest(place), create=False).read("augment")
+    columns = open_bank(place).read("augment")
     filtered = load_tensors(decided[0])
     require(filtered, {name: SCORES[name] for name in ("cosine", "keep")}, str(decided[0]))
     index, total = columns["source_index"], len(sources["labels"])

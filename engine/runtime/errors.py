@@ -32,16 +32,32 @@ def one_line(text: str) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
+def first_line(error: Exception) -> str:
+    """Returns the type of an error and the first line of its message."""
+    return f"{type(error).__name__}: {error}".partition("\n")[0]
+
+
+def reason_of(error: Exception) -> str:
+    """Returns the first line of an error's message, or the name of its type if it has no message."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def is_disk_full(error: Exception) -> bool:
+    """Whether an error means that a file could not be written for lack of space."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
 def is_out_of_memory(error: Exception) -> bool:
     """Whether an error means that memory could not be allocated, on a GPU or on the host."""
-    words = ("out of memory", "can't allocate memory", "not enough memory", "overflow")  # "overflow" of a tensor's size
+    # "overflow" of a tensor's size; "ALLOC_FAILED" of cuBLAS and cuDNN
+    words = ("out of memory", "can't allocate memory", "not enough memory", "overflow", "ALLOC_FAILED")
     return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
 def explain_os_error(error: OSError) -> UserError:
     """Returns a one-line UserError for an error of the file system (full disk, no permission, not a directory)."""
     name = error.filename or "a file"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if is_disk_full(error):
         return UserError(
             f"no space left while writing {name}; files written so far are complete: free some space, then run the same "
             "command again"

@@ -23,7 +23,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from engine.runtime import checksums
-from engine.runtime.errors import UserError
+from engine.runtime.errors import UserError, reason_of
 
 PROJECT = Path(__file__).parents[2]
 TEMPORARY = ".datafree_kd.tmp"  # end of the name of every file that is still being written
@@ -255,7 +255,7 @@ def load_checkpoint(path: Path, what: str = "checkpoint") -> Any:
     except UserError:
         raise
     except Exception as error:  # torch.load raises a dozen unrelated types on damaged files
-        reason = str(error).strip().splitlines()[0].split(". ")[0] if str(error).strip() else type(error).__name__
+        reason = reason_of(error).split(". ")[0]
         if "Unsupported operand" in str(error) or isinstance(
             error, LookupError | EOFError | ValueError | TypeError | AttributeError
         ):

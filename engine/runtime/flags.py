@@ -231,6 +231,9 @@ def _reader(kind: type, repeated: bool, choices: Sequence[str] | None):
     return read
 
 
+numbers = _reader(float, True, None)  # ``type`` of an argument such as "0.5,0.5,0.5"
+
+
 def from_args(config: type, args: argparse.Namespace) -> Any:
     """Returns the dataclass ``config`` with the parsed arguments as values.
 

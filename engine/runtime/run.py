@@ -117,7 +117,7 @@ class Run:
             delete_temporaries(folder)
         self._writer = None
         clocks = {"seconds": time.monotonic, "cpu_seconds": time.process_time}
-        before = {name: max((line.get(name, 0) for line in self._lines(TIMES)), default=0) for name in clocks}
+        before = {name: max((line.get(name, 0) for line in read_lines(self.path / TIMES)), default=0) for name in clocks}
         self._clocks = {name: (clock, clock() - before[name]) for name, clock in clocks.items()}
         self.provenance = {
             "command": shlex.join([Path(sys.executable).name, *sys.argv]),
@@ -151,19 +151,16 @@ class Run:
 
     def history(self, stage: str) -> list[dict[str, Any]]:
         """Returns the lines of metrics.jsonl of one stage, without an incomplete last line."""
-        return [line for line in self._lines(METRICS) if line["stage"] == stage]
+        return [line for line in read_lines(self.path / METRICS) if line["stage"] == stage]
 
     def rewind(self, stage: str, round: int) -> None:
         """Deletes the metrics and times of a stage from ``round`` on, because these rounds will be repeated."""
         for file in (self.path / METRICS, self.path / TIMES):
-            kept = [line for line in self._lines(file.name) if line["stage"] != stage or line["round"] < round]
+            kept = [line for line in read_lines(file) if line["stage"] != stage or line["round"] < round]
             text = "".join(json.dumps(line) + "\n" for line in kept)
             if file.exists() and file.read_text(errors="replace") != text:
                 with atomic_path(file) as temporary:
                     temporary.write_text(text)
-
-    def _lines(self, name: str) -> list[dict[str, Any]]:
-        return read_lines(self.path / name)
 
     @property
     def board(self):
@@ -192,6 +189,13 @@ class Run:
         if self._writer is not None:
             self._writer.close()
         self._lock.close()
+
+
+def clock(device: torch.device) -> float:
+    """Waits for the device's pending work and returns the time in seconds."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.monotonic()
 
 
 class Stopwatch:

@@ -105,23 +105,18 @@ class StageRecord:
     def from_on(self, stage: str) -> list[str]:
         """Returns the names of a stage and of all later stages."""
         order = list(self.dependencies)
-        if stage not in order:
-            raise UserError(f"--redo {stage} found, one of the stages {', '.join(order)} wanted")
         return order[order.index(stage) :]
 
-    def forget(self, stage: str) -> list[str]:
-        """Removes a stage and all later stages from the record in memory; returns their names. Does not write the file."""
-        gone = self.from_on(stage)
-        for name in gone:
+    def forget(self, stage: str) -> None:
+        """Removes a stage and all later stages from the record in memory. Does not write the file."""
+        for name in self.from_on(stage):
             self.record.pop(name, None)
-        return gone
 
-    def discard(self, stage: str) -> list[str]:
-        """Removes a stage and all later stages from the record and its file; returns their names."""
-        gone = self.forget(stage)
+    def discard(self, stage: str) -> None:
+        """Removes a stage and all later stages from the record and its file."""
+        self.forget(stage)
         if self.path.exists():
             write_json(self.path, self.record)
-        return gone
 
     def fact(self, stage: str, name: str, default: Any = None) -> Any:
         """Returns a fact of a stage that ``update`` recorded."""

@@ -28,7 +28,7 @@ import train_scratch
 from datafree.diffusion import patch_unet
 from engine import report
 from engine.data import splits
-from engine.data.bank import ImageBank, read_manifest
+from engine.data.image_bank import open_bank
 from engine.data.pictures import decode_image
 from engine.networks.build import matching_models
 from engine.networks.trained import open_trained
@@ -131,7 +131,7 @@ def read_any(file: Path) -> Any:
 
 
 def read_bank(folder: Path) -> Any:
-    columns = ImageBank(folder, read_manifest(folder), create=False).read("synthesize")
+    columns = open_bank(folder).read("synthesize")
     return columns["images"][:], columns["labels"]
 
 

@@ -14,7 +14,7 @@ import torch
 
 from datafree import bank as bank_module
 from datafree.bank import export_folders
-from engine.data.bank import ImageBank, Manifest, MappedImages, prefetch, read_manifest, to_uint8
+from engine.data.image_bank import ImageBank, Manifest, MappedImages, prefetch, read_manifest, to_uint8
 from engine.data.pictures import class_files, read_images
 from engine.data.transfer_set import TransferSet
 from engine.runtime.errors import UserError, explain_os_error
@@ -241,7 +241,7 @@ def test_a_shard_of_another_size_is_named(tmp_path):
 
 def served(bank, home, monkeypatch, steps=9, **shares):
     """Labels and images of some batches, and the next random number; the last shard is added like that of a round."""
-    monkeypatch.setattr("engine.data.bank.memory_limit", lambda device: 0 if home == "mapped" else 2**40)
+    monkeypatch.setattr("engine.data.image_bank.memory_limit", lambda device: 0 if home == "mapped" else 2**40)
     transfer = TransferSet(14, 8, torch.device("cpu"))
     assert transfer.mapped == (home == "mapped") and transfer.description.endswith(
         "memory-mapped" if home == "mapped" else "in host memory"
@@ -301,7 +301,7 @@ def test_batches_for_another_device_are_pinned_in_the_thread(limit, monkeypatch)
     """The device "meta" stands for a GPU."""
     pinned = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(threading.current_thread().name) or self)
-    monkeypatch.setattr("engine.data.bank.memory_limit", lambda device: limit)
+    monkeypatch.setattr("engine.data.image_bank.memory_limit", lambda device: limit)
     transfer = TransferSet(6, 4, torch.device("meta"))
     transfer.add(torch.zeros(6, 3, 4, 4, dtype=torch.uint8), torch.arange(6))
     images, labels = next(transfer.batches(4, lambda images: images, seed=0))
@@ -334,7 +334,7 @@ def test_memory_does_not_grow_with_a_mapped_bank(tmp_path, monkeypatch, forked):
 
     def serve():
         for limit in (0, 2**40):
-            monkeypatch.setattr("engine.data.bank.memory_limit", lambda device: limit)
+            monkeypatch.setattr("engine.data.image_bank.memory_limit", lambda device: limit)
             before = anonymous()
             columns = bank.read("synthesize")
             transfer = TransferSet(len(columns["labels"]), 64, torch.device("cpu"))

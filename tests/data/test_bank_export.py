@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from engine.data.bank import ImageBank, Manifest
+from engine.data.image_bank import ImageBank, Manifest
 from engine.runtime.errors import UserError
 from engine.runtime.files import weights_digest
 from tests.conftest import build_network

@@ -14,7 +14,7 @@ from datafree.diffusion.pixel import PixelAugmenter, PriorAugmenter
 from datafree.diffusion.priors import PatchPrior
 from datafree.diffusion.sampling import EMA_POWER, EMA_WIDTH, Denoising
 from datafree.diffusion.variation import ImageToImage, ImageVariation, denoising_steps, resize, seeded_noise
-from engine.data.bank import to_uint8
+from engine.data.image_bank import to_uint8
 from engine.runtime.errors import UserError
 from models.classifier import frozen
 from tests.conftest import make_classifier

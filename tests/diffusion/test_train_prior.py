@@ -13,7 +13,7 @@ from datafree.diffusion import patch_unet, train_prior
 from datafree.diffusion.patch_unet import load_patch_prior
 from datafree.diffusion.priors import load_prior
 from datafree.diffusion.sampling import Denoising
-from engine.loops.evaluate import density_coverage, frechet_distance
+from engine.loops.measures import density_coverage, frechet_distance
 from engine.runtime.errors import UserError
 from engine.runtime.files import load_tensors, save_checkpoint
 from tests.conftest import build_network

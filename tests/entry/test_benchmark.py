@@ -10,7 +10,7 @@ from datafree.benchmark import __main__ as benchmark
 from datafree.benchmark import loops, measuring
 from datafree.benchmark.measuring import Ceilings, Measured
 from datafree.generators import Generator, reset
-from engine.data.bank import ImageBank, Manifest
+from engine.data.image_bank import ImageBank, Manifest
 from engine.runtime.errors import UserError
 from engine.runtime.precision import Precision
 from models.classifier import frozen
@@ -124,7 +124,7 @@ def test_runs_are_measured_where_asked_for(run):
 def test_slow_steps_are_measured_once(monkeypatch):
     """The clock advances one second a step, and 0.1 seconds of steps are to be measured."""
     now, bar = [0.0], type("Bar", (), {"done": 0, "update": lambda self, n=1: setattr(self, "done", self.done + n)})()
-    monkeypatch.setattr(measuring.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(measuring.time, "monotonic", lambda: now[0])
     steps = {kind: lambda: now.__setitem__(0, now[0] + 1) for kind in ("ours", "plain")}
     measured = measuring.in_turns(steps, 8, 0.1, 3, CPU, bar)
     assert [m.rates for m in measured.values()] == [[8.0], [8.0]] and bar.done == 3

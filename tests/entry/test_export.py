@@ -9,12 +9,13 @@ import sys
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 
 from engine.evaluate import main as evaluate_main
 from engine.export import TOLERANCE, network_source
 from engine.export import main as export_main
-from engine.loops.evaluate import calibration_error, class_accuracy, confusion
+from engine.loops.measures import calibration_error, class_accuracy, confusion
 from engine.networks.trained import open_trained
 from engine.runtime.errors import UserError
 from engine.runtime.files import load_checkpoint
@@ -176,6 +177,11 @@ def test_the_source_of_every_network_stands_alone(name, tmp_path):
         factory = runpy.run_path(str(tmp_path / "network.py"))[name]
         made, wanted = factory(num_classes=7).state_dict(), open_network(name).state_dict()
     assert {k: v.shape for k, v in made.items()} == {k: v.shape for k, v in wanted.items()}
+
+
+def test_torchvision_knows_the_names_of_its_networks():
+    places = [target.partition(":") for target in MODELS.values()]
+    assert {name for module, _, name in places if module == "models.imagenet"} <= set(torchvision.models.list_models())
 
 
 def open_network(name):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from datafree.int8 import Graph, export_onnx, quantize, read_lines, rows, write_lines
-from engine.data.bank import ImageBank, Manifest
+from engine.data.image_bank import ImageBank, Manifest
 from engine.runtime.errors import UserError
 from tests.conftest import make_classifier
 

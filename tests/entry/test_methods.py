@@ -80,7 +80,8 @@ def test_the_student_changes_and_the_teacher_does_not(method, teacher_file):
 
 
 @pytest.mark.parametrize(
-    "place, call", [("data.bank.save_tensors", 2), ("data.bank.save_tensors", 3), ("loops.makers.save_checkpoint", 1)]
+    "place, call",
+    [("data.image_bank.save_tensors", 2), ("data.image_bank.save_tensors", 3), ("loops.makers.save_checkpoint", 1)],
 )
 def test_stopped_anywhere_it_goes_on_to_the_same_bits(place, call, distill, tmp_path, interrupted, finished):
     """Stops at the n-th write of a shard or a checkpoint, then runs the same command again."""
@@ -133,7 +134,7 @@ def test_every_method_is_one_graph_a_step(method, distill, common, monkeypatch, 
 def test_images_that_stay_in_their_shards_make_the_same_student(distill, tmp_path, monkeypatch, finished):
     """Without free memory, the bank, the kept variants and the images of the rounds stay in their shards."""
     expected = outcome(finished("dda"))
-    monkeypatch.setattr("engine.data.bank.memory_limit", lambda device: 0)
+    monkeypatch.setattr("engine.data.image_bank.memory_limit", lambda device: 0)
     distill("dda", tmp_path)
     log = (tmp_path / "log.txt").read_text()
     assert outcome(tmp_path) == expected and "MB, memory-mapped" in log and "peak memory" in log.splitlines()[-1]

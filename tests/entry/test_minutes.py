@@ -15,7 +15,7 @@ SMALL = "--nz 8 --init_batch_size 6 --synthesis_batch_size 6"
 @pytest.fixture
 def slow_clock(monkeypatch):
     """A clock of this process's CPU time, ten times as fast, so that a run takes a tenth of the given minutes."""
-    monkeypatch.setattr(minutes, "_now", lambda device: 10 * time.process_time())
+    monkeypatch.setattr(minutes, "clock", lambda device: 10 * time.process_time())
 
 
 def test_the_largest_scale_that_fits():

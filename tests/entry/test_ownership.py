@@ -10,7 +10,7 @@ from PIL import Image
 
 from datafree import bank as bank_module
 from datafree.diffusion import glyphs
-from engine.data.bank import ImageBank, Manifest
+from engine.data.image_bank import ImageBank, Manifest
 from engine.runtime.errors import UserError
 from engine.runtime.files import (
     TEMPORARY,

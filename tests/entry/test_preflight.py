@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from engine import report
-from engine.loops.evaluate import Agreement
+from engine.loops.measures import Agreement
 from engine.runtime.errors import UserError
 from engine.runtime.files import load_checkpoint, load_tensors, weights_digest
 from tests.conftest import CPU, dataset_info, load_teacher

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import engine.loops.distill
-from engine.data.bank import ImageBank, Manifest
+from engine.data.image_bank import ImageBank, Manifest
 from engine.runtime import checksums
 from engine.runtime.errors import UserError, explain, one_line, run_command
 from engine.runtime.files import load_checkpoint, parse_json, read_json, save_checkpoint, save_tensors

@@ -8,7 +8,7 @@ import subprocess
 import pytest
 import torch
 
-from engine.loops.evaluate import confusion, predict
+from engine.loops.measures import confusion, predict
 from engine.report import command as report_command
 from engine.report.curves import bars, curves
 from engine.report.page import cautions, cautions_of_all, contents, one_flag_a_line, sort_key

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from datafree.base import ImageBatch
-from engine.data.bank import ImageBank, Manifest
+from engine.data.image_bank import ImageBank, Manifest
 from engine.loops.fill import fill
 from engine.loops.makers import GuidedMaker, Order
 from engine.runtime.errors import UserError

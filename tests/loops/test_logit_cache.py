@@ -133,7 +133,7 @@ def test_the_share_of_lookups_that_hit():
 @pytest.mark.parametrize("limit", [0, 2**40])
 def test_a_key_stands_for_the_image_that_came_with_it(limit, monkeypatch):
     """With images in memory or in shards. The keys of the next batches are announced before the batches are shown."""
-    monkeypatch.setattr("engine.data.bank.memory_limit", lambda device: limit)
+    monkeypatch.setattr("engine.data.image_bank.memory_limit", lambda device: limit)
     transfer = TransferSet(9, 6, CPU)
     transfer.add(torch.randint(0, 256, (9, 3, 6, 6), dtype=torch.uint8), torch.arange(9))
     views, told = KeyedViews(Views(1, True), 9), []

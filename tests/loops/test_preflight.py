@@ -8,7 +8,7 @@ import torch
 
 import registry
 from datafree_kd import parse
-from engine.data.bank import ImageBank, Manifest
+from engine.data.image_bank import ImageBank, Manifest
 from engine.data.transfer_set import TransferSet
 from engine.loops import pace
 from engine.loops.fill import Maker, Part, fill
@@ -63,7 +63,7 @@ def test_a_duration_in_words():
 def test_student_steps_tell_what_is_left(kd_steps, monkeypatch):
     """A student step takes 2 s, a round of synthesis 10 s; measured in one long round or in several short ones."""
     clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr(pace.time, "monotonic", lambda: clock.now)
+    monkeypatch.setattr(pace, "clock", lambda device: clock.now)
     synthesis = SimpleNamespace(seconds=7.0, read=lambda: synthesis.seconds)  # time of an earlier command
     schedule = SimpleNamespace(kd_steps=kd_steps, rounds=8000 // kd_steps)
     distillation = SimpleNamespace(synthesis_clock=synthesis, schedule=schedule, precision=SimpleNamespace(device=CPU))
@@ -107,7 +107,7 @@ def test_a_round_of_a_bank_tells_what_is_left(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("mapped", [False, True])
 def test_spaced_images_are_the_stored_ones(mapped, monkeypatch):
-    monkeypatch.setattr("engine.data.bank.memory_limit", lambda device: 0 if mapped else 10**9)
+    monkeypatch.setattr("engine.data.image_bank.memory_limit", lambda device: 0 if mapped else 10**9)
     transfer = TransferSet(20, 4, CPU)
     transfer.add(
         (torch.arange(11)[:, None, None, None] * 5).expand(-1, 3, 4, 4).to(torch.uint8).contiguous(), torch.zeros(11)

@@ -30,7 +30,7 @@ def test_a_guided_run_stopped_between_shards_goes_on_to_the_same_bits(
     monkeypatch.setattr(makers, "SHARD", 10)
     extra = f"{natural if prior == 'natural' else ''} {GUIDED} --diffusion_batch_size 4"
     distill("dda", tmp_path / "whole", extra)
-    with interrupted("engine.data.bank.save_tensors", 4):
+    with interrupted("engine.data.image_bank.save_tensors", 4):
         distill("dda", tmp_path / "broken", extra)
     assert len(list((tmp_path / "broken" / "variants").glob("augment-*"))) == 1
     distill("dda", tmp_path / "broken", extra)

@@ -9,8 +9,8 @@ from torch.nn import functional as F
 
 from datafree.activation_maps import MapDistillation
 from datafree.diffusion.default_prior import DEFAULT_MODEL, default_prior
-from engine.data.bank import ImageBank, Manifest
 from engine.data.crops import mixed
+from engine.data.image_bank import ImageBank, Manifest
 from engine.loops import fill as fill_module
 from engine.loops.stages import first_per_class
 from engine.runtime.errors import UserError

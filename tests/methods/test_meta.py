@@ -109,7 +109,7 @@ def round_of(pieces, distillation, remember=False):
                 lambda keys: distillation.teacher_outputs(source.images_of_keys(views, keys)).logits, len(views), 48, 8, META
             )
             logit_cache.logits = logit_cache.compute_logits(torch.zeros(8, dtype=torch.long, device=META))
-        distillation.use_views(logit_cache, views)
+        distillation.views, distillation.logit_cache = views, logit_cache
         batches = source.keyed_batches(8, views, seed=0, steps=STEPS)
     else:
         batches = source.batches(8, pieces.student_view, seed=0)

@@ -1,5 +1,6 @@
 """Measures of a student: accuracy on a labelled split or, without real images, agreement with the teacher."""
 
+import math
 from collections.abc import Iterable
 from itertools import islice
 
@@ -186,5 +187,5 @@ def check_finite(values: dict[str, float], where: str, advice: str) -> None:
         UserError: a value is NaN or infinite.
     """
     for name, value in values.items():
-        if value != value or value in (float("inf"), float("-inf")):
+        if not math.isfinite(value):
             raise UserError(f"{name} became {value} in {where}; files written so far are complete: {advice}")

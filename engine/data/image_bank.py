@@ -271,6 +271,15 @@ def find_bank(path: Path, folder: str = "bank") -> Path:
     return path / folder if not (path / "manifest.json").exists() and (path / folder).is_dir() else path
 
 
+def open_bank(path: Path) -> ImageBank:
+    """Opens an image bank, whatever run made it.
+
+    Raises:
+        UserError: as for ``read_manifest``.
+    """
+    return ImageBank(path, read_manifest(path), create=False)
+
+
 def read_manifest(path: Path) -> Manifest:
     """Reads the manifest of a bank folder.
 
