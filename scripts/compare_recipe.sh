@@ -24,7 +24,12 @@ declare -A flags=(
 )
 for few in 4 8 16 32; do flags[views_$few]="$views --views $few"; done
 if [ ! -e "$out/images" ]; then
-  python -m datafree.bank export "${BANK:-checkpoints/protocol_c/nayer/seed0}" "$out/images"
+  source_run="${BANK:-checkpoints/protocol_c/nayer/seed0}"
+  if [ ! -e "$source_run/bank" ]; then
+    echo "error: $source_run has no image bank; make it with 'bash scripts/protocol_c.sh nayer', or name another run with BANK=..." >&2
+    exit 2
+  fi
+  python -m datafree.bank export "$source_run" "$out/images"
 fi
 for run in ${RUNS:-kd_plain kd_fast bank_plain bank_fast views_4 views_8 views_16 views_32 views_all float32}; do
   for seed in ${SEEDS:-0}; do

@@ -21,6 +21,11 @@ while [[ "${1:-}" == --* ]]; do
     *) echo "error: $1 found, --jobs N, --list or names of methods wanted" >&2; exit 2 ;;
   esac
 done
+teacher="${TEACHER:-cifar10_resnet20.pth}"
+if [ -z "$list" ] && [ ! -e "$teacher" ]; then
+  echo "error: the teacher $teacher does not exist; give its path with TEACHER=... (docs/reference.md, Networks)" >&2
+  exit 2
+fi
 amp="${AMP:-bf16}"
 [ -n "${AMP:-}" ] || grep -qs bf16 /proc/cpuinfo || nvidia-smi -L >/dev/null 2>&1 || amp=no
 image="${IMAGE:-$(python -c 'import sklearn.datasets as d; print(d.__path__[0] + "/images/china.jpg")')}"
@@ -47,7 +52,7 @@ declare -A flags=(
 )
 order="kd noise noise_batch one_image pictures fast nayer csd dda cmi adi deepinv dfq zskt dafl dfad diffdfkd"
 often=" kd fast nayer csd dda "  # with three seeds
-names="${*:-$order}" failed=
+names="${*:-$order}" failed= started=()
 for seed in ${SEEDS:-0 1 2}; do
   for name in $names; do
     if [ -z "${flags[$name]:-}" ]; then echo "error: '$name' found, names out of $order wanted" >&2; exit 2; fi
@@ -56,19 +61,23 @@ for seed in ${SEEDS:-0 1 2}; do
     if [ -e "$run/result.json" ]; then continue; fi
     method="${name/noise_batch/noise}"
     command=(python datafree_kd.py --method "${method/pictures/noise}" ${flags[$name]} --dataset cifar10 --data_root "$data" --teacher resnet20
-      --teacher_ckpt "${TEACHER:-cifar10_resnet20.pth}" --teacher_mean .4914,.4822,.4465 --teacher_std .2470,.2435,.2616
+      --teacher_ckpt "$teacher" --teacher_mean .4914,.4822,.4465 --teacher_std .2470,.2435,.2616
       --student wrn16_1 --batch_size 256 --amp "$amp" --seed "$seed" --save_dir "$run" ${EXTRA:-})
     if [ -n "$list" ]; then echo "${command[*]}"; continue; fi
     while [ "$(jobs -rp | wc -l)" -ge "$jobs" ]; do wait -n || failed=yes; done
     mkdir -p "$out/console"
     echo "$(date +%H:%M:%S) $name, seed $seed: output in $out/console/${name}_seed$seed.txt"
     "${command[@]}" >"$out/console/${name}_seed$seed.txt" 2>&1 &
+    started+=("$name/seed$seed")
   done
 done
 if [ -n "$list" ]; then exit; fi
 while [ -n "$(jobs -p)" ]; do wait -n || failed=yes; jobs >/dev/null; done
 if [ -n "$failed" ]; then
-  echo "error: some runs failed; see the last lines of $out/console/*.txt, then run the same command again" >&2
+  for run in "${started[@]}"; do
+    if [ ! -e "$out/$run/result.json" ]; then echo "$run: $(tail -n 1 "$out/console/${run/\//_}.txt")" >&2; fi
+  done
+  echo "error: these runs failed; see $out/console/*.txt, then run the same command again" >&2
   exit 1
 fi
 python -m engine.report "$out" --folders

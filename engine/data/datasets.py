@@ -39,9 +39,11 @@ def tiny_imagenet(folder: Path) -> tuple[str, ...] | None:
     """First synonym of each class in ``words.txt``, sorted by WordNet id; None if the lists are missing."""
     if not ((folder / "wnids.txt").is_file() and (folder / "words.txt").is_file()):
         return None
-    lines = (folder / "words.txt").read_text().splitlines()
+    lines = (folder / "words.txt").read_text(errors="replace").splitlines()
     words = dict(line.split("\t", 1) for line in lines if "\t" in line)
-    return tuple(words.get(wnid, wnid).split(",")[0] for wnid in sorted((folder / "wnids.txt").read_text().split()))
+    return tuple(
+        words.get(wnid, wnid).split(",")[0] for wnid in sorted((folder / "wnids.txt").read_text(errors="replace").split())
+    )
 
 
 # Defaults for a NAME.npz that is not in the registry; everything else is read from the file.
@@ -64,6 +66,7 @@ class DatasetInfo:
     names, or label numbers of a subset); it is empty if the labels are used as stored. ``crop_fraction`` is the share of the
     shorter side that the centre crop of an image file keeps. ``prompt`` is the prompt of a class for a text-to-image model;
     ``{label}`` stands for the class name. ``archive`` is the file in ``data_root`` that is preferred to any other source.
+    ``size_given`` tells whether a flag chose the image size.
     """
 
     name: str
@@ -82,6 +85,7 @@ class DatasetInfo:
     classes: tuple = ()
     crop_fraction: float = 1.0
     prompt: str = "a photo of a {label}"
+    size_given: bool = False
 
     @property
     def folder(self) -> Path:
@@ -208,6 +212,7 @@ def dataset_info(
         classes=row.get("classes", ()),
         crop_fraction=row.get("crop_fraction", 1.0),
         prompt=row.get("prompt", DatasetInfo.prompt),
+        size_given=image_size is not None,
     )
 
 
@@ -218,5 +223,7 @@ def _row(table: dict[str, dict[str, Any]], name: str, root: Path, has_archive: b
     try:
         row = lookup(table, name, "dataset")
     except UserError as error:
+        if Path(name).is_dir():
+            raise UserError(f"--dataset {name} is a folder; give --dataset folder --data_root {name}") from None
         raise UserError(f"{error}; or put {name}.npz into {root}") from None
     return row | {"reader": UNREGISTERED["reader"]} if has_archive and "describe" not in row else row

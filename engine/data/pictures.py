@@ -58,11 +58,21 @@ def _open_rgb(path: str | Path) -> Image.Image:
             if max(width, height) > most:
                 left, top = max(0, width - most) // 2, max(0, height - most) // 2
                 image = image.crop((left, top, left + min(width, most), top + min(height, most)))
-            return image.convert("RGB")
+            return _eight_bits(image, path).convert("RGB")
     except FileNotFoundError:
         raise UserError(f"image {path} does not exist") from None
     except (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as error:
         raise UserError(f"image {path} cannot be decoded: {error}") from None
+
+
+def _eight_bits(image: Image.Image, path: str | Path) -> Image.Image:
+    """Scales grey images of 16 bits to 8; Pillow would clip them to white."""
+    if image.mode != "F" and not image.mode.startswith("I"):
+        return image
+    levels = np.asarray(image)
+    if levels.dtype.kind == "f" or levels.min() < 0 or levels.max() > 65535:
+        raise UserError(f"image {path} has {levels.dtype} pixels, 8 or 16 bits wanted; convert it")
+    return Image.fromarray((levels / 257).round().astype(np.uint8))
 
 
 def decode_image(path: str | Path, size: int, crop_fraction: float = 1.0) -> Tensor:
@@ -131,6 +141,8 @@ def class_files(folder: Path | str, class_names: tuple[str, ...] = ()) -> tuple[
     folders = [f for f in entries if f.is_dir() and not f.name.startswith(".")]
     names = [f.name for f in folders]
     if all(name.isdecimal() for name in names):
+        if large := [name for name in names if int(name) >= 2**31]:
+            raise UserError(f"{folder} has a folder '{large[0]}', a class number below 2^31 or a class name wanted")
         labels = {name: int(name) for name in names}
     elif set(names) <= set(class_names):
         labels = {name: class_names.index(name) for name in names}
@@ -186,7 +198,8 @@ def grid(
 
 
 def shortened(draw: ImageDraw.ImageDraw, text: str, width: int) -> str:
-    """Cuts a text to at most ``width`` px; a text that was cut ends in a period."""
+    """Cuts a text to at most ``width`` px, on one line; a text that was cut ends in a period."""
+    text = " ".join(text.split())[: width + 1]  # a character is at least one px wide
     if draw.textlength(text) <= width:
         return text
     while text and draw.textlength(text + ".") > width:

@@ -70,7 +70,11 @@ def describe_npz(row: dict[str, Any], root: Path, name: str, domain: str | None,
         )
     if len(shape) not in (3, 4):
         raise UserError(f"{path}: x_test has shape {shape}, (N, H, W), (N, H, W, 1) or (N, H, W, 3) wanted")
-    text = names is not None and tuple(n.decode() if isinstance(n, bytes) else str(n) for n in names.tolist())
+    if names is not None and names.ndim != 1:
+        raise UserError(f"{path}: classes has shape {names.shape}, (C,) wanted: one name per class")
+    text = names is not None and tuple(
+        n.decode(errors="replace") if isinstance(n, bytes) else str(n) for n in names.tolist()
+    )
     return {
         "num_classes": len(text) if text else int(labels.max()) + 1,
         "class_names": text or None,
@@ -206,7 +210,10 @@ def read_torchvision(info: DatasetInfo, split: str) -> RawSplit:
 
 def describe_folders(row: dict[str, Any], root: Path, name: str, domain: str | None, classes: str | None) -> dict[str, Any]:
     """Name and classes of the user's own folder tree; the classes are the class folders of its test split."""
-    folders = tuple(class_folders(split_folder(root, "test")))
+    folder = split_folder(root, "test")
+    folders = tuple(class_folders(folder))
+    if len(folders) < 2:
+        raise UserError(f"{folder} has one class folder, '{folders[0]}', at least two wanted")
     own_name = re.sub(r"[^\w.-]+", "_", root.resolve().name).lstrip(".-") or name
     return {"name": own_name, "num_classes": len(folders), "class_names": folders, "classes": folders}
 
@@ -250,12 +257,12 @@ def read_tiny_imagenet(info: DatasetInfo, split: str) -> RawSplit:
 
 def _from_folders(info: DatasetInfo, folder: Path) -> RawSplit:
     names = class_folders(folder)
-    _check_count(info, len(names), folder)
     if info.classes and set(names) != set(info.classes):
         raise UserError(
             f"{folder} and the test split have different class folders, equal ones wanted: "
             f"{sorted(set(names) ^ set(info.classes))[:5]}"
         )
+    _check_count(info, len(names), folder)
     files = [image_files(folder / name) for name in names]
     labels = np.repeat(np.arange(len(names)), [len(f) for f in files])
     return RawSplit([file for group in files for file in group], labels, str(folder))
@@ -276,7 +283,10 @@ def split_folder(root: Path, split: str) -> Path:
         if (root / name).is_dir() and class_folders(root / name):
             return root / name
     wanted = " or ".join(str(root / name / "<class>" / "*") for name in SPLIT_FOLDERS[split])
-    raise UserError(f"no {split} images found, {wanted} wanted; put the images there, or give another --data_root")
+    if not root.is_dir():
+        raise UserError(f"the folder {root} does not exist; give a --data_root with {wanted}")
+    parent = f"; {root} is itself a split: give its parent" if root.name in sum(SPLIT_FOLDERS.values(), ()) else ""
+    raise UserError(f"no {split} images found, {wanted} wanted; put the images there, or give another --data_root{parent}")
 
 
 def class_folders(folder: Path) -> list[str]:

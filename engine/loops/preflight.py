@@ -88,7 +88,7 @@ def log_start(session: Session, teacher, todo: list[str]) -> Session:
         log(f"{line}; its accuracy is not known (--no_test)")
     else:
         acc1 = evaluate(teacher, test)["acc1"]
-        log(f"{line}: {acc1:.2f} % on the {len(test)} test images of {session.info.name}")
+        log(f"{line}: {acc1:.2f} % on the {len(test)} test images of {session.info.name}, {session.info.image_size} px")
         if acc1 < suspicious(session.info.num_classes):
             log(
                 f"warning: the teacher's accuracy is low (chance is {100 / session.info.num_classes:.2f} %); likely causes "

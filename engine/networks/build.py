@@ -53,7 +53,8 @@ def find_checkpoint(spec: str, dataset: str, given: str | None) -> Path:
         return Path(file)
     raise UserError(
         f"no teacher checkpoint {PRETRAINED}/{dataset}_{short_name(spec)}.pth (or .safetensors); train one with 'python train_scratch.py --model "
-        f"{spec}' and the dataset flags of this command, put a published one there, or give its path with --teacher_ckpt"
+        f"{spec} --dataset ...' (--dataset, --data_root, --domain and --image_size as in this command), put a published one "
+        "there, or give its path with --teacher_ckpt"
     )
 
 
@@ -260,8 +261,25 @@ def load_teacher(
     network = build_network(table, spec, info.num_classes, info.image_size)
     file = find_checkpoint(spec, info.name, checkpoint)
     stored = load_named_weights(table, network, file, "teacher checkpoint", num_classes=info.num_classes)
+    require_image_size(stored, info, f"teacher checkpoint {file}")
     normalization = choose_normalization(info, mean, std, stored, f"teacher checkpoint {file}", "--teacher_")
     return frozen(wrap(network, spec, info, device, normalization))
+
+
+def require_image_size(stored: dict[str, Any], info, what: str) -> None:
+    """Raises a UserError if a checkpoint records another image size than the dataset's, and no flag chose that size.
+
+    Args:
+        stored: the checkpoint's facts.
+        info: ``engine.data.datasets.DatasetInfo``.
+        what: description of the checkpoint.
+    """
+    size = stored.get("image_size", info.image_size)
+    if size != info.image_size and not info.size_given:
+        raise UserError(
+            f"{what} was trained at {size} px, but the images of {info.name} have {info.image_size} px; give --image_size "
+            f"{size}, or --image_size {info.image_size} to use it at another size all the same"
+        )
 
 
 def load_named_weights(

@@ -75,6 +75,11 @@ def test_an_unregistered_archive_is_a_dataset(tmp_path):
     assert dataset_info("named", tmp_path).class_names == ("a", "b", "c", "d")
     assert dataset_info("named", tmp_path).num_classes == 4
     assert load(dataset_info("named", tmp_path, image_size=4)).images.shape == (6, 3, 4, 4)
+    write_npz(tmp_path, "latin", classes=np.array([b"\xe9", b"b", b"c"]))
+    assert dataset_info("latin", tmp_path).class_names == ("\ufffd", "b", "c")
+    write_npz(tmp_path, "count", classes=np.int64(10))
+    with fails("classes has shape", "one name per class"):
+        dataset_info("count", tmp_path)
 
 
 def test_describing_and_testing_never_open_the_train_arrays(tmp_path):
@@ -169,15 +174,24 @@ def test_class_folders_with_val_other_sizes_and_other_files(tmp_path):
 def test_wrong_folders(tmp_path):
     with fails("no test images", "<class>", "--data_root"):
         dataset_info("folder", tmp_path)
+    with fails(f"{tmp_path}/nowhere does not exist", "<class>", "--data_root"):
+        dataset_info("folder", tmp_path / "nowhere")
+    write_folders(tmp_path, ["a"])
+    with fails("test has one class folder, 'a'", "two wanted"):
+        dataset_info("folder", tmp_path)
     write_folders(tmp_path, ["a", "b"])
+    with fails("train is itself a split: give its parent"):
+        dataset_info("folder", tmp_path / "train")
+    with fails(f"give --dataset folder --data_root {tmp_path}"):
+        dataset_info(str(tmp_path))
     info = dataset_info("folder", tmp_path)
     (tmp_path / "train" / "b").rename(tmp_path / "train" / "B")
     with fails("train and the test split have different class folders", "'B'"):
         load(info, "train")
     write_folders(tmp_path, ["a", "b", "c"], ["train"])
-    with fails(f"train has 4 classes, {tmp_path.name} has 2"):
+    with fails("train and the test split have different class folders", "'B', 'c'"):
         load(info, "train")
-    with fails("imagenet", "no test images", "val"):
+    with fails("imagenet does not exist", "val"):
         load(dataset_info("imagenet", tmp_path))
 
 

@@ -33,6 +33,18 @@ def test_too_many_pixels_are_refused_before_they_are_decoded(tmp_path):
         decode_image(tmp_path / "a.png", 32)
 
 
+def test_sixteen_bits_keep_their_contrast(tmp_path):
+    levels = np.linspace(0, 65535, 256).astype(np.uint16).repeat(256).reshape(256, 256)
+    for name in ("a.png", "a.tiff"):
+        Image.fromarray(levels).save(tmp_path / name)
+        assert decode_image(tmp_path / name, 256)[:, 0, 0].tolist() == list(range(256))
+    Image.fromarray(levels.astype(np.int32) * 100).save(tmp_path / "b.tiff")
+    Image.fromarray(levels.astype(np.float32)).save(tmp_path / "c.tiff")
+    for name, kind in (("b.tiff", "int32"), ("c.tiff", "float32")):
+        with fails(f"{name} has {kind} pixels, 8 or 16 bits wanted"):
+            decode_image(tmp_path / name, 32)
+
+
 def test_images_that_are_not_square_are_told_of(tmp_path, capsys):
     write_npz(tmp_path, "wide", (6, 8, 12, 3))
     load(dataset_info("wide", tmp_path))
@@ -71,3 +83,6 @@ def test_class_folders_by_number_and_by_name(tmp_path):
     assert class_files(tmp_path)[1].tolist() == [0, 1]
     with fails("a folder 'ship', which is not a class; class numbers or names wanted: cat, dog"):
         class_files(tmp_path, ("cat", "dog"))
+    (tmp_path / "numbers" / "99999999999999999999").mkdir(parents=True)
+    with fails("a class number below 2"):
+        class_files(tmp_path / "numbers")

@@ -30,3 +30,4 @@ def test_a_long_name_is_cut_off():
     draw = ImageDraw.Draw(Image.new("RGB", (8, 8)))
     cut = shortened(draw, "a very long name of a class", 64)
     assert cut.endswith(".") and draw.textlength(cut) <= 64 and shortened(draw, "cat", 64) == "cat"
+    assert shortened(draw, "sea\n lion", 64) == "sea lion" and shortened(draw, "very long " * 10_000, 64).endswith(".")

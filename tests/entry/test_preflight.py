@@ -52,7 +52,9 @@ def test_the_teacher_is_told_of_once_before_the_first_stage(distill, tmp_path):
     """Reported even if only images are made. An untrained teacher gives a warning, and a done run reports nothing again."""
     distill("csd", tmp_path, "--stages synthesize")
     first = (tmp_path / "log.txt").read_text().splitlines()
-    assert "teacher resnet8 normalizes with mean 0.305" in first[0] and "% on the 101 test images of digits" in first[0]
+    assert (
+        "teacher resnet8 normalizes with mean 0.305" in first[0] and "% on the 101 test images of digits, 16 px" in first[0]
+    )
     assert (
         "warning: the teacher's accuracy is low (chance is 10.00 %)" in first[1]
         and "another order of the classes" in first[1]

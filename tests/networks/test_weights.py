@@ -99,11 +99,19 @@ def test_pickled_code_is_refused_and_not_run(tmp_path, state):
     assert not trace.exists()
 
 
-INFO = SimpleNamespace(name="d", num_classes=10, image_size=32, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+INFO = SimpleNamespace(name="d", num_classes=10, image_size=32, size_given=False, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
 
 
 def load(path, mean=None, std=None):
     return load_teacher("resnet8", INFO, torch.device("cpu"), str(path), mean, std)
+
+
+def test_a_teacher_of_another_image_size_is_used_only_if_a_flag_says_so(tmp_path, state):
+    torch.save({"state_dict": state, "image_size": 16}, tmp_path / "small.pth")
+    with pytest.raises(UserError, match="trained at 16 px, but the images of d have 32 px; give --image_size 16, or"):
+        load(tmp_path / "small.pth")
+    chosen = SimpleNamespace(**vars(INFO) | {"size_given": True})
+    load_teacher("resnet8", chosen, torch.device("cpu"), str(tmp_path / "small.pth"))
 
 
 def assert_normalizes(teacher, mean, std):
