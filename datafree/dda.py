@@ -51,13 +51,14 @@ from torch import Tensor, nn
 
 from datafree.base import Task
 from datafree.csd import CSD, CSDConfig
-from datafree.diffusion.guidance import Guidance, TeacherMetrics
+from datafree.diffusion.guidance import Guidance
 from datafree.diffusion.hub import DTYPES, diffusion_dtype, pipeline_config, prior_name
 from datafree.diffusion.patch_unet import load_patch_prior, shipped_prior
 from datafree.diffusion.pixel import PixelAugmenter, PriorAugmenter
 from datafree.diffusion.priors import PatchPrior
 from datafree.diffusion.variation import PIPELINES, Augmenter, ImageToImage, ImageVariation, denoising_steps
 from datafree.filter import DEFAULT_MODELS, EMBEDDINGS, CosineFilter, build_embedding, check_embedding
+from datafree.teacher_metrics import TeacherMetrics
 from engine.loops.session import Stage
 from engine.loops.stages import Augment, Distill
 from engine.runtime.errors import UserError

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from datafree.diffusion.guidance import TeacherMetrics
 from datafree.diffusion.hub import check_model_type, hub_errors
 from datafree.diffusion.variation import CLIP_MEAN, CLIP_STD
+from datafree.teacher_metrics import TeacherMetrics
 from engine.runtime.errors import UserError
 
 Embedding = Callable[[Tensor], Tensor]
@@ -131,7 +131,7 @@ class CosineFilter:
         name: name of the embedding, used in the name of the file that holds the cosines.
         omega: least cosine of a kept variant; None: ``calibrated_omega``.
         build: function that builds the embedding; called when the embedding is first needed.
-        metrics: the teacher's predictions for images, ``datafree.diffusion.guidance.TeacherMetrics``.
+        metrics: the teacher's predictions for images, ``datafree.teacher_metrics.TeacherMetrics``.
         agree: whether a kept variant must also be classified by the teacher as its source's label.
         check: function that raises a UserError if the embedding cannot be built.
     """

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from datafree.base import ImageBatch, Task
-from datafree.diffusion.guidance import Guidance, TeacherMetrics, batches, check_latents, memory_errors
+from datafree.diffusion.guidance import Guidance, batches, check_latents, memory_errors
 from datafree.diffusion.prior_base import DiffusionPrior
 from datafree.diffusion.sampling import RULES
 from datafree.diffusion.variation import resize, seeded_generators
 from datafree.losses import kd_loss
+from datafree.teacher_metrics import TeacherMetrics
 from models.classifier import eval_mode
 
 # Latent CutMix augmentation (LCA) of DiffDFKD (Qi et al. 2025, arXiv 2504.00870; CutMix: Yun et al. 2019, 1905.04899).

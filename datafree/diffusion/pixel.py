@@ -29,10 +29,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from datafree.diffusion.denoising import Denoising, Diverged
 from datafree.diffusion.guidance import Guidance
 from datafree.diffusion.patch_unet import PatchUNet
 from datafree.diffusion.priors import PatchPrior
-from datafree.diffusion.sampling import Denoising, Diverged
 from datafree.diffusion.variation import Augmenter, denoising_steps, resize, seeded_noise
 from engine.runtime.errors import UserError
 

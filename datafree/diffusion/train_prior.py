@@ -36,8 +36,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from datafree.diffusion.denoising import Denoising, Diverged
 from datafree.diffusion.patch_unet import PatchUNet, add_noise, denoise, load_patch_prior, save_patch_prior, velocity
-from datafree.diffusion.sampling import Denoising, Diverged
 from datafree.diffusion.variation import seeded_noise
 from engine.data.datasets import DatasetInfo, dataset_info
 from engine.data.pictures import grid

@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from datafree.diffusion import patch_unet
-from datafree.diffusion.guidance import Guidance, TeacherMetrics
+from datafree.diffusion.denoising import EMA_POWER, EMA_WIDTH, Denoising
+from datafree.diffusion.guidance import Guidance
 from datafree.diffusion.hub import hub_errors, prior_name
 from datafree.diffusion.pixel import PixelAugmenter, PriorAugmenter
 from datafree.diffusion.priors import PatchPrior
-from datafree.diffusion.sampling import EMA_POWER, EMA_WIDTH, Denoising
 from datafree.diffusion.variation import ImageToImage, ImageVariation, denoising_steps, resize, seeded_noise
+from datafree.teacher_metrics import TeacherMetrics
 from engine.data.image_bank import to_uint8
 from engine.runtime.errors import UserError
 from models.classifier import frozen

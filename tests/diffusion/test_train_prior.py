@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 from datafree.diffusion import patch_unet, train_prior
+from datafree.diffusion.denoising import Denoising
 from datafree.diffusion.patch_unet import load_patch_prior
 from datafree.diffusion.priors import load_prior
-from datafree.diffusion.sampling import Denoising
 from engine.loops.measures import density_coverage, frechet_distance
 from engine.runtime.errors import UserError
 from engine.runtime.files import load_tensors, save_checkpoint
