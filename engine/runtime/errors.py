@@ -56,6 +56,8 @@ def is_out_of_memory(error: Exception) -> bool:
 
 def explain_os_error(error: OSError) -> UserError:
     """Returns a one-line UserError for an error of the file system (full disk, no permission, not a directory)."""
+    if error.errno is None:  # of Pillow, for a damaged image; its message names the file or the damage
+        return UserError(f"{reason_of(error)}; restore the file from a copy, or give another")
     name = error.filename or "a file"
     if is_disk_full(error):
         return UserError(
@@ -63,13 +65,35 @@ def explain_os_error(error: OSError) -> UserError:
             "command again"
         )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return UserError(f"cannot write to {name} ({error.strerror}); give a writable folder with --save_dir")
+        if os.path.exists(name) and not os.access(name, os.R_OK):
+            return UserError(f"cannot read {name} ({error.strerror}); make it readable, for example with chmod u+r")
+        return UserError(f"cannot write to {name} ({error.strerror}); make it writable, or give another place")
     return UserError(f"{error.strerror or error}: {name}")
 
 
+def explain_unicode_error(error: UnicodeError) -> UserError:
+    """Returns a one-line UserError for a file that is not text, or for a name that cannot be written as text."""
+    if isinstance(error, UnicodeDecodeError):
+        return UserError(
+            f"a file is not {error.encoding} text (byte {error.start}: {error.reason}); give it in UTF-8, or leave it out"
+        )
+    name = f" '{error.object[:200]}'" if isinstance(error, UnicodeEncodeError) else ""
+    return UserError(f"the name or text{name} is not valid UTF-8 ({reason_of(error)}); rename it")
+
+
 def launched_rank() -> int:
-    """Returns the rank of this process among those that a launcher started; 0 for the main process or without a launcher."""
-    return int(os.environ.get("RANK", 0)) if int(os.environ.get("WORLD_SIZE", 1)) > 1 else 0
+    """Returns the rank of this process among those that a launcher started; 0 for the main process or without a launcher.
+
+    Raises:
+        UserError: the launcher's variables are not whole numbers.
+    """
+    size, rank = (os.environ.get(name, default) for name, default in (("WORLD_SIZE", "1"), ("RANK", "0")))
+    try:
+        return int(rank) if int(size) > 1 else 0
+    except ValueError:
+        raise UserError(
+            f"the environment has WORLD_SIZE '{size}' and RANK '{rank}', whole numbers wanted; unset them, or start with torchrun"
+        ) from None
 
 
 def follow(main: Callable[[], None]) -> None:
@@ -93,7 +117,7 @@ def end_process(code: int) -> NoReturn:
     A gloo thread may hold the last reference to a Python tensor, even after ``destroy_process_group``. If the reference is
     dropped while the interpreter is finalized, the process ends by abort() (SIGABRT).
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if os.environ.get("WORLD_SIZE", "1") == "1":
         sys.exit(code)
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):
@@ -106,8 +130,10 @@ def explain(error: Exception) -> str | None:
     """Returns the message for an error that the user can correct; None for a bug in this program."""
     if isinstance(error, UserError):
         return str(error)
-    if isinstance(error, OSError) and error.errno is not None:
+    if isinstance(error, OSError):
         return str(explain_os_error(error))
+    if isinstance(error, UnicodeError):
+        return str(explain_unicode_error(error))
     if is_out_of_memory(error):
         advice = "files written so far are complete: give a smaller batch, bank or image size, and run again"
         return f"not enough memory ({str(error).partition(chr(10))[0][:200]}); {advice}"
@@ -128,8 +154,9 @@ def quiet_on_os_errors(args: threading.ExceptHookArgs) -> None:
 def run_command(main: Callable[[], None], leave: Callable[[], None] = lambda: None) -> None:
     """Runs ``main`` and ends the process. This is the wrapper of every entry point.
 
-    A UserError, a file system error or a lack of memory is one line on stderr and exit code 2. SIGINT gives exit code 130,
-    SIGTERM 143. If the reader of stdout has stopped, the process ends without a message, with exit code 141.
+    A UserError, a file system error, a text that is not UTF-8 or a lack of memory is one line on stderr and exit code 2.
+    SIGINT gives exit code 130, SIGTERM 143. If the reader of stdout has stopped, the process ends without a message, with
+    exit code 141.
 
     Args:
         main: function to run.
@@ -147,9 +174,11 @@ def run_command(main: Callable[[], None], leave: Callable[[], None] = lambda: No
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # a shell ignores SIGINT for commands started with "&"
         signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.excepthook = quiet_on_os_errors
-    rank = launched_rank()
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the caller, as in "2>&-"
+            setattr(sys, name, open(os.devnull, "w"))
     try:
-        follow(command) if rank else command()
+        follow(command) if launched_rank() else command()
         end_process(0)
     except (KeyboardInterrupt, Terminated) as stop:
         print("\nstopped; all files are complete: to resume, run the same command again", file=sys.stderr)

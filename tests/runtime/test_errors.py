@@ -1,6 +1,7 @@
 """How a command ends after an error or a signal: one line and an exit code."""
 
 import errno
+import io
 import os
 import signal
 import subprocess
@@ -8,15 +9,47 @@ import sys
 import time
 
 import pytest
+from PIL import Image
 
 from engine.runtime import errors
 from tests.conftest import ROOT
 
 
-@pytest.mark.parametrize("code, word", [(errno.ENOSPC, "no space left"), (errno.EACCES, "--save_dir"), (errno.EIO, "error")])
+@pytest.mark.parametrize(
+    "code, word", [(errno.ENOSPC, "no space left"), (errno.EACCES, "cannot write"), (errno.EIO, "error")]
+)
 def test_what_the_file_system_refuses_is_one_line(code, word):
     message = str(errors.explain_os_error(OSError(code, "Input/output error", "bank/x")))
     assert word in message and "bank/x" in message and "\n" not in message
+
+
+def test_a_file_that_cannot_be_read_is_no_place_to_write(tmp_path, monkeypatch):
+    (tmp_path / "x").touch()
+    monkeypatch.setattr("os.access", lambda path, mode: mode != os.R_OK)
+    message = errors.explain(PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "x")))
+    assert message.startswith("cannot read") and "--save_dir" not in message
+
+
+def test_text_and_pictures_that_cannot_be_read_are_one_line():
+    for failing, word in (
+        (lambda: b"caf\xe9".decode(), "byte 3"),
+        (lambda: "a\udcff".encode(), "'a\udcff' is not valid UTF-8"),
+        (lambda: Image.open(io.BytesIO(b"no picture")), "cannot identify image file"),
+    ):
+        with pytest.raises((UnicodeError, OSError)) as caught:
+            failing()
+        assert word in errors.explain(caught.value)
+
+
+def test_odd_surroundings_end_in_one_line():
+    """A launcher's variable that is no number, and a closed stderr."""
+    code = "import sys\nfrom engine.runtime.errors import run_command\nrun_command(lambda: print(sys.stderr.isatty()))"
+    environment = os.environ | {"WORLD_SIZE": "abc"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "WORLD_SIZE 'abc'" in done.stderr
+    closed = ["bash", "-c", '"$0" -c "$1" 2>&-', sys.executable, code]
+    done = subprocess.run(closed, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "False\n")
 
 
 def test_a_terminated_run_says_how_to_go_on(tmp_path):
