@@ -11,6 +11,7 @@ import math
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -45,25 +46,67 @@ def shipped(path: Path | str) -> Path:
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside ``path``, which is renamed to ``path`` at the end and removed after an error.
 
-    A reader sees either the old file or the complete new one, even if the writer is killed.
+    A reader sees either the old file or the complete new one, even if the writer is killed. A link stays a link, and an
+    existing file keeps its mode.
+
+    Raises:
+        UserError: ``path`` exists, but is no regular file or is read-only.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=TEMPORARY, dir=path.parent)
-    os.close(descriptor)
-    temporary = Path(name)
+    target = path.resolve() if path.is_symlink() else path
+    mode = _mode(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = None
     try:
+        descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=TEMPORARY, dir=target.parent)
+        os.close(descriptor)
+        temporary = Path(name)
         yield temporary
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
+        os.chmod(temporary, mode)
         checksums.note(path, temporary)
-        os.replace(temporary, path)
+        os.replace(temporary, target)
     except OSError as error:
-        error.filename = error.filename or str(path)
+        if error.filename is None or str(error.filename).endswith(TEMPORARY):
+            error.filename = str(path)
         raise
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def _mode(file: Path) -> int:
+    """Mode of a file that may be replaced; for a new file, the one that the umask gives."""
+    if not file.exists():
+        return 0o666 & ~_umask()
+    if not file.is_file():
+        raise UserError(f"{file} is {'a folder' if file.is_dir() else 'not a regular file'}; give the name of a file")
+    mode = stat.S_IMODE(file.stat().st_mode)
+    if not mode & 0o222 or not os.access(file, os.W_OK):
+        raise UserError(f"{file} is read-only, and was not replaced; make it writable (chmod u+w), or give another file")
+    return mode
+
+
+def require_output(flag: str, path: Path, suffixes: tuple[str, ...], fields: tuple[str, ...] = ()) -> None:
+    """Checks that a command may write its output to ``path``: a new file, or an existing one of the same kind.
+
+    Args:
+        flag: flag that gives the path, for the error message.
+        suffixes: suffixes of the files that may be replaced.
+        fields: fields that a JSON file must have, so that it may be replaced.
+    Raises:
+        UserError: the file may not be replaced, or its name is that of a file of the run in that folder.
+    """
+    if checksums.SUMMED.fullmatch(path.name) and (path.parent / checksums.LIST).is_file():
+        raise UserError(f"{flag} {path} is the name of a file of the run in that folder; give another name")
+    if path.exists():
+        found = _object(path) if fields else {}
+        if path.suffix.lower() not in suffixes or not set(fields) <= found.keys():
+            raise UserError(
+                f"{flag} {path} exists and was not written by this command; give a new name that ends in {suffixes[0]}"
+            )
+    _mode(path)
 
 
 def _umask() -> int:
@@ -152,9 +195,20 @@ def delete_files(folder: Path, patterns: list[str]) -> None:
 
 
 def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
-    """Writes ``value`` as JSON, atomically."""
+    """Writes ``value`` as JSON, atomically.
+
+    Raises:
+        UserError: a number in it is NaN or infinite; the old file is kept.
+    """
+    try:
+        text = json.dumps(value, indent=indent, allow_nan=False)
+    except ValueError as error:
+        raise UserError(
+            f"{path} was not written, because a number in it is NaN or infinite ({reason_of(error)}); check weights and "
+            "normalization"
+        ) from None
     with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=indent) + "\n")
+        temporary.write_text(text + "\n")
 
 
 def parse_json(text: str) -> Any:
@@ -167,6 +221,15 @@ def parse_json(text: str) -> Any:
         return json.loads(text, parse_float=_finite, parse_constant=_finite)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+
+
+def _object(file: Path) -> dict[str, Any]:
+    """Returns the object in a JSON file; {} if the file holds anything else."""
+    try:
+        value = parse_json(file.read_text())
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def _finite(text: str) -> float:
