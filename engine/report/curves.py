@@ -125,7 +125,7 @@ def plot(groups: Groups, file: Path, x: str = "steps", folders: bool = False) ->
     for k, (name, xs, mean, low, high) in enumerate(lines):
         color, dashed = colormaps["tab10"](k % 10), k // 10
         style = ("-", "--", ":")[dashed % 3]
-        axes.plot(xs, mean, color=color, linestyle=style, linewidth=1.8, label=f"{name}  {mean[-1]:.1f}")
+        axes.plot(xs, mean, color=color, linestyle=style, linewidth=1.8, label=f"{name}  {mean[-1]:.1f}".replace("$", r"\$"))
         axes.fill_between(xs, low, high, color=color, alpha=0.15, linewidth=0)
     axes.set(xlabel=WORDS[x], ylabel="test accuracy in %", xlim=(0, None))
     axes.grid(color="0.9")

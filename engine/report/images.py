@@ -2,7 +2,7 @@
 
 The measures are of up to ``MOST`` evenly spaced images that the student of a run learnt from. They are compared with as
 many test images, which are used only to report. Density, coverage and diversity are measured in the features of the
-teacher's penultimate layer.
+teacher's penultimate layer. They are empty if there are too few test images, or if these are all the same.
 
     wanted        % of the images that the teacher classifies as their label; empty if a method has no labels
     classes       entropy of the teacher's predicted classes, as a share of its maximum: 1 all equally frequent, 0 one class
@@ -23,18 +23,24 @@ from torch import Tensor, nn
 from engine.data.datasets import dataset_info
 from engine.data.image_bank import find_bank, open_bank
 from engine.data.splits import load_split
-from engine.loops.measures import density_coverage
+from engine.loops.measures import NEIGHBOURS, density_coverage
 from engine.loops.session import INITIAL
 from engine.loops.stages import STREAMED
 from engine.networks.build import load_teacher, own_weights
+from engine.report.results import flags_of
 from engine.runtime.errors import UserError
 from engine.runtime.files import load_tensors
+from engine.runtime.schema import SIZE
 from models.classifier import layers_with_statistics
 from registry import DATASETS, MODELS
 
 MOST, BATCH = 1000, 250
 TASK = ("dataset", "data_root", "image_size", "domain", "classes", "name")  # flags
 TEACHER = ("teacher", "teacher_ckpt", "teacher_mean", "teacher_std")
+FLAGS = {
+    "dataset": str, "data_root": str, "image_size?": SIZE, "domain?": str, "classes?": str, "name?": str, "teacher": str,
+    "teacher_ckpt?": str, "teacher_mean?": [float], "teacher_std?": [float], "init_bank?": str, "init_variants?": str,
+}  # fmt: skip
 
 
 def measured(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -59,8 +65,8 @@ def figures(folder: Path, known: dict[str, Any]) -> dict[str, float | int | None
         known: cache of teachers and of their features of the test images; it is extended here.
     """
     images, labels = training_images(folder)
-    args = json.loads((folder / "args.json").read_text())["args"]
-    key = json.dumps([args[name] for name in (*TASK, *TEACHER)])
+    args = flags_of(folder, FLAGS)
+    key = json.dumps([args.get(name) for name in (*TASK, *TEACHER)])
     if key not in known:
         teacher, info = open_teacher(args)
         split = load_split(info, "test", "cpu")
@@ -73,10 +79,10 @@ def figures(folder: Path, known: dict[str, Any]) -> dict[str, float | int | None
 
 def open_teacher(args: dict[str, Any]):
     """Loads the teacher of a run on the CPU, and describes its dataset, from the run's flags."""
-    info = dataset_info(DATASETS, *(args[name] for name in TASK))
-    if own := own_weights(args["teacher"], info.name, args["teacher_ckpt"]):
-        info = info.adapted_to_model(args["teacher"], own, keep_size=args["image_size"] is not None)
-    name, *how = (args[name] for name in TEACHER)
+    info = dataset_info(DATASETS, *(args.get(name) for name in TASK))
+    if own := own_weights(args["teacher"], info.name, args.get("teacher_ckpt")):
+        info = info.adapted_to_model(args["teacher"], own, keep_size=args.get("image_size") is not None)
+    name, *how = (args.get(name) for name in TEACHER)
     return load_teacher(MODELS, name, info, torch.device("cpu"), *how), info
 
 
@@ -89,7 +95,7 @@ def training_images(folder: Path) -> tuple[Tensor, Tensor]:
     Raises:
         UserError: the run has stored no images.
     """
-    args = json.loads((folder / "args.json").read_text())["args"]
+    args = flags_of(folder, FLAGS)
     if (folder / STREAMED).exists():
         kept = load_tensors(folder / STREAMED)
         return kept["images"][:MOST], kept["labels"][:MOST]
@@ -138,16 +144,17 @@ def compare(teacher: nn.Module, batches: list[Tensor], labels: Tensor, real: Ten
     counts = said.bincount(minlength=teacher.num_classes).double() / len(said)
     count = min(len(found), len(real))
     mine, theirs = (values[evenly_spaced(len(values), count)] for values in (found, real))
-    density, coverage = density_coverage(theirs, mine)
+    density, coverage = density_coverage(theirs, mine) if count > NEIGHBOURS else (None, None)
+    differ = not torch.allclose(theirs, theirs[:1])  # False for a single image too
     named = labels >= 0
     return {
         "count": len(said),
         "wanted": round(100 * float((said == labels)[named].double().mean()), 2) if named.any() else None,
-        "classes": round(float(torch.special.entr(counts).sum()) / math.log(teacher.num_classes), 4),
-        "density": round(density, 4),
-        "coverage": round(coverage, 4),
+        "classes": round(float(torch.special.entr(counts).sum()) / math.log(max(2, teacher.num_classes)), 4),
+        "density": None if density is None else round(density, 4),
+        "coverage": None if coverage is None else round(coverage, 4),
         "bn_distance": statistics.distance(),
-        "diversity": round(nearest(mine) / nearest(theirs), 4),
+        "diversity": round(nearest(mine) / nearest(theirs), 4) if differ else None,
     }
 
 

@@ -137,6 +137,7 @@ def contents(groups: Groups) -> dict[str, Any]:
             {
                 "number": number,
                 "name": full["method"],
+                "headline": full["acc1 last"] or f"agreement {full['agreement last']}",
                 "series": number % SERIES,
                 "dash": DASHES[number // SERIES % len(DASHES)],
                 "cells": [(name, short[name], sort_key(short[name])) for name in names],
@@ -151,11 +152,18 @@ def contents(groups: Groups) -> dict[str, Any]:
         "shared": what_all_share(groups),
         "names": names,
         "narrow": NARROW,
+        "measured": measured,
         "rows": entries,
         "cautions": cautions_of_all(groups),
         "curves": accuracy_curves(groups, (7, 3.2)),
         "narrow_curves": accuracy_curves(groups, (3.7, 2.6)),
     }
+
+
+def measured(run: dict[str, Any], which: str) -> str:
+    """Accuracy of the "last" or "best" epoch of a run; of a run with --no_test, its agreement with the teacher."""
+    acc1 = run.get(f"acc1_{which}")
+    return f"{acc1:.2f}" if acc1 is not None else f"agreement {run[f'agreement_{which}']:.2f}"
 
 
 def table_rows(groups: Groups) -> list[dict[str, str]]:
@@ -243,5 +251,8 @@ def _curve(lines: list[dict[str, Any]], name: str, title: str) -> dict[str, str]
 
 def one_flag_a_line(command: str) -> str:
     """Quotes a command for the shell and puts each flag on a line of its own."""
-    words = [shlex.quote(word) for word in shlex.split(command)]
+    try:
+        words = [shlex.quote(word) for word in shlex.split(command)]
+    except ValueError:  # no command of a shell, for example with an open quote
+        return command
     return " ".join(f"\\\n  {word}" if word.startswith("--") else word for word in words)

@@ -15,6 +15,7 @@ from engine.runtime.flags import Range
 from engine.runtime.run import LINE, METRICS, TIMES, read_lines
 from engine.runtime.schema import COUNT, SECONDS, require
 
+HISTORY = [LINE | {str: {float, None}}]  # lines of metrics, whose further fields are losses
 GROUP_BY = ("dataset", "teacher", "student", "method", "external_prior", "student_steps", "bank_images", "variants")
 PERCENT = (float, Range(least=0, most=100))
 RESULT = {
@@ -23,10 +24,11 @@ RESULT = {
     "acc1_last?": PERCENT, "acc1_best?": PERCENT, "acc1_mean?": PERCENT, "agreement_last?": PERCENT, "agreement_best?": PERCENT,
     "published?": PERCENT, "student_steps?": COUNT, "images?": COUNT, "bank_images?": COUNT, "variants?": COUNT,
     "variants_kept?": COUNT, "synthesis_seconds?": SECONDS, "cpu_seconds?": SECONDS, "bank_teacher_acc1?": PERCENT, "bank_loss_bn?": float,
-    "history?": [LINE],
+    "teacher_digest?": str, "teacher_acc1?": PERCENT, "dataset_identity?": str, "versions?": {str: str}, "history?": HISTORY,
+    "image_figures?": {"count?": COUNT, str: {float, None}},
 }  # fmt: skip
 OF_A_METHOD = {"teacher": str, "external_prior": str}  # fields that training on real data does not have
-OF_A_LINE = {"folder": str, "history": [LINE]}  # further fields in a file with a line a run
+OF_A_LINE = {"folder": str, "history": HISTORY}  # further fields in a file with a line a run
 PATHS = ("teacher_ckpt", "init_bank", "init_variants")  # flags whose path may contain the seed; see ``settings``
 
 
@@ -65,7 +67,7 @@ def _read_folders(place: Path) -> list[dict[str, Any]]:
 
 
 def checked(result: Any, what: str, also: dict[str, Any] = {}) -> dict[str, Any]:
-    """Checks the result of a run, and drops optional fields that are null.
+    """Checks the result of a run, and drops optional fields that are null, also those of its lines of metrics.
 
     Args:
         what: name of the result in error messages.
@@ -76,6 +78,8 @@ def checked(result: Any, what: str, also: dict[str, Any] = {}) -> dict[str, Any]
     advice = "give a run's result.json, or a file that python -m engine.report --lines wrote"
     require(result, RESULT | also, what, advice)
     result = {name: value for name, value in result.items() if value is not None or f"{name}?" not in RESULT}
+    if "history" in result:
+        result["history"] = [{k: v for k, v in line.items() if v is not None} for line in result["history"]]
     measured = "acc1" if "acc1_last" in result else "agreement"
     of_a_method = {} if result["method"] == "scratch" else OF_A_METHOD
     kept = {"variants_kept": COUNT} if result.get("variants") else {}
@@ -106,13 +110,40 @@ def _read_file(file: Path) -> list[dict[str, Any]]:
 
 
 def write_lines(file: Path, results: list[dict[str, Any]]) -> int:
-    """Writes results to a file, one line each, in place of lines of the same folder; returns the file's number of lines."""
-    known = {result["folder"]: result for result in (_read_file(file) if file.exists() else [])}
-    known |= {result["folder"]: result for result in results}
+    """Writes results to a file, one line each, in place of lines of the same folder; returns the file's number of lines.
+
+    Raises:
+        UserError: two results have the same folder, or a line of the same folder is of another run.
+    """
+    known: dict[str, dict[str, Any]] = {}
+    for some in (_read_file(file) if file.exists() else [], results):
+        names = set()
+        for result in some:
+            name = result["folder"]
+            differs = _difference(known[name], result) if name in known else None
+            if differs or name in names:
+                raise UserError(
+                    f"{result['path']} has the folder name {name}, as {known[name]['path']} has"
+                    f"{f', but another {differs}' if differs else ''}; give a folder that contains both runs, so that their "
+                    "names differ, or another --lines file"
+                )
+            known[name] = result
+            names.add(name)
     lines = [{k: v for k, v in known[name].items() if k != "path"} for name in sorted(known, key=lambda n: Path(n).parts)]
     with atomic_path(file) as temporary:
         temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return len(lines)
+
+
+def _difference(one: dict[str, Any], other: dict[str, Any]) -> str | None:
+    """Name of a field or of a flag in which two results differ; None: both may be results of the same run.
+
+    Flags that only one of them has are not compared, because the version of the other did not have them.
+    """
+    flags, others = settings(one), settings(other)
+    pairs = [(name, one.get(name), other.get(name)) for name in ("method", "dataset", "teacher", "student", "seed")]
+    pairs += [(f"--{name}", flags[name], others[name]) for name in flags if name in others]
+    return next((name for name, mine, theirs in pairs if mine != theirs), None)
 
 
 def group(results: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
@@ -198,6 +229,14 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
     return [line | times.get((line["stage"], line["round"]), {}) for line in read_lines(folder / METRICS)]
 
 
+def flags_of(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
+    """Returns the flags of a run from its args.json, after a check of those in ``wanted``, a schema."""
+    file = folder / "args.json"
+    args = read_json(file)
+    require(args, {"args": wanted}, str(file))
+    return args["args"]
+
+
 def pictures(folder: Path) -> dict[str, Any]:
     """Images of a run for the page, as data URIs.
 
@@ -207,9 +246,7 @@ def pictures(folder: Path) -> dict[str, Any]:
     from engine.data.image_bank import find_bank, open_bank
     from engine.loops.session import INITIAL
 
-    args = read_json(folder / "args.json") if (folder / "args.json").exists() else {"args": {}}
-    require(args, {"args": {"init_bank?": str, "init_variants?": str}}, str(folder / "args.json"))
-    args = args["args"]
+    args = flags_of(folder, {"init_bank?": str, "init_variants?": str}) if (folder / "args.json").exists() else {}
     places = [folder / "bank", *([find_bank(Path(args["init_bank"]))] if args.get("init_bank") else [])]
     banks = [open_bank(p) for p in reversed(places) if (p / "manifest.json").exists()]
     stages = [(bank, stage) for stage in (*INITIAL, "distill") for bank in banks if bank.rounds(stage)]
@@ -262,7 +299,9 @@ def _data_uri(image) -> str:
 def _sheet(file: Path) -> str:
     from PIL import Image
 
-    return _encode(Image.open(file).convert("RGB"), SHEET)
+    from engine.data.pictures import read_picture
+
+    return _encode(Image.fromarray(read_picture(file).permute(1, 2, 0).numpy()), SHEET)
 
 
 def _encode(picture, limit: int) -> str:

@@ -4,8 +4,10 @@ A schema is one of
     str, bool, dict, list, Tensor      a value of that type
     int, float                         a whole or finite number; (int, Range(least=0)): a number in that range
     Array(torch.uint8, (None, 3))      a tensor of that dtype and shape; None: any length
-    [schema]                           a list of such values; {str: schema}: an object of such values with any names
-    {"name": schema, "other?": ...}    an object with these fields; "other" may be missing or null; more are allowed
+    [schema]                           a list of such values
+    {str: schema}                      an object of such values with any names
+    {"name": schema, "other?": ...}    an object with these fields; "other" may be missing or null; more are allowed,
+                                       and must fit the schema of the key ``str``, if there is one
     None                               null; {schema, schema}: a value of one of these schemas
 """
 
@@ -90,12 +92,17 @@ def _wrong_field(value: Any, wanted: dict, place: str) -> str | None:
         return f"{place} is {shown(value)}, an object wanted"
     inside = "" if place == "it" else f"{place}."
     if str in wanted:
+        known = {name.removesuffix("?") for name in wanted if name is not str}
         named = (
             wrong(key, str, f"a name in {place}") or wrong(item, wanted[str], f"{inside}{key}")
             for key, item in value.items()
+            if key not in known
         )
-        return next(filter(None, named), None)
+        if found := next(filter(None, named), None):
+            return found
     for name, schema in wanted.items():
+        if name is str:
+            continue
         key, optional = name.removesuffix("?"), name.endswith("?")
         if optional and value.get(key) is None:
             continue

@@ -12,6 +12,7 @@ from PIL import Image
 from datafree.losses import batch_statistics, bn_loss
 from engine.report import curves, images
 from engine.report.command import main
+from engine.report.tables import image_rows
 from engine.runtime.errors import UserError
 from engine.runtime.files import load_tensors
 from tests.conftest import STREAMED_BYTES, make_classifier
@@ -55,6 +56,26 @@ def test_one_image_again_and_again_is_neither(teacher):
     )
     assert found["wanted"] is None and found["classes"] == 0 and found["coverage"] < 0.5
     assert found["diversity"] == pytest.approx(0, abs=1e-2)
+
+
+@pytest.mark.parametrize("count, constant", [(1, False), (3, False), (40, True)])
+def test_few_or_equal_test_images_have_fewer_measures(count, constant, teacher):
+    pixels = torch.rand(1 if constant else count, 3, 16, 16).expand(count, -1, -1, -1)
+    real = images.features(teacher, [pixels])
+    found = images.compare(teacher, [torch.rand(40, 3, 16, 16)], torch.zeros(40), real)
+    assert found["count"] == 40 and found["bn_distance"] > 0
+    assert (found["diversity"] is None) == (count == 1 or constant) and (found["density"] is None) == (count < 40)
+    about = {"method": "m", "folder": "a", "seed": 0, "acc1_last": 1.0}
+    (row,) = image_rows([[about | {"image_figures": found}]])
+    assert row["density"] == ("" if count < 40 else row["density"]) and row["BN distance"]
+
+
+@pytest.mark.parametrize("text", ['{"args": {"data', "[]", '{"args": {"dataset": "digits"}}', '{"args": {"init_bank": 1}}'])
+def test_damaged_flags_are_one_line(text, copied, report):
+    folder = copied("dfq")
+    (folder / "args.json").write_text(text)
+    with pytest.raises(UserError, match="args.json"):
+        report(folder, "--images")
 
 
 def test_the_bn_distance_is_that_of_all_images_at_once(teacher):
@@ -111,6 +132,12 @@ def test_a_plot_of_all_runs(x, finished, report, tmp_path):
     assert "2 lines" in out
     with Image.open(tmp_path / "plot.png") as picture:
         assert picture.width > 900
+
+
+def test_a_plot_shows_a_dollar_as_it_is(tmp_path):
+    lines = [{"acc1": 10.0, "student_steps": 1}, {"acc1": 20.0, "student_steps": 2}]
+    about = {"method": "$x_{$", "dataset": "d", "teacher": "t", "student": "s", "seed": 0, "history": lines}
+    assert curves.plot([[about]], tmp_path / "p.svg") == 1
 
 
 def history(*acc1):

@@ -13,6 +13,7 @@ from engine.report import command as report_command
 from engine.report.curves import bars, curves
 from engine.report.page import cautions, cautions_of_all, contents, one_flag_a_line, sort_key
 from engine.report.results import collect, group
+from engine.runtime.errors import UserError
 from engine.runtime.run import Run
 from tests.conftest import ROOT
 from tests.entry.test_report import write_result
@@ -121,6 +122,30 @@ def test_the_page_escapes_what_it_shows(tmp_path, monkeypatch):
     text = make_page(monkeypatch, tmp_path, tmp_path / "a").read_text()
     assert "<b>&<" not in text and "&lt;b&gt;&amp;" in text and "&lt;script&gt;" in text
     assert "uncommitted changes (c+)" in text
+
+
+def test_a_run_without_a_test_shows_its_agreement(tmp_path, monkeypatch):
+    """Alone, and as a row of two seeds beside a run with a test; a command that no shell reads is shown as it is."""
+    untested = {"acc1_last": None, "acc1_best": None, "acc1_mean": None, "agreement_last": 3.25, "agreement_best": 4.5}
+    write_result(tmp_path / "runs" / "a", method="n", command="it's", **untested)
+    line = json.dumps({"stage": "distill", "round": 0, "agreement": 3.25, "student_steps": 50})
+    (tmp_path / "runs/a/metrics.jsonl").write_text(f"{line}\n")
+    text = make_page(monkeypatch, tmp_path, tmp_path / "runs").read_text()
+    assert "<span>agreement 3.25 %</span>" in text and "it&#39;s" in text and "commit unknown" in text
+    shutil.copytree(tmp_path / "runs/a", tmp_path / "runs/b")
+    result = json.loads((tmp_path / "runs/a/result.json").read_text()) | {"seed": 1}
+    (tmp_path / "runs/b/result.json").write_text(json.dumps(result))
+    write_result(tmp_path / "runs" / "c")
+    text = make_page(monkeypatch, tmp_path, tmp_path / "runs").read_text()
+    assert text.count('<td class="number">agreement 4.50</td>') == 2 and "<span>90.00 %</span>" in text
+
+
+def test_a_damaged_picture_is_one_line(tmp_path):
+    write_result(tmp_path / "a")
+    (tmp_path / "a" / "pictures").mkdir()
+    (tmp_path / "a" / "pictures" / "images.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match="images.png cannot be decoded"):
+        contents(group(collect([tmp_path])))
 
 
 def test_cautions_name_what_is_there_and_nothing_else(tmp_path):
