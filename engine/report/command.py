@@ -16,7 +16,7 @@ import csv
 from pathlib import Path
 from typing import Any
 
-from engine.report.curves import AXES, plot
+from engine.report.curves import AXES, FORMATS, plot
 from engine.report.results import collect, group, warn_of_repeated_seeds, write_lines
 from engine.report.tables import (
     aligned,
@@ -28,9 +28,10 @@ from engine.report.tables import (
     rows_of,
     what_all_share,
     wide_rows,
+    with_markers,
 )
 from engine.runtime.errors import UserError
-from engine.runtime.files import atomic_path
+from engine.runtime.files import atomic_path, require_output
 from engine.runtime.flags import Parser
 
 
@@ -90,9 +91,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def table(args: argparse.Namespace) -> str:
-    """The table of all results under ``args.runs``, in the form that the command line asks for."""
-    groups = group(_results(args))
+def table(args: argparse.Namespace, results: list[dict[str, Any]] | None = None) -> str:
+    """The table of the results (None: all under ``args.runs``), in the form that the command line asks for."""
+    groups = group(_results(args) if results is None else results)
     warn_of_repeated_seeds(groups)
     if args.images:
         rows = image_rows(groups, args.folders)
@@ -113,30 +114,36 @@ def _results(args: argparse.Namespace) -> list[dict[str, Any]]:
     return measured(results)
 
 
+def _check_outputs(args: argparse.Namespace) -> None:
+    """Raises a UserError if a file that the command line names must not be replaced. Call it before the work."""
+    for name, suffixes in (("csv", (".csv",)), ("html", (".html", ".htm")), ("plot", FORMATS)):
+        if file := getattr(args, name):
+            require_output(f"--{name}", file, suffixes)
+    if args.into:
+        with_markers(args.into, args.name)
+
+
 def main() -> None:
     args = parse()
+    _check_outputs(args)
+    results = _results(args)
     if args.lines:
-        results = _results(args)
         print(f"{args.lines}: {len(results)} results written, {write_lines(args.lines, results)} results in the file")
-        return
     if args.plot:
-        lines = plot(group(collect(args.runs)), args.plot, args.x, args.folders)
+        lines = plot(group(results), args.plot, args.x, args.folders)
         print(f"{args.plot}: plot with {lines} line{'s' * (lines != 1)}")
-        return
     if args.html:
         from engine.report.page import write_page  # imports matplotlib, which takes a second
 
-        write_page(args.html, group(collect(args.runs)))
+        write_page(args.html, group(results))
         print(f"{args.html}: {args.html.stat().st_size / 1e6:.1f} MB")
-        return
     if args.csv:
-        rows = rows_of(group(collect(args.runs)), args.budget, args.target, args.folders)
+        rows = rows_of(group(results), args.budget, args.target, args.folders)
         with atomic_path(args.csv) as temporary, open(temporary, "w", newline="") as file:
             writer = csv.DictWriter(file, rows[0])
             writer.writeheader()
             writer.writerows(rows)
-    text = table(args)
     if args.into:
-        replace_table(args.into, args.name, text)
-    else:
-        print(text)
+        replace_table(args.into, args.name, table(args, results))
+    elif not (args.lines or args.plot or args.html):
+        print(table(args, results))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.report.results import settings
-from engine.runtime.errors import UserError
+from engine.runtime.errors import UserError, one_line
 from engine.runtime.files import atomic_path
 from engine.runtime.stage_record import show
 
@@ -22,8 +22,13 @@ def filled_columns(rows: list[dict[str, str]]) -> list[str]:
 def markdown(rows: list[dict[str, str]]) -> str:
     """Formats rows as a Markdown table, without empty columns."""
     names = filled_columns(rows)
-    lines = [names, ["---"] * len(names), *([row[name] for name in names] for row in rows)]
+    lines = [names, ["---"] * len(names), *([markdown_cell(row[name]) for name in names] for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def markdown_cell(text: str) -> str:
+    """Returns a text for a cell of a Markdown table, in which it can neither end the cell nor the row."""
+    return one_line(text).replace("|", "\\|")
 
 
 def aligned(rows: list[dict[str, str]], width: int | None = None) -> str:
@@ -55,17 +60,41 @@ def aligned(rows: list[dict[str, str]], width: int | None = None) -> str:
 def replace_table(file: Path, name: str, table: str) -> None:
     """Replaces the text between ``<!-- table:name -->`` and ``<!-- /table:name -->`` in a file by ``table``.
 
+    The rest of the file stays as it is, with its line ends.
+
     Raises:
-        UserError: the file does not have these markers.
+        UserError: as for ``with_markers``.
     """
-    text = file.read_text()
-    pattern = re.compile(rf"(<!-- table:{re.escape(name)}\b[^>]*-->\n).*?(<!-- /table:{re.escape(name)} -->)", re.DOTALL)
+    text, pattern = with_markers(file, name)
+
+    def marked(match: re.Match) -> str:
+        end = "\r\n" if match[1].endswith("\r\n") else "\n"
+        return match[1] + f"{table}\n".replace("\n", end) + match[2]
+
+    with atomic_path(file) as temporary:
+        temporary.write_bytes(pattern.sub(marked, text).encode())
+
+
+def with_markers(file: Path, name: str) -> tuple[str, re.Pattern]:
+    """Returns the text of a file, and the pattern of a table in it with its markers.
+
+    Raises:
+        UserError: the file does not exist, is not UTF-8, or does not have the markers.
+    """
+    try:
+        text = file.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+    marked = re.escape(name)
+    pattern = re.compile(
+        rf"(<!-- table:{marked}(?:\s[^>]*)?-->\r?\n)(?:(?!<!-- /?table:).)*(<!-- /table:{marked} -->)", re.DOTALL
+    )
     if not pattern.search(text):
         raise UserError(
-            f"{file} has no lines <!-- table:{name} --> and <!-- /table:{name} -->; add them where the table goes"
+            f"{file} has no lines <!-- table:{name} --> and <!-- /table:{name} --> around one table; add them where the "
+            "table goes"
         )
-    with atomic_path(file) as temporary:
-        temporary.write_text(pattern.sub(lambda m: m[1] + table + "\n" + m[2], text))
+    return text, pattern
 
 
 Groups = list[list[dict[str, Any]]]  # each group: results that differ only in the seed
@@ -240,7 +269,7 @@ def what_all_share(groups: Groups, wide: bool = False) -> str:
     meaning = "accuracies in %" if wide else "acc1: test accuracy of the last epoch in %"
     some = any("agreement_last" in run for runs in groups for run in runs)
     untested = "; agreement: with the teacher, on synthetic images alone" if some else ""
-    return "; ".join(filter(None, [", ".join(filter(None, words)), meaning + untested]))
+    return one_line("; ".join(filter(None, [", ".join(filter(None, words)), meaning + untested])))
 
 
 def _shared(pairs: list[tuple[list[dict[str, Any]], dict[str, str]]]) -> dict[str, str]:
@@ -304,7 +333,7 @@ def image_rows(groups: Groups, folders: bool = False) -> list[dict[str, str]]:
             continue
         name = {"run": folder_of_every_seed(runs[0])} if folders else {"method": runs[0]["method"] + flags}
         acc1 = spread([run.get("acc1_last") for run in runs])
-        columns = {column: spread([f[key] for f in seen], digits) for key, (column, digits) in IMAGE_FIGURES.items()}
+        columns = {column: spread([f.get(key) for f in seen], digits) for key, (column, digits) in IMAGE_FIGURES.items()}
         rows.append((statistics.fmean(run.get("acc1_last", 0) for run in runs), name | {"acc1 last": acc1} | columns))
     if not rows:
         raise UserError("no run has figures of its images; give run folders, or lines that were written with --images")

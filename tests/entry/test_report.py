@@ -188,6 +188,51 @@ def test_report_rewrites_a_table_in_place(tmp_path, monkeypatch):
         report.replace_table(file, "y", "")
 
 
+def test_only_the_named_table_is_replaced(tmp_path):
+    """Names that begin alike, text between tables, a table without its end, line ends, and a file that is not UTF-8."""
+    file = tmp_path / "page.md"
+    longer = "<!-- table:x-long y -->\r\nold\r\n<!-- /table:x-long -->\r\nprecious text\r\n"
+    file.write_bytes((longer + "<!-- table:x y -->\r\nold\r\n<!-- /table:x -->\r\n").encode())
+    report.replace_table(file, "x", "| a |\n| ± |")
+    assert file.read_bytes().decode() == longer + "<!-- table:x y -->\r\n| a |\r\n| ± |\r\n<!-- /table:x -->\r\n"
+    for content, message in (
+        (b"<!-- table:x -->\n<!-- table:y -->\n<!-- /table:x -->\n", "around one table"),
+        (b"caf\xe9\n<!-- table:x -->\n<!-- /table:x -->\n", "is not UTF-8 text .byte 3."),
+    ):
+        file.write_bytes(content)
+        with pytest.raises(UserError, match=message):
+            report.replace_table(file, "x", "new")
+        assert file.read_bytes() == content
+
+
+def test_every_output_of_a_command_is_written_and_no_other_file(tmp_path, monkeypatch, capsys):
+    write_result(tmp_path / "a")
+    (tmp_path / "page.md").write_text("<!-- table:x -->\n<!-- /table:x -->\n")
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "a" / "student.pth").write_text("weights")
+    flags = f"--plot {tmp_path}/p.png --html {tmp_path}/p.html --lines {tmp_path}/l.jsonl --into {tmp_path}/page.md --name x"
+
+    def run(csv):
+        monkeypatch.setattr("sys.argv", ["report", str(tmp_path / "a"), *flags.split(), "--csv", str(csv)])
+        report.main()
+
+    for csv in (tmp_path / "notes.txt", tmp_path / "a" / "student.pth", tmp_path / "a" / "result.json"):
+        before = csv.read_text()
+        with pytest.raises(UserError, match="was not written by this command"):
+            run(csv)
+        assert csv.read_text() == before and not (tmp_path / "p.png").exists()
+    run(tmp_path / "t.csv")
+    run(tmp_path / "t.csv")
+    assert all((tmp_path / name).stat().st_size for name in ("p.png", "p.html", "l.jsonl", "t.csv"))
+    assert "| m |" in (tmp_path / "page.md").read_text() and "90.00" not in capsys.readouterr().out
+
+
+def test_a_name_cannot_break_the_table(tmp_path):
+    write_result(tmp_path / "a", method="m|n\no", dataset="d\n| e |")
+    first, _, header, rule, *rest = report.table(report.parse([str(tmp_path), "--markdown"])).splitlines()
+    assert first.startswith(r"d\n| e |, ") and len(rest) == 1 and rest[0].startswith(r"| m\|n\no | ")
+
+
 @pytest.fixture
 def three_runs(tmp_path):
     for seed in (0, 1):
@@ -245,6 +290,54 @@ def test_a_rerun_takes_the_place_of_its_line_and_others_stay(three_runs, tmp_pat
     assert report.write_lines(lines, report.collect([tmp_path / "again"])) == 4
     assert [r["acc1_last"] for r in report.collect([lines])] == [90.0, 90.0, 50.0, 90.0]
     assert [p.name for p in tmp_path.glob("*.jsonl*")] == ["results.jsonl"]
+
+
+@pytest.mark.parametrize(
+    "values, differs", [({"method": "n"}, "method"), ({"seed": 1}, "seed"), ({"settings": {"lr": 0.2}}, "--lr"), ({}, None)]
+)
+def test_a_line_of_another_run_is_not_replaced(values, differs, tmp_path):
+    for name, changes in (("a", {"settings": {"lr": 0.1}}), ("b", {"settings": {"lr": 0.1, "new_flag": 1}} | values)):
+        write_result(tmp_path / name / "seed0", **changes)
+    lines = tmp_path / "results.jsonl"
+    report.write_lines(lines, report.collect([tmp_path / "a"]))
+    before = lines.read_text()
+    if differs:
+        with pytest.raises(UserError, match=f"has the folder name seed0, .*another {differs}; give a folder that contains"):
+            report.write_lines(lines, report.collect([tmp_path / "b"]))
+    else:
+        assert report.write_lines(lines, report.collect([tmp_path / "b"])) == 1
+        lines.write_text(before)
+    with pytest.raises(UserError, match="has the folder name seed0"):  # one of two runs of the same command
+        report.write_lines(tmp_path / "new.jsonl", report.collect([tmp_path / "a", tmp_path / "b"]))
+    assert lines.read_text() == before and not (tmp_path / "new.jsonl").exists()
+    assert report.write_lines(lines, report.collect([tmp_path])) == 3
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"teacher_digest": []},
+        {"image_figures": 1},
+        {"image_figures": {"wanted": "much"}},
+        {"versions": [1]},
+        {"history": [{"stage": "distill", "round": 0, "acc1": 1.0, "student_steps": 1, "kd": "low"}]},
+        {"history": [{"stage": "distill", "round": 0, "acc1": 1.0, "student_steps": 1, "minutes": "few"}]},
+    ],
+)
+def test_a_field_of_another_type_is_one_line(wrong, tmp_path):
+    write_result(tmp_path / "a")
+    report.write_lines(tmp_path / "l.jsonl", report.collect([tmp_path]))
+    (tmp_path / "l.jsonl").write_text(json.dumps(json.loads((tmp_path / "l.jsonl").read_text()) | wrong) + "\n")
+    with pytest.raises(UserError, match=f"line 1 of .*{next(iter(wrong))}.* wanted"):
+        report.collect([tmp_path / "l.jsonl"])
+
+
+def test_a_metric_that_is_null_counts_as_missing(tmp_path):
+    write_result(tmp_path / "a")
+    (found,) = report.collect([tmp_path])
+    line = found | {"history": [line | {"kd": None, "agreement": None} for line in found["history"]]}
+    (tmp_path / "l.jsonl").write_text(json.dumps(line) + "\n")
+    assert report.collect([tmp_path / "l.jsonl"])[0]["history"] == found["history"]
 
 
 @pytest.mark.parametrize("text", ["{", '{"stage": "distill", "acc1": 1.0}', "[1]", '{"folder": "a", "history": []}'])
