@@ -24,17 +24,24 @@ from engine.data.image_bank import find_bank, open_bank, read_manifest
 from engine.data.splits import load_split
 from engine.loops.measures import evaluate
 from engine.networks.build import load_teacher, short_name
-from engine.report import markdown, replace_table
+from engine.report.results import PERCENT
+from engine.report.tables import markdown, replace_table, with_markers
 from engine.runtime.errors import UserError, run_command
-from engine.runtime.files import atomic_path, weights_digest
+from engine.runtime.files import atomic_path, parse_json, weights_digest
 from engine.runtime.flags import Parser, numbers
 from engine.runtime.processes import seed_position
 from engine.runtime.run import progress
+from engine.runtime.schema import COUNT, require
 from registry import DATASETS, MODELS
 
 BATCH = 100
 BITS = {8: "QInt8", 4: "QInt4"}  # bits of the weights: onnxruntime's name for the type
 CLOSE = 1e-3  # largest difference between the logits of PyTorch and of the graph
+LINE = {
+    "dataset": str, "teacher": str, "teacher_digest": str, "calibration": str, "method?": str, "external_prior?": str, "images": COUNT,
+    "test_images": COUNT, "weight_bits": COUNT, "seed": int, "acc1": PERCENT, "acc1_fp32": PERCENT,
+}  # fmt: skip
+KINDS = ("random noise", "bank", "real images")
 KEY = (
     "dataset", "teacher_digest", "calibration", "method", "external_prior", "images", "test_images", "weight_bits", "seed",
 )  # fmt: skip
@@ -141,10 +148,11 @@ def calibration_images(args: argparse.Namespace, info) -> dict[str, tuple[np.nda
     pictures, _ = next(real.batches(count, torch.randperm(len(real))[:count]))
     manifest = bank.manifest
     about = {"method": manifest.method, "external_prior": manifest.external_prior}
+    noisy, banked, real_ones = KINDS
     return {
-        "random noise": (noise.numpy(), {}),
-        "bank": ((made[chosen].float() / 255).numpy(), about),
-        "real images": (pictures.contiguous().numpy(), {}),
+        noisy: (noise.numpy(), {}),
+        banked: ((made[chosen].float() / 255).numpy(), about),
+        real_ones: (pictures.contiguous().numpy(), {}),
     }
 
 
@@ -218,14 +226,16 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
         UserError: a line is not a result line.
     """
     lines = []
-    for number, text in enumerate(file.read_text().splitlines() if file.exists() else [], start=1):
+    for number, text in enumerate(file.read_text(errors="replace").splitlines() if file.exists() else [], start=1):
         try:
-            lines.append(json.loads(text))
-            lines[-1]["acc1_fp32"], lines[-1]["weight_bits"]
-        except (json.JSONDecodeError, KeyError, TypeError):
-            raise UserError(
-                f"line {number} of {file} is not a result of python -m datafree.int8; give another file"
-            ) from None
+            found = parse_json(text)
+        except ValueError:
+            found = None
+        advice = "give a file that python -m datafree.int8 wrote"
+        require(found, LINE, f"line {number} of {file}", advice)
+        if found["calibration"] not in KINDS:
+            raise UserError(f"line {number} of {file} has another calibration than {', '.join(KINDS)}; {advice}")
+        lines.append(found)
     return lines
 
 
@@ -243,9 +253,7 @@ def rows(lines: list[dict[str, Any]]) -> list[dict[str, str]]:
                 "teacher": line["teacher"],
                 "float32": f"{line['acc1_fp32']:.2f}",
                 "weights": f"{line['weight_bits']} bit",
-                "random noise": "",
-                "bank": "",
-                "real images": "",
+                **dict.fromkeys(KINDS, ""),
                 "images": str(line["images"]),
                 "seed": str(line["seed"]),
                 "test images": str(line["test_images"]),
@@ -290,6 +298,9 @@ def main() -> None:
         import onnxruntime  # noqa: F401
     except ImportError as error:
         raise UserError(f"{error.name} is not installed; install requirements.txt") from None
+    read_lines(args.lines)  # before the measurements, so that these are not lost for a wrong file
+    if args.into:
+        with_markers(args.into, "int8")
     table = rows(write_lines(args.lines, measure(args)))
     print(markdown(table))
     if args.into:

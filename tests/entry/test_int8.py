@@ -61,6 +61,17 @@ def test_lines_replace_those_of_the_same_conditions(tmp_path):
         read_lines(file)
 
 
+@pytest.mark.parametrize("wrong", [{"acc1": "high"}, {"images": None}, {"calibration": "photos"}, {"weight_bits": "8"}])
+def test_a_file_of_other_lines_is_refused_before_the_measurements(wrong, command, tmp_path):
+    (tmp_path / "r.jsonl").write_text(json.dumps(line() | wrong) + "\n")
+    (tmp_path / "t.md").write_text("no table")
+    flags = f"--dataset none --teacher none --bank {tmp_path} --lines"
+    with pytest.raises(UserError, match=f"line 1 of .*{next(iter(wrong))}"):
+        command("datafree.int8", f"{flags} {tmp_path / 'r.jsonl'}")
+    with pytest.raises(UserError, match="has no lines <!-- table:int8 -->"):
+        command("datafree.int8", f"{flags} {tmp_path / 'new.jsonl'} --into {tmp_path / 't.md'}")
+
+
 def test_the_command_measures_a_teacher_on_digits(command, tmp_path, teacher_file):
     bank = ImageBank(tmp_path / "bank", Manifest("digits", 10, 16, method="m"))
     bank.append("synthesize", 0, torch.rand(20, 3, 16, 16), torch.arange(20) % 10)
