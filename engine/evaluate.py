@@ -23,7 +23,7 @@ from engine.networks.build import wrap
 from engine.networks.trained import Trained, open_trained
 from engine.networks.weights import choose_normalization
 from engine.runtime.errors import UserError, run_command
-from engine.runtime.files import atomic_path, write_json
+from engine.runtime.files import atomic_path, require_output, write_json
 from engine.runtime.flags import Parser, numbers
 from engine.runtime.precision import choose_device
 from models.classifier import Classifier
@@ -79,6 +79,9 @@ def parse(argv: list[str] | None = None):
 
 def main() -> None:
     args = parse()
+    for name, fields in (("csv", ()), ("json", ("model", "weights", "on"))):
+        if file := getattr(args, name):
+            require_output(f"--{name}", file, (f".{name}",), fields)
     device = choose_device(args.gpu)
     info, labelled = None, True
     if args.dataset:
@@ -152,11 +155,20 @@ def known_to(info: DatasetInfo, model: Trained, size: int | None, name: str) -> 
 
 
 def logits_of(model: Trained, info: DatasetInfo, device: torch.device, args, mean=None, std=None) -> tuple[Tensor, Tensor]:
-    """The logits (N, C) and labels (N,) of a dataset's test split, on the CPU."""
+    """The logits (N, C) and labels (N,) of a dataset's test split, on the CPU.
+
+    Raises:
+        UserError: a logit is NaN or infinite.
+    """
     normalization = choose_normalization(info, mean, std, model.about, model.origin, kind=model.kind)
     classifier: Classifier = wrap(model.network, model.spec, info, device, normalization)
     print(f"{model.origin} ({model.spec}): {info.image_size} px, {normalization}")
-    return predict(classifier, load_split(info, "test", device, args.workers), args.batch_size)
+    logits, labels = predict(classifier, load_split(info, "test", device, args.workers), args.batch_size)
+    if not logits.isfinite().all():
+        raise UserError(
+            f"{model.origin} gives NaN or infinite logits with {normalization}; give another model, --mean or --std"
+        )
+    return logits, labels
 
 
 def measures(logits: Tensor, labels: Tensor, num_classes: int) -> dict[str, Any]:

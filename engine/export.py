@@ -19,7 +19,9 @@ from engine.data.image_bank import find_bank, open_bank
 from engine.networks import public
 from engine.networks.build import exported_spec, split_arguments
 from engine.networks.trained import Trained, open_trained, weights_of_run
-from engine.runtime.errors import UserError, first_line, reason_of, run_command
+from engine.report.results import checked
+from engine.report.tables import markdown_cell
+from engine.runtime.errors import UserError, first_line, one_line, reason_of, run_command
 from engine.runtime.files import atomic_folder, read_json, require_new, save_tensors, write_json
 from engine.runtime.flags import Parser
 from registry import MODELS
@@ -34,6 +36,7 @@ pipeline_tag: image-classification
 tags: [image-classification, {tag}]
 ---
 """
+REDO = re.compile(r" --redo(?:[ =](?!-)\S+)?")  # deletes what a run has made, so it is not part of a command to repeat
 TEXT = """
 # {student} for {dataset}
 
@@ -68,32 +71,32 @@ def model_card(library: str, student: Trained, result: dict[str, Any]) -> str:
 
     Args:
         library: ``library_name`` in the folder's configuration.
-        result: content of the run's result.json.
+        result: content of the run's result.json, checked.
     """
-    about, scratch = student.about, "teacher_digest" not in result
+    about, scratch = student.about, result["method"] == "scratch"
     names, prior, teacher = about.get("class_names"), result.get("external_prior", "none"), result.get("teacher", "none")
     known = {
-        "method": result.get("method"),
-        "teacher": None if scratch else f"{teacher}, weights {result['teacher_digest']}",
+        "method": result["method"],
+        "teacher": None if scratch else f"{teacher}, weights {result.get('teacher_digest', 'unknown')}",
         "teacher's accuracy": _percent(result.get("teacher_acc1")),
         "external prior": None if scratch else prior,
         "accuracy, last epoch": _percent(result.get("acc1_last")),
         "accuracy, best epoch on the test split": _percent(result.get("acc1_best")),
-        "measured on": result.get("dataset_identity"),
+        "measured on": result.get("dataset_identity", "").removeprefix("(").removesuffix(")") or None,
         "seed": result.get("seed"),
     }
     made = "Trained on real images." if scratch else "Distilled from a teacher without its training data."
     best = "The best epoch was chosen on the test split itself, so compare the accuracy of the last epoch. "
     if not scratch and prior != "none":
         best += f"Besides the teacher, a pretrained model was used ({prior}). Its training data influences this student. "
-    listed = ", ".join(f"{label} {name}" for label, name in enumerate(names[:20])) if names else ""
+    listed = ", ".join(f"{label}: {one_line(name)}" for label, name in enumerate(names[:20])) if names else ""
     more = f", and {len(names) - 20} more in config.json" if names and len(names) > 20 else ""
     mean, std = (", ".join(f"{value:g}" for value in about[key]) for key in ("mean", "std"))
     return FRONT.format(library=library, tag="classifier" if scratch else "data-free-distillation") + TEXT.format(
         student=result.get("student", student.spec),
         dataset=result.get("dataset", "unknown data"),
         made=made,
-        rows="\n".join(f"| {name} | {value} |" for name, value in known.items() if value is not None),
+        rows="\n".join(f"| {name} | {markdown_cell(str(value))} |" for name, value in known.items() if value is not None),
         size=about["image_size"],
         mean=mean,
         std=std,
@@ -101,7 +104,7 @@ def model_card(library: str, student: Trained, result: dict[str, Any]) -> str:
         names=f": {listed}{more}" if names else ", whose names are not known",
         honesty=best
         + "The result of one seed is uncertain; python -m engine.report gives mean and spread over several seeds.",
-        command=result.get("command", "unknown"),
+        command=REDO.sub("", result.get("command", "unknown")),
         commit=result.get("commit", "unknown"),
         versions=", ".join(f"{name} {version}" for name, version in result.get("versions", {}).items())
         or "versions unknown",
@@ -128,7 +131,7 @@ def write_folder(folder: Path, table: dict[str, str], student: Trained, result: 
     Args:
         table: ``registry.MODELS``.
         student: network whose ``about`` has image_size, mean and std.
-        result: content of the run's result.json.
+        result: content of the run's result.json, checked.
     """
     library, architecture, arguments = origin_of(table, student.spec)
     about, names = student.about, student.about.get("class_names")
@@ -318,12 +321,18 @@ def main() -> None:
     require_new(args.out)
     if args.push_to_hub:
         check_name(args.push_to_hub)
+    if args.run.is_file():
+        raise UserError(
+            f"{args.run} is a file, a run folder wanted; the run folder of a trained network is the --save_dir of "
+            "train_scratch.py, by default a folder in checkpoints/scratch"
+        )
     weights_of_run(args.run)
+    result = checked(read_json(args.run / "result.json"), str(args.run / "result.json"))
     student = open_trained(MODELS, str(args.run), arch=args.arch)
     if missing := [key for key in ("image_size", "mean", "std") if key not in student.about]:
         raise UserError(f"{student.origin} does not record its {' and '.join(missing)}; give a run of this version")
     with atomic_folder(args.out) as unfinished:
-        write_folder(unfinished, MODELS, student, read_json(args.run / "result.json"))
+        write_folder(unfinished, MODELS, student, result)
         if args.onnx:
             images, what = images_of_run(args.run, student.about["image_size"])
             difference = write_onnx(unfinished / "model.onnx", student, images)

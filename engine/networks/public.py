@@ -10,7 +10,7 @@ timm and torchvision are imported only when such a name is used. No code from a 
 
 import difflib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,15 @@ FILES = ("config.json", "model.safetensors")
 def is_public(spec: str) -> bool:
     """Whether a network's name begins with one of ``SOURCES``."""
     return spec.startswith(SOURCES)
+
+
+def check_names(names: Sequence[str] | None, num_classes: int, file: str) -> None:
+    """Raises a UserError if there are class names, but not one for each class."""
+    if names is not None and len(names) != num_classes:
+        raise UserError(
+            f"{file} has {len(names)} class names for {num_classes} classes, one for each wanted; correct or remove "
+            "class_names"
+        )
 
 
 def has_fixed_weights(spec: str) -> bool:
@@ -154,6 +163,7 @@ def own_config(spec: str) -> dict[str, Any] | None:
     if config.get("library_name") not in (OWN, "torchvision"):
         return None
     require(config, CONFIG, str(file), "give a folder as engine.export writes it")
+    check_names(config.get("class_names"), config["num_classes"], str(file))
     if len(config["input_size"]) != 3:
         raise UserError(
             f"{file} has an input_size of {len(config['input_size'])} numbers, three wanted (channels, height, width)"
@@ -216,7 +226,10 @@ def _timm_arguments(spec: str, image_size: int | None = None) -> dict[str, Any]:
 
 
 def _timm_names(config: dict[str, Any], spec: str) -> list[str] | None:
-    """Class names by label, as words if the configuration has words; for ImageNet and its subsets timm knows both."""
+    """Class names by label, as words if the configuration has words; None if they are not known, or not one for each class.
+
+    For ImageNet and its subsets timm knows names and words.
+    """
     import timm.data
 
     names, words = config.get("label_names"), config.get("label_descriptions") or {}
@@ -226,7 +239,9 @@ def _timm_names(config: dict[str, Any], spec: str) -> list[str] | None:
     if isinstance(names, dict):
         names = {int(label): name for label, name in names.items()}
         names = [names.get(label, str(label)) for label in range(config["num_classes"])]
-    return None if names is None else [str(words.get(name, name)).partition(",")[0] for name in names]
+    if names is None or len(names) != config["num_classes"]:
+        return None
+    return [str(words.get(name, name)).partition(",")[0] for name in names]
 
 
 # torchvision

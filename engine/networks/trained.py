@@ -70,6 +70,7 @@ def open_trained(table: dict[str, str], place: str, info=None, arch: str | None 
     if num_classes is None:
         raise UserError(f"{path} does not record its number of classes; give the dataset with --dataset")
     require(stored | {"num_classes": num_classes}, ABOUT_SCHEMA, str(path))
+    public.check_names(stored.get("class_names"), num_classes, str(path))
     network = build_network(table, spec, num_classes, stored.get("image_size"))
     about = load_named_weights(table, network, path, "checkpoint", num_classes=num_classes)
     about = {key: about[key] for key in ABOUT if about.get(key) is not None} | {"num_classes": num_classes}
@@ -91,6 +92,8 @@ def _named_arch(table: dict[str, str], stored: dict[str, Any], path: Path, flag:
 def weights_of_run(run: Path) -> Path:
     """Path of the weights that a finished run made: its student, or the file that train_scratch.py wrote elsewhere.
 
+    That file is also found in the run folder, for a folder that was moved with it.
+
     Raises:
         UserError: the folder is no run folder, its run is not finished, or the weights are no longer there.
     """
@@ -100,13 +103,15 @@ def weights_of_run(run: Path) -> Path:
         stages = run / "stages.json"
         facts = read_record(stages).get("train", {}).get("facts", {})
         require(facts, {"output?": str, "sha256?": str}, str(stages))
-        output = facts.get("output")
-        if output and Path(output).is_file():
-            checksums.require(Path(output), facts.get("sha256"))
-            return Path(output)
+        output, digest = facts.get("output"), facts.get("sha256")
+        places = (Path(output), run / Path(output).name) if output else ()
+        if found := [file for file in places if file.is_file()]:
+            file = next((file for file in found if checksums.digest_of(file) == digest), found[0])
+            checksums.require(file, digest)
+            return file
         if output:
             raise UserError(
-                f"the weights of {run} were written to {output}, which does not exist; start this command in the folder "
-                "where that run was started"
+                f"the weights of {run} were written to {output}, and there is no such file there or in {run}; start this "
+                "command in the folder where that run was started, or put the file into the run folder"
             )
     raise UserError(f"{run} has no finished run (result.json and student.pth); give another run folder, or finish that run")

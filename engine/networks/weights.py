@@ -1,6 +1,5 @@
 """Loads and checks published weights, and chooses the normalization that belongs to them."""
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,10 +9,15 @@ from torch import Tensor, nn
 
 from engine.runtime.errors import UserError
 from engine.runtime.files import load_checkpoint
+from engine.runtime.flags import Range
+from engine.runtime.schema import shown, wrong
 
 # Normalization of a network's inputs: from a flag, else from its checkpoint, else from the dataset.
 #
 # For weights with a configuration of their own (``timm:resnet18``), the configuration takes the checkpoint's place.
+
+
+LEAST_STD = 1e-6  # divided by a smaller one, pixels exceed what a network can compute with
 
 
 class Normalization(NamedTuple):
@@ -52,7 +56,7 @@ def choose_normalization(
         prefix: prefix of the flags' names.
         kind: word for the source ``stored`` in the result ('checkpoint' or 'model').
     Raises:
-        UserError: a flag or the checkpoint gives anything but three finite numbers, or a std that is not above 0.
+        UserError: a flag or the checkpoint gives anything but three finite numbers, or a std below ``LEAST_STD``.
     """
     chosen, sources = [], []
     for name, given in (("mean", mean), ("std", std)):
@@ -69,11 +73,11 @@ def choose_normalization(
 
 def _checked(name: str, values: Any, what: str, advice: str) -> tuple[float, ...]:
     listed = isinstance(values, Sequence) and not isinstance(values, str)
-    numbers = listed and all(isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in values)
-    if not numbers or len(values) != 3 or (name == "std" and min(values) <= 0):
-        shown = ",".join(map(str, values)) if listed else values
-        above = ", each above 0" if name == "std" else ""
-        raise UserError(f"{what} {shown}, three finite numbers r,g,b{above} wanted; {advice}")
+    legal = (float, Range(least=LEAST_STD)) if name == "std" else float
+    if not listed or len(values) != 3 or wrong(list(values), [legal]):
+        text = ",".join(value if isinstance(value, str) else shown(value) for value in values) if listed else shown(values)
+        above = f", each at least {LEAST_STD:g}," if name == "std" else ""
+        raise UserError(f"{what} {text}, three finite numbers r,g,b{above} wanted; {advice}")
     return tuple(map(float, values))
 
 
@@ -117,6 +121,9 @@ def load_weights(network: nn.Module, path: Path, what: str = "teacher checkpoint
     for key, tensor in state.items():
         if key.endswith("running_var") and (tensor < 0).any():
             raise UserError(f"{what} {path} has a negative variance ({key}), 0 or more wanted; use another file")
+        if key in wanted and not tensor.to(wanted[key].dtype).isfinite().all():
+            kind = str(wanted[key].dtype).removeprefix("torch.")
+            raise UserError(f"{what} {path} has weights that are too large for {kind} ({key}); use another file")
     network.load_state_dict(state, strict=False)
     return metadata
 

@@ -16,7 +16,7 @@ from engine.evaluate import main as evaluate_main
 from engine.export import TOLERANCE, network_source
 from engine.export import main as export_main
 from engine.loops.measures import calibration_error, class_accuracy, confusion
-from engine.networks.trained import open_trained
+from engine.networks.trained import open_trained, weights_of_run
 from engine.runtime.errors import UserError
 from engine.runtime.files import load_checkpoint
 from registry import MODELS
@@ -204,6 +204,8 @@ def test_a_folder_is_whole_or_absent(runs, export, tmp_path, monkeypatch):
 def test_what_is_no_finished_run_is_refused(runs, export, tmp_path):
     with pytest.raises(UserError, match="has no finished run"):
         export(tmp_path, tmp_path / "out")
+    with pytest.raises(UserError, match="student.pth is a file, a run folder wanted; .* checkpoints/scratch"):
+        export(runs["resnet8"] / "student.pth", tmp_path / "out")
     shutil.copytree(runs["resnet8"], tmp_path / "run")
     state = load_checkpoint(tmp_path / "run/student.pth")
     (tmp_path / "run/sha256.txt").unlink()
@@ -213,6 +215,72 @@ def test_what_is_no_finished_run_is_refused(runs, export, tmp_path):
         match="has the architecture os:getcwd, and code that only a file names is never run; give --arch 'os:getcwd'",
     ):
         export(tmp_path / "run", tmp_path / "out")
+
+
+@pytest.fixture
+def copied_run(runs, tmp_path):
+    """A copy of a run whose files may be changed."""
+    shutil.copytree(runs["resnet8"], tmp_path / "run")
+    (tmp_path / "run/sha256.txt").unlink()
+    return tmp_path / "run"
+
+
+def test_the_card_repeats_no_deletion_and_no_break_of_a_name(copied_run, export, tmp_path):
+    result = json.loads((copied_run / "result.json").read_text())
+    result |= {"command": "python datafree_kd.py --redo distill --seed 1 --redo", "teacher": "a|b\nc"}
+    (copied_run / "result.json").write_text(json.dumps(result))
+    export(copied_run, tmp_path / "out")
+    card = (tmp_path / "out/README.md").read_text()
+    assert "```\npython datafree_kd.py --seed 1\n```" in card and r"| teacher | a\|b\nc, weights " in card
+    assert "| measured on | digits: 10 classes " in card and "10 classes: 0: 0, 1: 1" in card
+
+
+@pytest.mark.parametrize(
+    "content", [[], {"acc1_last": "high"}, {"teacher_acc1": "high"}, {"versions": ["torch"]}, {"dataset_identity": 1}]
+)
+def test_a_damaged_result_is_one_line(content, copied_run, export, tmp_path):
+    result = json.loads((copied_run / "result.json").read_text())
+    (copied_run / "result.json").write_text(json.dumps(result | content if content else []))
+    with pytest.raises(UserError, match=r"result.json does not have the expected contents: .* wanted"):
+        export(copied_run, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_null_versions_are_unknown(copied_run, export, tmp_path):
+    result = json.loads((copied_run / "result.json").read_text())
+    (copied_run / "result.json").write_text(json.dumps(result | {"versions": None}))
+    export(copied_run, tmp_path / "out")
+    assert "versions unknown" in (tmp_path / "out/README.md").read_text()
+
+
+@pytest.mark.parametrize("count", [3, 12])
+def test_class_names_must_be_as_many_as_classes(count, copied_run, runs, export, tmp_path):
+    state = load_checkpoint(copied_run / "student.pth")
+    torch.save(state | {"class_names": list(map(str, range(count)))}, copied_run / "student.pth")
+    with pytest.raises(UserError, match=f"student.pth has {count} class names for 10 classes"):
+        export(copied_run, tmp_path / "out")
+    export(runs["resnet8"], tmp_path / "student")
+    config = json.loads((tmp_path / "student/config.json").read_text())
+    (tmp_path / "student/config.json").write_text(json.dumps(config | {"class_names": ["a"] * count}))
+    with pytest.raises(UserError, match=f"config.json has {count} class names for 10 classes"):
+        open_trained(MODELS, str(tmp_path / "student"))
+
+
+def test_weights_move_with_their_run_folder(tmp_path, command, monkeypatch):
+    run = tmp_path / "run"
+    flags = f"--model resnet8 --dataset digits --epochs 1 --batch_size 600 --gpu -1 --output {run / 'w.pth'}"
+    command("train_scratch", f"{flags} --save_dir {run}")
+    run.rename(tmp_path / "moved")
+    assert weights_of_run(tmp_path / "moved") == tmp_path / "moved/w.pth"
+    run.mkdir()
+    (run / "w.pth").write_text("another file")
+    assert weights_of_run(tmp_path / "moved") == tmp_path / "moved/w.pth"
+    (tmp_path / "moved/w.pth").unlink()
+    with pytest.raises(UserError, match="has changed since its run wrote it"):
+        weights_of_run(tmp_path / "moved")
+    (run / "w.pth").unlink()
+    with pytest.raises(UserError, match="no such file there or in .*moved; start this command"):
+        weights_of_run(tmp_path / "moved")
 
 
 def test_a_network_of_a_file_is_exported_with_its_source(export, tmp_path, command):
@@ -289,6 +357,27 @@ def test_evaluation_of_a_run_against_its_teacher(runs, measure, teacher_file, tm
     assert 100 * sum(same) / len(same) == pytest.approx(figures["agreement"], abs=1e-3)
     printed = capsys.readouterr().out
     assert f"acc1 {figures['acc1']:.2f} %" in printed and "acc1 by class" in printed and "agrees with" in printed
+
+
+def test_an_evaluation_without_finite_figures_or_into_another_file_is_refused(runs, measure, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    for flag, file, message in (
+        ("--csv", tmp_path / "notes.txt", "was not written by this command"),
+        ("--json", runs["resnet8"] / "args.json", "was not written by this command"),
+        ("--json", runs["resnet8"] / "result.json", "is the name of a file of the run"),
+        ("--std", "1e-320,1,1", "each at least 1e-06"),
+        ("--mean", "a", "argument --mean: 'a' found, a number wanted"),
+    ):
+        before = file.read_bytes() if hasattr(file, "read_bytes") else b""
+        with pytest.raises(UserError, match=message):
+            measure(runs["resnet8"], "--dataset", "digits", flag, file)
+        assert not before or file.read_bytes() == before
+    state = load_checkpoint(runs["resnet8"] / "student.pth")
+    state["state_dict"]["fc.weight"] = torch.full_like(state["state_dict"]["fc.weight"], 3e38)
+    torch.save(state, tmp_path / "w.pth")
+    with pytest.raises(UserError, match="gives NaN or infinite logits"):
+        measure(tmp_path / "w.pth", "--dataset", "digits", "--json", tmp_path / "new.json")
+    assert not (tmp_path / "new.json").exists()
 
 
 def test_evaluation_of_an_exported_folder_on_folders_of_images(runs, export, measure, tmp_path, capsys):

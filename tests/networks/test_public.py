@@ -40,6 +40,13 @@ def folders(tmp_path_factory):
     return {kind: (root / kind, save_timm(root / kind, name, **extra)) for kind, (name, extra) in KINDS.items()}
 
 
+def test_names_of_a_timm_folder_that_are_too_few_are_not_known(tmp_path):
+    save_timm(tmp_path, "test_resnet")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"label_names": NAMES[:3]}))
+    assert public.configuration(f"local-dir:{tmp_path}")["class_names"] is None
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_timm_folder_is_a_teacher_as_its_configuration_says(folders, kind):
     folder, network = folders[kind]

@@ -68,6 +68,7 @@ def with_nan(state):
             r"2 of another shape \(conv1.weight 8x3x3x3 for 16x3x3x3, fc.bias 9 for 10\)",
         ),
         (with_nan, r"NaN or infinite weights \(fc.bias\)"),
+        (lambda s: {**s, "conv1.weight": s["conv1.weight"].double() * 1e60}, r"too large for float32 \(conv1.weight\)"),
         (lambda s: [1, 2], "contains an object of type list, a state_dict wanted"),
         (lambda s: {"epoch": 3}, r"contains no state_dict \(epoch"),
         (lambda s: {"state_dict": {}}, r"contains no state_dict \(nothing"),
@@ -141,7 +142,7 @@ def test_a_flag_goes_before_the_checkpoint_before_the_dataset(tmp_path, state, a
 @pytest.mark.parametrize(
     "name, values",
     [("mean", [0.5, 0.5]), ("mean", [0.5, float("nan"), 0.5]), ("mean", "0.5"), ("mean", 0.5), ("mean", [True, 0.5, 0.5]),
-     ("std", [0.2, 0.0, 0.2]), ("std", [0.2, 0.2, -1.0]), ("std", [float("inf")] * 3), ("std", [])],
+     ("mean", [10**400] * 3), ("std", [1e-45] * 3), ("std", [0.2, 0.0, 0.2]), ("std", [0.2, 0.2, -1.0]), ("std", [float("inf")] * 3), ("std", [])],
 )  # fmt: skip
 def test_wrong_normalizations_are_one_line(tmp_path, state, name, values):
     """A wrong normalization in a checkpoint, which a flag overrides, and a wrong normalization given by a flag."""
