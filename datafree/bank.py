@@ -249,6 +249,7 @@ def main() -> None:
     out.add_argument(
         "--teacher_std",
         type=numbers,
+        above=0,
         help="r,g,b, std of the teacher's normalization; unset: that of its checkpoint, else the dataset's",
     )
     out.add_argument(

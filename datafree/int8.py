@@ -278,6 +278,7 @@ def main() -> None:
     parser.add_argument(
         "--teacher_std",
         type=numbers,
+        above=0,
         help="r,g,b, std of the teacher's normalization; unset: that of its checkpoint, else the dataset's",
     )
     parser.add_argument("--bank", type=Path, required=True, help="image bank made with this teacher, or its run folder")

@@ -55,10 +55,9 @@ def parse(argv: list[str] | None = None):
     )
     parser.add_argument("--arch", metavar="NAME", help="network of a file of weights that does not name its network")
     parser.add_argument("--against_arch", metavar="NAME", help="the same as --arch for the --against model")
-    for name in ("mean", "std"):
-        parser.add_argument(
-            f"--{name}", type=numbers, help=f"{name} r,g,b for the normalization; unset: the model's own, else the dataset's"
-        )
+    for name, legal in (("mean", {}), ("std", {"above": 0})):
+        text = f"{name} r,g,b for the normalization; unset: the model's own, else the dataset's"
+        parser.add_argument(f"--{name}", type=numbers, help=text, **legal)
     parser.add_argument("--batch_size", type=int, least=1, default=250, help="images per forward pass [250]")
     parser.add_argument(
         "--workers",

@@ -89,7 +89,7 @@ def test_an_image_folder_says_what_is_known_of_each(bank, command, tmp_path, tea
         ("--format npy --shard_mb 0", "--shard_mb 0 found"),
         ("--format npy --teacher_ckpt x.pth", "without --teacher"),
         ("--format npy --teacher_std 1,2", "--teacher_std"),
-        ("--format npy --teacher_std 1,2,0", "each above 0"),
+        ("--format npy --teacher_std 1,2,0", "a number above 0 wanted"),
         ("--format jpeg", "--format"),
     ],
 )
