@@ -78,7 +78,10 @@ def test_runs_that_fail_are_said(tmp_path):
     """A replacement of python fails for every command."""
     (tmp_path / "python").write_text('#!/bin/sh\necho "error: $*" >&2\nexit 2\n')
     (tmp_path / "python").chmod(0o755)
-    variables = {"OUT": str(tmp_path), "SEEDS": "0", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    code, lines, error = script("--jobs", "2", "kd", "noise", **variables)
-    assert code == 1 and "some runs failed" in error and len(lines) == 2
+    variables = {"OUT": str(tmp_path), "SEEDS": "0", "PATH": f"{tmp_path}:{os.environ['PATH']}", "TEACHER": "nowhere.pth"}
+    code, lines, error = script("kd", **variables)
+    assert code == 2 and not lines and "the teacher nowhere.pth does not exist" in error
+    code, lines, error = script("--jobs", "2", "kd", "noise", **variables | {"TEACHER": str(tmp_path / "python")})
+    assert code == 1 and len(lines) == 2
+    assert "kd/seed0: error: datafree_kd.py --method kd" in error and "noise/seed0: error: " in error
     assert "error: datafree_kd.py --method kd" in (tmp_path / "console/kd_seed0.txt").read_text()
