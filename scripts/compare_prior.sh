@@ -16,22 +16,24 @@ else
 fi
 inversion="--g_steps 20 --synthesis_batch_size 200"
 variants="$inversion --init_bank $out/bank/seed{seed} --variants 2 --strength .6 --diffusion_batch_size 200 --diffusion_dtype bf16"
+guided="--guidance_oh 1 --guidance_bn .3 --guidance_max_step 2 --agree"
 draw="$warmup --diffusion_model natural_32 --diffusion_dtype bf16 --scheduler ancestral --lca_every 0 --images_per_class $images
   --synthesis_batch_size 500 --diffusion_batch_size 250 --num_inference_steps 20"
 declare -A flags=(
   [bank]="--method csd --stages synthesize --init_rounds $rounds --init_g_steps $steps"
   [csd]="--method csd $inversion --init_bank $out/bank/seed{seed}"
   [dda_pixel]="--method dda --prior pixel $variants"
+  [dda_pixel_guided]="--method dda --prior pixel $guided $variants"
   [dda_natural]="--method dda --prior natural $variants"
   [dda_natural_labels]="--method dda --prior natural --variant_labels teacher $variants"
-  [dda_natural_guided]="--method dda --prior natural --guidance_oh 1 --guidance_bn .3 --guidance_max_step 2 --agree $variants"
+  [dda_natural_guided]="--method dda --prior natural $guided $variants"
   [diffdfkd]="--method diffdfkd $draw --oh 1 --bn .3 --guidance_max_step 2"
   [dm_kd]="--method diffdfkd $draw --oh 0 --bn 0 --prior_classes own --guidance_scale 2"
   [pictures]="--method noise --images $data/cifar100.npz"
   [kd]="--method kd"
 )
 for seed in ${SEEDS:-0}; do
-  for run in bank ${RUNS:-csd dda_natural_guided dda_natural dda_natural_labels dda_pixel diffdfkd dm_kd pictures kd}; do
+  for run in bank ${RUNS:-csd dda_natural_guided dda_natural dda_natural_labels dda_pixel dda_pixel_guided diffdfkd dm_kd pictures kd}; do
     python datafree_kd.py ${flags[$run]} --dataset cifar10 --data_root "$data" --teacher resnet20 --teacher_ckpt "${TEACHER:-cifar10_resnet20.pth}" \
       --teacher_std .2470,.2435,.2616 --student wrn16_1 $lengths --seed "$seed" --save_dir "$out/$run/seed{seed}" "$@"
   done
