@@ -14,7 +14,7 @@ from engine.loops.distill import Schedule
 from engine.runtime import checksums
 from engine.runtime.compilation import Compiler
 from engine.runtime.errors import UserError
-from engine.runtime.files import delete_files
+from engine.runtime.files import delete_files, outputs
 from engine.runtime.processes import Processes, seed_position
 from engine.runtime.run import Run
 from engine.runtime.stage_record import StageRecord, read_record
@@ -244,7 +244,7 @@ def fewer(path: Path, patterns: Iterable[str], facts: dict[str, Any]) -> list[Pa
 
     This also finds files that were lost together with the ``sha256.txt`` that lists them.
     """
-    return [path / each for each in patterns if len(list(path.glob(each))) < noted_files(facts, each)]
+    return [path / each for each in patterns if len(outputs(path, each)) < noted_files(facts, each)]
 
 
 def run_stages(session: Session, stages: tuple[Stage, ...], selected: list[str], redo: str | None) -> None:
@@ -266,7 +266,7 @@ def run_stages(session: Session, stages: tuple[Stage, ...], selected: list[str],
         seed_position(session.seed, stage.name)
         stage.run(session)
         if processes.main:
-            session.record.update(stage.name, files={each: len(list(session.path.glob(each))) for each in stage.outputs})
+            session.record.update(stage.name, files={each: len(outputs(session.path, each)) for each in stage.outputs})
 
 
 def _plan(session: Session, stages: tuple[Stage, ...], selected: list[str], redo: str | None) -> dict[str, str]:

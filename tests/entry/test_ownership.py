@@ -134,7 +134,8 @@ def test_redo_deletes_what_the_stages_have_made(distill, copied):
     run = copied("csd")
     for folder in (run, run / "bank", run / "bank" / "mine"):
         scatter(folder)
-    mine = [run / "bank" / "synthesize-first.png", run / "bank" / "distill-notes.txt", run / "results.json"]
+    names = ("bank/synthesize-first.png", "bank/distill-notes.txt", "bank/distill-my-notes.safetensors", "results.json")
+    mine = [run / name for name in names]
     for path in mine:
         path.write_text("mine")
     kept = {k: v for k, v in tree(run).items() if ".tmp" in k or ".old" in k or ".bak" in k or run / k in mine}
