@@ -177,6 +177,10 @@ class Stage:
         """Runs the stage; the main process marks it as done."""
         raise NotImplementedError
 
+    def summary(self, path: Path) -> str:
+        """Returns the main result of the done stage in run folder ``path``, for the log; "" by default."""
+        return ""
+
 
 def choose_stages(name: str, known: list[str], flags) -> tuple[list[str], list[str]]:
     """Returns (names of the stages of this run, names of those that ``--stages`` selects).
@@ -256,7 +260,7 @@ def run_stages(session: Session, stages: tuple[Stage, ...], selected: list[str],
     plan = processes.broadcast(_plan(session, stages, selected, redo) if processes.main else None)
     for stage in stages:
         if plan.get(stage.name) == "done" and processes.main:
-            session.run.log(f"{stage.name}: already done, skipped ({session.path})")
+            session.run.log(f"{stage.name}: already done, skipped ({session.path}){stage.summary(session.path)}")
         if plan.get(stage.name) != "todo":
             continue
         if processes.main:

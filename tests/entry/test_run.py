@@ -55,7 +55,8 @@ def test_a_done_run_is_skipped(distill, copied, capsys):
     folder = copied("csd")
     student = (folder / "student.pth").stat().st_mtime_ns
     distill("csd", folder)
-    assert "distill: already done, skipped" in capsys.readouterr().out
+    accuracy = json.loads((folder / "result.json").read_text())["acc1_last"]
+    assert f"distill: already done, skipped ({folder}): acc1 {accuracy:.2f} % (last)\n" in capsys.readouterr().out
     assert (folder / "student.pth").stat().st_mtime_ns == student
 
 
