@@ -233,7 +233,13 @@ class ImageBank:
         return self.open_shards([self.shard(stage, round) for round in wanted])
 
     def read_all(self) -> dict[str, MappedImages | Tensor]:
-        """Reads the images and labels of all shards in the folder, with the stages in alphabetical order."""
+        """Reads the images and labels of all shards in the folder, with the stages in alphabetical order.
+
+        Raises:
+            UserError: a shard is missing or damaged.
+        """
+        if gone := checksums.missing(self.path, ["*.safetensors"]):
+            raise UserError(f"{gone[0]} is missing; restore it from a copy, or make the bank again")
         columns = self.open_shards(sorted(f for f in self.path.iterdir() if SHARD_NAME.match(f.name)))
         return {name: columns[name] for name in ("images", "labels")}
 
