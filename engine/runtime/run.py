@@ -79,7 +79,10 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
         except ValueError as error:
             raise UserError(f"line {number} of {file} is not readable JSON ({error}); delete that line") from None
         require(line, LINE, f"line {number} of {file}", "delete that line")
-        lines.append({name: value for name, value in line.items() if value is not None})
+        line = {name: value for name, value in line.items() if value is not None}
+        figures = {name: value for name, value in line.items() if name != "stage"}
+        require(figures, {str: float}, f"line {number} of {file}", "delete that line")
+        lines.append(line)
     return lines
 
 
