@@ -39,7 +39,7 @@ LINE = {
 
 
 def require_run_folder(path: Path) -> None:
-    """Raises a UserError if ``path`` holds files, but neither the args.json nor the stages.json of a run.
+    """Raises a UserError if ``path`` is a file, or holds files, but neither the args.json nor the stages.json of a run.
 
     A folder with only a lock and temporary files is accepted: a run was killed in it before it wrote args.json.
     """
@@ -48,6 +48,8 @@ def require_run_folder(path: Path) -> None:
     args, stages = (_json_object(path / name) for name in ("args.json", "stages.json"))
     is_stage = (isinstance(entry, dict) and "depends_on" in entry for entry in stages.values())
     if not ({"args", "command", "versions"} <= args.keys() or any(is_stage)):
+    if path.exists() and not path.is_dir():
+        raise UserError(f"--save_dir {path} is a file, a folder wanted; give another --save_dir")
         raise UserError(
             f"--save_dir {path} contains files, but not those of a run; give a new folder, or the folder of a run"
         )
@@ -293,7 +295,7 @@ def progress(total: int, what: str, unit: str, start: int = 0, delay: float = 0)
         delay: seconds before the bar appears, so that short work shows none.
     """
     common = {"total": total, "initial": start, "desc": what, "unit": unit, "delay": delay, "leave": False}
-    common["disable"] = not is_main()
-    if sys.stderr.isatty():
+    common["disable"] = not is_main() or sys.stderr is None  # None: the command was started with stderr closed
+    if not common["disable"] and sys.stderr.isatty():
         return tqdm(**common, mininterval=0.2, dynamic_ncols=True)
     return tqdm(**common, mininterval=10, maxinterval=20, ncols=110, file=_Lines())

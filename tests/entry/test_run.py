@@ -12,7 +12,7 @@ import registry
 from engine.data.splits import load_split
 from engine.runtime.errors import UserError, resolve, run_command
 from engine.runtime.files import load_tensors
-from engine.runtime.run import Run
+from engine.runtime.run import Run, progress
 from tests.conftest import CPU, ROOT, build_network, dataset_info, outcome
 
 
@@ -236,6 +236,14 @@ for main, words in ((train_scratch.main, []), (datafree_kd.main, []), (datafree_
         main()
     except SystemExit:
         print({"timm", "torchvision", "huggingface_hub", "onnx", "diffusers", "transformers"} & set(sys.modules))
+    with pytest.raises(UserError, match="--save_dir .*file is a file, a folder wanted; give another --save_dir"):
+        distill("csd", tmp_path / "file")
+
+
+def test_a_bar_without_stderr_is_none(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)  # as Python sets it if the descriptor is closed
+    bar = progress(3, "work", "step")
+    bar.update(), bar.set_postfix({"acc1": 1}), bar.close()
 import datafree.diffusion.pixel, datafree.diffusion.variation, datafree.filter
 print({"diffusers", "transformers", "huggingface_hub"} & set(sys.modules))"""
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
