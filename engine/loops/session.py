@@ -207,7 +207,7 @@ def choose_stages(name: str, known: list[str], flags) -> tuple[list[str], list[s
 
 
 def check_outputs(path: Path, record: StageRecord, stages: Iterable[Stage]) -> list[str]:
-    """Checks that the outputs of done stages exist and are undamaged.
+    """Checks that the outputs of done stages exist and are undamaged, and that new stages have none.
 
     If an output is missing that can be restored from the stage's checkpoint, the stage is marked as incomplete.
 
@@ -218,10 +218,13 @@ def check_outputs(path: Path, record: StageRecord, stages: Iterable[Stage]) -> l
     Returns:
         Log lines, one for each stage that is no longer done.
     Raises:
-        UserError: an output is damaged, or is missing and can only be made by running the whole stage again.
+        UserError: an output is damaged, or is missing and can only be made by running the whole stage again; or there are
+            outputs of a stage that is not recorded.
     """
     said = []
     for stage in stages:
+        if record.status(stage.name) == "new":
+            require_no_outputs(path, stage.name, stage.outputs)
         if record.status(stage.name) != "done":
             continue
         gone = checksums.missing(path, stage.outputs) or fewer(path, stage.outputs, record.record[stage.name]["facts"])
@@ -236,6 +239,18 @@ def check_outputs(path: Path, record: StageRecord, stages: Iterable[Stage]) -> l
             record.reopen(stage.name)
             said.append(f"{stage.name}: {names} is missing and is written again from {stage.checkpoint}")
     return said
+
+
+def require_no_outputs(path: Path, stage: str, patterns: Iterable[str], redo: str = "--redo {stage}") -> None:
+    """Raises a UserError if the folder of a run has outputs of a stage that its ``stages.json`` does not list.
+
+    A manifest is no such output, because it is written before the stage begins.
+    """
+    for file in (file for pattern in patterns for file in outputs(path, pattern) if file.name != "manifest.json"):
+        raise UserError(
+            f"{path} holds {file.relative_to(path)} of a stage {stage}, which is not in its stages.json; restore stages.json "
+            f"from a copy, give another --save_dir, or run the stage again with {redo.format(stage=stage)}"
+        )
 
 
 def noted_files(facts: dict[str, Any], pattern: str) -> int:

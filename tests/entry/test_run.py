@@ -49,6 +49,19 @@ def test_noise_from_a_folder_of_pictures(distill, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="contains no images"):
         distill("noise", tmp_path / "run2", f"--images {tmp_path / 'empty'}")
+    Image.new("RGB", (20, 14), (9, 9, 9)).save(tmp_path / "pictures" / "deep" / "3.png")
+    with pytest.raises(UserError, match="is done with other files in --images .*pictures: they have changed since"):
+        distill("noise", tmp_path / "run", f"--images {tmp_path / 'pictures'}")
+
+
+def test_one_image_that_has_changed_is_another_run(distill, tmp_path):
+    for seed in (0, 1):
+        Image.effect_noise((64, 64), 50 + seed).save(tmp_path / "a.png")
+        if seed:
+            with pytest.raises(UserError, match="other files in --image .*a.png: they have changed since"):
+                distill("one_image", tmp_path / "run", f"--image {tmp_path / 'a.png'}")
+        else:
+            distill("one_image", tmp_path / "run", f"--image {tmp_path / 'a.png'} --epochs 2")
 
 
 def test_a_done_run_is_skipped(distill, copied, capsys):
@@ -223,6 +236,14 @@ def test_an_unwritable_save_dir_is_refused(distill, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="--save_dir .* cannot be written"):
         distill("csd", tmp_path / "file" / "run")
+    with pytest.raises(UserError, match="--save_dir .*file is a file, a folder wanted; give another --save_dir"):
+        distill("csd", tmp_path / "file")
+
+
+def test_a_bar_without_stderr_is_none(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)  # as Python sets it if the descriptor is closed
+    bar = progress(3, "work", "step")
+    bar.update(), bar.set_postfix({"acc1": 1}), bar.close()
 
 
 def test_help_and_the_rooms_load_no_large_libraries():
@@ -236,14 +257,6 @@ for main, words in ((train_scratch.main, []), (datafree_kd.main, []), (datafree_
         main()
     except SystemExit:
         print({"timm", "torchvision", "huggingface_hub", "onnx", "diffusers", "transformers"} & set(sys.modules))
-    with pytest.raises(UserError, match="--save_dir .*file is a file, a folder wanted; give another --save_dir"):
-        distill("csd", tmp_path / "file")
-
-
-def test_a_bar_without_stderr_is_none(monkeypatch):
-    monkeypatch.setattr(sys, "stderr", None)  # as Python sets it if the descriptor is closed
-    bar = progress(3, "work", "step")
-    bar.update(), bar.set_postfix({"acc1": 1}), bar.close()
 import datafree.diffusion.pixel, datafree.diffusion.variation, datafree.filter
 print({"diffusers", "transformers", "huggingface_hub"} & set(sys.modules))"""
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
