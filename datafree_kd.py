@@ -123,10 +123,11 @@ def run(name: str, method_class: type, groups: list) -> Path:
     session = Session(path, None, None, info, manifest, schedule, flags, device, compiler, processes, paper)
     folder, stages = None, [stage for stage in stages if stage.name in order]
     if processes.main:  # only the main process writes the folder
-        session, todo = preflight.check(session, method, stages, depends_on, selected)
+        inputs = preflight.input_digests(method, flags, depends_on)
+        session, todo = preflight.check(session, method, stages, depends_on, inputs, selected)
         folder = Run(path, flags, info.class_names)
         compiler.log = folder.log
-        session = dataclasses.replace(session, run=folder, record=StageRecord(path / "stages.json", depends_on))
+        session = dataclasses.replace(session, run=folder, record=StageRecord(path / "stages.json", depends_on, inputs))
     try:
         if processes.main and todo:
             session = preflight.log_start(session, method.teacher, todo)

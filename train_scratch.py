@@ -16,10 +16,12 @@ import dataclasses
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from engine.data.datasets import dataset_info
 from engine.data.splits import data_identity, load_split
 from engine.loops.measures import evaluate
+from engine.loops.session import require_no_outputs
 from engine.loops.train import TrainFlags, train
 from engine.networks.build import (
     PRETRAINED,
@@ -42,7 +44,8 @@ from engine.runtime.files import delete_files, save_checkpoint
 from engine.runtime.flags import Parser, add_flags, add_list, flag, from_args, stage_flags
 from engine.runtime.precision import AMP, Precision, choose_amp, choose_device
 from engine.runtime.processes import seed_position
-from engine.runtime.run import Run, earlier_value
+from engine.runtime.run import Run, earlier_value, require_output, require_run_folder
+from engine.runtime.schema import require
 from engine.runtime.stage_record import StageRecord
 from registry import DATASETS, METHODS, MODELS
 
@@ -192,6 +195,35 @@ def main() -> None:
     train_run(flags, lengths, classifier, info, precision, save_dir, output, start, stored.get("dropped_head"))
 
 
+def checked_record(save_dir: Path, output: Path, settings: dict[str, Any], redo: bool) -> tuple[StageRecord, bool]:
+    """Returns the record of stage train, and whether the training is done. Changes no file.
+
+    Args:
+        settings: flags and inputs that the weights depend on.
+        redo: whether the training is to begin again. The stage is then new in the record.
+    Raises:
+        UserError: a flag has changed, or the run folder or ``output`` has files of somebody else.
+    """
+    require_run_folder(save_dir)
+    file = save_dir / "stages.json"
+    stages = StageRecord(file, {"train": settings}, redo="--redo")
+    facts = stages.record.get("train", {}).get("facts", {})
+    require(facts, {"output?": str, "sha256?": str, "acc1?": float}, str(file))
+    if redo:
+        stages.forget("train")
+    stages.check(["train"])
+    if stages.status("train") == "done" and output.is_file() and not checksums.missing(save_dir, ["result.json"]):
+        require(facts, {"acc1": float}, str(file))
+        checksums.require(output, facts.get("sha256"))
+        return stages, True
+    if stages.status("train") == "new" and not redo:
+        require_no_outputs(save_dir, "train", ["last.pth"], "--redo")
+    digest = facts.get("sha256")
+    same = output.is_file() and facts.get("output") == str(output)
+    require_output(save_dir, output, earlier=same and (not digest or checksums.digest_of(output) == digest))
+    return stages, False
+
+
 def train_run(
     flags: ScratchFlags, lengths, classifier, info, precision, save_dir: Path, output: Path, start=None, dropped_head=None
 ) -> None:
@@ -206,22 +238,18 @@ def train_run(
     """
     normalization = classifier.normalization.as_flags()
     settings = stage_flags("train", flags, lengths) | normalization | {"data_root": data_identity(info, "train", "test")}
+    checked_record(save_dir, output, settings, flags.redo)  # a refused command writes nothing
     run = Run(save_dir, dataclasses.asdict(flags) | dataclasses.asdict(lengths))
     try:
-        stages = StageRecord(run.path / "stages.json", {"train": settings}, redo="--redo")
-        written = stages.fact("train", "output")
+        stages, done = checked_record(save_dir, output, settings, flags.redo)
+        if done:
+            run.log(f"already trained: {output}, acc1 {stages.fact('train', 'acc1'):.2f} %; --redo trains again")
+            return
+        run.adopt_output(output)
         if flags.redo:
             delete_files(run.path, ["last.pth"])
             stages.discard("train")
-        stages.check(["train"])
-        if stages.status("train") == "done" and output.exists() and not checksums.missing(run.path, ["result.json"]):
-            checksums.require(output, stages.fact("train", "sha256"))
-            run.log(f"already trained: {output}, acc1 {stages.fact('train', 'acc1'):.2f} %; --redo trains again")
-            return
-        if output.exists() and written != str(output):
-            raise UserError(f"{output} exists and is not from this run; give another --output, or move that file away")
         stages.begin("train")
-        stages.update("train", output=str(output))
         about = {"arch": flags.model, "dataset": info.name, "epoch": lengths.epochs, "seed": flags.seed}
         if start:
             run.log(f"starting from {start}" + (f", without its head ({dropped_head})" if dropped_head else ""))
@@ -235,9 +263,10 @@ def train_run(
         accuracies = train(run, stages, classifier, *splits, lengths, info, precision, compiler, flags.seed)
         about |= {"acc1": accuracies[-1], "acc1_best": max(accuracies)}
         state = {"state_dict": classifier.network.state_dict()}
-        save_checkpoint(output, state | info.for_checkpoint() | normalization | about)
-        digest = checksums.digest_of(output)
-        stages.update("train", done=True, acc1=accuracies[-1], acc1_best=max(accuracies), sha256=digest)
+        with run.output(output) as temporary:
+            save_checkpoint(temporary, state | info.for_checkpoint() | normalization | about)
+        written = {"output": str(output), "sha256": checksums.digest_of(output)}
+        stages.update("train", done=True, acc1=accuracies[-1], acc1_best=max(accuracies), **written)
         run.result(
             about
             | {"method": "scratch", "student": flags.model, "acc1_last": accuracies[-1], "seconds": stages.seconds()}

@@ -219,6 +219,14 @@ class Method:
             UserError: a file or model is missing or of the wrong kind.
         """
 
+    def input_digests(self) -> dict[str, str]:
+        """{flag: digest of the files that it names}, for flags of this method. A changed digest is an error on resuming.
+
+        Raises:
+            UserError: a file cannot be read.
+        """
+        return {}
+
     def stages(self) -> tuple[Stage, ...]:
         """The stages of a run, in order; by default only stage distill."""
         return (Distill(self, external_prior=self.external_prior),)

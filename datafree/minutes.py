@@ -25,8 +25,10 @@ from engine.loops.preflight import synthesis_steps
 from engine.loops.session import INITIAL
 from engine.runtime.errors import UserError
 from engine.runtime.files import read_json
+from engine.runtime.flags import Range
 from engine.runtime.processes import seed_position
-from engine.runtime.run import clock
+from engine.runtime.run import clock, require_run_folder
+from engine.runtime.schema import require
 from engine.runtime.stage_record import show
 from models.classifier import eval_mode, weights_fixed
 
@@ -69,21 +71,27 @@ def choose_scale(folder: Path, method: Method, groups: list, stages: list[str], 
         method, groups, stages: see ``measure``.
         at: function from a scale to the flags of the run at that scale.
     Raises:
-        UserError: ``--scale`` is given too, or the existing run was begun with another ``--minutes``.
+        UserError: ``--scale`` is given too, the existing run was begun with another ``--minutes``, or the folder is no run
+            folder.
     """
     minutes, scale = groups[1].minutes, groups[1].scale
     if scale != 1:
         raise UserError(
             f"--scale {scale:g} and --minutes {minutes:g} found; give one of them, because --minutes chooses --scale"
         )
-    begun = read_json(folder / "args.json")["args"] if (folder / "args.json").exists() else None
-    if begun:
+    require_run_folder(folder)
+    file = folder / "args.json"
+    if file.exists():
+        found = read_json(file)
+        require(found, {"args": {"minutes?": float, "scale?": (float, Range(above=0))}}, str(file))
+        begun = found["args"]
         if begun.get("minutes") != minutes:
             raise UserError(
                 f"the run in {folder} was started with --minutes {show(begun.get('minutes'))} and --scale "
                 f"{begun.get('scale', 1):g}, now --minutes {minutes:g} is given; give the former flags, or another "
                 "--save_dir"
             )
+        require(begun, {"scale": float}, str(file))
         return begun["scale"]
     costs = measure(method, groups, stages)
 

@@ -25,11 +25,13 @@ from torch import Tensor, nn
 from datafree.base import ImageBatch, Method, Synthesizer, Task
 from datafree.losses import KLDistillation, normalizing_by_batch
 from datafree.stream import unlabelled
+from engine.data.datasets import DatasetInfo
 from engine.data.pictures import SUFFIXES, decode_image, image_files, read_images, warn_of_cropping
 from engine.data.readers import read_npz_images
-from engine.data.splits import resized
+from engine.data.splits import resized, sample_of
 from engine.data.transfer_set import TransferSet
 from engine.runtime.errors import UserError
+from engine.runtime.files import digest
 from engine.runtime.flags import flag
 
 DISTILL = ("distill",)
@@ -110,6 +112,22 @@ def is_archive(source: str) -> bool:
     return source.endswith(".npz")
 
 
+def require_unrelated(source: str, info: DatasetInfo) -> None:
+    """Raises a UserError if --images has training images of the run's own dataset."""
+    path, archive, train = Path(source), Path(info.data_root, info.archive), info.folder / "train"
+    same = is_archive(source) and archive.is_file() and _lies_in(path, archive)
+    if same or train.is_dir() and (_lies_in(path, train) or _lies_in(train, path)):
+        raise UserError(
+            f"--images {source} has training images of {info.name}, the dataset of this run; give unrelated images"
+        )
+
+
+def _lies_in(path: Path, folder: Path) -> bool:
+    """Whether a path is a folder, or a file or folder in it. Of two names of one file, each lies in the other."""
+    path = path.resolve()
+    return folder.exists() and any(part.exists() and part.samefile(folder) for part in (path, *path.parents))
+
+
 class UnrelatedImages(NoiseImages):
     """Streams unrelated pictures in shuffled epochs, cropped and flipped."""
 
@@ -140,10 +158,18 @@ class Noise(Method):
         self.distillation_teacher()  # raises if --bn_mode batch is given and the teacher has no BatchNorm layers
         source = self.config.images
         if source and "distill" in stages:
+            require_unrelated(source, self.task.info)
             if is_archive(source):
                 read_npz_images(Path(source))
             else:
                 decode_image(pictures_in(source)[0], self.task.info.image_size)
+
+    def input_digests(self) -> dict[str, str]:
+        source = self.config.images
+        if not source:
+            return {}
+        images = read_npz_images(Path(source)) if is_archive(source) else pictures_in(source)
+        return {"images": digest(len(images), sample_of(images))}
 
     def distillation_teacher(self) -> nn.Module:
         return normalizing_by_batch(self.teacher) if self.config.bn_mode == "batch" else self.teacher

@@ -35,7 +35,9 @@ from datafree.base import ImageBatch, Method, Synthesizer, Task
 from datafree.losses import KLDistillation
 from datafree.stream import unlabelled
 from engine.data.pictures import read_picture
+from engine.data.splits import sample_of
 from engine.runtime.errors import UserError
+from engine.runtime.files import digest
 from engine.runtime.flags import flag
 
 DISTILL = ("distill",)
@@ -182,6 +184,9 @@ class OneImage(Method):
     def check_inputs(self, stages: Collection[str]) -> None:
         if "distill" in stages:
             self._picture()
+
+    def input_digests(self) -> dict[str, str]:
+        return {"image": digest(sample_of([self.config.image]))}
 
     def _picture(self) -> Tensor:
         """Reads the picture, (3, H, W) uint8."""

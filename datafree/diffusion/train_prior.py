@@ -45,11 +45,11 @@ from engine.data.splits import Split, load_split
 from engine.loops.measures import density_coverage, frechet_distance
 from engine.networks.build import load_teacher
 from engine.runtime.errors import UserError, run_command
-from engine.runtime.files import load_checkpoint, save_checkpoint
+from engine.runtime.files import delete_files, load_checkpoint, save_checkpoint
 from engine.runtime.flags import Parser, add_flags, flag, from_args, stage_flags
 from engine.runtime.precision import Precision, choose_amp, choose_device
 from engine.runtime.processes import position_seed, seed_position
-from engine.runtime.run import Run, earlier_value, progress
+from engine.runtime.run import Run, earlier_value, progress, require_output, require_run_folder
 from models.classifier import Classifier
 from registry import DATASETS, MODELS
 
@@ -214,17 +214,21 @@ def train_prior(flags: PriorFlags) -> Path:
     save_dir = Path(flags.save_dir or Path("checkpoints/train_prior", output.stem))
     earlier = None if flags.redo else earlier_value(save_dir, "amp")
     flags = dataclasses.replace(flags, amp=choose_amp(flags.amp, device, earlier))
+    settings = stage_flags("train", flags) | {"image_size": info.image_size}
+    settings["start"] = flags.start and Path(flags.start).name
+    _unfinished(save_dir, output, flags, settings)  # a refused command writes nothing
+    train, test = (load_split(info, split, device) for split in ("train", "test"))
+    if train.images is None or test.images is None:
+        raise UserError(f"the images of {info.name} do not fit into memory; give a smaller --image_size")
+    report = Report(flags, info, test, _eval_classifier(flags, info, device), device)
     run = Run(save_dir, dataclasses.asdict(flags))
     try:
-        settings = stage_flags("train", flags) | {"image_size": info.image_size}
-        settings["start"] = flags.start and Path(flags.start).name
-        state = _unfinished(run, flags, settings)
-        renewed = flags.start and Path(flags.start).resolve() == output.resolve()
-        if output.exists() and not (state or flags.redo or renewed):
-            raise UserError(
-                f"--output {output} exists and is not from this run; give another --output, or move that file away"
-            )
+        state = _unfinished(save_dir, output, flags, settings)
         network, about = _network(flags, info, device, state)
+        run.adopt_output(output)
+        if flags.redo:
+            delete_files(run.path, ["last.pth"])
+        run.rewind("prior", state["round"] if state else 0)
         training = Denoising(
             network,
             info.num_classes,
@@ -235,10 +239,6 @@ def train_prior(flags: PriorFlags) -> Path:
         )
         if state:
             training.load_state_dict(state["training"])
-        train, test = (load_split(info, split, device) for split in ("train", "test"))
-        if train.images is None or test.images is None:
-            raise UserError(f"the images of {info.name} do not fit into memory; give a smaller --image_size")
-        report = Report(flags, info, test, _eval_classifier(flags, info, device), device)
         about |= {"training_images": len(train), "settings": settings}
         _rounds(run, flags, training, train, report, about, output, state["round"] if state else 0)
         return output
@@ -246,21 +246,24 @@ def train_prior(flags: PriorFlags) -> Path:
         run.close()
 
 
-def _unfinished(run: Run, flags: PriorFlags, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """State of the unfinished training in the run folder; None if there is none.
+def _unfinished(save_dir: Path, output: Path, flags: PriorFlags, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """State of the training in the run folder; None if there is none, or with ``--redo``. Changes no file.
 
     Raises:
-        UserError: the training was begun with other settings.
+        UserError: the training was begun with other settings, or the run folder or ``output`` has files of somebody else.
     """
-    file = run.path / "last.pth"
-    if flags.redo:
-        file.unlink(missing_ok=True)
-    state = load_checkpoint(file, "unfinished training") if file.exists() else None
+    require_run_folder(save_dir)
+    if (save_dir / "stages.json").exists():
+        raise UserError(f"--save_dir {save_dir} is the folder of a run of another command; give another --save_dir")
+    file = save_dir / "last.pth"
+    state = load_checkpoint(file, "unfinished training") if file.exists() and not flags.redo else None
     for name, value in settings.items() if state else ():
         if state["settings"].get(name) != value:
-            found = f"{run.path} was started with --{name} {state['settings'].get(name)}, now {value} is given"
+            found = f"{save_dir} was started with --{name} {state['settings'].get(name)}, now {value} is given"
             raise UserError(f"{found}; give the former value, another --save_dir, or --redo")
-    run.rewind("prior", state["round"] if state else 0)
+    renewed = flags.start and Path(flags.start).resolve() == output.resolve()
+    if state or not renewed:  # a training that begins may replace the file that it starts from
+        require_output(save_dir, output, earlier=file.exists())
     return state
 
 
@@ -317,13 +320,23 @@ def _rounds(
     output: Path,
     first: int,
 ) -> None:
-    """Trains in rounds until --images or --minutes is reached; reports and writes the file at intervals and at the end."""
+    """Trains in rounds until --images or --minutes is reached; reports and writes the file at intervals and at the end.
+
+    If there is nothing left to do and the file is missing, it is written again.
+    """
+
+    def write(drawn: int) -> None:
+        with run.output(output) as temporary:
+            save_patch_prior(temporary, training.ema, about | {"name": output.stem, "images_drawn": drawn})
+
     before, a_round = about["images_drawn"], flags.round_steps * flags.batch_size
     rounds = max(0, -(-(flags.images - before) // a_round))
     end = time.monotonic() + 60 * flags.minutes if flags.minutes else float("inf")
     images, labels = train.images, train.labels
     if report.eval_classifier and first < rounds:
         run.log(f"training images, for comparison: {report.quality(*_spread(images, labels, count=len(report.labels)))}")
+    if first >= rounds and not output.exists():
+        write(before + first * a_round)
     bar = progress(rounds * a_round, f"train {output.stem}", "img", first * a_round)
     for number in range(first, rounds):
         seed_position(flags.seed, "prior", number)
@@ -347,7 +360,7 @@ def _rounds(
                 report.quality(report.draw(training, report.labels), report.labels) if report.eval_classifier else {}
             )
             run.picture(f"samples_{drawn:09d}", report.picture(training), number)
-            save_patch_prior(output, training.ema, about | {"name": output.stem, "images_drawn": drawn})
+            write(drawn)
             run.log(f"{drawn} images: " + ", ".join(f"{name} {figures[name]}" for name in list(figures)[1:]))
         run.metrics("prior", number, figures)
         state = {

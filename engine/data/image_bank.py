@@ -24,7 +24,7 @@ from torch import Tensor
 
 from engine.runtime import checksums
 from engine.runtime.errors import UserError
-from engine.runtime.files import load_tensors, read_json, save_tensors, write_json
+from engine.runtime.files import digest, load_tensors, read_json, save_tensors, write_json
 from engine.runtime.schema import SIZE, Array, require
 
 # Storage of images: device memory, host memory or disk.
@@ -233,7 +233,13 @@ class ImageBank:
         return self.open_shards([self.shard(stage, round) for round in wanted])
 
     def read_all(self) -> dict[str, MappedImages | Tensor]:
-        """Reads the images and labels of all shards in the folder, with the stages in alphabetical order."""
+        """Reads the images and labels of all shards in the folder, with the stages in alphabetical order.
+
+        Raises:
+            UserError: a shard is missing or damaged.
+        """
+        if gone := checksums.missing(self.path, ["*.safetensors"]):
+            raise UserError(f"{gone[0]} is missing; restore it from a copy, or make the bank again")
         columns = self.open_shards(sorted(f for f in self.path.iterdir() if SHARD_NAME.match(f.name)))
         return {name: columns[name] for name in ("images", "labels")}
 
@@ -269,6 +275,21 @@ def find_bank(path: Path, folder: str = "bank") -> Path:
     """The folder of a bank; ``path`` is that folder itself, or a run folder that holds the bank as ``folder``."""
     path = Path(path)
     return path / folder if not (path / "manifest.json").exists() and (path / folder).is_dir() else path
+
+
+def bank_digest(path: Path) -> str | None:
+    """Returns a digest of the images that a bank begins a run with: of all shards but those of stage distill.
+
+    Returns None if there are none.
+    """
+    names = [file.name for file in path.iterdir()] if path.is_dir() else []
+    shards = sorted(name for name in names if (found := SHARD_NAME.match(name)) and found["stage"] != "distill")
+    known = checksums.listed(path)
+    return (
+        digest(*([name, *sorted(known.get(name) or [checksums.digest_of(path / name)])] for name in shards))
+        if shards
+        else None
+    )
 
 
 def open_bank(path: Path) -> ImageBank:

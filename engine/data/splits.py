@@ -51,12 +51,19 @@ def data_identity(info: DatasetInfo, *splits: str) -> str:
 def _split_identity(info: DatasetInfo, split: str) -> str:
     """Size of a split and a digest of all labels and of a sample of images (pixels of arrays, undecoded bytes of files)."""
     raw, labels = read_split(info, split)
-    chosen = np.unique(np.linspace(0, len(labels) - 1, SAMPLE).round().astype(int))
-    if isinstance(raw.images, np.ndarray):
-        sample = torch.from_numpy(np.ascontiguousarray(raw.images[chosen]))
-    else:
-        sample = [_file_digest(raw.images[position]) for position in chosen]
-    return f"{len(labels)} {split} images {digest(labels, sample)}"
+    return f"{len(labels)} {split} images {digest(labels, sample_of(raw.images))}"
+
+
+def sample_of(images: np.ndarray | list[str]) -> Tensor | list[str]:
+    """A sample of images for their digest: pixels of an array of images, or digests of the undecoded bytes of image files.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
+    chosen = np.unique(np.linspace(0, len(images) - 1, SAMPLE).round().astype(int))
+    if isinstance(images, np.ndarray):
+        return torch.from_numpy(np.ascontiguousarray(images[chosen]))
+    return [_file_digest(images[position]) for position in chosen]
 
 
 def _file_digest(path: str) -> str:

@@ -245,8 +245,9 @@ def shown(run: Run, images: Tensor, labels: Tensor) -> Tensor:
 
 
 def means_of_rounds(run: Run, stage: str) -> dict[str, float]:
-    """Returns the mean figures of a stage so far, weighted by the number of images per round."""
+    """Returns the mean figures of a stage so far that all its lines have, weighted by the number of images per round."""
     lines = [line for line in run.history(stage) if "images" in line]
     count = max(sum(line["images"] for line in lines), 1)
-    names = [name for name in (lines[0] if lines else {}) if name not in ("stage", "round", "images")]
+    found = [name for name in (lines[0] if lines else {}) if name not in ("stage", "round", "images")]
+    names = [name for name in found if all(name in line for line in lines)]
     return {name: round(sum(line["images"] * line[name] for line in lines) / count, 4) for name in names}

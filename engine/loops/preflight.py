@@ -6,11 +6,13 @@ opened. Random numbers drawn here do not affect the stages, because each stage s
 """
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from engine.data.datasets import DatasetInfo
+from engine.data.image_bank import bank_digest, find_bank
 from engine.data.splits import allow_train_split, data_identity, load_split
 from engine.loops.distill import Schedule
 from engine.loops.measures import evaluate
@@ -37,8 +39,33 @@ def data_identities(info: DatasetInfo, stages: Iterable[str], test: bool, train:
         return {stage: data_identity(info, *(real if stage == "distill" else ())) for stage in stages}
 
 
+def input_digests(method, flags: dict[str, Any], dependencies: dict[str, dict[str, Any]]) -> dict[str, dict[str, str]]:
+    """Returns {stage: {flag: digest of the files that the flag names}}.
+
+    Files that cannot be read are left out. The stage that needs them reports the error.
+
+    Args:
+        method: ``datafree.base.Method``.
+        flags: all flags of the command by name.
+        dependencies: as for ``StageRecord``.
+    """
+    folders = {"init_bank": "bank", "init_variants": "variants"}
+    found = {name: bank_digest(find_bank(Path(flags[name]), folder)) for name, folder in folders.items() if flags[name]}
+    with suppress(UserError):
+        found |= method.input_digests()
+    return {
+        stage: {name: digest for name, digest in found.items() if digest and name in needed}
+        for stage, needed in dependencies.items()
+    }
+
+
 def check(
-    session: Session, method, stages: Iterable[Stage], dependencies: dict[str, dict[str, Any]], selected: list[str]
+    session: Session,
+    method,
+    stages: Iterable[Stage],
+    dependencies: dict[str, dict[str, Any]],
+    inputs: dict[str, dict[str, str]],
+    selected: list[str],
 ) -> tuple[Session, list[str]]:
     """Checks that the stages still to be run have the files that they need. Cheap: reads no more than necessary.
 
@@ -46,7 +73,7 @@ def check(
         session: session without ``run`` and ``record``.
         method: ``datafree.base.Method``.
         stages: all stages of the run, in order.
-        dependencies: as for ``StageRecord``.
+        dependencies, inputs: as for ``StageRecord``.
         selected: names of the stages that this command runs.
     Returns:
         The session and the names of the selected stages that are not done. The session has the test split unless no stage is
@@ -55,11 +82,12 @@ def check(
         UserError: something is missing or does not fit; the run folder is unchanged.
     """
     require_run_folder(session.path)
-    record = StageRecord(session.path / "stages.json", dependencies)
-    if session.flags["redo"]:
-        record.forget(session.flags["redo"])
+    record = StageRecord(session.path / "stages.json", dependencies, inputs)
+    redone = record.from_on(session.flags["redo"]) if session.flags["redo"] else []
+    if redone:
+        record.forget(redone[0])
     record.check(selected)
-    check_outputs(session.path, record, [stage for stage in stages if stage.name in selected])
+    check_outputs(session.path, record, [stage for stage in stages if stage.name in selected and stage.name not in redone])
     todo = [name for name in selected if record.status(name) != "done"]
     new = [name for name in todo if record.status(name) == "new"]
     method.check_inputs(new)

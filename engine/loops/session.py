@@ -14,7 +14,7 @@ from engine.loops.distill import Schedule
 from engine.runtime import checksums
 from engine.runtime.compilation import Compiler
 from engine.runtime.errors import UserError
-from engine.runtime.files import delete_files
+from engine.runtime.files import delete_files, outputs
 from engine.runtime.processes import Processes, seed_position
 from engine.runtime.run import Run
 from engine.runtime.stage_record import StageRecord, read_record
@@ -177,6 +177,10 @@ class Stage:
         """Runs the stage; the main process marks it as done."""
         raise NotImplementedError
 
+    def summary(self, path: Path) -> str:
+        """Returns the main result of the done stage in run folder ``path``, for the log; "" by default."""
+        return ""
+
 
 def choose_stages(name: str, known: list[str], flags) -> tuple[list[str], list[str]]:
     """Returns (names of the stages of this run, names of those that ``--stages`` selects).
@@ -203,7 +207,7 @@ def choose_stages(name: str, known: list[str], flags) -> tuple[list[str], list[s
 
 
 def check_outputs(path: Path, record: StageRecord, stages: Iterable[Stage]) -> list[str]:
-    """Checks that the outputs of done stages exist and are undamaged.
+    """Checks that the outputs of done stages exist and are undamaged, and that new stages have none.
 
     If an output is missing that can be restored from the stage's checkpoint, the stage is marked as incomplete.
 
@@ -214,10 +218,13 @@ def check_outputs(path: Path, record: StageRecord, stages: Iterable[Stage]) -> l
     Returns:
         Log lines, one for each stage that is no longer done.
     Raises:
-        UserError: an output is damaged, or is missing and can only be made by running the whole stage again.
+        UserError: an output is damaged, or is missing and can only be made by running the whole stage again; or there are
+            outputs of a stage that is not recorded.
     """
     said = []
     for stage in stages:
+        if record.status(stage.name) == "new":
+            require_no_outputs(path, stage.name, stage.outputs)
         if record.status(stage.name) != "done":
             continue
         gone = checksums.missing(path, stage.outputs) or fewer(path, stage.outputs, record.record[stage.name]["facts"])
@@ -234,6 +241,18 @@ def check_outputs(path: Path, record: StageRecord, stages: Iterable[Stage]) -> l
     return said
 
 
+def require_no_outputs(path: Path, stage: str, patterns: Iterable[str], redo: str = "--redo {stage}") -> None:
+    """Raises a UserError if the folder of a run has outputs of a stage that its ``stages.json`` does not list.
+
+    A manifest is no such output, because it is written before the stage begins.
+    """
+    for file in (file for pattern in patterns for file in outputs(path, pattern) if file.name != "manifest.json"):
+        raise UserError(
+            f"{path} holds {file.relative_to(path)} of a stage {stage}, which is not in its stages.json; restore stages.json "
+            f"from a copy, give another --save_dir, or run the stage again with {redo.format(stage=stage)}"
+        )
+
+
 def noted_files(facts: dict[str, Any], pattern: str) -> int:
     """Returns the recorded number of files with a pattern that a done stage wrote; 0: unknown."""
     return (facts.get("files") or {}).get(pattern, 0)
@@ -244,7 +263,7 @@ def fewer(path: Path, patterns: Iterable[str], facts: dict[str, Any]) -> list[Pa
 
     This also finds files that were lost together with the ``sha256.txt`` that lists them.
     """
-    return [path / each for each in patterns if len(list(path.glob(each))) < noted_files(facts, each)]
+    return [path / each for each in patterns if len(outputs(path, each)) < noted_files(facts, each)]
 
 
 def run_stages(session: Session, stages: tuple[Stage, ...], selected: list[str], redo: str | None) -> None:
@@ -256,7 +275,7 @@ def run_stages(session: Session, stages: tuple[Stage, ...], selected: list[str],
     plan = processes.broadcast(_plan(session, stages, selected, redo) if processes.main else None)
     for stage in stages:
         if plan.get(stage.name) == "done" and processes.main:
-            session.run.log(f"{stage.name}: already done, skipped ({session.path})")
+            session.run.log(f"{stage.name}: already done, skipped ({session.path}){stage.summary(session.path)}")
         if plan.get(stage.name) != "todo":
             continue
         if processes.main:
@@ -266,7 +285,7 @@ def run_stages(session: Session, stages: tuple[Stage, ...], selected: list[str],
         seed_position(session.seed, stage.name)
         stage.run(session)
         if processes.main:
-            session.record.update(stage.name, files={each: len(list(session.path.glob(each))) for each in stage.outputs})
+            session.record.update(stage.name, files={each: len(outputs(session.path, each)) for each in stage.outputs})
 
 
 def _plan(session: Session, stages: tuple[Stage, ...], selected: list[str], redo: str | None) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,10 +19,11 @@ from engine.loops.measures import Accuracy, Agreement, confusion, predict
 from engine.loops.session import Finished, Session, Stage
 from engine.runtime import checksums
 from engine.runtime.errors import UserError
-from engine.runtime.files import load_tensors, save_checkpoint, save_tensors, write_json
+from engine.runtime.files import load_tensors, read_json, save_checkpoint, save_tensors, write_json
 from engine.runtime.precision import Precision
 from engine.runtime.processes import position_seed, seed_position
 from engine.runtime.run import peak_memory
+from engine.runtime.schema import require
 
 STREAMED, STREAMED_BYTES = "images.safetensors", 2**25  # file and size limit of the sample of streamed images
 
@@ -201,6 +203,14 @@ class Distill(Stage):
             if method.streams:
                 save_tensors(run.path / STREAMED, self._streamed(session, distillation.synthesizer))
             self._finish(session, images, distillation, figures, measure)
+
+    def summary(self, path: Path) -> str:
+        """Returns the accuracy or the agreement in ``result.json``."""
+        file = path / "result.json"
+        result = read_json(file) if file.exists() else {}
+        require(result, {"acc1_last?": float, "agreement_last?": float}, str(file))
+        told = ((kind.words, result.get(f"{kind.name}_last")) for kind in (Accuracy, Agreement))
+        return "".join(f": {words} {value:.2f} % (last)" for words, value in told if value is not None)
 
     def _use_views(self, session: Session, distillation: distill.Distillation, source: TransferSet | None) -> None:
         """Sets up numbered views (crop and flip) of the images in ``source``, and the cache of teacher logits for them.

@@ -173,16 +173,27 @@ def delete_temporaries(folder: Path) -> None:
             file.unlink(missing_ok=True)
 
 
+def outputs(folder: Path, pattern: str) -> list[Path]:
+    """Returns the files that a stage has written, by the pattern of its outputs.
+
+    Args:
+        folder: folder that the pattern is relative to.
+        pattern: as for ``Path.glob``. In the name of a shard, "bank/distill-*.safetensors", the star stands for the six
+            digits of a round, so that a user's ``distill-notes.safetensors`` is none of them.
+    """
+    return sorted(file for file in folder.glob(pattern.replace("-*.", f"-{'[0-9]' * 6}.")) if not file.is_dir())
+
+
 def delete_files(folder: Path, patterns: list[str]) -> None:
     """Deletes files of a folder and of its subfolders, and the subfolders that become empty.
 
     Args:
         folder: folder that the patterns are relative to.
-        patterns: patterns as for ``Path.glob``, for example "student.pth" or "bank/distill-*.safetensors".
+        patterns: patterns as for ``outputs``, for example "student.pth" or "bank/distill-*.safetensors".
     Raises:
         UserError: a file or its folder is a link; nothing is deleted then.
     """
-    files = sorted({file for pattern in patterns for file in folder.glob(pattern) if not file.is_dir()})
+    files = sorted({file for pattern in patterns for file in outputs(folder, pattern)})
     for path in dict.fromkeys(part for file in files for part in (file.parent, file)):
         if path.is_symlink() and path != folder:
             raise UserError(f"{path} is a link, and files behind links are never deleted; remove it by hand")

@@ -146,11 +146,13 @@ def add_list(parser: argparse.ArgumentParser, **tables: Iterable[str]) -> None:
 
     class List(argparse.Action):
         def __call__(self, parser, namespace, value, option_string=None):
+            if value is None:
+                parser.error(f"--list needs a kind of names; give one of {', '.join(tables)}")
             print("\n".join(tables[value]))
             parser.exit()
 
     parser.add_argument(
-        "--list", action=List, choices=tables, help="print all known names of one kind, one per line, and exit"
+        "--list", action=List, nargs="?", choices=tables, help="print all known names of one kind, one per line, and exit"
     )
 
 

@@ -1,6 +1,7 @@
 """The run folder: flags, metrics, log and pictures of a run. All files can be read while the run is in progress.
 
 args.json      flags, command, versions of the last command    stages.json    state of each stage
+outputs.json   digests of the files written to --output
 bank/, variants/   images; a streaming method keeps a sample of its last images in images.safetensors
 metrics.jsonl  one line per round or epoch                     log.txt        printed lines
 times.jsonl    when each of those lines was written            result.json    figures of the finished run
@@ -10,12 +11,15 @@ events.*       TensorBoard                                     confusion.json te
 import fcntl
 import functools
 import json
+import os
 import platform
 import resource
 import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,12 +30,13 @@ from tqdm import tqdm
 
 from engine.runtime import checksums
 from engine.runtime.errors import UserError
-from engine.runtime.files import atomic_path, delete_temporaries, is_temporary, parse_json, write_json
+from engine.runtime.files import atomic_path, delete_temporaries, is_temporary, parse_json, read_json, write_json
 from engine.runtime.processes import is_main
 from engine.runtime.schema import require
 
 FOLDERS = ("bank", "variants", "pictures")  # subfolders of a run folder
 METRICS, TIMES = "metrics.jsonl", "times.jsonl"
+OUTPUTS = "outputs.json"  # SHA-256 of all contents that a run has written to --output, which may lie outside its folder
 LINE = {
     "stage": str, "round": int, "seconds?": float, "cpu_seconds?": float, "images?": int, "student_steps?": int, "acc1?": float,
     "agreement?": float,
@@ -39,10 +44,12 @@ LINE = {
 
 
 def require_run_folder(path: Path) -> None:
-    """Raises a UserError if ``path`` holds files, but neither the args.json nor the stages.json of a run.
+    """Raises a UserError if ``path`` is a file, or holds files, but neither the args.json nor the stages.json of a run.
 
     A folder with only a lock and temporary files is accepted: a run was killed in it before it wrote args.json.
     """
+    if path.exists() and not path.is_dir():
+        raise UserError(f"--save_dir {path} is a file, a folder wanted; give another --save_dir")
     if not path.is_dir() or all(file.name == ".lock" or is_temporary(file) for file in path.iterdir()):
         return
     args, stages = (_json_object(path / name) for name in ("args.json", "stages.json"))
@@ -62,6 +69,36 @@ def _json_object(file: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+def require_output(folder: Path, output: Path, earlier: bool = False) -> None:
+    """Checks that a run may write to ``--output``. The run knows its own file by the digests in its ``OUTPUTS``.
+
+    Args:
+        folder: run folder; may be missing.
+        output: path of the file.
+        earlier: whether an existing file is that of this run, if the run was begun by an earlier version, without ``OUTPUTS``.
+    Raises:
+        UserError: ``output`` cannot be a file, or is a file of somebody else.
+    """
+    parent = next(parent for parent in output.absolute().parents if parent.exists())
+    if output.is_dir() or not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        wrong = f"{output} is a folder" if output.is_dir() else f"{parent} is no writable folder"
+        raise UserError(f"--output {output} cannot be written: {wrong}; give another --output")
+    if output.exists():
+        own = _own_outputs(folder)
+        if not (earlier if own is None else checksums.digest_of(output) in own):
+            raise UserError(f"{output} exists and is not from this run; give another --output, or move that file away")
+
+
+def _own_outputs(folder: Path) -> list[str] | None:
+    """Returns the digests in the ``OUTPUTS`` of a run folder; None if there is no such file."""
+    file = folder / OUTPUTS
+    if not file.exists():
+        return None
+    digests = read_json(file)
+    require(digests, [str], str(file))
+    return digests
+
+
 def read_lines(file: Path) -> list[dict[str, Any]]:
     """Returns the lines of metrics.jsonl or times.jsonl; [] if there is no such file.
 
@@ -79,7 +116,10 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
         except ValueError as error:
             raise UserError(f"line {number} of {file} is not readable JSON ({error}); delete that line") from None
         require(line, LINE, f"line {number} of {file}", "delete that line")
-        lines.append({name: value for name, value in line.items() if value is not None})
+        line = {name: value for name, value in line.items() if value is not None}
+        figures = {name: value for name, value in line.items() if name != "stage"}
+        require(figures, {str: float}, f"line {number} of {file}", "delete that line")
+        lines.append(line)
     return lines
 
 
@@ -170,6 +210,30 @@ class Run:
 
             self._writer = SummaryWriter(str(self.path), flush_secs=10)
         return self._writer
+
+    def adopt_output(self, output: Path) -> None:
+        """Begins the list ``OUTPUTS`` of a run. A file at ``output``, which ``require_output`` has accepted, is on the list."""
+        self._list_output([checksums.digest_of(output)] if output.exists() else [])
+
+    @contextmanager
+    def output(self, output: Path) -> Iterator[Path]:
+        """As ``atomic_path``, for a file outside of the folder. Its digest is listed in ``OUTPUTS`` before it gets its name.
+
+        Raises:
+            UserError: ``output`` has become a file of somebody else.
+        """
+        require_output(self.path, output)
+        with atomic_path(output) as temporary:
+            try:
+                yield temporary
+            except UserError as error:
+                raise UserError(str(error).replace(str(temporary), str(output))) from None
+            self._list_output([checksums.digest_of(temporary)])
+
+    def _list_output(self, digests: list[str]) -> None:
+        known = _own_outputs(self.path)
+        if known is None or set(digests) - set(known):
+            write_json(self.path / OUTPUTS, [*(known or []), *digests])
 
     def picture(self, name: str, image: Tensor, round: int = 0) -> None:
         """Writes an image (3, H, W) uint8 to TensorBoard and to ``pictures/<name>.png``."""
@@ -290,7 +354,7 @@ def progress(total: int, what: str, unit: str, start: int = 0, delay: float = 0)
         delay: seconds before the bar appears, so that short work shows none.
     """
     common = {"total": total, "initial": start, "desc": what, "unit": unit, "delay": delay, "leave": False}
-    common["disable"] = not is_main()
-    if sys.stderr.isatty():
+    common["disable"] = not is_main() or sys.stderr is None  # None: the command was started with stderr closed
+    if not common["disable"] and sys.stderr.isatty():
         return tqdm(**common, mininterval=0.2, dynamic_ncols=True)
     return tqdm(**common, mininterval=10, maxinterval=20, ncols=110, file=_Lines())

@@ -11,7 +11,11 @@ from engine.runtime.files import read_json, write_json
 from engine.runtime.schema import COUNT, SECONDS, require
 
 FACTS = {"files?": {str: COUNT}}  # of a done stage: {pattern of its outputs: number of files}, and further facts
-RECORD = {str: {"status": str, "depends_on": dict, "seconds": SECONDS, "facts": FACTS, "threads?": COUNT}}
+RECORD = {
+    str: {
+        "status": str, "depends_on": dict, "inputs?": {str: str}, "seconds": SECONDS, "facts": FACTS, "threads?": COUNT
+    }
+}  # fmt: skip
 
 
 def read_record(path: Path) -> dict[str, dict[str, Any]]:
@@ -38,11 +42,18 @@ class StageRecord:
     Args:
         path: path of ``stages.json``.
         dependencies: {stage: {flag or input: value}} of this command, in the order of the stages.
+        inputs: {stage: {flag: digest of the files that it names}}, as far as the digests are known.
         redo: flag that makes a stage again, for error messages.
     """
 
-    def __init__(self, path: Path, dependencies: dict[str, dict[str, Any]], redo: str = "--redo {stage}"):
-        self.path, self.dependencies, self.redo = path, dependencies, redo
+    def __init__(
+        self,
+        path: Path,
+        dependencies: dict[str, dict[str, Any]],
+        inputs: dict[str, dict[str, str]] | None = None,
+        redo: str = "--redo {stage}",
+    ):
+        self.path, self.dependencies, self.inputs, self.redo = path, dependencies, inputs or {}, redo
         self.record = read_record(path)
         self.started: dict[str, float] = {}
 
@@ -50,26 +61,40 @@ class StageRecord:
         """Compares the recorded stages, up to the last selected one, with the flags and inputs of this command.
 
         Raises:
-            UserError: a flag or an input has changed.
+            UserError: a flag or an input has changed, or the folder has a stage of another command.
         """
-        order = list(self.dependencies)
+        order, folder = list(self.dependencies), self.path.parent
+        method = next(iter(self.dependencies.values()), {}).get("method")
+        for stage, entry in self.record.items():
+            other = entry["depends_on"].get("method")
+            if stage not in order and other != method:  # --init_bank and --init_variants take stages from a method
+                raise UserError(
+                    f"{folder} has a stage {stage}{f' of --method {other}' if other else ''}, which this command does not "
+                    "have; give another --save_dir"
+                )
         for stage in order[: max(map(order.index, selected), default=-1) + 1]:
             if stage not in self.record:
                 continue
             status, before = self.record[stage]["status"], self.record[stage]["depends_on"]
             now = self.dependencies[stage]
             again = "give another --save_dir, or run it and all later stages again with " + self.redo.format(stage=stage)
-            unknown = [name for name in now if name not in before and now[name] is not None]
-            if unknown:
-                raise UserError(
-                    f"stage {stage} in {self.path.parent} was made by an earlier version, which did not record "
-                    f"--{unknown[0]}, now {show(now[unknown[0]])}: the stage may not fit this command; {again}"
-                )
-            for name in dict.fromkeys([*now, *before]):
-                if before.get(name) != now.get(name):
+            for name in sorted(before, key=lambda name: name != "method"):  # another method has other flags
+                if before[name] != now.get(name):
                     raise UserError(
-                        f"stage {stage} in {self.path.parent} is {status} with --{name} {show(before.get(name))}, now "
+                        f"stage {stage} in {folder} is {status} with --{name} {show(before[name])}, now "
                         f"{show(now.get(name))} is given; give the former value, {again}"
+                    )
+            if unknown := [name for name in now if name not in before and now[name] is not None]:
+                raise UserError(
+                    f"stage {stage} in {folder} was made by an earlier version, which did not record --{unknown[0]}, now "
+                    f"{show(now[unknown[0]])}: the stage may not fit this command; {again}"
+                )
+            known = self.record[stage].get("inputs") or {}
+            for name, digest in self.inputs.get(stage, {}).items():
+                if known.get(name, digest) != digest:
+                    raise UserError(
+                        f"stage {stage} in {folder} is {status} with other files in --{name} {show(now[name])}: they have "
+                        f"changed since; restore them, {again}"
                     )
 
     def status(self, stage: str) -> str:
@@ -82,6 +107,8 @@ class StageRecord:
             stage, {"status": "incomplete", "depends_on": self.dependencies[stage], "seconds": 0.0, "facts": {}}
         )
         self.record[stage].setdefault("threads", torch.get_num_threads())
+        if self.inputs.get(stage):
+            self.record[stage].setdefault("inputs", self.inputs[stage])
         self.started[stage] = time.monotonic() - self.record[stage]["seconds"]
         write_json(self.path, self.record)
 

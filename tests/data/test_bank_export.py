@@ -47,6 +47,13 @@ def test_arrays_are_normalized_or_the_bytes(bank, command, tmp_path):
     assert np.abs(back * 255 - columns["images"][:].numpy()).max() < 1e-3
 
 
+def test_a_bank_that_lost_a_shard_is_not_exported(bank, command, tmp_path):
+    bank.shard("synthesize", 1).unlink()
+    with pytest.raises(UserError, match="synthesize-000001.safetensors is missing; restore it from a copy"):
+        command("datafree.bank", f"export {tmp_path / 'run'} {tmp_path / 'out'}")
+    assert not (tmp_path / "out").exists()
+
+
 def test_arrays_take_the_normalization_of_the_teacher(bank, command, tmp_path, teacher_file):
     torch.save(torch.load(teacher_file, weights_only=True) | {"mean": [0.4] * 3, "std": [0.2] * 3}, tmp_path / "t.pth")
     flags = f"--format npy --teacher resnet8 --teacher_ckpt {tmp_path / 't.pth'}"

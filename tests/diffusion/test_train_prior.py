@@ -137,6 +137,32 @@ def test_changed_flags_are_refused_and_redo_forgets(train):
     assert first.read_bytes() != before
 
 
+def test_a_file_of_others_is_not_replaced(train, trained, tmp_path):
+    """Neither by --redo nor by a finished training. A lost file is written again."""
+    first, run = train(), tmp_path / "prior"
+    args = (run / "args.json").read_bytes()
+    first.write_text("theirs")
+    for extra in ("", "--redo", "--images 64"):
+        with pytest.raises(UserError, match="prior.safetensors exists and is not from this run; give another --output"):
+            train(extra=extra)
+    with pytest.raises(UserError, match="started with --lr"):
+        train(extra="--lr 2e-3")
+    assert first.read_text() == "theirs" and (run / "args.json").read_bytes() == args and (run / "last.pth").exists()
+    first.unlink()
+    assert same(train(), trained) and load_patch_prior(first)[1] == load_patch_prior(trained)[1]
+    (run / "outputs.json").unlink()
+    train(extra="--images 40")  # of an earlier version
+
+
+def test_the_folder_of_another_command_is_refused(train, tmp_path):
+    (tmp_path / "prior").mkdir()
+    stages = {"train": {"status": "incomplete", "depends_on": {}, "seconds": 0, "facts": {}}}
+    (tmp_path / "prior" / "stages.json").write_text(json.dumps(stages))
+    with pytest.raises(UserError, match="is the folder of a run of another command; give another --save_dir"):
+        train()
+    assert [file.name for file in (tmp_path / "prior").iterdir()] == ["stages.json"]
+
+
 def test_start_goes_on_from_a_file(train, trained, tmp_path):
     second = train("second", f"--start {trained} --images 48")
     about = load_patch_prior(second)[1]

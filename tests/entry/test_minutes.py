@@ -89,6 +89,24 @@ def test_a_resume_keeps_the_scale(command, teacher_file, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    "args, message",
+    [
+        ({"foo": 1}, "contains files, but not those of a run"),
+        ([], "contains files, but not those of a run"),
+        ({"args": 3}, "args.json does not have the expected contents: args is 3, an object wanted"),
+        ({"args": {"minutes": 1}}, "args.json does not have the expected contents: scale is missing"),
+        ({"args": {"minutes": 1, "scale": "x"}}, "args.scale is 'x', a finite number above 0 wanted"),
+    ],
+)
+def test_a_folder_with_other_args_is_one_line(args, message, command, teacher_file, tmp_path):
+    if isinstance(args, dict) and "args" in args:
+        args |= {"command": "", "versions": {}}
+    (tmp_path / "args.json").write_text(json.dumps(args))
+    with pytest.raises(UserError, match=message):
+        command("datafree_kd", f"--method noise {TASK} --teacher_ckpt {teacher_file} --save_dir {tmp_path} --minutes 1")
+
+
+@pytest.mark.parametrize(
     "method, extra, message",
     [
         ("noise", "--minutes 1 --scale .5", "give one of them"),

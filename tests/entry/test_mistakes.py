@@ -38,6 +38,12 @@ def test_the_tables_are_listed(program, kind, table, command, capsys):
     assert not end.value.code and capsys.readouterr().out.split() == list(table)
 
 
+@pytest.mark.parametrize("program", ["datafree_kd", "train_scratch"])
+def test_a_list_of_nothing_names_the_kinds(program, command):
+    with pytest.raises(UserError, match="--list needs a kind of names; give one of models, datasets, methods"):
+        command(program, "--list")
+
+
 def test_a_hint_names_one_spelling(command):
     for wrong in ("--g-stepz", "--g_stepz", "--g_stepz=3"):
         with pytest.raises(UserError, match=r"did you mean [^?]*--g_steps") as caught:

@@ -134,7 +134,8 @@ def test_redo_deletes_what_the_stages_have_made(distill, copied):
     run = copied("csd")
     for folder in (run, run / "bank", run / "bank" / "mine"):
         scatter(folder)
-    mine = [run / "bank" / "synthesize-first.png", run / "bank" / "distill-notes.txt", run / "results.json"]
+    names = ("bank/synthesize-first.png", "bank/distill-notes.txt", "bank/distill-my-notes.safetensors", "results.json")
+    mine = [run / name for name in names]
     for path in mine:
         path.write_text("mine")
     kept = {k: v for k, v in tree(run).items() if ".tmp" in k or ".old" in k or ".bak" in k or run / k in mine}
@@ -181,6 +182,92 @@ def test_trained_weights_replace_no_other_file(command, tmp_path):
     before = output.read_bytes()
     command("train_scratch", f"{flags} --redo --seed 1")  # it replaces its own file
     assert output.read_bytes() != before
+
+
+SCRATCH = "--model resnet8 --dataset digits --epochs 1 --batch_size 600 --gpu -1 --amp no"
+
+
+def test_weights_of_another_run_are_not_replaced(command, interrupted, tmp_path):
+    """Both runs have begun with the same --output, and only one of them has written the file."""
+    output, run = tmp_path / "w.pth", tmp_path / "run"
+    flags = f"{SCRATCH} --output {output} --save_dir {run}"
+    with interrupted("engine.loops.train.evaluate", 1):
+        command("train_scratch", flags)
+    command("train_scratch", f"{SCRATCH} --output {output} --save_dir {tmp_path / 'other'} --seed 1")
+    theirs, before = output.read_bytes(), tree(run)
+    for extra in ("", "--redo", "--lr .7 --redo"):
+        with pytest.raises(UserError, match="w.pth exists and is not from this run; give another --output"):
+            command("train_scratch", f"{flags} {extra}")
+    assert output.read_bytes() == theirs and tree(run) == before
+    output.unlink()
+    command("train_scratch", flags)
+    output.write_bytes(theirs)  # in place of the run's own weights
+    before = tree(run)
+    with pytest.raises(UserError, match="w.pth exists and is not from this run"):
+        command("train_scratch", f"{flags} --redo")
+    assert output.read_bytes() == theirs and tree(run) == before
+
+
+def test_weights_that_appear_during_the_training_are_not_replaced(command, monkeypatch, tmp_path):
+    output, flags = tmp_path / "w.pth", f"{SCRATCH} --output {tmp_path / 'w.pth'} --save_dir {tmp_path / 'run'}"
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="w.pth exists and is not from this run"):
+        patch.setattr("train_scratch.train", lambda *_: output.write_text("theirs") and [50.0])
+        command("train_scratch", flags)
+    assert output.read_text() == "theirs"
+
+
+@pytest.mark.parametrize("earlier", [True, False])
+def test_a_run_killed_after_its_last_write_knows_its_weights(earlier, command, tmp_path):
+    output, run = tmp_path / "w.pth", tmp_path / "run"
+    flags = f"{SCRATCH} --output {output} --save_dir {run}"
+    command("train_scratch", flags)
+    record = json.loads((run / "stages.json").read_text())
+    facts = {"output": str(output)} if earlier else {}  # an earlier version recorded the path at the beginning
+    record["train"] |= {"status": "incomplete", "facts": facts}
+    (run / "stages.json").write_text(json.dumps(record))
+    if earlier:
+        (run / "outputs.json").unlink()
+    before = output.read_bytes()
+    command("train_scratch", flags)
+    assert output.read_bytes() == before
+    assert json.loads((run / "stages.json").read_text())["train"]["status"] == "done"
+
+
+def test_a_place_for_no_weights_is_found_at_once(command, tmp_path):
+    (tmp_path / "file").write_text("")
+    for output, words in ((tmp_path / "file" / "w.pth", "file is no writable folder"), (tmp_path, "is a folder")):
+        with pytest.raises(UserError, match=f"--output .* cannot be written: .*{words}; give another --output"):
+            command("train_scratch", f"{SCRATCH} --output {output} --save_dir {tmp_path / 'run'}")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_refused_training_changes_no_file(command, tmp_path):
+    flags = f"{SCRATCH} --output {tmp_path / 'w.pth'} --save_dir {tmp_path / 'run'}"
+    command("train_scratch", flags)
+    before = tree(tmp_path)
+    with pytest.raises(UserError, match="--lr 0.1, now 0.5 is given"):
+        command("train_scratch", f"{flags} --lr .5")
+    assert tree(tmp_path) == before
+
+
+def test_two_commands_do_not_share_a_folder(command, distill, copied, tmp_path):
+    run, trained = copied("csd"), tmp_path / "trained"
+    flags = f"{SCRATCH} --output {tmp_path / 'w.pth'} --save_dir"
+    command("train_scratch", f"{flags} {trained}")
+    before = tree(tmp_path)
+    for extra in ("", "--redo"):
+        with pytest.raises(
+            UserError, match="stage synthesize of --method csd, which this command does not have; .*--save_dir$"
+        ):
+            command("train_scratch", f"{flags} {run} {extra}")
+    for extra in ("", "--redo distill"):
+        with pytest.raises(UserError, match="has a stage train, which this command does not have; give another --save_dir$"):
+            distill("dafl", trained, extra)
+        with pytest.raises(UserError, match="has a stage synthesize of --method csd, which this command does not have"):
+            distill("dafl", run, extra)
+    with pytest.raises(UserError, match="is done with --method csd, now fast is given"):
+        distill("fast", run)
+    assert tree(tmp_path) == before
 
 
 def test_export_wants_a_new_folder(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import subprocess
 import sys
 
@@ -169,6 +170,76 @@ def test_weights_that_changed_since_are_not_called_trained(command, tmp_path):
     flip(tmp_path / "w.pth")
     with pytest.raises(UserError, match="w.pth has changed since its run wrote it"):
         command("train_scratch", flags)
+
+
+@pytest.mark.parametrize("facts", [{}, {"acc1": "much"}, {"acc1": 3, "sha256": 3}])
+def test_a_record_of_odd_facts_is_one_line(facts, command, tmp_path):
+    flags = "--model resnet8 --dataset digits --epochs 1 --batch_size 600 --gpu -1 --amp no"
+    flags = f"{flags} --save_dir {tmp_path / 'run'} --output {tmp_path / 'w.pth'}"
+    command("train_scratch", flags)
+    record = read_json(tmp_path / "run/stages.json")
+    record["train"]["facts"] = facts
+    (tmp_path / "run/stages.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match="stages.json does not have the expected contents: (acc1|sha256) is"):
+        command("train_scratch", flags)
+
+
+def test_a_lost_record_makes_no_old_result_new(distill, copied):
+    folder = copied("csd")
+    (folder / "stages.json").unlink()
+    before = (folder / "args.json").read_bytes()
+    words = "holds bank/synthesize-000000.safetensors of a stage synthesize, which is not in its stages.json; restore"
+    with pytest.raises(UserError, match=f"{words} .*--redo synthesize$"):
+        distill("csd", folder, "--seed 1 --lr .5")
+    with pytest.raises(UserError, match="holds bank/synthesize-000000.safetensors"):
+        distill("csd", folder, "--seed 1 --redo distill")
+    assert (folder / "args.json").read_bytes() == before and read_json(folder / "result.json")["seed"] == 0
+    distill("csd", folder, "--seed 1 --redo synthesize")
+    assert read_json(folder / "result.json")["seed"] == 1
+
+
+def test_a_lost_record_of_a_training_is_one_line(command, tmp_path):
+    flags = f"--model resnet8 --dataset digits --epochs 1 --batch_size 600 --gpu -1 --amp no --save_dir {tmp_path / 'run'}"
+    command("train_scratch", f"{flags} --output {tmp_path / 'w.pth'}")
+    (tmp_path / "run/stages.json").unlink()
+    with pytest.raises(UserError, match="holds last.pth of a stage train, which is not in its stages.json; .* with --redo$"):
+        command("train_scratch", f"{flags} --output {tmp_path / 'v.pth'} --seed 5")
+    assert not (tmp_path / "v.pth").exists()
+
+
+def test_a_bank_that_changed_before_the_resume_is_refused(distill, copied, interrupted, tmp_path):
+    bank, run = copied("csd"), tmp_path / "run"
+    with interrupted("engine.loops.distill.save_checkpoint", 2):
+        distill("csd", run, f"--init_bank {bank}")
+    shutil.rmtree(bank)
+    distill("csd", bank, "--seed 1 --stages synthesize")
+    words = "stage distill .* is incomplete with other files in --init_bank .*copied: they have changed since; restore them"
+    with pytest.raises(UserError, match=words):
+        distill("csd", run, f"--init_bank {bank}")
+    record = read_json(run / "stages.json")
+    del record["distill"]["inputs"]  # of an earlier version
+    (run / "stages.json").write_text(json.dumps(record))
+    distill("csd", run, f"--init_bank {bank}")
+    shutil.rmtree(bank)
+    distill("csd", run, f"--init_bank {bank}")  # done: the bank is not needed any more
+
+
+@pytest.mark.parametrize("value", [7, "text"])
+def test_a_figure_of_one_line_alone_does_not_stop_a_run(value, distill, copied):
+    folder = copied("csd")
+    record, lines = read_json(folder / "stages.json"), (folder / "metrics.jsonl").read_text().splitlines()
+    record["synthesize"]["status"] = "incomplete"
+    (folder / "stages.json").write_text(json.dumps(record))
+    assert json.loads(lines[0])["stage"] == "synthesize"
+    lines[0] = json.dumps(json.loads(lines[0]) | {"extra": value})
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    if value == 7:
+        distill("csd", folder)
+        facts = read_json(folder / "stages.json")["synthesize"]["facts"]
+        assert facts == record["synthesize"]["facts"]
+    else:
+        with pytest.raises(UserError, match="line 1 of .*metrics.jsonl .*: extra is 'text', a finite number wanted"):
+            distill("csd", folder)
 
 
 ODD = {

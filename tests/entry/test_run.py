@@ -12,7 +12,7 @@ import registry
 from engine.data.splits import load_split
 from engine.runtime.errors import UserError, resolve, run_command
 from engine.runtime.files import load_tensors
-from engine.runtime.run import Run
+from engine.runtime.run import Run, progress
 from tests.conftest import CPU, ROOT, build_network, dataset_info, outcome
 
 
@@ -49,13 +49,27 @@ def test_noise_from_a_folder_of_pictures(distill, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="contains no images"):
         distill("noise", tmp_path / "run2", f"--images {tmp_path / 'empty'}")
+    Image.new("RGB", (20, 14), (9, 9, 9)).save(tmp_path / "pictures" / "deep" / "3.png")
+    with pytest.raises(UserError, match="is done with other files in --images .*pictures: they have changed since"):
+        distill("noise", tmp_path / "run", f"--images {tmp_path / 'pictures'}")
+
+
+def test_one_image_that_has_changed_is_another_run(distill, tmp_path):
+    for seed in (0, 1):
+        Image.effect_noise((64, 64), 50 + seed).save(tmp_path / "a.png")
+        if seed:
+            with pytest.raises(UserError, match="other files in --image .*a.png: they have changed since"):
+                distill("one_image", tmp_path / "run", f"--image {tmp_path / 'a.png'}")
+        else:
+            distill("one_image", tmp_path / "run", f"--image {tmp_path / 'a.png'} --epochs 2")
 
 
 def test_a_done_run_is_skipped(distill, copied, capsys):
     folder = copied("csd")
     student = (folder / "student.pth").stat().st_mtime_ns
     distill("csd", folder)
-    assert "distill: already done, skipped" in capsys.readouterr().out
+    accuracy = json.loads((folder / "result.json").read_text())["acc1_last"]
+    assert f"distill: already done, skipped ({folder}): acc1 {accuracy:.2f} % (last)\n" in capsys.readouterr().out
     assert (folder / "student.pth").stat().st_mtime_ns == student
 
 
@@ -222,6 +236,14 @@ def test_an_unwritable_save_dir_is_refused(distill, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="--save_dir .* cannot be written"):
         distill("csd", tmp_path / "file" / "run")
+    with pytest.raises(UserError, match="--save_dir .*file is a file, a folder wanted; give another --save_dir"):
+        distill("csd", tmp_path / "file")
+
+
+def test_a_bar_without_stderr_is_none(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)  # as Python sets it if the descriptor is closed
+    bar = progress(3, "work", "step")
+    bar.update(), bar.set_postfix({"acc1": 1}), bar.close()
 
 
 def test_help_and_the_rooms_load_no_large_libraries():

@@ -142,6 +142,31 @@ def test_half_of_the_crops_keep_their_colours():
     assert 70 < changed.sum() < 130
 
 
+def test_the_datasets_own_images_are_not_unrelated(tmp_path):
+    def check(images, **about):
+        method = noise.Noise(noise.NoiseConfig(images=str(images)), make_classifier(), make_classifier(), make_task(**about))
+        method.check_inputs(["distill"])
+
+    pixels = np.zeros((4, 16, 16, 3), np.uint8)
+    for name in ("own", "other"):
+        np.savez(tmp_path / f"{name}.npz", x_train=pixels)
+        (tmp_path / "tree" / name / "train" / "0").mkdir(parents=True)
+        Image.fromarray(pixels[0]).save(tmp_path / "tree" / name / "train" / "0" / "0.png")
+    (tmp_path / "link.npz").symlink_to(tmp_path / "own.npz")
+    npz = {"data_root": str(tmp_path), "archive": "own.npz"}
+    folder = {"data_root": str(tmp_path / "tree"), "source": "own", "archive": "folder.npz"}
+    check(tmp_path / "other.npz", **npz)
+    check(tmp_path / "tree" / "other", **folder)
+    for images, about in (
+        (tmp_path / "own.npz", npz),
+        (tmp_path / "link.npz", npz),
+        (tmp_path / "tree" / "own" / "train" / "0", folder),
+        (tmp_path / "tree", folder),
+    ):
+        with pytest.raises(UserError, match="has training images of debug, the dataset of this run; give unrelated images"):
+            check(images, **about)
+
+
 def test_a_picture_must_be_there_and_large_enough(tmp_path):
     def method(file):
         return one_image.OneImage(one_image.OneImageConfig(image=file), None, None, make_task())
