@@ -29,6 +29,7 @@ from engine.networks.build import (
     find_checkpoint,
     load_named_weights,
     own_weights,
+    require_image_size,
     short_name,
     split_arguments,
     with_own_weights,
@@ -44,7 +45,7 @@ from engine.runtime.files import delete_files, save_checkpoint
 from engine.runtime.flags import Parser, add_flags, add_list, flag, from_args, stage_flags
 from engine.runtime.precision import AMP, Precision, choose_amp, choose_device
 from engine.runtime.processes import seed_position
-from engine.runtime.run import Run, earlier_value, require_output, require_run_folder
+from engine.runtime.run import Run, earlier_value, require_own_output, require_run_folder
 from engine.runtime.schema import require
 from engine.runtime.stage_record import StageRecord
 from registry import DATASETS, METHODS, MODELS
@@ -63,7 +64,10 @@ class ScratchFlags:
         affects=TRAIN,
     )
     dataset: str = flag(
-        "cifar10", "dataset: a name of registry.DATASETS, or NAME of a file DATA_ROOT/NAME.npz", affects=TRAIN
+        "cifar10",
+        "dataset: a name of registry.DATASETS (--list datasets), NAME of a file DATA_ROOT/NAME.npz, or "
+        "folder for class folders DATA_ROOT/{train,test}/<class>/",
+        affects=TRAIN,
     )
     data_root: str = flag(
         "data", "folder of the data, relative to the current directory; datasets that can be downloaded are saved here"
@@ -185,6 +189,8 @@ def main() -> None:
     if start and not own:
         loading = {"num_classes": info.num_classes, "new_head": not flags.evaluate_only}
         stored = load_named_weights(MODELS, network, start, "checkpoint", **loading)
+        if flags.evaluate_only:
+            require_image_size(stored, info, f"checkpoint {start}")
     normalization = choose_normalization(info, flags.mean, flags.std, stored, f"{kind} {start}", kind=kind)
     classifier = wrap(network, flags.model, info, device, normalization)
     if flags.evaluate_only:
@@ -220,7 +226,7 @@ def checked_record(save_dir: Path, output: Path, settings: dict[str, Any], redo:
         require_no_outputs(save_dir, "train", ["last.pth"], "--redo")
     digest = facts.get("sha256")
     same = output.is_file() and facts.get("output") == str(output)
-    require_output(save_dir, output, earlier=same and (not digest or checksums.digest_of(output) == digest))
+    require_own_output(save_dir, output, earlier=same and (not digest or checksums.digest_of(output) == digest))
     return stages, False
 
 

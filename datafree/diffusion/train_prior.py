@@ -49,7 +49,7 @@ from engine.runtime.files import delete_files, load_checkpoint, save_checkpoint
 from engine.runtime.flags import Parser, add_flags, flag, from_args, stage_flags
 from engine.runtime.precision import Precision, choose_amp, choose_device
 from engine.runtime.processes import position_seed, seed_position
-from engine.runtime.run import Run, earlier_value, progress, require_output, require_run_folder
+from engine.runtime.run import Run, earlier_value, progress, require_own_output, require_run_folder
 from models.classifier import Classifier
 from registry import DATASETS, MODELS
 
@@ -263,7 +263,7 @@ def _unfinished(save_dir: Path, output: Path, flags: PriorFlags, settings: dict[
             raise UserError(f"{found}; give the former value, another --save_dir, or --redo")
     renewed = flags.start and Path(flags.start).resolve() == output.resolve()
     if state or not renewed:  # a training that begins may replace the file that it starts from
-        require_output(save_dir, output, earlier=file.exists())
+        require_own_output(save_dir, output, earlier=file.exists())
     return state
 
 

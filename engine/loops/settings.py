@@ -20,7 +20,12 @@ DISTILL = ("distill",)
 class TaskFlags:
     """Networks and data."""
 
-    dataset: str = flag("cifar10", "dataset: a name of registry.DATASETS, or NAME of a file DATA_ROOT/NAME.npz", affects=ALL)
+    dataset: str = flag(
+        "cifar10",
+        "dataset: a name of registry.DATASETS (--list datasets), NAME of a file DATA_ROOT/NAME.npz, or "
+        "folder for class folders DATA_ROOT/{train,test}/<class>/",
+        affects=ALL,
+    )
     data_root: str = flag(
         "data",
         "folder of the real data, relative to the current directory; data-free methods open only the test split, to report "

@@ -69,7 +69,7 @@ def _json_object(file: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def require_output(folder: Path, output: Path, earlier: bool = False) -> None:
+def require_own_output(folder: Path, output: Path, earlier: bool = False) -> None:
     """Checks that a run may write to ``--output``. The run knows its own file by the digests in its ``OUTPUTS``.
 
     Args:
@@ -212,7 +212,7 @@ class Run:
         return self._writer
 
     def adopt_output(self, output: Path) -> None:
-        """Begins the list ``OUTPUTS`` of a run. A file at ``output``, which ``require_output`` has accepted, is on the list."""
+        """Begins the list ``OUTPUTS`` of a run. A file at ``output``, which ``require_own_output`` has accepted, is on the list."""
         self._list_output([checksums.digest_of(output)] if output.exists() else [])
 
     @contextmanager
@@ -222,7 +222,7 @@ class Run:
         Raises:
             UserError: ``output`` has become a file of somebody else.
         """
-        require_output(self.path, output)
+        require_own_output(self.path, output)
         with atomic_path(output) as temporary:
             try:
                 yield temporary
