@@ -24,10 +24,9 @@ from engine.data.datasets import dataset_info
 from engine.data.image_bank import find_bank, open_bank
 from engine.data.splits import load_split
 from engine.loops.measures import NEIGHBOURS, density_coverage
-from engine.loops.session import INITIAL
 from engine.loops.stages import STREAMED
 from engine.networks.build import load_teacher, own_weights
-from engine.report.results import flags_of
+from engine.report.results import bank_stages, flags_of
 from engine.runtime.errors import UserError
 from engine.runtime.files import load_tensors
 from engine.runtime.schema import SIZE
@@ -99,9 +98,7 @@ def training_images(folder: Path) -> tuple[Tensor, Tensor]:
     if (folder / STREAMED).exists():
         kept = load_tensors(folder / STREAMED)
         return kept["images"][:MOST], kept["labels"][:MOST]
-    places = [find_bank(Path(args["init_bank"]))] if args.get("init_bank") else []
-    places = [place for place in (*places, folder / "bank") if (place / "manifest.json").exists()]
-    read = [bank.read(stage) for bank in map(open_bank, places) for stage in (*INITIAL, "distill") if bank.rounds(stage)]
+    read = [bank.read(stage) for bank, stage in bank_stages(folder, args.get("init_bank"))]
     rows = [(columns, row) for columns in read for row in range(len(columns["labels"]))]
     decided = sorted(folder.glob("filter_*.safetensors"))
     variants = find_bank(Path(args.get("init_variants") or folder), "variants")

@@ -237,24 +237,38 @@ def flags_of(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     return args["args"]
 
 
+def bank_stages(folder: Path, init_bank: str | None) -> list[tuple[Any, str]]:
+    """The (bank, stage) pairs whose images a run's student learnt from: the initial images, then those of its own rounds.
+
+    Args:
+        init_bank: the run's --init_bank. Of that bank the student saw the initial images alone, not those of its rounds.
+    """
+    from engine.data.image_bank import find_bank, open_bank
+    from engine.loops.session import INITIAL
+
+    own = folder / "bank"
+    initial = find_bank(Path(init_bank)) if init_bank else own
+    places = [
+        (path, stages) for path, stages in ((initial, INITIAL), (own, ("distill",))) if (path / "manifest.json").exists()
+    ]
+    banks = [(open_bank(path), stages) for path, stages in places]
+    return [(bank, stage) for bank, stages in banks for stage in stages if bank.rounds(stage)]
+
+
 def pictures(folder: Path) -> dict[str, Any]:
     """Images of a run for the page, as data URIs.
 
     "bank": [(image, class number)], "variants": [(source, [(image, cosine, kept)])], "counts": number of images per class.
     A run without a bank has only "sheet", a picture of the last images that the student learnt from.
     """
-    from engine.data.image_bank import find_bank, open_bank
-    from engine.loops.session import INITIAL
+    from engine.data.image_bank import find_bank
 
     args = flags_of(folder, {"init_bank?": str, "init_variants?": str}) if (folder / "args.json").exists() else {}
-    places = [folder / "bank", *([find_bank(Path(args["init_bank"]))] if args.get("init_bank") else [])]
-    banks = [open_bank(p) for p in reversed(places) if (p / "manifest.json").exists()]
-    stages = [(bank, stage) for stage in (*INITIAL, "distill") for bank in banks if bank.rounds(stage)]
-    parts = [bank.read(stage) for bank, stage in stages]
-    if not parts:
+    stages = bank_stages(folder, args.get("init_bank"))
+    if not stages:
         sheet = folder / "pictures" / "images.png"
         return {"sheet": _sheet(sheet)} if sheet.exists() else {}
-    classes = banks[0].manifest.num_classes
+    classes, parts = stages[0][0].manifest.num_classes, [bank.read(stage) for bank, stage in stages]
     first = parts[0]  # the initial images, the sources of the variants; if there are none, the rounds' images
     order = first["labels"].argsort(stable=True)
     chosen = order[:: max(1, len(order) // SHOWN)][:SHOWN].tolist()

@@ -12,6 +12,7 @@ from PIL import Image
 from datafree.losses import batch_statistics, bn_loss
 from engine.report import curves, images
 from engine.report.command import main
+from engine.report.results import bank_stages
 from engine.report.tables import image_rows
 from engine.runtime.errors import UserError
 from engine.runtime.files import load_tensors
@@ -96,11 +97,17 @@ def test_training_images(finished, distill, tmp_path, monkeypatch):
     seen, labels = images.training_images(finished("csd"))
     assert seen.shape == (24, 3, 16, 16) and seen.dtype == torch.uint8 and labels.min() >= 0  # 2 + 2 rounds of 6
     assert len(images.training_images(finished("dda"))[1]) == 48  # and two variants of each of the first 12
+    distill("csd", tmp_path / "second", f"--init_bank {finished('csd')}")  # the rounds of that run are none of this one's
+    assert len(images.training_images(tmp_path / "second")[1]) == 24
+    assert [len(bank.read(stage)["labels"]) for bank, stage in bank_stages(tmp_path / "second", str(finished("csd")))] == [
+        12,
+        12,
+    ]
     seen, labels = images.training_images(finished("dfq"))
     assert len(seen) == 100 and set(labels.tolist()) == {-1}
     monkeypatch.setattr("engine.loops.stages.STREAMED_BYTES", STREAMED_BYTES)
-    distill("kd", tmp_path)
-    kept = load_tensors(tmp_path / "images.safetensors")
+    distill("kd", tmp_path / "kd")
+    kept = load_tensors(tmp_path / "kd" / "images.safetensors")
     assert kept["images"].shape == (1000, 3, 16, 16) and set(kept["labels"].tolist()) == set(range(10))
 
 
