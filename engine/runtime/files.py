@@ -101,7 +101,7 @@ def require_output(flag: str, path: Path, suffixes: tuple[str, ...], fields: tup
     if checksums.SUMMED.fullmatch(path.name) and (path.parent / checksums.LIST).is_file():
         raise UserError(f"{flag} {path} is the name of a file of the run in that folder; give another name")
     if path.exists():
-        found = _object(path) if fields else {}
+        found = json_object(path) if fields else {}
         if path.suffix.lower() not in suffixes or not set(fields) <= found.keys():
             raise UserError(
                 f"{flag} {path} exists and was not written by this command; give a new name that ends in {suffixes[0]}"
@@ -234,8 +234,8 @@ def parse_json(text: str) -> Any:
         raise ValueError("nested too deeply") from None
 
 
-def _object(file: Path) -> dict[str, Any]:
-    """Returns the object in a JSON file; {} if the file holds anything else."""
+def json_object(file: Path) -> dict[str, Any]:
+    """Returns the object in a JSON file; {} if the file is missing, damaged or holds anything else."""
     try:
         value = parse_json(file.read_text())
     except (OSError, ValueError):

@@ -30,7 +30,15 @@ from tqdm import tqdm
 
 from engine.runtime import checksums
 from engine.runtime.errors import UserError
-from engine.runtime.files import atomic_path, delete_temporaries, is_temporary, parse_json, read_json, write_json
+from engine.runtime.files import (
+    atomic_path,
+    delete_temporaries,
+    is_temporary,
+    json_object,
+    parse_json,
+    read_json,
+    write_json,
+)
 from engine.runtime.processes import is_main
 from engine.runtime.schema import require
 
@@ -52,21 +60,12 @@ def require_run_folder(path: Path) -> None:
         raise UserError(f"--save_dir {path} is a file, a folder wanted; give another --save_dir")
     if not path.is_dir() or all(file.name == ".lock" or is_temporary(file) for file in path.iterdir()):
         return
-    args, stages = (_json_object(path / name) for name in ("args.json", "stages.json"))
+    args, stages = (json_object(path / name) for name in ("args.json", "stages.json"))
     is_stage = (isinstance(entry, dict) and "depends_on" in entry for entry in stages.values())
     if not ({"args", "command", "versions"} <= args.keys() or any(is_stage)):
         raise UserError(
             f"--save_dir {path} contains files, but not those of a run; give a new folder, or the folder of a run"
         )
-
-
-def _json_object(file: Path) -> dict[str, Any]:
-    """Returns the object in a JSON file; {} if the file is missing, damaged or not an object."""
-    try:
-        value = parse_json(file.read_text())
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 def require_own_output(folder: Path, output: Path, earlier: bool = False) -> None:
@@ -125,7 +124,7 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
 
 def earlier_value(folder: Path, name: str) -> Any:
     """Returns the value of a flag with which the run in a folder was begun; None if there is no run or no such flag."""
-    stages, args = (_json_object(folder / file) for file in ("stages.json", "args.json"))
+    stages, args = (json_object(folder / file) for file in ("stages.json", "args.json"))
     settings = [entry.get("depends_on") for entry in stages.values() if isinstance(entry, dict)] + [args.get("args")]
     return next((values[name] for values in settings if isinstance(values, dict) and name in values), None)
 
