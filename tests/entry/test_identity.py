@@ -9,7 +9,7 @@ from PIL import Image
 
 from engine import report
 from engine.runtime.errors import UserError
-from engine.runtime.files import load_checkpoint, read_json, write_json
+from engine.runtime.files import load_checkpoint, read_json, save_checkpoint, write_json
 from tests.conftest import TINY
 
 SMALL = "--dataset folder --image_size 16 --gpu -1 --epochs 1 --batch_size 8"
@@ -164,6 +164,11 @@ def test_a_teacher_is_normalized_as_it_was_trained(command, tmp_path, capsys):
     assert "mean 0.1,0.1,0.1 (from the checkpoint), std 0.05,0.05,0.05 (from the checkpoint)" in out
     acc1, out = evaluated("--mean 0.305,0.305,0.305 --std 0.319,0.319,0.319")
     assert acc1 < trained - 10 and "(from the flag)" in out
+    save_checkpoint(tmp_path / "small.pth", load_checkpoint(tmp_path / "t.pth") | {"image_size": 8})
+    with pytest.raises(
+        UserError, match="small.pth was trained at 8 px, but the images of digits have 16 px; give --image_size 8"
+    ):
+        command("train_scratch", f"--model resnet8 {task} --evaluate_only --resume {tmp_path}/small.pth")
 
     run = (
         f"{STREAM} {task} --epochs 1 --batch_size 8 --teacher resnet8 --student resnet8 --teacher_ckpt {tmp_path}/t.pth "

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 from torch import nn
 
 from engine.runtime.errors import UserError
+from registry import MODELS
 from tests.conftest import build_network, make_classifier
 
 PUBLISHED = json.loads(Path(__file__).with_name("teacher_keys.json").read_text())
@@ -114,3 +116,8 @@ def test_networks_that_cannot_be_built(tmp_path, spec, message):
     with pytest.raises(UserError, match=message) as error:
         build_network(spec.format(tmp=tmp_path), 10)
     assert "\n" not in str(error.value)
+
+
+def test_torchvision_knows_the_names_of_its_networks():
+    places = [target.partition(":") for target in MODELS.values()]
+    assert {name for module, _, name in places if module == "models.imagenet"} <= set(torchvision.models.list_models())
