@@ -263,7 +263,7 @@ def brief_rows(
 def what_all_share(groups: Groups, wide: bool = False) -> str:
     """One line that states what all rows of a table have in common, and the unit of its accuracies."""
     shared = _shared(_runs_and_rows(groups))
-    words = [shared.get("dataset"), " -> ".join(shared[n] for n in ("teacher", "network") if n in shared)]
+    words = [shared.get("dataset"), " -> ".join(shared[n] for n in ("teacher", "network") if shared.get(n))]
     words += [f"{shared['student steps']} student steps" if shared.get("student steps") else ""]
     words += [f"seed{'s' * (',' in shared['seeds'])} {shared['seeds']}" if "seeds" in shared else ""]
     meaning = "accuracies in %" if wide else "acc1: test accuracy of the last epoch in %"

@@ -268,6 +268,7 @@ def test_wide_has_more_columns_and_markdown_the_same_figures(three_runs):
     assert {"seeds", "images"} <= set(wide.splitlines()[2].split()) and "dataset" not in wide and "network" not in wide
     assert brief.splitlines()[2] == "| method | seeds | external prior | acc1 | time s | images |"
     assert "| m | 0,1 | none | 91.00 ± 1.41 | 30 | 5 |" in brief
+    assert run_report(three_runs / "real", "--wide").startswith("d, t, seed 0; accuracies in %\n\n")
 
 
 @pytest.mark.parametrize("flags", [(), ("--wide", "--rounds", "--budget", "60"), ("--wide", "--folders", "--markdown")])
