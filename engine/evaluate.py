@@ -1,5 +1,6 @@
 """Evaluates a trained model on a test split or on a folder of images, and compares its predictions with its teacher's.
 
+python -m engine.evaluate RUN                                  the test split of a run's own dataset
 python -m engine.evaluate MODEL --dataset digits               the test split of a dataset
 python -m engine.evaluate MODEL --images FOLDER                FOLDER/<class>/*, or a folder of unlabelled images
 python -m engine.evaluate MODEL --dataset digits --against TEACHER --csv predictions.csv --json figures.json
@@ -22,6 +23,7 @@ from engine.loops.measures import calibration_error, class_accuracy, confusion, 
 from engine.networks.build import wrap
 from engine.networks.trained import Trained, open_trained
 from engine.networks.weights import choose_normalization
+from engine.report.results import DATASET_FLAGS, dataset_flags, flags_of
 from engine.runtime.errors import UserError, run_command
 from engine.runtime.files import atomic_path, require_output, write_json
 from engine.runtime.flags import Parser, numbers
@@ -33,10 +35,10 @@ MOST_SHOWN = 20  # largest number of classes in the printed table; with more cla
 
 
 def parse(argv: list[str] | None = None):
-    """Parses the command line.
+    """Parses the command line; ``task`` has the arguments of ``dataset_info`` if the images are those of a dataset.
 
     Raises:
-        UserError: not exactly one of --dataset and --images is given.
+        UserError: both --dataset and --images are given, or neither and the model is no run folder.
     """
     parser = Parser(prog="python -m engine.evaluate", description=__doc__.splitlines()[0])
     parser.add_argument(
@@ -45,9 +47,11 @@ def parse(argv: list[str] | None = None):
         "hf-hub:ORG/NAME, torchvision:NAME, local-dir:FOLDER) or a name of registry.MODELS",
     )
     parser.add_argument("--against", metavar="TEACHER", help="second model, whose agreement with the first is reported")
-    parser.add_argument("--dataset", help="dataset: a name of registry.DATASETS, or NAME of DATA_ROOT/NAME.npz")
+    parser.add_argument(
+        "--dataset", help="dataset: a name of registry.DATASETS, or NAME of DATA_ROOT/NAME.npz; unset: a run's own"
+    )
     parser.add_argument("--images", metavar="FOLDER", help="folder of unlabelled images, or with one folder per class")
-    parser.add_argument("--data_root", default="data", help="folder of the dataset [data]")
+    parser.add_argument("--data_root", help="folder of the dataset; unset: that of a run whose dataset is used, else data")
     parser.add_argument("--domain", help="domain of a dataset that has several (domainnet)")
     parser.add_argument("--classes", help="classes of a dataset with domains: ten or all; unset: ten")
     parser.add_argument(
@@ -71,8 +75,13 @@ def parse(argv: list[str] | None = None):
     parser.add_argument("--csv", type=Path, metavar="FILE", help="file to write the predictions to, one line per image")
     parser.add_argument("--json", type=Path, metavar="FILE", help="file to write all figures to")
     args = parser.parse_args(argv)
+    if not args.dataset and not args.images and (Path(args.model) / "args.json").exists():
+        known = {name: value for name, value in vars(args).items() if value is not None}
+        args.task = dataset_flags(flags_of(Path(args.model), DATASET_FLAGS) | known)
+        return args
+    args.task = [args.dataset, args.data_root or "data", args.image_size, args.domain, args.classes]
     if bool(args.dataset) == bool(args.images):
-        raise UserError("give either --dataset NAME or --images FOLDER")
+        raise UserError("give either --dataset NAME or --images FOLDER (the dataset of a run folder is known)")
     return args
 
 
@@ -83,8 +92,8 @@ def main() -> None:
             require_output(f"--{name}", file, (f".{name}",), fields)
     device = choose_device(args.gpu)
     info, labelled = None, True
-    if args.dataset:
-        info = dataset_info(DATASETS, args.dataset, args.data_root, args.image_size, args.domain, args.classes)
+    if not args.images:
+        info = dataset_info(DATASETS, *args.task)
     model = open_trained(MODELS, args.model, info, args.arch)
     if args.images:
         info, labelled = images_info(args.images, model, args.image_size)

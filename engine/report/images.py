@@ -26,19 +26,17 @@ from engine.data.splits import load_split
 from engine.loops.measures import NEIGHBOURS, density_coverage
 from engine.loops.stages import STREAMED
 from engine.networks.build import load_teacher, own_weights
-from engine.report.results import bank_stages, flags_of
+from engine.report.results import DATASET_FLAGS, bank_stages, dataset_flags, flags_of
 from engine.runtime.errors import UserError
 from engine.runtime.files import load_tensors
-from engine.runtime.schema import SIZE
 from models.classifier import layers_with_statistics
 from registry import DATASETS, MODELS
 
 MOST, BATCH = 1000, 250
-TASK = ("dataset", "data_root", "image_size", "domain", "classes", "name")  # flags
 TEACHER = ("teacher", "teacher_ckpt", "teacher_mean", "teacher_std")
-FLAGS = {
-    "dataset": str, "data_root": str, "image_size?": SIZE, "domain?": str, "classes?": str, "name?": str, "teacher": str,
-    "teacher_ckpt?": str, "teacher_mean?": [float], "teacher_std?": [float], "init_bank?": str, "init_variants?": str,
+FLAGS = DATASET_FLAGS | {
+    "teacher": str, "teacher_ckpt?": str, "teacher_mean?": [float], "teacher_std?": [float], "init_bank?": str,
+    "init_variants?": str,
 }  # fmt: skip
 
 
@@ -65,7 +63,7 @@ def figures(folder: Path, known: dict[str, Any]) -> dict[str, float | int | None
     """
     images, labels = training_images(folder)
     args = flags_of(folder, FLAGS)
-    key = json.dumps([args.get(name) for name in (*TASK, *TEACHER)])
+    key = json.dumps([*dataset_flags(args), *(args.get(name) for name in TEACHER)])
     if key not in known:
         teacher, info = open_teacher(args)
         split = load_split(info, "test", "cpu")
@@ -78,7 +76,7 @@ def figures(folder: Path, known: dict[str, Any]) -> dict[str, float | int | None
 
 def open_teacher(args: dict[str, Any]):
     """Loads the teacher of a run on the CPU, and describes its dataset, from the run's flags."""
-    info = dataset_info(DATASETS, *(args.get(name) for name in TASK))
+    info = dataset_info(DATASETS, *dataset_flags(args))
     if own := own_weights(args["teacher"], info.name, args.get("teacher_ckpt")):
         info = info.adapted_to_model(args["teacher"], own, keep_size=args.get("image_size") is not None)
     name, *how = (args.get(name) for name in TEACHER)

@@ -13,7 +13,7 @@ from engine.runtime.errors import UserError
 from engine.runtime.files import atomic_path, parse_json, read_json
 from engine.runtime.flags import Range
 from engine.runtime.run import LINE, METRICS, TIMES, read_lines
-from engine.runtime.schema import COUNT, SECONDS, require
+from engine.runtime.schema import COUNT, SECONDS, SIZE, require
 
 HISTORY = [LINE | {str: {float, None}}]  # lines of metrics, whose further fields are losses
 GROUP_BY = ("dataset", "teacher", "student", "method", "external_prior", "student_steps", "bank_images", "variants")
@@ -227,6 +227,17 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
         for line in read_lines(folder / TIMES)
     }
     return [line | times.get((line["stage"], line["round"]), {}) for line in read_lines(folder / METRICS)]
+
+
+# Flags of a run that describe its dataset, in the order of the arguments of ``dataset_info``.
+DATASET_FLAGS = {
+    "dataset": str, "data_root": str, "image_size?": SIZE, "domain?": str, "classes?": str, "name?": str,
+}  # fmt: skip
+
+
+def dataset_flags(flags: dict[str, Any]) -> list[Any]:
+    """Returns the arguments of ``dataset_info`` after its table, from a run's flags; None where a flag is unset."""
+    return [flags.get(name.rstrip("?")) for name in DATASET_FLAGS]
 
 
 def flags_of(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:

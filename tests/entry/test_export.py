@@ -314,20 +314,9 @@ def test_the_hub_is_one_line_offline_and_gets_the_folder(runs, export, tmp_path,
 
 
 def test_evaluation_of_a_run_against_its_teacher(runs, measure, teacher_file, tmp_path, capsys):
+    """A run folder is evaluated on its own dataset."""
     run = runs["resnet8"]
-    measure(
-        run,
-        "--dataset",
-        "digits",
-        "--image_size",
-        32,
-        "--against",
-        teacher_file,
-        "--csv",
-        tmp_path / "p.csv",
-        "--json",
-        tmp_path / "f.json",
-    )
+    measure(run, "--against", teacher_file, "--csv", tmp_path / "p.csv", "--json", tmp_path / "f.json")
     figures, result = json.loads((tmp_path / "f.json").read_text()), json.loads((run / "result.json").read_text())
     assert figures["acc1"] == result["acc1_last"] and figures["teacher_acc1"] == result["teacher_acc1"]
     rows = [line.split(",") for line in (tmp_path / "p.csv").read_text().splitlines()]
