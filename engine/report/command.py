@@ -22,6 +22,7 @@ from engine.report.tables import (
     aligned,
     brief_rows,
     image_rows,
+    leading_accuracy,
     markdown,
     replace_table,
     rounds_rows,
@@ -64,6 +65,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--folders", action="store_true", help="name rows by their run folders, not by the flags in which they differ"
     )
+    parser.add_argument("--best_first", action="store_true", help="sort the rows by accuracy, the highest first")
     parser.add_argument("--csv", type=Path, help="also write the table, with all columns, to this CSV file")
     parser.add_argument(
         "--html", type=Path, metavar="FILE.html", help="write a page with table, curves and pictures, and print no table"
@@ -99,6 +101,8 @@ def table(args: argparse.Namespace, results: list[dict[str, Any]] | None = None)
         rows = image_rows(groups, args.folders)
         return markdown(rows) if args.markdown or args.into else aligned(rows)
     rows = (wide_rows if args.wide else brief_rows)(groups, args.budget, args.target, args.folders)
+    if args.best_first:
+        rows.sort(key=leading_accuracy, reverse=True)
     way = rounds_rows(groups, 10 if args.wide else 6) if args.rounds else []
     width = None if args.wide else 100
     tables = [markdown(part) if args.markdown or args.into else aligned(part, width) for part in (rows, way) if part]

@@ -1,5 +1,6 @@
 """Turns groups of results into the rows of a table, and rows into text."""
 
+import math
 import re
 import statistics
 import textwrap
@@ -258,6 +259,12 @@ def brief_rows(
             | {"images": line["images"]}
         )
     return rows
+
+
+def leading_accuracy(row: dict[str, str]) -> float:
+    """The accuracy in a row of a table; minus infinity if the row has none."""
+    text = row.get("acc1") or row.get("acc1 last")
+    return float(text.split()[0]) if text else -math.inf
 
 
 def what_all_share(groups: Groups, wide: bool = False) -> str:

@@ -271,6 +271,14 @@ def test_wide_has_more_columns_and_markdown_the_same_figures(three_runs):
     assert run_report(three_runs / "real", "--wide").startswith("d, t, seed 0; accuracies in %\n\n")
 
 
+@pytest.mark.parametrize("wide", [(), ("--wide",)])
+def test_the_best_row_first(tmp_path, wide):
+    for name, acc1 in (("a", 9.5), ("b", 70.0), ("c", 10.0)):
+        write_result(tmp_path / name, settings={"x": name}, acc1_last=acc1)
+    text = run_report(tmp_path, "--folders", "--best_first", "--markdown", *wide)
+    assert [line.split(" | ")[0] for line in text.splitlines()[4:]] == ["| b", "| c", "| a"]
+
+
 @pytest.mark.parametrize("flags", [(), ("--wide", "--rounds", "--budget", "60"), ("--wide", "--folders", "--markdown")])
 def test_result_lines_make_the_tables_that_their_folders_made(three_runs, tmp_path, monkeypatch, capsys, flags):
     lines = tmp_path / "results.jsonl"
