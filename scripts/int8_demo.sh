@@ -14,7 +14,7 @@ lines="${LINES_FILE:-checkpoints/results/int8.jsonl}"
 
 demo() { # dataset, then the flags of its teacher
   python datafree_kd.py --method csd --dataset "$@" --student resnet8 --stages synthesize --init_rounds "${ROUNDS:-10}" \
-    --init_batch_size "${IMAGES:-100}" --init_g_steps "${STEPS:-100}" --lr_g "${LR_G:-2e-3}" --oh 5 --amp "${AMP:-bf16}" --save_dir "$out/$1"
+    --init_batch_size "${IMAGES:-100}" --init_g_steps "${STEPS:-100}" --lr_g "${LR_G:-2e-3}" --oh 5 --save_dir "$out/$1"
   python -m datafree.int8 --dataset "$@" --bank "$out/$1" --lines "$lines" --into "${INTO:-docs/int8.md}" ${TEST_IMAGES:+--test_images "$TEST_IMAGES"}
 }
 

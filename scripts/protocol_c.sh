@@ -7,7 +7,7 @@
 #   SEEDS="0 1" EXTRA="--compile no" bash scripts/protocol_c.sh                other seeds, further flags of datafree_kd.py
 # TEACHER: a resnet20 whose normalization has a std of its own (docs/reference.md, Networks). IMAGE: the picture for one_image.
 # PICTURES: unrelated images. A run with a result.json is skipped, and a stopped run is resumed. Each run has one CPU thread, and
-# uses bf16 if the machine computes in it (AMP=no: never). This command keeps the results, at the end or at any time:
+# uses bf16 where it is faster (AMP=bf16: everywhere, as in the table). This command keeps the results, at the end or at any time:
 #   python -m engine.report checkpoints/protocol_c --lines checkpoints/results/protocol_c.jsonl
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -26,8 +26,6 @@ if [ -z "$list" ] && [ ! -e "$teacher" ]; then
   echo "error: the teacher $teacher does not exist; give its path with TEACHER=... (docs/reference.md, Networks)" >&2
   exit 2
 fi
-amp="${AMP:-bf16}"
-[ -n "${AMP:-}" ] || grep -qs bf16 /proc/cpuinfo || nvidia-smi -L >/dev/null 2>&1 || amp=no
 image="${IMAGE:-$(python -c 'import sklearn.datasets as d; print(d.__path__[0] + "/images/china.jpg")')}"
 
 # The scale is 4,000 / published student steps. An epoch has whole rounds, so dafl, zskt, dfad and dfq get 3,960 steps. A line with
@@ -62,7 +60,7 @@ for seed in ${SEEDS:-0 1 2}; do
     method="${name/noise_batch/noise}"
     command=(python datafree_kd.py --method "${method/pictures/noise}" ${flags[$name]} --dataset cifar10 --data_root "$data" --teacher resnet20
       --teacher_ckpt "$teacher" --teacher_mean .4914,.4822,.4465 --teacher_std .2470,.2435,.2616
-      --student wrn16_1 --batch_size 256 --amp "$amp" --seed "$seed" --save_dir "$run" ${EXTRA:-})
+      --student wrn16_1 --batch_size 256 --amp "${AMP:-auto}" --seed "$seed" --save_dir "$run" ${EXTRA:-})
     if [ -n "$list" ]; then echo "${command[*]}"; continue; fi
     while [ "$(jobs -rp | wc -l)" -ge "$jobs" ]; do wait -n || failed=yes; done
     mkdir -p "$out/console"

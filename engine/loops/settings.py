@@ -125,7 +125,7 @@ class RunFlags:
     gpu: int | None = flag(None, "index of the GPU, -1 for the CPU; unset: GPU 0 if there is one", least=-1)
     amp: str = flag(
         "auto",
-        "mixed precision of the networks; auto: bf16 on hardware that computes in it, else no; a resumed run keeps its "
+        "mixed precision of the networks; auto: bf16 on hardware where it is faster, else no; a resumed run keeps its "
         "precision",
         choices=AMP,
         affects=ALL,

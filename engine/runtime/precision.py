@@ -13,7 +13,11 @@ AMP = ("auto", "no", "bf16", "fp16")
 
 
 def choose_amp(amp: str, device: torch.device, earlier: str | None = None) -> str:
-    """Resolves ``--amp auto``: the precision that the run began with, else bf16 if the device computes in it, else float32.
+    """Resolves ``--amp auto``: the precision that the run began with, else bf16 where it is faster, else float32.
+
+    bf16 is faster on GPUs and processors that compute in it, with one exception: Intel processors with AVX-512 instructions
+    for bf16, but without AMX, which virtual machines may hide. Their convolutions in bf16 take twice the time of float32
+    (docs/speed.md).
 
     Args:
         amp: value of ``--amp``.
@@ -30,7 +34,7 @@ def choose_amp(amp: str, device: torch.device, earlier: str | None = None) -> st
         able = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         found = torch.cpu.get_capabilities()
-        able = found.get("avx512_bf16") or found.get("amx_bf16")
+        able = found.get("amx_bf16") or (found.get("avx512_bf16") and "Intel" not in found.get("cpu_name", ""))
     return "bf16" if able else "no"
 
 
