@@ -82,7 +82,6 @@ def _checked(name: str, values: Any, what: str, advice: str) -> tuple[float, ...
 
 
 WRAPPERS = ("state_dict", "model", "net")
-PREFIXES = ("module.", "_orig_mod.")  # added by DataParallel and by torch.compile
 
 
 class WrongNetwork(UserError):
@@ -97,7 +96,8 @@ def load_weights(network: nn.Module, path: Path, what: str = "teacher checkpoint
     """Loads a published checkpoint into ``network``, cast to the network's dtypes. After an error ``network`` is unchanged.
 
     The file is a ``torch.save`` or safetensors file. Its state dict is plain or stored under ``state_dict``, ``model`` or
-    ``net``, with or without the prefixes of DataParallel and torch.compile. No code from the file is ever run.
+    ``net``. Prefixes that all keys share are removed: ``module.`` of DataParallel and of averaged weights, ``_orig_mod.`` of
+    torch.compile, ``model.`` of Lightning. No code from the file is ever run.
 
     Args:
         what: name of the file in error messages.
@@ -111,7 +111,10 @@ def load_weights(network: nn.Module, path: Path, what: str = "teacher checkpoint
     """
     state, metadata = _unwrap(load_checkpoint(path, what), f"{what} {path}")
     wanted = network.state_dict()
-    while not state.keys() & wanted.keys() and all(key.startswith(PREFIXES) for key in state):
+    state.pop("n_averaged", None)  # counter of torch's AveragedModel (EMA, SWA)
+    while not state.keys() & wanted.keys() and len(first := {key.partition(".")[:2] for key in state}) == 1:
+        if "." not in first.pop():
+            break
         state = {key.partition(".")[2]: tensor for key, tensor in state.items()}
     head = [key for key in wanted if key in state and state[key].shape != wanted[key].shape]
     if new_head and head and _is_head(head, state, wanted):

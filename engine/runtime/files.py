@@ -4,6 +4,7 @@ Only files of this program are deleted or replaced. Temporary files are recogniz
 program uses, and outputs by the names that the stages give them. Nothing is ever deleted through a symbolic link.
 """
 
+import argparse
 import hashlib
 import io
 import json
@@ -325,7 +326,8 @@ def load_checkpoint(path: Path, what: str = "checkpoint") -> Any:
         return load_tensors(path)
     try:
         checksums.check(path)
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # flags, in checkpoints of timm and of RepDistiller
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
     except Exception as error:  # torch.load raises a dozen unrelated types on damaged files

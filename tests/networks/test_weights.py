@@ -1,5 +1,6 @@
 """Loading weights: which files are accepted or refused, and the normalization that comes with the weights."""
 
+import argparse
 import copy
 from types import SimpleNamespace
 
@@ -37,7 +38,19 @@ def test_wrapped_with_metadata(tmp_path, state, wrapper):
     assert_loads(tmp_path / "a.pth", state, {**plain, "acc": 2.0})
 
 
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_flags_beside_the_weights_as_timm_and_repdistiller_store_them(tmp_path, state):
+    torch.save({"model": state, "opt": argparse.Namespace(lr=0.05, model="resnet8")}, tmp_path / "a.pth")
+    assert_loads(tmp_path / "a.pth", state)
+
+
+def test_averaged_weights_of_torch(tmp_path, state):
+    network = build_network("resnet8", 10)
+    network.load_state_dict(state)
+    torch.save(torch.optim.swa_utils.AveragedModel(network).state_dict(), tmp_path / "a.pth")
+    assert_loads(tmp_path / "a.pth", state)
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "model."])
 def test_prefixes_and_no_batch_counters(tmp_path, state, prefix):
     old = {prefix + key: tensor for key, tensor in state.items() if not key.endswith("num_batches_tracked")}
     torch.save(old, tmp_path / "a.pth")
