@@ -56,7 +56,8 @@ def describe_npz(row: dict[str, Any], root: Path, name: str, domain: str | None,
     """
     path = root / f"{name}.npz"
     with open_npz(path) as archive:
-        names = next((_member(archive, path, key) for key in ("classes", "class_names") if key in archive), None)
+        listed = (_member(archive, path, key) for key in ("classes", "class_names") if key in archive)
+        names = next((names for names in listed if names.size), None)
         labels = _labels(archive, path, "test")
         shape, _ = _header(archive, path, "x_test")
     if names is None and labels.size and labels.min() != 0:

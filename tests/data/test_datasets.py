@@ -77,6 +77,11 @@ def test_an_unregistered_archive_is_a_dataset(tmp_path):
     assert load(dataset_info("named", tmp_path, image_size=4)).images.shape == (6, 3, 4, 4)
     write_npz(tmp_path, "latin", classes=np.array([b"\xe9", b"b", b"c"]))
     assert dataset_info("latin", tmp_path).class_names == ("\ufffd", "b", "c")
+    write_npz(tmp_path, "empty", classes=np.array([]))
+    assert dataset_info("empty", tmp_path).num_classes == 3
+    write_npz(tmp_path, "empty", classes=np.array([]), y_test=np.zeros(0, int))
+    with fails("number of classes is unknown"):
+        dataset_info("empty", tmp_path)
     write_npz(tmp_path, "count", classes=np.int64(10))
     with fails("classes has shape", "one name per class"):
         dataset_info("count", tmp_path)
