@@ -255,7 +255,6 @@ def train_run(
         if flags.redo:
             delete_files(run.path, ["last.pth"])
             stages.discard("train")
-        stages.begin("train")
         about = {"arch": flags.model, "dataset": info.name, "epoch": lengths.epochs, "seed": flags.seed}
         if start:
             run.log(f"starting from {start}" + (f", without its head ({dropped_head})" if dropped_head else ""))
