@@ -128,11 +128,16 @@ def _image_size(file: str) -> tuple[int, int] | None:
         return None
 
 
-def class_files(folder: Path | str, class_names: tuple[str, ...] = ()) -> tuple[list[str], Tensor]:
+def class_files(
+    folder: Path | str, class_names: tuple[str, ...] = (), names_first: bool = False
+) -> tuple[list[str], Tensor]:
     """Image files in class folders, and their labels (N,).
 
     If all folder names are numbers, each number is the label; a class without a folder leaves its label unused. Other names
     are looked up in ``class_names``. If ``class_names`` is empty, the folders are numbered in alphabetical order.
+
+    Args:
+        names_first: whether numbers that are all in ``class_names`` are names of classes, not labels.
 
     Raises:
         UserError: there is no class folder or no image, or a folder is no class.
@@ -140,11 +145,12 @@ def class_files(folder: Path | str, class_names: tuple[str, ...] = ()) -> tuple[
     entries = list(Path(folder).iterdir()) if Path(folder).is_dir() else []
     folders = [f for f in entries if f.is_dir() and not f.name.startswith(".")]
     names = [f.name for f in folders]
-    if all(name.isdecimal() for name in names):
+    are_names = set(names) <= set(class_names)
+    if all(name.isdecimal() for name in names) and not (names_first and are_names):
         if large := [name for name in names if int(name) >= 2**31]:
             raise UserError(f"{folder} has a folder '{large[0]}', a class number below 2^31 or a class name wanted")
         labels = {name: int(name) for name in names}
-    elif set(names) <= set(class_names):
+    elif are_names:
         labels = {name: class_names.index(name) for name in names}
     elif class_names:
         stranger = min(set(names) - set(class_names))

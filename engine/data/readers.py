@@ -226,7 +226,13 @@ def read_folders(info: DatasetInfo, split: str) -> RawSplit:
 
 def read_class_folders(info: DatasetInfo, split: str) -> RawSplit:
     """Reads ``SOURCE/<class>/**/*``, a test split alone; folders are class names or numbers, and classes may be missing."""
-    files, labels = class_files(info.folder, info.class_names or ())
+    files, labels = class_files(info.folder, info.class_names or (), names_first=True)
+    found = class_folders(info.folder)
+    if not info.class_names and len(found) != info.num_classes and not all(name.isdecimal() for name in found):
+        raise UserError(
+            f"{info.folder} has {len(found)} class folders for {info.num_classes} classes whose names are not known; name "
+            "the folders by the numbers of their classes"
+        )
     return RawSplit(files, labels.numpy(), str(info.folder))
 
 

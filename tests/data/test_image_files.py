@@ -1,9 +1,12 @@
 """Image files: how images of odd shapes are read, and which files count as images."""
 
+from dataclasses import replace
+
 import numpy as np
 from PIL import Image
 
 from engine.data.pictures import class_files, decode_image, image_files
+from engine.data.readers import read_class_folders
 from tests.conftest import dataset_info
 from tests.data.trees import fails, load, write_folders, write_image, write_npz
 
@@ -83,6 +86,14 @@ def test_class_folders_by_number_and_by_name(tmp_path):
     assert class_files(tmp_path)[1].tolist() == [0, 1]
     with fails("a folder 'ship', which is not a class; class numbers or names wanted: cat, dog"):
         class_files(tmp_path, ("cat", "dog"))
+    for name in ("7", "8"):
+        write_image(tmp_path / "named" / name / "a.png", (1, 2, 3), (8, 8))
+    assert class_files(tmp_path / "named", ("7", "8", "9"))[1].tolist() == [7, 8]
+    info = replace(dataset_info("digits"), data_root=str(tmp_path), source="named", class_names=("7", "8", "9"))
+    assert read_class_folders(info, "test").labels.tolist() == [0, 1]
+    (tmp_path / "named" / "8").rename(tmp_path / "named" / "dog")
+    with fails("has 2 class folders for 10 classes whose names are not known; name the folders by the numbers"):
+        read_class_folders(replace(info, class_names=None), "test")
     (tmp_path / "numbers" / "99999999999999999999").mkdir(parents=True)
     with fails("a class number below 2"):
         class_files(tmp_path / "numbers")
