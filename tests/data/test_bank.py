@@ -6,7 +6,6 @@ import itertools
 import os
 import re
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -281,12 +280,19 @@ def prefetching():
 
 
 def test_prefetch_runs_ahead_and_ends(monkeypatch):
-    made = []
-    ahead = prefetch(made.append(i) or i for i in itertools.count())
+    made, two_ahead = [], threading.Event()
+
+    def items():
+        for i in itertools.count():
+            made.append(i)
+            if i == 4:
+                two_ahead.set()
+            yield i
+
+    ahead = prefetch(items())
     assert not made and not prefetching()
     assert [next(ahead) for _ in range(3)] == [0, 1, 2]
-    time.sleep(0.1)
-    assert made == [0, 1, 2, 3, 4] and len(prefetching()) == 1
+    assert two_ahead.wait(20) and made == [0, 1, 2, 3, 4] and len(prefetching()) == 1
     ahead.close()
     assert not prefetching()
     forgotten = prefetch(itertools.count())
