@@ -159,13 +159,13 @@ def nearest(points: Tensor) -> float:
 
 
 class Statistics:
-    """Context that collects the mean and variance at the input of each BN layer, over all batches."""
+    """Context that collects the mean and variance at the input of each BN layer that runs, over all batches."""
 
     def __init__(self, network: nn.Module):
-        self.sums: dict[nn.Module, list[Tensor | int]] = {layer: [0, 0, 0] for layer in layers_with_statistics(network)}
+        self.layers, self.sums = layers_with_statistics(network), {}
 
     def __enter__(self) -> "Statistics":
-        self.hooks = [layer.register_forward_pre_hook(self._add) for layer in self.sums]
+        self.hooks = [layer.register_forward_pre_hook(self._add) for layer in self.layers]
         return self
 
     def __exit__(self, *_) -> None:
@@ -175,10 +175,10 @@ class Statistics:
     def _add(self, layer: nn.Module, args: tuple[Tensor, ...]) -> None:
         values = args[0].double().transpose(0, 1).flatten(1)
         added = (values.shape[1], values.sum(1), values.square().sum(1))
-        self.sums[layer] = [before + more for before, more in zip(self.sums[layer], added)]
+        self.sums[layer] = [before + more for before, more in zip(self.sums.get(layer, (0, 0, 0)), added)]
 
     def distance(self) -> float | None:
-        """Distance of the collected statistics from the running statistics, summed over layers; None without BN layers."""
+        """Distance of the collected statistics from the running statistics, summed over layers; None if none ran."""
         total = 0.0
         for layer, (count, sums, squares) in self.sums.items():
             mean = sums / count

@@ -50,6 +50,15 @@ def test_real_images_are_as_diverse_and_dense_as_themselves(teacher):
     assert found["classes"] == pytest.approx(entropy / math.log(10), abs=1e-3)
 
 
+def test_a_bn_layer_that_runs_in_training_alone_has_no_distance(teacher):
+    """Like those of an auxiliary head (GoogLeNet)."""
+    pixels = torch.rand(8, 3, 16, 16)
+    real = images.features(teacher, [pixels])
+    before = images.compare(teacher, [pixels], torch.arange(8), real)
+    teacher.network.auxiliary = torch.nn.BatchNorm2d(4)
+    assert images.compare(teacher, [pixels], torch.arange(8), real) == before
+
+
 def test_one_image_again_and_again_is_neither(teacher):
     pixels = torch.rand(40, 3, 16, 16)
     found = images.compare(
