@@ -24,6 +24,7 @@ from engine.report.tables import markdown_cell
 from engine.runtime.errors import UserError, first_line, one_line, reason_of, run_command
 from engine.runtime.files import atomic_folder, read_json, require_new, save_tensors, write_json
 from engine.runtime.flags import Parser
+from models.classifier import Classifier
 from registry import MODELS
 
 # The model card of an exported student, from the records of its run.
@@ -234,19 +235,6 @@ CHECKED = 64  # number of images in the check
 TOLERANCE = 1e-3  # largest allowed difference of a logit
 
 
-class Normalizing(nn.Module):
-    """A network with its normalization: images (B, 3, H, W) in [0, 1] -> logits (B, C)."""
-
-    def __init__(self, network: nn.Module, mean: list[float], std: list[float]):
-        super().__init__()
-        self.network = network
-        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1))
-        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.network((images - self.mean) / self.std)
-
-
 def images_of_run(run: Path, image_size: int) -> tuple[Tensor, str]:
     """``CHECKED`` images (N, 3, H, W) in [0, 1] for the ONNX check, and their description for the log.
 
@@ -274,7 +262,8 @@ def write_onnx(file: Path, student: Trained, images: Tensor) -> float:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise UserError(f"--onnx needs the package {error.name}; run pip install -r requirements.txt") from None
-    model = Normalizing(student.network, student.about["mean"], student.about["std"]).eval()
+    facts = (student.about[name] for name in ("num_classes", "image_size", "mean", "std"))
+    model = Classifier(student.network, *facts).eval()
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings(), torch.no_grad():
