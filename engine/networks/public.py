@@ -9,7 +9,6 @@ timm and torchvision are imported only when such a name is used. No code from a 
 """
 
 import difflib
-import inspect
 from collections.abc import Callable, Sequence
 from http.client import HTTPException
 from pathlib import Path
@@ -102,12 +101,9 @@ def build_public(spec: str, arguments: dict[str, Any], num_classes: int, image_s
         import torchvision
 
         name = _torchvision_name(spec)
-        factory = torchvision.models.get_model_builder(name)
-        if image_size and "vit" in name:
+        if image_size and name.startswith("vit_"):
             arguments = {"image_size": image_size} | arguments
-        if "init_weights" in inspect.signature(factory).parameters:  # GoogLeNet and Inception warn without it
-            arguments = {"init_weights": True} | arguments
-        return factory(weights=None, **{"num_classes": num_classes} | arguments)
+        return torchvision.models.get_model(name, weights=None, **{"num_classes": num_classes} | arguments)
     import timm
 
     resolved = _timm_arguments(spec, image_size) | {"num_classes": num_classes} | arguments
@@ -124,14 +120,13 @@ def load_public(spec: str, arguments: dict[str, Any], num_classes: int | None, b
     Raises:
         UserError: the weights cannot be loaded; the message says which files to put where.
     """
-    if own_config(spec) is not None:
-        network = build(num_classes or configuration(spec)["num_classes"], None)
-        load_weights(network, _file(spec, FILES[1]), "weights", new_head=num_classes is not None)
-    elif spec.startswith("torchvision:"):
-        weights = _torchvision_weights(spec)
-        network = build(num_classes or len(weights.meta["categories"]), None)
+    exported = own_config(spec) is not None
+    if exported or spec.startswith("torchvision:"):
+        own = configuration(spec)
+        network = build(num_classes or own["num_classes"], own["image_size"])
         advice = "put it into {folder} under the same name"
-        load_weights(network, fetch_torchvision(weights, spec, advice), "weights", new_head=num_classes is not None)
+        file = _file(spec, FILES[1]) if exported else fetch_torchvision(_torchvision_weights(spec), spec, advice)
+        load_weights(network, file, "weights", new_head=num_classes is not None)
     else:
         import timm
 

@@ -98,6 +98,9 @@ def test_random_networks_by_their_names():
     for spec in ("timm:test_vit", "timm:test_convnext", "torchvision:mobilenet_v3_small", "torchvision:squeezenet1_1"):
         assert build_network(spec, 5, 32)(torch.rand(2, 3, 32, 32)).shape == (2, 5), spec
     assert build_network("timm:test_resnet(drop_rate=0.5)", 5).drop_rate == 0.5
+    with torch.device("meta"):
+        assert build_network("torchvision:vit_b_16", 5, 64).image_size == 64
+        assert build_network("torchvision:maxvit_t", 5, 224).classifier[-1].out_features == 5
 
 
 def test_what_torchvision_says_of_its_weights(monkeypatch, tmp_path):
@@ -113,6 +116,19 @@ def test_what_torchvision_says_of_its_weights(monkeypatch, tmp_path):
     loaded = with_own_weights(MODELS, "torchvision:mobilenet_v3_small", 10)
     assert torch.equal(loaded.features[0][0].weight, network.features[0][0].weight)
     assert loaded.classifier[-1].out_features == 10
+
+
+def test_a_network_with_its_own_weights_is_built_at_the_size_of_the_weights(monkeypatch, tmp_path):
+    """The position embedding of a ViT has the size of its images."""
+    config = {"library_name": "torchvision", "architecture": "vit_b_16", "num_classes": 10, "mean": MEAN, "std": STD}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"input_size": [3, 64, 64]}))
+    (tmp_path / "model.safetensors").touch()
+    monkeypatch.setattr(public, "load_weights", lambda *_, **__: None)
+    monkeypatch.setattr(public, "fetch_torchvision", lambda *_: None)
+    for spec, size in ((f"local-dir:{tmp_path}", 64), ("torchvision:vit_b_16.IMAGENET1K_SWAG_E2E_V1", 384)):
+        built = []
+        public.load_public(spec, {}, 10, lambda *wanted: built.append(wanted) or torch.nn.Linear(1, 1))
+        assert built == [(10, size)]
 
 
 def test_what_timm_says_of_its_weights():
