@@ -3,6 +3,9 @@
 import argparse
 import dataclasses
 import difflib
+import os
+import re
+import sys
 import types
 import typing
 from collections.abc import Iterable, Sequence
@@ -121,7 +124,9 @@ class Parser(argparse.ArgumentParser):
         return action
 
     def parse_known_args(self, args=None, namespace=None):
-        found, rest = super().parse_known_args(args, namespace)
+        """Like argparse's; also expands the ``~`` of ``--flag=~/path``, which shells leave as it is, and checks ranges."""
+        words = [home(word) for word in (sys.argv[1:] if args is None else args)]
+        found, rest = super().parse_known_args(words, namespace)
         for name, legal in self.ranges.items():
             check_number(f"--{name}", getattr(found, name, None), legal)
         return found, rest
@@ -135,6 +140,12 @@ class Parser(argparse.ArgumentParser):
             hint = f"did you mean {' or '.join(near)}? " if near else ""
             message = f"unknown flag {unknown}; {hint}see --help"
         raise UserError(message)
+
+
+def home(word: str) -> str:
+    """Returns a word of a command line with a leading ``~/``, or one behind ``--flag=``, replaced by the home directory."""
+    name, path = re.fullmatch(r"(--[\w-]+=)?(.*)", word, re.DOTALL).groups(default="")
+    return name + os.path.expanduser(path) if path == "~" or path.startswith("~/") else word
 
 
 def add_list(parser: argparse.ArgumentParser, **tables: Iterable[str]) -> None:

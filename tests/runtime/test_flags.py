@@ -40,6 +40,16 @@ def test_wrong_flags_are_refused(text):
         parse(text)
 
 
+def test_a_home_directory_that_the_shell_leaves_is_found(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert parse("--names=~/a,b --names ~/c").names == ("/home/me/c",)
+    assert parse("--names=~/a").names == ("/home/me/a",) and parse("--names=b~/c").names == ("b~/c",)
+    monkeypatch.setattr("sys.argv", ["program", "--save_dir=~/x"])
+    parser = Parser(prog="p")
+    parser.add_argument("--save_dir")
+    assert parser.parse_args().save_dir == "/home/me/x"
+
+
 def main_of(name):
     """A function that calls ``main`` of a module with a command line."""
 
