@@ -43,18 +43,18 @@ def stored_checkpoint(spec: str, dataset: str) -> Path | None:
     return next((file for file in files if file.exists()), None)
 
 
-def find_checkpoint(spec: str, dataset: str, given: str | None) -> Path:
+def find_checkpoint(spec: str, dataset: str, given: str | None, advice: str = "give its path with --teacher_ckpt") -> Path:
     """Path of the teacher's weights: ``given``, else the ``stored_checkpoint``.
 
     Raises:
-        UserError: no file is given or found; the message says how to get one.
+        UserError: no file is given or found; the message says how to get one, and ends with ``advice``.
     """
     if file := given or stored_checkpoint(spec, dataset):
         return Path(file)
     raise UserError(
         f"no teacher checkpoint {PRETRAINED}/{dataset}_{short_name(spec)}.pth (or .safetensors); train one with 'python train_scratch.py --model "
         f"{spec} --dataset ...' (--dataset, --data_root, --domain and --image_size as in this command), put a published one "
-        "there, or give its path with --teacher_ckpt"
+        f"there, or {advice}"
     )
 
 

@@ -57,12 +57,12 @@ def open_trained(table: dict[str, str], place: str, info=None, arch: str | None 
     if path.is_dir():
         path = weights_of_run(path)
     elif not path.is_file():
-        if info is None:
+        if info is None or not (split_arguments(place)[0] in table or ":" in place):
             raise UserError(
                 f"there is no file or folder {place}; give one, a public name (timm:NAME, hf-hub:ORG/NAME, torchvision:NAME), or "
                 "with --dataset the name of a network that was trained on it"
             )
-        path, arch = find_checkpoint(place, info.name, None), place
+        path, arch = find_checkpoint(place, info.name, None, f"give its path, and {flag} {place}"), place
     stored = load_checkpoint(path)
     stored = stored if isinstance(stored, dict) else {}
     spec = arch or _named_arch(table, stored, path, flag)

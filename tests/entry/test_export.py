@@ -371,7 +371,7 @@ def test_evaluation_of_an_exported_folder_on_folders_of_images(runs, export, mea
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ("none --dataset digits", "unknown model 'none'|no teacher checkpoint"),
+        ("none --dataset digits", "there is no file or folder none; give one, a public name"),
         ("none --images {tmp}", "there is no file or folder none; give one, a public name"),
         ("{bare} --dataset digits", "does not record its architecture; give --arch NAME"),
         ("{tmp} --dataset digits", "has no finished run"),

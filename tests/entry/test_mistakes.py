@@ -124,6 +124,16 @@ def test_defaults_are_looked_for_here_and_beside_the_project(tmp_path, monkeypat
     assert find_checkpoint("resnet8", "digits", None) == weights
 
 
+def test_the_advice_on_a_missing_checkpoint_fits_the_command(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="or give its path with --resume$"):
+        command("train_scratch", "--model wrn16_2 --dataset digits --evaluate_only")
+    with pytest.raises(UserError, match="or give its path, and --arch wrn16_2$"):
+        command("engine.evaluate", "wrn16_2 --dataset digits")
+    with pytest.raises(UserError, match="there is no file or folder nowhere.pth; give one"):
+        command("engine.evaluate", "nowhere.pth --dataset digits")
+
+
 def test_from_another_directory_the_shipped_prior_is_the_default(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     task = make_task(class_names=tuple("0123456789"))
