@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Quantizes a teacher to int8 after training, calibrated on noise, on an inverted image bank and on real images. This is the table
-# of docs/int8.md. Run the same command again to resume.
+# of docs/int8.md, which it rewrites, with its lines in checkpoints/results/int8.jsonl. Run the same command again to resume.
 #   bash scripts/int8_demo.sh                                                     a teacher of digits, trained first
 #   CIFAR_TEACHER=resnet20.pth DATA_ROOT=data bash scripts/int8_demo.sh           also a CIFAR-10 resnet20, with CIFAR-10 in DATA_ROOT
 # Further variables:
