@@ -7,7 +7,6 @@ import dataclasses
 import math
 import sys
 from collections.abc import Callable
-from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,8 +32,8 @@ from engine.runtime.stage_record import show
 from models.classifier import eval_mode, weights_fixed
 
 # Largest values of these flags in a trial.
-TRIAL = {"g_steps": 5, "init_g_steps": 5, "g_loops": 1, "init_g_loops": 1, "num_inference_steps": 5}
-STUDENT_STEPS, TEST_BATCH, VARIED, PATIENCE = 5, 500, 16, 20.0
+TRIAL = {"g_steps": 2, "init_g_steps": 2, "g_loops": 1, "init_g_loops": 1, "num_inference_steps": 5}
+STUDENT_STEPS, TEST_BATCH, VARIED, PATIENCE = 5, 500, 16, 10.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +63,7 @@ def flat(groups: list) -> dict[str, Any]:
 
 
 def choose_scale(folder: Path, method: Method, groups: list, stages: list[str], at: Callable[[float], list]) -> float:
-    """Returns the scale that an existing run was begun with, or else a scale chosen by a trial.
+    """Returns the scale that an existing run was begun with, or else a scale chosen by a trial. The trial's time counts too.
 
     Args:
         folder: run folder, which may not exist yet.
@@ -93,10 +92,12 @@ def choose_scale(folder: Path, method: Method, groups: list, stages: list[str], 
             )
         require(begun, {"scale": float}, str(file))
         return begun["scale"]
+    began = clock(method.task.device)
     costs = measure(method, groups, stages)
+    spent = clock(method.task.device) - began
 
     def seconds(scale: float) -> float:
-        return run_seconds(costs, at(scale))
+        return spent + run_seconds(costs, at(scale))
 
     chosen = fitting_scale(seconds, 60 * minutes)
     told = ", ".join(f"{cost.what} {1000 * cost.seconds:.3g} ms" for cost in costs)
@@ -137,6 +138,9 @@ def measure(method: Method, groups: list, stages: list[str]) -> list[UnitCost]:
             costs += variant_rates(stage, flags, method.task.info, device)
         else:
             costs += distillation_rates(method, groups)
+    if not flags["no_test"]:
+        tests = 1 + ("distill" in stages)  # before the first stage and, for the confusion matrix, at the end
+        costs.append(UnitCost("test of the teacher", _seconds_of_a_test(method, method.teacher), lambda *_: tests))
     return costs
 
 
@@ -160,7 +164,8 @@ def initial_rate(stage, flags: dict[str, Any], info, device: torch.device) -> Un
 
 
 def variant_rates(stage, flags: dict[str, Any], info, device: torch.device) -> list[UnitCost]:
-    """Rates of one variant, of one image in the filter, and of one training image of a prior that is trained on the bank.
+    """Rates of one variant, of one image in the filter, of one teacher's prediction for a variant, and of one training image of
+    a prior that is trained on the bank.
 
     Args:
         stage: the ``engine.loops.stages.Augment`` of the run.
@@ -178,11 +183,16 @@ def variant_rates(stage, flags: dict[str, Any], info, device: torch.device) -> l
     def sources(flags: dict[str, Any]) -> int:
         return flags["init_rounds"] * flags["init_batch_size"] if given is None else given
 
+    def embedded(flags: dict[str, Any]) -> int:  # all images, and some of the sources again to find omega
+        return (1 + stage.variants) * sources(flags) + min(sources(flags), 2000)
+
     variant = seconds_of(lambda: augmenter.augment(some, theirs, list(range(varied))), device) / varied
-    embedded = seconds_of(lambda: embed(some), device) / varied
+    filtered = seconds_of(lambda: embed(some), device) / varied
+    predicted = seconds_of(lambda: stage.filter.metrics.labels(images), device) / len(images)
     costs = [
         UnitCost("variant", variant, lambda flags, _: stage.variants * sources(flags)),
-        UnitCost("image in the filter", embedded, lambda flags, _: (1 + stage.variants) * sources(flags)),
+        UnitCost("image in the filter", filtered, lambda flags, _: embedded(flags)),
+        UnitCost("teacher's prediction", predicted, lambda flags, _: 2 * stage.variants * sources(flags)),
     ]
     if augmenter.fit_rounds:
         fitted = seconds_of(lambda: augmenter.fit(images, labels), device) / len(images)
@@ -235,21 +245,17 @@ def distillation_rates(method: Method, groups: list) -> list[UnitCost]:
     bar = SimpleNamespace(update=lambda: None)
     per_step = seconds_of(lambda: distillation.student_steps(batches, 0, bar), device) / STUDENT_STEPS
     costs.append(UnitCost("student step", per_step, lambda _, schedule: schedule.rounds * schedule.kd_steps))
-    if not flags["no_test"]:  # the student after each epoch, the teacher before the first round, both at the end
-        costs.append(UnitCost("test", _seconds_of_a_test(method), lambda _, schedule: schedule.epochs + 3))
+    if not flags["no_test"]:  # after each epoch and, for the confusion matrix, at the end
+        costs.append(UnitCost("test", _seconds_of_a_test(method, student), lambda _, schedule: schedule.epochs + 1))
     return costs
 
 
 @torch.no_grad()
-def _seconds_of_a_test(method: Method) -> float:
+def _seconds_of_a_test(method: Method, network: torch.nn.Module) -> float:
     test = load_split(method.task.info, "test", method.task.device)
-
-    def some() -> None:
-        for images, _ in islice(test.batches(TEST_BATCH), 2):
-            method.student(images)
-
-    with eval_mode(method.student):
-        return seconds_of(some, method.task.device) * max(1, len(test) / (2 * TEST_BATCH))
+    images, _ = next(iter(test.batches(TEST_BATCH)))
+    with eval_mode(network):
+        return seconds_of(lambda: network(images), method.task.device) * len(test) / len(images)
 
 
 def seconds_of(function: Callable[[], Any], device: torch.device) -> float:
@@ -276,7 +282,7 @@ def fitting_scale(seconds: Callable[[float], float], wanted: float) -> float:
     low, high = math.log(1e-8), 0.0
     if (least := seconds(math.exp(low))) > wanted:
         raise UserError(
-            f"--minutes {wanted / 60:g} found, but the shortest run takes about {duration(least)} here; give a larger "
+            f"--minutes {wanted / 60:g} found, but the shortest run takes about {least / 60:.2g} minutes here; give a larger "
             "--minutes"
         )
     while high - low > 1e-3:
