@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # DAFL, ICCV 2019 (arXiv 1904.01186).
 # cifar100, vgg11 -> resnet18.
-# Settings: published.
+# Settings: published for CIFAR-10, wrn40_2 -> wrn16_1.
 # The paper's acc1 (best test epoch): 54.16 %.
 # Needs one GPU and checkpoints/pretrained/cifar100_vgg11.pth.
 set -euo pipefail

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # DAFL, ICCV 2019 (arXiv 1904.01186).
 # cifar10, resnet34 -> resnet18.
-# Settings: published.
+# Settings: published for CIFAR-10, wrn40_2 -> wrn16_1.
 # The paper's acc1 (best test epoch): 92.22 %.
 # Needs one GPU and checkpoints/pretrained/cifar10_resnet34.pth.
 set -euo pipefail

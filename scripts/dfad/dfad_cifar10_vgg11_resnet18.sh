@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # DFAD, 2019 (arXiv 1912.11006).
 # cifar10, vgg11 -> resnet18.
-# Settings: published, except the generator's learning rate, which falls as in the paper.
+# Settings: published for CIFAR-10, wrn40_2 -> wrn16_1, except the generator's learning rate, which falls as in the paper.
 # Needs one GPU and checkpoints/pretrained/cifar10_vgg11.pth.
 set -euo pipefail
 cd "$(dirname "$0")/../.."

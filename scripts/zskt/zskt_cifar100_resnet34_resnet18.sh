@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # ZSKT, NeurIPS 2019 (arXiv 1905.09768).
 # cifar100, resnet34 -> resnet18.
-# Settings: published, except the attention loss and the generator's falling learning rate, which are the paper's.
+# Settings: published for CIFAR-10, wrn40_2 -> wrn16_1, except attention and the falling --lr_g, which are the paper's.
 # The paper's acc1 (best test epoch): 67.74 %.
 # Needs one GPU and checkpoints/pretrained/cifar100_resnet34.pth.
 set -euo pipefail

@@ -57,6 +57,12 @@ def test_the_bank_of_a_script_is_its_own(make_scripts):
     assert not make_scripts.measured([result(command, command)], command, bank)
 
 
+@pytest.mark.parametrize("method", ["dafl", "zskt", "dfad", "dfq", "adi"])
+def test_headers_name_the_pair_for_which_settings_were_published(make_scripts, method):
+    texts = [text for _, text in make_scripts.of_method(method, "paper", [])]
+    assert len(texts) == 10 and all("# Settings: published for CIFAR-10, wrn40_2 -> wrn16_1" in text for text in texts)
+
+
 def test_the_scripts_hold_what_the_results_say(make_scripts, monkeypatch):
     monkeypatch.setattr(make_scripts, "results", lambda: [result(f"--method dafl {TASK}")])
     told = [name for name, text in make_scripts.scripts().items() if "# Ours" in text]
