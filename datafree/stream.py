@@ -5,9 +5,11 @@ A round is ``g_steps`` steps of the generator, then ``kd_steps`` student steps o
 The default temperature is 1. Published scripts of DAFL, ZSKT and DFQ pass ``--T 20``. The training loops of CMI and Fast,
 which produced the published tables, replace that loss by KL at temperature 1. Only CSD's loop uses T 20.
 
-Deviation: the generator's BN layers always normalize by batch statistics, as in Fast's loop. The loops of CMI and CSD switch
-the generator to running averages while the student learns. With one generator step per round these averages lag behind the
-weights, and the student would see images of a different function than the trained one.
+Deviations:
+- The generator's BN layers always normalize by batch statistics, as in Fast's loop. The loops of CMI and CSD switch the
+  generator to running averages while the student learns. With one generator step per round these averages lag behind the
+  weights, and the student would see images of a different function than the trained one.
+- The generator is initialized from N(0, .02), as in the other methods. The published loops keep PyTorch's initialization.
 """
 
 from collections.abc import Iterator
