@@ -25,7 +25,6 @@ layer is re-initialized once, 120 rounds after warm-up; FOMAML. Fast-2, -5 and -
 Deviations:
 - Labels are drawn class-balanced, not independently.
 - Generators are initialized from N(0, .02).
-- The images kept are a copy of the batch with the lowest loss.
 - Only the first layer, which is linear, is re-initialized. The script also redraws the scale of the BN layer after it, and
   does so one round earlier. The state of the meta optimizer is kept at that point, as in the script.
 - In the script, the last round of warm-up already has the adversarial loss, against an untrained student. Here it does not.

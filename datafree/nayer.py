@@ -28,8 +28,6 @@ Deviations:
 - Noisy layers have no bias. The script's bias starts at 0 and is small next to outputs of standard deviation sqrt(d).
 - An incomplete group has each class at most once. The script draws the labels of such a group independently.
 - Generators are initialized from N(0, .02).
-- The images kept are a copy of the best of each batch. The script does not reset its best loss between the batches of a
-  round.
 - Rounds for ``g_life`` are counted from the beginning of each stage.
 
 Left out: the script's settings for ImageNet (a deeper generator, jitter).
