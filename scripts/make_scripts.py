@@ -101,17 +101,13 @@ KINDS = {
     "adi": "published for CIFAR-10, wrn40_2 -> wrn16_1, except the number of steps",
     "deepinv": "those of ADI without its competition term",
     **dict.fromkeys(CONTROLS, "student steps and learning rates as for the methods"),
-    **{("diffdfkd", dataset): "published for CIFAR-10" for dataset in ("cifar100", "tiny_imagenet")},
+    "diffdfkd": "published for CIFAR-10, wrn40_2 -> wrn16_2",
     "dm_kd": "those of DiffDFKD without guidance; DM-KD itself draws its images with a DiT",
 }
 # The same for the script of the initial bank, if it differs.
 BANK_KINDS = {
     "cmi": "none are published for the initial bank; loss weights as in CMI's script, 500 steps per image as in CSD's",
-    "diffdfkd": "published, except that 16 images are generated together (published: one)",
-    **{
-        ("diffdfkd", dataset): "published for CIFAR-10, except that 16 images are generated together (published: one)"
-        for dataset in ("cifar100", "tiny_imagenet")
-    },
+    "diffdfkd": "published for CIFAR-10, resnet34 and wrn40_2, except that 16 images are generated together (published: one)",
 }
 # Row of registry.PUBLISHED that a method's scripts correspond to, if the row is not named after the method alone.
 TABLE_ROW = {
@@ -192,9 +188,8 @@ def of_method(method: str, paper: str, results: list[dict[str, Any]]) -> Iterato
     """(path below scripts/, text) of every script of one method; ``results`` are those of this repository's runs."""
     for dataset in DATASETS.get(method, CIFAR):
         for teacher, student in PAIRS:
-            kinds = (KINDS.get((method, dataset)), KINDS.get(method), "published")
-            bank_kinds = (BANK_KINDS.get((method, dataset)), BANK_KINDS.get(method), *kinds)
-            kind, bank_kind = (next(filter(None, sources)) for sources in (kinds, bank_kinds))
+            kind = KINDS.get(method, "published")
+            bank_kind = BANK_KINDS.get(method, kind)
             common = {"paper": paper, "dataset": dataset, "teacher": teacher, "kind": kind}
             common["method"] = BASELINES.get(method, method)
             note = f"Needs one GPU and checkpoints/pretrained/{dataset}_{teacher}.pth."

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # DiffDFKD, ICME 2025 (arXiv 2504.00870), Stable Diffusion 1.5.
 # tiny_imagenet, initial image bank of wrn40_2 (50,000 images).
-# Settings: published for CIFAR-10, except that 16 images are generated together (published: one).
+# Settings: published for CIFAR-10, resnet34 and wrn40_2, except that 16 images are generated together (published: one).
 # Needs one GPU and checkpoints/pretrained/tiny_imagenet_wrn40_2.pth.
 # Makes checkpoints/diffdfkd/tiny_imagenet_wrn40_2_initBank/bank.
 set -euo pipefail
