@@ -90,16 +90,20 @@ class Classifier(nn.Module):
         """Logits (B, C), or an Output if ``return_features``, for images (B, 3, S, S), float in [0, 1]."""
         images = (images - self.mean) / self.std
         if not return_features:
-            return self.network(images)
+            return self._logits(images)
         for tap in (self._features, *self._maps, *self._block):
             tap.arm()
-        logits = self.network(images)
+        logits = self._logits(images)
         features = self._features.take()
         if features.ndim == 4:  # the input of a 1x1 convolution that is pooled afterwards
             features = features.mean((2, 3))
         maps = {(m.shape[2], m.shape[3]): m for m in (tap.take() for tap in self._maps)}
         block_map = self._block[0].take() if self._block else None
         return Output(logits, features, next(reversed(maps.values()), None), maps, block_map)
+
+    def _logits(self, images: Tensor) -> Tensor:
+        outputs = self.network(images)
+        return outputs[0] if isinstance(outputs, tuple) else outputs  # in train mode GoogLeNet adds auxiliary heads' logits
 
 
 class _Tap:

@@ -98,6 +98,18 @@ def test_module_that_is_used_again_later():
     torch.testing.assert_close(hidden, out.features)
 
 
+def test_auxiliary_heads_of_train_mode_are_left_out():
+    """GoogLeNet and Inception of torchvision return a tuple in train mode, their own logits first."""
+
+    class WithAuxiliaryHead(SharedModules):
+        def forward(self, x):
+            logits = super().forward(x)
+            return (logits, None) if self.training else logits
+
+    classifier, images = wrap(WithAuxiliaryHead()).train(), torch.rand(2, 3, 32, 32)
+    assert classifier(images).shape == classifier(images, return_features=True).logits.shape == (2, 10)
+
+
 def test_normalization_is_the_wrappers():
     classifier = wrap(build_network("resnet8", 10)).eval()
     images = torch.rand(2, 3, 32, 32)
