@@ -162,6 +162,7 @@ class LowestLoss:
     def __init__(self):
         self.images: Tensor | None = None
         self.losses: dict[str, Tensor] = {}
+        self.last: Tensor | None = None  # total loss of the last step
 
     def update(self, images: Tensor, losses: dict[str, Tensor]) -> None:
         """Takes the images (B, ...) of a step if their ``losses["loss"]`` is the lowest so far.
@@ -171,6 +172,7 @@ class LowestLoss:
             losses: named scalar losses, "loss" among them.
         """
         losses = {name: value.detach() for name, value in losses.items()}
+        self.last = losses["loss"]
         if self.images is None:
             self.images, self.losses = images.detach().clone(), losses
             return
@@ -179,8 +181,12 @@ class LowestLoss:
         self.losses = {name: torch.where(better, value, self.losses[name]) for name, value in losses.items()}
 
     def scalars(self) -> dict[str, Tensor]:
-        """Losses to log; "loss" is renamed to "loss_synthesis"."""
-        return {("loss_synthesis" if name == "loss" else name): value for name, value in self.losses.items()}
+        """Losses to log; "loss" is renamed to "loss_synthesis". It is NaN if the last step's loss is NaN or infinite.
+
+        Otherwise a synthesis that diverges after its first step would pass as one, with the images of that step.
+        """
+        losses = self.losses | {"loss": self.losses["loss"] + 0 * self.last}
+        return {("loss_synthesis" if name == "loss" else name): value for name, value in losses.items()}
 
 
 class Method:

@@ -39,7 +39,7 @@ CHECKPOINT = {
     "precision": dict, "accuracies": [float], "synthesis_seconds": SECONDS,
 }  # fmt: skip
 UP = 0.2  # fraction of a one-cycle run in which the learning rate rises
-ADVICE = "lower --lr, --lr_g or the loss weights, and run again"
+ADVICE = "lower --lr, --lr_g or the loss weights, or give --amp no, and run again"
 
 
 @dataclass(frozen=True)

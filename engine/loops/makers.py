@@ -32,7 +32,7 @@ class SynthesisMaker(Maker):
         seed: seed of the run.
     """
 
-    advice = "lower --lr_g or the loss weights, and run again"
+    advice = "lower --lr_g or the loss weights, or give --amp no, and run again"
 
     def __init__(self, synthesizer, student: nn.Module, seed: int):
         self.synthesizer, self.student, self.seed = synthesizer, student, seed

@@ -173,6 +173,15 @@ def test_lowest_loss_keeps_a_copy(losses):
     assert best.scalars() == {"loss_synthesis": torch.tensor(3.0), "loss_oh": torch.tensor(10.0 * lowest)}
 
 
+@pytest.mark.parametrize("last", [float("nan"), float("inf")])
+def test_a_synthesis_that_diverges_is_seen(last):
+    """A run stops at a loss that is not finite, so the images of the first step do not pass as inverted ones."""
+    best = LowestLoss()
+    for loss in (3.0, last):
+        best.update(torch.zeros(2, 3), {"loss": torch.tensor(loss)})
+    assert best.scalars()["loss_synthesis"].isnan()
+
+
 class Scripted(DeepInversionSynthesizer):
     """A synthesizer whose loss at step k is the k-th of ``values`` for any pixels; the gradient increases all pixels."""
 
