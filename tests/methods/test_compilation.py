@@ -1,14 +1,16 @@
 """Compiled steps: they equal uncompiled ones, and the conditions under which functions are compiled."""
 
 import shutil
+from unittest import mock
 
 import pytest
 import torch
 from torch import nn
 
 from datafree.csd import CSD, AlignedDistillation, CSDConfig
+from datafree.generators import Generator
 from engine.loops.distill import StudentStep
-from engine.runtime.compilation import Compiler, _copying
+from engine.runtime.compilation import Compiler, _copying, _tunes_for_no_processor
 from models.classifier import Output, frozen, weights_fixed
 from tests.conftest import CPU, make_classifier, make_task
 
@@ -72,6 +74,33 @@ def test_a_student_step_is_the_plain_one():
         found.append([[output.logits], [output.features], losses.values(), [p.grad for p in step.parameters()], buffers])
     assert len(lines) == 2 and not any("uncompiled" in line for line in lines), lines
     assert all(relative(compiled, plain) < 1e-4 for plain, compiled in zip(*found))
+
+
+@needs_compiler
+def test_gradients_of_a_generator_in_bf16_are_the_plain_ones():
+    """GCC 12.2 makes wrong code of a transposition in its first BatchNorm's gradient if it does not know the processor."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    generator, lines, found = Generator(16, 32, (64, 32, 32)).to(memory_format=torch.channels_last), [], []
+    z, weights = torch.randn(8, 16), torch.randn(8, 3, 32, 32)
+    for choice in ("no", "yes"):
+        call = Compiler(choice, CPU, lines.append)(generator, 1, "generator")
+        generator.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            images = call(z)
+        (images.float() * weights).sum().backward()
+        found.append([parameter.grad.clone() for parameter in generator.parameters()])
+    assert len(lines) == 1, lines
+    assert relative(found[1], found[0]) < 0.02
+    assert all(relative([compiled], [plain]) < 0.1 for plain, compiled in zip(*found))
+
+
+def test_a_compiler_that_does_not_know_the_processor(monkeypatch):
+    for told, expected in (("  -mtune=   \t\tgeneric\n", True), ("  -mtune=   \t\tznver3\n", False), ("", False)):
+        _tunes_for_no_processor.cache_clear()
+        monkeypatch.setattr("subprocess.run", lambda *_, told=told, **__: mock.Mock(stdout=told))
+        assert _tunes_for_no_processor("g++") == expected
+    _tunes_for_no_processor.cache_clear()
 
 
 def test_a_function_that_cannot_be_compiled_runs_as_it_is(monkeypatch):
