@@ -75,7 +75,7 @@ class Compiler:
             return function
         graphs = self.choice == "graphs" and self.device.type == "cuda" and not keeps_tensors
         options = {"freezing": constant_weights, "triton.cudagraphs": graphs}
-        if self.device.type == "cpu" and _tunes_for_no_processor(found):
+        if self.device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_f") and _tunes_for_no_processor(found):
             options["cpp.simdlen"] = 256
         return _Compiled(function, name, options, self)
 
