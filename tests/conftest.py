@@ -128,6 +128,12 @@ def no_hub(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
 
 
+@pytest.fixture(autouse=True)
+def open_train_split(monkeypatch):
+    """Lets a test read training images, even if a test before it ran a data-free command in the same process."""
+    monkeypatch.setattr("engine.data.splits._train_split_forbidden", False)
+
+
 @pytest.fixture(scope="session")
 def common(tmp_path_factory):
     """common(name, make): a path that all pytest workers share; the first worker that needs it calls ``make(path)``."""
