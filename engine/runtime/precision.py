@@ -15,9 +15,9 @@ AMP = ("auto", "no", "bf16", "fp16")
 def choose_amp(amp: str, device: torch.device, earlier: str | None = None) -> str:
     """Resolves ``--amp auto``: the precision that the run began with, else bf16 where it is faster, else float32.
 
-    bf16 is faster on GPUs and processors that compute in it, with one exception: Intel processors with AVX-512 instructions
-    for bf16, but without AMX, which virtual machines may hide. Their convolutions in bf16 take twice the time of float32
-    (docs/speed.md).
+    Intel processors with AVX-512 instructions for bf16, but without AMX (which virtual machines may hide), count as slower in
+    bf16. That was measured on one of them, a Xeon of model 207 (docs/speed.md). Other hardware that computes in bf16 counts as
+    faster.
 
     Args:
         amp: value of ``--amp``.
