@@ -29,11 +29,11 @@ from engine.loops.settings import DistillFlags, RunFlags, TaskFlags, for_seed, s
 from engine.networks.build import require_batch_norm, short_name
 from engine.runtime.compilation import Compiler
 from engine.runtime.errors import lookup, resolve, run_command
-from engine.runtime.files import weights_digest
 from engine.runtime.flags import Parser, add_flags, add_list, from_args, given_flags, stage_flags
 from engine.runtime.processes import is_main, join_processes, leave_processes
 from engine.runtime.run import Run
 from engine.runtime.stage_record import StageRecord
+from engine.runtime.tensors import weights_digest
 from registry import DATASETS, METHODS, MODELS, PAIRS, PUBLISHED, RECIPES
 
 

@@ -41,13 +41,14 @@ from engine.runtime import checksums
 from engine.runtime.compilation import CHOICES as COMPILE
 from engine.runtime.compilation import Compiler
 from engine.runtime.errors import UserError, run_command
-from engine.runtime.files import delete_files, save_checkpoint
+from engine.runtime.files import delete_files
 from engine.runtime.flags import Parser, add_flags, add_list, flag, from_args, stage_flags
 from engine.runtime.precision import AMP, Precision, choose_amp, choose_device
 from engine.runtime.processes import seed_position
 from engine.runtime.run import Run, earlier_value, require_own_output, require_run_folder
 from engine.runtime.schema import require
 from engine.runtime.stage_record import StageRecord
+from engine.runtime.tensors import save_checkpoint
 from registry import DATASETS, METHODS, MODELS
 
 TRAIN = ("train",)

@@ -23,9 +23,10 @@ from engine.data.pictures import class_files, read_images, warn_of_cropping
 from engine.networks.build import load_teacher
 from engine.networks.weights import choose_normalization
 from engine.runtime.errors import UserError, run_command
-from engine.runtime.files import atomic_folder, require_new, weights_digest, write_json
+from engine.runtime.files import atomic_folder, require_new, write_json
 from engine.runtime.flags import Parser, numbers
 from engine.runtime.precision import choose_device
+from engine.runtime.tensors import weights_digest
 from registry import DATASETS, MODELS
 
 FORMATS = ("png", "npy", "imagefolder")

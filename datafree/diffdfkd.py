@@ -86,8 +86,9 @@ from engine.loops.makers import GuidedMaker, Order
 from engine.loops.session import Session, Stage
 from engine.loops.stages import Distill, FillBank
 from engine.runtime.errors import UserError
-from engine.runtime.files import claim_folder, digest, is_claimed, require_new
+from engine.runtime.files import claim_folder, is_claimed, require_new
 from engine.runtime.flags import flag
+from engine.runtime.tensors import digest
 
 GENERATE = ("generate",)
 DISTILL = ("distill",)

@@ -27,11 +27,12 @@ from engine.networks.build import load_teacher, short_name
 from engine.report.results import PERCENT
 from engine.report.tables import markdown, replace_table, with_markers
 from engine.runtime.errors import UserError, run_command
-from engine.runtime.files import atomic_path, parse_json, weights_digest
+from engine.runtime.files import atomic_path, parse_json
 from engine.runtime.flags import Parser, numbers
 from engine.runtime.processes import seed_position
 from engine.runtime.run import progress
 from engine.runtime.schema import COUNT, require
+from engine.runtime.tensors import weights_digest
 from registry import DATASETS, MODELS
 
 BATCH = 100

@@ -31,8 +31,8 @@ from engine.data.readers import read_npz_images
 from engine.data.splits import resized, sample_of
 from engine.data.transfer_set import TransferSet
 from engine.runtime.errors import UserError
-from engine.runtime.files import digest
 from engine.runtime.flags import flag
+from engine.runtime.tensors import digest
 
 DISTILL = ("distill",)
 

@@ -37,8 +37,8 @@ from datafree.stream import unlabelled
 from engine.data.pictures import read_picture
 from engine.data.splits import sample_of
 from engine.runtime.errors import UserError
-from engine.runtime.files import digest
 from engine.runtime.flags import flag
+from engine.runtime.tensors import digest
 
 DISTILL = ("distill",)
 LARGEST = 0.5  # side of the largest box, as a share of the picture's shorter side

@@ -22,8 +22,9 @@ from engine.networks.trained import Trained, open_trained, weights_of_run
 from engine.report.results import checked
 from engine.report.tables import markdown_cell
 from engine.runtime.errors import UserError, first_line, one_line, reason_of, run_command
-from engine.runtime.files import atomic_folder, read_json, require_new, save_tensors, write_json
+from engine.runtime.files import atomic_folder, read_json, require_new, write_json
 from engine.runtime.flags import Parser
+from engine.runtime.tensors import save_tensors
 from models.classifier import Classifier
 from registry import MODELS
 

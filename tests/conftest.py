@@ -27,8 +27,8 @@ from engine.data import datasets, readers
 from engine.loops import stages
 from engine.networks import build
 from engine.runtime.errors import resolve
-from engine.runtime.files import load_checkpoint, weights_digest
 from engine.runtime.precision import Precision
+from engine.runtime.tensors import load_checkpoint, weights_digest
 from models.classifier import Classifier
 from registry import DATASETS, MODELS
 from tests import tiny_pipelines

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from datafree.losses import BNStatistics, bn_loss
-from engine.runtime.files import load_checkpoint
+from engine.runtime.tensors import load_checkpoint
 from tests.conftest import CPU, TINY, make_classifier
 from tests.tiny_pipelines import patch_prior, stable_diffusion
 

@@ -14,8 +14,8 @@ import registry
 import train_scratch
 from datafree.benchmark.__main__ import parse as parse_benchmark
 from engine import report
-from engine.runtime.files import load_checkpoint, weights_digest
 from engine.runtime.flags import Parser, add_flags
+from engine.runtime.tensors import load_checkpoint, weights_digest
 from tests.conftest import ROOT, TINY_TASK
 
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"))}

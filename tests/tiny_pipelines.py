@@ -221,7 +221,7 @@ def pixel_unet(folder: Path, classes: int | None = 11, channels: int = 3) -> str
 def patch_prior(file: Path, classes: int = 10, size: int = 16) -> str:
     """Like checkpoints/priors/glyphs_digits_16.safetensors, in this project's own format."""
     from datafree.diffusion.pixel import PatchUNet
-    from engine.runtime.files import save_tensors
+    from engine.runtime.tensors import save_tensors
 
     torch.manual_seed(0)
     about = {"num_classes": classes, "image_size": size, "patch": 2, "channels": [8, 16], "attention": False}

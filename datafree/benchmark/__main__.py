@@ -41,10 +41,10 @@ from engine.networks.build import build_classifier
 from engine.report import markdown, replace_table
 from engine.runtime.compilation import CHOICES, Compiler
 from engine.runtime.errors import UserError, lookup, run_command
-from engine.runtime.files import load_tensors, save_tensors
 from engine.runtime.flags import Parser
 from engine.runtime.precision import AMP, Precision, choose_amp, choose_device
 from engine.runtime.run import clock, machine, progress
+from engine.runtime.tensors import load_tensors, save_tensors
 from models.classifier import frozen
 from registry import DATASETS, MODELS
 

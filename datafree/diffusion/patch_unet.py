@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from engine.runtime.errors import UserError
-from engine.runtime.files import load_tensors, save_tensors
+from engine.runtime.tensors import load_tensors, save_tensors
 
 SHIPPED = Path(__file__).parents[2] / "checkpoints" / "priors"
 GROUPS = 8

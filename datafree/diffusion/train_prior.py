@@ -45,11 +45,12 @@ from engine.data.splits import Split, load_split
 from engine.loops.measures import density_coverage, frechet_distance
 from engine.networks.build import load_teacher
 from engine.runtime.errors import UserError, run_command
-from engine.runtime.files import delete_files, load_checkpoint, save_checkpoint
+from engine.runtime.files import delete_files
 from engine.runtime.flags import Parser, add_flags, flag, from_args, stage_flags
 from engine.runtime.precision import Precision, choose_amp, choose_device
 from engine.runtime.processes import position_seed, seed_position
 from engine.runtime.run import Run, earlier_value, progress, require_own_output, require_run_folder
+from engine.runtime.tensors import load_checkpoint, save_checkpoint
 from models.classifier import Classifier
 from registry import DATASETS, MODELS
 

@@ -24,8 +24,9 @@ from torch import Tensor
 
 from engine.runtime import checksums
 from engine.runtime.errors import UserError
-from engine.runtime.files import digest, load_tensors, read_json, save_tensors, write_json
+from engine.runtime.files import read_json, write_json
 from engine.runtime.schema import SIZE, Array, require
+from engine.runtime.tensors import digest, load_tensors, save_tensors
 
 # Storage of images: device memory, host memory or disk.
 

@@ -23,7 +23,7 @@ from engine.data.image_bank import storage_device
 from engine.data.pictures import decode_image, warn_of_cropping
 from engine.data.readers import RawSplit
 from engine.runtime.errors import UserError, resolve
-from engine.runtime.files import digest
+from engine.runtime.tensors import digest
 
 # Identity of the data that a result depends on: a short text that changes when the data change.
 #

@@ -25,13 +25,13 @@ from engine.loops.measures import check_finite
 from engine.loops.muon import Muon
 from engine.loops.pace import StepPace
 from engine.runtime.errors import UserError, first_line
-from engine.runtime.files import load_checkpoint, save_checkpoint
 from engine.runtime.flags import Range
 from engine.runtime.precision import DOES_NOT_FIT, OPTIMIZER, Precision, begin_momentum, load_optimizer
 from engine.runtime.processes import Processes, position_seed, seed_position
 from engine.runtime.run import Run, Stopwatch, progress
 from engine.runtime.schema import SECONDS, require
 from engine.runtime.stage_record import StageRecord
+from engine.runtime.tensors import load_checkpoint, save_checkpoint
 from models.classifier import Output, weights_fixed
 
 CHECKPOINT = {

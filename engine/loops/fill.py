@@ -20,11 +20,11 @@ from engine.loops.measures import check_finite
 from engine.loops.pace import log_time_left
 from engine.runtime.compilation import CompileTarget
 from engine.runtime.errors import UserError
-from engine.runtime.files import load_checkpoint, save_checkpoint
 from engine.runtime.processes import Processes
 from engine.runtime.run import Run, progress
 from engine.runtime.schema import COUNT, require
 from engine.runtime.stage_record import StageRecord
+from engine.runtime.tensors import load_checkpoint, save_checkpoint
 
 STATE = "synthesizer.pth"
 PICTURE_EVERY = 10  # rounds

@@ -13,11 +13,12 @@ from engine.loops.fill import Maker, Part, Share
 from engine.loops.measures import check_finite
 from engine.runtime.compilation import CompileTarget
 from engine.runtime.errors import UserError
-from engine.runtime.files import atomic_path, load_checkpoint, load_tensors, save_checkpoint, save_tensors
+from engine.runtime.files import atomic_path
 from engine.runtime.flags import Range
 from engine.runtime.processes import position_seed, seed_position
 from engine.runtime.run import Run, progress
 from engine.runtime.schema import Array, require
+from engine.runtime.tensors import load_checkpoint, load_tensors, save_checkpoint, save_tensors
 from models.classifier import weights_fixed
 
 # Maker of the initial bank by rounds of synthesis.

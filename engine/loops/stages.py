@@ -19,11 +19,12 @@ from engine.loops.measures import Accuracy, Agreement, confusion, predict
 from engine.loops.session import Finished, Session, Stage
 from engine.runtime import checksums
 from engine.runtime.errors import UserError
-from engine.runtime.files import load_tensors, read_json, save_checkpoint, save_tensors, write_json
+from engine.runtime.files import read_json, write_json
 from engine.runtime.precision import Precision
 from engine.runtime.processes import position_seed, seed_position
 from engine.runtime.run import peak_memory
 from engine.runtime.schema import require
+from engine.runtime.tensors import load_tensors, save_checkpoint, save_tensors
 
 STREAMED, STREAMED_BYTES = "images.safetensors", 2**25  # file and size limit of the sample of streamed images
 

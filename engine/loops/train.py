@@ -11,13 +11,13 @@ from engine.data.crops import crop_flip
 from engine.loops.measures import check_finite, evaluate
 from engine.runtime.compilation import Compiler
 from engine.runtime.errors import UserError, first_line
-from engine.runtime.files import load_checkpoint, save_checkpoint
 from engine.runtime.flags import Range, flag
 from engine.runtime.precision import DOES_NOT_FIT, OPTIMIZER, Precision, begin_momentum, load_optimizer
 from engine.runtime.processes import seed_position
 from engine.runtime.run import Run, progress
 from engine.runtime.schema import require
 from engine.runtime.stage_record import StageRecord
+from engine.runtime.tensors import load_checkpoint, save_checkpoint
 
 TRAIN = ("train",)
 CHECKPOINT = {"network": {str: torch.Tensor}, "optimizer": OPTIMIZER, "precision": dict, "accuracies": [float]}

@@ -9,9 +9,9 @@ from engine.networks import public
 from engine.networks.build import build_network, find_checkpoint, load_named_weights, split_arguments, with_own_weights
 from engine.runtime import checksums
 from engine.runtime.errors import UserError
-from engine.runtime.files import load_checkpoint
 from engine.runtime.schema import SIZE, require
 from engine.runtime.stage_record import read_record
+from engine.runtime.tensors import load_checkpoint
 
 ABOUT_SCHEMA = {
     "dataset?": str, "num_classes": SIZE, "image_size?": SIZE, "class_names?": [str], "mean?": [float], "std?": [float],

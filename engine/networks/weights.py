@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from engine.runtime.errors import UserError
-from engine.runtime.files import load_checkpoint
 from engine.runtime.flags import Range
 from engine.runtime.schema import shown, wrong
+from engine.runtime.tensors import load_checkpoint
 
 # Normalization of a network's inputs: from a flag, else from its checkpoint, else from the dataset.
 #

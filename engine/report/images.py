@@ -28,7 +28,7 @@ from engine.loops.stages import STREAMED
 from engine.networks.build import load_teacher, own_weights
 from engine.report.results import DATASET_FLAGS, bank_stages, dataset_flags, flags_of
 from engine.runtime.errors import UserError
-from engine.runtime.files import load_tensors
+from engine.runtime.tensors import load_tensors
 from models.classifier import layers_with_statistics
 from registry import DATASETS, MODELS
 

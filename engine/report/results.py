@@ -293,7 +293,7 @@ def _variants(folder: Path, place: Path, sources: dict[str, Any]) -> list[tuple[
     """Some sources with their variants in ``place``, and whether the run in ``folder`` kept each variant."""
     from engine.data.image_bank import open_bank
     from engine.loops.makers import SCORES
-    from engine.runtime.files import load_tensors
+    from engine.runtime.tensors import load_tensors
 
     decided = sorted(folder.glob("filter_*.safetensors"))
     if not (place / "manifest.json").exists() or not decided:

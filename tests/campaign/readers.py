@@ -33,9 +33,9 @@ from engine.data.pictures import decode_image
 from engine.networks.build import matching_models
 from engine.networks.trained import open_trained
 from engine.runtime.errors import resolve
-from engine.runtime.files import load_checkpoint, weights_digest
 from engine.runtime.run import Run, commit, earlier_value, read_lines, versions
 from engine.runtime.stage_record import StageRecord
+from engine.runtime.tensors import load_checkpoint, weights_digest
 from registry import DATASETS, METHODS, MODELS
 from tests.campaign.mutators import mutate
 from tests.campaign.sandbox import ACCEPTED, EQUAL, Silent

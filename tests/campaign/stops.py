@@ -23,8 +23,8 @@ import datafree_kd
 import train_scratch
 from engine.data import splits
 from engine.runtime.errors import run_command
-from engine.runtime.files import load_checkpoint, weights_digest
 from engine.runtime.processes import leave_processes
+from engine.runtime.tensors import load_checkpoint, weights_digest
 from registry import METHODS
 from tests.campaign import readers
 from tests.campaign.sandbox import EQUAL, Outcome

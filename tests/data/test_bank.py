@@ -17,7 +17,7 @@ from engine.data.image_bank import ImageBank, Manifest, MappedImages, prefetch, 
 from engine.data.pictures import class_files, read_images
 from engine.data.transfer_set import TransferSet
 from engine.runtime.errors import UserError, explain_os_error
-from engine.runtime.files import save_tensors
+from engine.runtime.tensors import save_tensors
 
 MANIFEST = Manifest("digits", 10, 8, "resnet8", "abc")
 

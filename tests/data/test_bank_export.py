@@ -9,7 +9,7 @@ from PIL import Image
 
 from engine.data.image_bank import ImageBank, Manifest
 from engine.runtime.errors import UserError
-from engine.runtime.files import weights_digest
+from engine.runtime.tensors import weights_digest
 from tests.conftest import build_network
 
 

@@ -16,7 +16,7 @@ from datafree.diffusion.patch_unet import PatchUNet, denoise, load_patch_prior
 from datafree.diffusion.variation import seeded_noise
 from engine.data.splits import load_split
 from engine.runtime.errors import UserError
-from engine.runtime.files import load_tensors, save_tensors
+from engine.runtime.tensors import load_tensors, save_tensors
 from tests.conftest import ROOT, build_network, dataset_info
 
 SHIPPED = FOLDER / "glyphs_digits_16.safetensors"

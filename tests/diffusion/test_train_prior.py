@@ -15,7 +15,7 @@ from datafree.diffusion.patch_unet import load_patch_prior
 from datafree.diffusion.priors import load_prior
 from engine.loops.measures import density_coverage, frechet_distance
 from engine.runtime.errors import UserError
-from engine.runtime.files import load_tensors, save_checkpoint
+from engine.runtime.tensors import load_tensors, save_checkpoint
 from tests.conftest import build_network
 
 TINY = "--channels 8,8 --no_attention --batch_size 4 --round_steps 2 --report_every 2 --images 32 --samples 12 --gpu -1"

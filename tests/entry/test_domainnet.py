@@ -14,7 +14,7 @@ from PIL import Image
 
 from engine.networks.weights import load_weights
 from engine.runtime.errors import UserError
-from engine.runtime.files import load_checkpoint
+from engine.runtime.tensors import load_checkpoint
 from registry import DATASETS
 from tests.conftest import ROOT, build_network, script_commands
 

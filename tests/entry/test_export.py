@@ -16,7 +16,7 @@ from engine.export import TOLERANCE, network_source
 from engine.export import main as export_main
 from engine.networks.trained import open_trained, weights_of_run
 from engine.runtime.errors import UserError
-from engine.runtime.files import load_checkpoint
+from engine.runtime.tensors import load_checkpoint
 from registry import MODELS
 from tests.conftest import ROOT, TINY, TINY_TASK, dataset_info
 

@@ -9,7 +9,8 @@ from PIL import Image
 
 from engine import report
 from engine.runtime.errors import UserError
-from engine.runtime.files import load_checkpoint, read_json, save_checkpoint, write_json
+from engine.runtime.files import read_json, write_json
+from engine.runtime.tensors import load_checkpoint, save_checkpoint
 from tests.conftest import TINY
 
 SMALL = "--dataset folder --image_size 16 --gpu -1 --epochs 1 --batch_size 8"

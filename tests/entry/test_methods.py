@@ -7,7 +7,7 @@ import torch
 
 import registry
 from engine.runtime.errors import UserError, resolve
-from engine.runtime.files import load_checkpoint, weights_digest
+from engine.runtime.tensors import load_checkpoint, weights_digest
 from tests.conftest import CPU, TINY, build_classifier, build_network, dataset_info, load_teacher, make_task, outcome
 
 METHODS = sorted(registry.METHODS)

@@ -10,7 +10,8 @@ import torch
 from datafree.diffusion.default_prior import DEFAULT_MODEL, EMBEDDED, default_prior
 from engine.networks.build import find_checkpoint, matching_models, short_name, split_arguments
 from engine.runtime.errors import UserError
-from engine.runtime.files import PROJECT, load_checkpoint, shipped
+from engine.runtime.files import PROJECT, shipped
+from engine.runtime.tensors import load_checkpoint
 from registry import DATASETS, METHODS, MODELS
 from tests.conftest import ROOT, build_network, dataset_info, load_teacher, make_task
 

@@ -9,7 +9,7 @@ import torch
 from engine import report
 from engine.loops.measures import Agreement
 from engine.runtime.errors import UserError
-from engine.runtime.files import load_checkpoint, load_tensors, weights_digest
+from engine.runtime.tensors import load_checkpoint, load_tensors, weights_digest
 from tests.conftest import CPU, dataset_info, load_teacher
 
 UNSEEN = "--no_test --dataset pens --num_classes 10 --image_size 16"

@@ -14,8 +14,8 @@ import torch
 
 from engine.loops import distill as stage
 from engine.runtime.errors import UserError
-from engine.runtime.files import load_checkpoint
 from engine.runtime.processes import Processes, join_processes
+from engine.runtime.tensors import load_checkpoint
 from tests.conftest import CPU, ROOT, TINY, TINY_TASK, dataset_info, make_classifier, make_task
 
 TIMEOUT = 300  # seconds for all runs of the two processes

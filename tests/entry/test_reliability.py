@@ -15,9 +15,10 @@ import engine.loops.distill
 from engine.data.image_bank import ImageBank, Manifest
 from engine.runtime import checksums
 from engine.runtime.errors import UserError, explain, one_line, run_command
-from engine.runtime.files import load_checkpoint, parse_json, read_json, save_checkpoint, save_tensors
+from engine.runtime.files import parse_json, read_json
 from engine.runtime.run import read_lines
 from engine.runtime.schema import require
+from engine.runtime.tensors import load_checkpoint, save_checkpoint, save_tensors
 from tests.conftest import ROOT, outcome
 
 

@@ -15,7 +15,7 @@ from engine.report.command import main
 from engine.report.results import bank_stages
 from engine.report.tables import image_rows
 from engine.runtime.errors import UserError
-from engine.runtime.files import load_tensors
+from engine.runtime.tensors import load_tensors
 from tests.conftest import STREAMED_BYTES, make_classifier
 
 

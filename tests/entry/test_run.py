@@ -11,8 +11,8 @@ from PIL import Image
 import registry
 from engine.data.splits import load_split
 from engine.runtime.errors import UserError, resolve, run_command
-from engine.runtime.files import load_tensors
 from engine.runtime.run import Run, progress
+from engine.runtime.tensors import load_tensors
 from tests.conftest import CPU, ROOT, build_network, dataset_info, outcome
 
 

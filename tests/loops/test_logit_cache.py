@@ -10,7 +10,7 @@ from engine.data.transfer_set import TransferSet
 from engine.loops import logit_cache as module
 from engine.loops.logit_cache import LogitCache, cached_keys, check_logit_cache, repeated
 from engine.runtime.errors import UserError
-from engine.runtime.files import load_checkpoint
+from engine.runtime.tensors import load_checkpoint
 from tests.conftest import CPU, ROOT, outcome
 
 LONG = "--epochs 2 --kd_steps 10 --ep_steps 20 --batch_size 16"

@@ -7,7 +7,7 @@ import torch
 
 from engine.loops import makers
 from engine.runtime.errors import UserError
-from engine.runtime.files import load_tensors
+from engine.runtime.tensors import load_tensors
 from tests.conftest import outcome
 
 GUIDED = "--strength .8 --guidance_oh 5 --guidance_bn .1 --guidance_max_step 3 --agree --variant_labels teacher"

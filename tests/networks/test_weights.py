@@ -4,6 +4,7 @@ import argparse
 import copy
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -41,6 +42,19 @@ def test_wrapped_with_metadata(tmp_path, state, wrapper):
 def test_flags_beside_the_weights_as_timm_and_repdistiller_store_them(tmp_path, state):
     torch.save({"model": state, "opt": argparse.Namespace(lr=0.05, model="resnet8")}, tmp_path / "a.pth")
     assert_loads(tmp_path / "a.pth", state)
+
+
+def test_numpy_scalars_beside_the_weights(tmp_path, state):
+    plain = {"best_acc": 94.25, "loss": 0.5, "epoch": 3, "best": True}
+    stored = {"best_acc": np.float64(94.25), "loss": np.float32(0.5), "epoch": np.int64(3), "best": np.bool_(True)}
+    file = tmp_path / "a.pth"
+    torch.save({"state_dict": state, **stored}, file, _use_new_zipfile_serialization=False)
+    assert_loads(file, state, plain)
+    file.write_bytes(file.read_bytes().replace(b"numpy._core.", b"numpy.core."))  # as numpy 1 writes them
+    assert_loads(file, state, plain)
+    torch.save({"state_dict": state, "name": np.str_("resnet8")}, file)
+    with pytest.raises(UserError, match="pickled objects"):
+        load_weights(build_network("resnet8", 10), file)
 
 
 def test_averaged_weights_of_torch(tmp_path, state):

@@ -6,17 +6,8 @@ import pytest
 import torch
 
 from engine.runtime.errors import UserError
-from engine.runtime.files import (
-    atomic_path,
-    digest,
-    load_checkpoint,
-    load_tensors,
-    require_output,
-    save_checkpoint,
-    save_tensors,
-    weights_digest,
-    write_json,
-)
+from engine.runtime.files import atomic_path, require_output, write_json
+from engine.runtime.tensors import digest, load_checkpoint, load_tensors, save_checkpoint, save_tensors, weights_digest
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from engine.runtime.errors import UserError
-from engine.runtime.files import load_checkpoint, weights_digest
 from engine.runtime.precision import Precision, begin_momentum, choose_amp
+from engine.runtime.tensors import load_checkpoint, weights_digest
 
 CPU = torch.device("cpu")
 
