@@ -22,6 +22,7 @@ from engine.data.image_bank import ImageBank, Manifest, find_bank, open_bank
 from engine.data.pictures import class_files, read_images, warn_of_cropping
 from engine.networks.build import load_teacher
 from engine.networks.weights import choose_normalization
+from engine.report.results import DATASET_FLAGS, dataset_flags, flags_of
 from engine.runtime.errors import UserError, run_command
 from engine.runtime.files import atomic_folder, require_new, write_json
 from engine.runtime.flags import Parser, numbers
@@ -166,13 +167,19 @@ def only_for(args: argparse.Namespace, formats: str, **defaults: Any) -> None:
 
 
 def describe(args: argparse.Namespace, bank: ImageBank) -> DatasetInfo:
-    """The dataset that the bank's manifest names."""
-    manifest = bank.manifest
-    info = dataset_info(DATASETS, manifest.dataset, args.data_root, manifest.image_size)
+    """The dataset of the bank: that of the flags, else of the run that contains the bank, else the one in its manifest."""
+    manifest, run = bank.manifest, bank.path.absolute().parent
+    flags = {"dataset": manifest.dataset, "data_root": "data"}
+    if not args.dataset and (run / "args.json").exists():
+        flags |= flags_of(run, DATASET_FLAGS | {"no_test?": bool})
+    given = {"dataset": args.dataset, "data_root": args.data_root}
+    flags |= {name: value for name, value in given.items() if value} | {"image_size": manifest.image_size}
+    unseen = bool(flags.get("no_test"))
+    info = dataset_info(DATASETS, *dataset_flags(flags), manifest.num_classes if unseen else None, unseen)
     if info.num_classes != manifest.num_classes:
         raise UserError(
-            f"{bank.path} has {manifest.num_classes} classes, {info.name} in {args.data_root} has {info.num_classes}; give "
-            "the --data_root of the run that made the bank"
+            f"{bank.path} has {manifest.num_classes} classes, {info.name} in {flags['data_root']} has {info.num_classes}; "
+            "give the --dataset and --data_root of the run that made the bank"
         )
     return info
 
@@ -235,7 +242,13 @@ def main() -> None:
         help="npy: float32, normalized as the teacher's inputs (see --teacher_mean), or uint8, not normalized [float32]",
     )
     out.add_argument("--shard_mb", type=int, least=1, default=256, help="npy: largest size of a shard in MB [256]")
-    out.add_argument("--data_root", default="data", help="folder of the dataset; none of its images is opened [data]")
+    out.add_argument(
+        "--dataset",
+        help="dataset of the bank, as in datafree_kd.py; unset: that of its run, else the one that the bank names",
+    )
+    out.add_argument(
+        "--data_root", help="folder of the dataset; none of its images is opened; unset: that of the bank's run, else data"
+    )
     out.add_argument(
         "--teacher",
         help="teacher, a network as in datafree_kd.py; npy: images are normalized for it; imagefolder: its five most "
@@ -264,6 +277,7 @@ def main() -> None:
     into.add_argument("bank", type=Path, help="folder of the image bank to write, new or empty")
     into.add_argument("--dataset", required=True, help="dataset whose classes the class folders are")
     into.add_argument("--data_root", default="data", help="folder of the dataset; none of its images is opened [data]")
+    into.add_argument("--name", help="name of the dataset; unset: as in datafree_kd.py, whose --name it must be")
     into.add_argument("--domain", help="domain, for a dataset that has several")
     into.add_argument("--classes", help="classes of a dataset that has domains: ten (its usual subset) or all; unset: ten")
     into.add_argument(
@@ -274,7 +288,8 @@ def main() -> None:
     if args.command == "export":
         export(args)
         return
-    info = dataset_info(DATASETS, args.dataset, args.data_root, args.image_size, args.domain, args.classes)
+    about = args.dataset, args.data_root, args.image_size, args.domain, args.classes, args.name
+    info = dataset_info(DATASETS, *about)
     require_new(args.bank)
     files, labels = class_files(args.folder, info.class_names or ())
     classes = len(labels.unique())

@@ -172,12 +172,7 @@ class ImageBank:
     def __init__(self, path: Path, manifest: Manifest, *, create: bool = True):
         self.path = Path(path)
         file = self.path / "manifest.json"
-        if not file.exists():
-            if not create:
-                raise UserError(
-                    f"no image bank at {self.path} (it has no manifest.json); give a bank folder or a run folder that "
-                    "contains one"
-                )
+        if create and not file.exists():
             checksums.keep(self.path)
             write_json(file, vars(manifest))
         self.manifest = read_manifest(self.path)
@@ -309,6 +304,10 @@ def read_manifest(path: Path) -> Manifest:
         UserError: the manifest is missing, damaged, or of another format.
     """
     file = Path(path) / "manifest.json"
+    if not file.exists():
+        raise UserError(
+            f"no image bank at {path} (it has no manifest.json); give a bank folder or a run folder that contains one"
+        )
     value = read_json(file)
     if not isinstance(value, dict) or value.get("format") != FORMAT or not set(value) <= set(Manifest.__dataclass_fields__):
         raise UserError(f"{file} is not the manifest of an image bank of format {FORMAT}; give a bank made by this version")

@@ -163,7 +163,7 @@ def test_import_for_a_folder_dataset_and_export_of_a_run(tmp_path, monkeypatch, 
     bank_module.main()
     assert (tmp_path / "png" / "2" / "0000002.png").exists()
     monkeypatch.setattr("sys.argv", ["bank", "export", str(tmp_path), str(tmp_path / "other")])
-    with pytest.raises(UserError, match="manifest.json does not exist"):
+    with pytest.raises(UserError, match="no image bank at .*; give a bank folder or a run folder that contains one"):
         bank_module.main()
 
 

@@ -9,8 +9,10 @@ from PIL import Image
 
 from engine.data.image_bank import ImageBank, Manifest
 from engine.runtime.errors import UserError
+from engine.runtime.files import write_json
 from engine.runtime.tensors import weights_digest
-from tests.conftest import build_network
+from tests.conftest import build_network, dataset_info
+from tests.data.trees import write_folders
 
 
 @pytest.fixture
@@ -104,6 +106,30 @@ def test_flags_that_do_not_fit_are_one_line(bank, command, tmp_path, flags, word
     with pytest.raises(UserError, match=words):
         command("datafree.bank", f"export {tmp_path / 'run'} {tmp_path / 'out'} {flags}")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_bank_of_class_folders_has_their_names_and_normalization(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_folders(tmp_path / "pictures", ["a b", "c"], ["test"])
+    for place in ("run/bank", "loose"):
+        made = ImageBank(tmp_path / place, Manifest("pictures", 2, 16))
+        made.append("synthesize", 0, torch.zeros(2, 3, 16, 16), torch.arange(2))
+    write_json(tmp_path / "run" / "args.json", {"args": {"dataset": "folder", "data_root": "pictures"}})
+    for bank, flags in (("run", ""), ("loose", "--dataset folder --data_root pictures")):
+        command("datafree.bank", f"export {bank} {bank}_i --format imagefolder {flags}")
+        lines = (tmp_path / f"{bank}_i" / "metadata.jsonl").read_text().splitlines()
+        assert [json.loads(line)["class_name"] for line in lines] == ["a b", "c"]
+        command("datafree.bank", f"export {bank} {bank}_n --format npy {flags}")
+        assert arrays(tmp_path / f"{bank}_n")[0]["mean"] == list(dataset_info("folder", "pictures").mean)
+
+
+def test_a_bank_of_a_run_without_real_images_is_normalized_as_in_the_run(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made = ImageBank(tmp_path / "run" / "bank", Manifest("secret", 2, 16))
+    made.append("synthesize", 0, torch.zeros(2, 3, 16, 16), torch.arange(2))
+    write_json(tmp_path / "run" / "args.json", {"args": {"dataset": "secret", "data_root": "data", "no_test": True}})
+    command("datafree.bank", "export run n --format npy")
+    assert arrays(tmp_path / "n")[0]["mean"] == [0.5] * 3
 
 
 def test_another_teacher_is_refused(bank, command, tmp_path):
