@@ -172,7 +172,7 @@ def main() -> None:
     precision = Precision(flags.amp, device)
     own = start = None
     if flags.evaluate_only:
-        given = flags.resume or (str(output) if output.exists() else None)
+        given = flags.resume or flags.output or (str(output) if output.exists() else None)
         own = own_weights(flags.model, info.name, given)
         start = None if own else find_checkpoint(flags.model, info.name, given, "give its path with --resume")
     elif flags.pretrained and is_public(flags.model):

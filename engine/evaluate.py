@@ -80,8 +80,12 @@ def parse(argv: list[str] | None = None):
         args.task = dataset_flags(flags_of(Path(args.model), DATASET_FLAGS) | known)
         return args
     args.task = [args.dataset, args.data_root or "data", args.image_size, args.domain, args.classes]
-    if bool(args.dataset) == bool(args.images):
-        raise UserError("give either --dataset NAME or --images FOLDER (the dataset of a run folder is known)")
+    if args.dataset and args.images:
+        raise UserError("give either --dataset NAME or --images FOLDER, not both")
+    if not (args.dataset or args.images):
+        raise UserError(
+            f"{args.model} is no run folder, whose dataset would be known; give --dataset NAME or --images FOLDER"
+        )
     return args
 
 

@@ -375,7 +375,8 @@ def test_evaluation_of_an_exported_folder_on_folders_of_images(runs, export, mea
         ("none --images {tmp}", "there is no file or folder none; give one, a public name"),
         ("{bare} --dataset digits", "does not record its architecture; give --arch NAME"),
         ("{tmp} --dataset digits", "has no finished run"),
-        ("{bare} --dataset digits --images x", "give either --dataset NAME or --images FOLDER"),
+        ("{bare} --dataset digits --images x", "give either --dataset NAME or --images FOLDER, not both"),
+        ("none", "none is no run folder, .*; give --dataset NAME or --images FOLDER"),
     ],
 )
 def test_wrong_evaluations_are_one_line(arguments, message, measure, tmp_path, monkeypatch):

@@ -129,6 +129,8 @@ def test_the_advice_on_a_missing_checkpoint_fits_the_command(command, tmp_path, 
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="or give its path with --resume$"):
         command("train_scratch", "--model wrn16_2 --dataset digits --evaluate_only")
+    with pytest.raises(UserError, match="nowhere.pth does not exist"):
+        command("train_scratch", "--model wrn16_2 --dataset digits --evaluate_only --output nowhere.pth")
     with pytest.raises(UserError, match="or give its path, and --arch wrn16_2$"):
         command("engine.evaluate", "wrn16_2 --dataset digits")
     with pytest.raises(UserError, match="there is no file or folder nowhere.pth; give one"):
