@@ -66,7 +66,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--folders", action="store_true", help="name rows by their run folders, not by the flags in which they differ"
     )
     parser.add_argument("--best_first", action="store_true", help="sort the rows by accuracy, the highest first")
-    parser.add_argument("--csv", type=Path, help="also write the table, with all columns, to this CSV file")
+    parser.add_argument("--csv", type=Path, help="also write the table, with all columns, to this file")
     parser.add_argument(
         "--html", type=Path, metavar="FILE.html", help="write a page with table, curves and pictures, and print no table"
     )
@@ -142,7 +142,8 @@ def main() -> None:
         write_page(args.html, group(results))
         print(f"{args.html}: {args.html.stat().st_size / 1e6:.1f} MB")
     if args.csv:
-        rows = rows_of(group(results), args.budget, args.target, args.folders)
+        groups = group(results)
+        rows = image_rows(groups, args.folders) if args.images else rows_of(groups, args.budget, args.target, args.folders)
         with atomic_path(args.csv) as temporary, open(temporary, "w", newline="") as file:
             writer = csv.DictWriter(file, rows[0])
             writer.writeheader()

@@ -130,6 +130,8 @@ def test_a_table_from_folders_and_from_lines(finished, report, tmp_path, monkeyp
     report(*runs, "--images", "--lines", lines)
     assert all(json.loads(line)["image_figures"]["count"] for line in lines.read_text().splitlines())
     assert report(lines, "--images") == text
+    report(lines, "--images", "--csv", tmp_path / "table.csv")
+    assert "teacher acc1 %" in (tmp_path / "table.csv").read_text().splitlines()[0]
     report(*runs, "--lines", tmp_path / "without.jsonl")
     with pytest.raises(UserError, match="no run has figures of its images"):
         report(tmp_path / "without.jsonl", "--images")
