@@ -62,7 +62,7 @@ def _open_rgb(path: str | Path) -> Image.Image:
     except FileNotFoundError:
         raise UserError(f"image {path} does not exist") from None
     except (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as error:
-        raise UserError(f"image {path} cannot be decoded: {error}") from None
+        raise UserError(f"image {path} cannot be decoded: {error}; replace or remove it") from None
 
 
 def _eight_bits(image: Image.Image, path: str | Path) -> Image.Image:

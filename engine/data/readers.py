@@ -267,7 +267,7 @@ def _from_folders(info: DatasetInfo, folder: Path) -> RawSplit:
     if info.classes and set(names) != set(info.classes):
         raise UserError(
             f"{folder} and the test split have different class folders, equal ones wanted: "
-            f"{sorted(set(names) ^ set(info.classes))[:5]}"
+            f"{sorted(set(names) ^ set(info.classes))[:5]}; rename folders, or make an empty one for a class without images"
         )
     _check_count(info, len(names), folder)
     files = [image_files(folder / name) for name in names]

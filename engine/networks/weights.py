@@ -161,7 +161,10 @@ def _check_fit(state: dict[str, Tensor], wanted: dict[str, Tensor], file: str, n
         return
     if not (missing or unexpected) and _is_head(misshaped, state, wanted):
         key = misshaped[0]
-        raise UserError(f"{file} has {len(state[key])} classes ({key} {_size(state[key])}), {len(wanted[key])} wanted")
+        raise UserError(
+            f"{file} has {len(state[key])} classes ({key} {_size(state[key])}), {len(wanted[key])} wanted; give weights for the "
+            "dataset's classes, or the dataset of these weights"
+        )
     shapes = [f"{key} {_size(state[key])} for {_size(wanted[key])}" for key in misshaped]
     found = [
         f"{len(keys)} {kind} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"

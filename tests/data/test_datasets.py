@@ -191,7 +191,7 @@ def test_wrong_folders(tmp_path):
         dataset_info(str(tmp_path))
     info = dataset_info("folder", tmp_path)
     (tmp_path / "train" / "b").rename(tmp_path / "train" / "B")
-    with fails("train and the test split have different class folders", "'B'"):
+    with fails("train and the test split have different class folders", "'B'", "make an empty one"):
         load(info, "train")
     write_folders(tmp_path, ["a", "b", "c"], ["train"])
     with fails("train and the test split have different class folders", "'B', 'c'"):
@@ -206,7 +206,7 @@ def test_a_damaged_image_is_named(workers, tmp_path):
     path = tmp_path / "test" / "b" / "1.png"
     write_image(path, (1, 2, 3), (64, 64))
     path.write_bytes(path.read_bytes()[:60])
-    with fails("1.png cannot be decoded"):
+    with fails("1.png cannot be decoded", "replace or remove it"):
         load(dataset_info("folder", tmp_path), workers=workers)
 
 
