@@ -114,4 +114,10 @@ def weights_of_run(run: Path) -> Path:
                 f"the weights of {run} were written to {output}, and there is no such file there or in {run}; start this "
                 "command in the folder where that run was started, or put the file into the run folder"
             )
-    raise UserError(f"{run} has no finished run (result.json and student.pth); give another run folder, or finish that run")
+    if not run.exists():
+        raise UserError(f"{run} does not exist; give a run folder")
+    inside = sorted(file.parent.name for file in run.glob("*/result.json"))
+    advice = (
+        f"give one of its folders ({', '.join(inside[:5])})" if inside else "give another run folder, or finish that run"
+    )
+    raise UserError(f"{run} has no finished run (result.json and student.pth); {advice}")

@@ -40,7 +40,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Parses the command line.
 
     Raises:
-        UserError: --into without --name, or --name without --into.
+        UserError: two flags do not fit together.
     """
     parser = Parser(
         prog="python -m engine.report", description="Prints the results of runs as a table, one row for all seeds."
@@ -90,6 +90,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if bool(args.into) != bool(args.name):
         raise UserError("--into FILE and --name TABLE belong together; give both or none")
+    if args.images and (args.html or args.plot):
+        raise UserError("--images makes a table; give it without --html and --plot")
     return args
 
 

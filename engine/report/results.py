@@ -40,7 +40,7 @@ def collect(places: list[Path]) -> list[dict[str, Any]]:
     is where the result was read.
 
     Args:
-        places: run folders, folders of run folders, and files that ``write_lines`` wrote.
+        places: run folders or their result.json, folders of run folders, and files that ``write_lines`` wrote.
     Raises:
         UserError: a place does not exist, or there is no result at all.
     """
@@ -48,6 +48,7 @@ def collect(places: list[Path]) -> list[dict[str, Any]]:
     for place in places:
         if not place.exists():
             raise UserError(f"{place} does not exist; give run folders, folders of them, or a file of result lines")
+        place = place.parent if place.name == "result.json" else place
         results += _read_file(place) if place.is_file() else _read_folders(place)
     if not results:
         raise UserError(f"no result.json under {', '.join(map(str, places))}; a run writes it when it is finished")

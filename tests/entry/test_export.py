@@ -197,6 +197,10 @@ def test_a_folder_is_whole_or_absent(runs, export, tmp_path, monkeypatch):
 def test_what_is_no_finished_run_is_refused(runs, export, tmp_path):
     with pytest.raises(UserError, match="has no finished run"):
         export(tmp_path, tmp_path / "out")
+    with pytest.raises(UserError, match="nowhere does not exist; give a run folder"):
+        export(tmp_path / "nowhere", tmp_path / "out")
+    with pytest.raises(UserError, match=rf"give one of its folders \(.*{runs['resnet8'].name}"):
+        export(runs["resnet8"].parent, tmp_path / "out")
     with pytest.raises(UserError, match="student.pth is a file, a run folder wanted; .* checkpoints/scratch"):
         export(runs["resnet8"] / "student.pth", tmp_path / "out")
     shutil.copytree(runs["resnet8"], tmp_path / "run")

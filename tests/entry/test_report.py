@@ -42,6 +42,9 @@ def test_report_takes_mean_and_spread_over_seeds(tmp_path, monkeypatch, capsys):
     report.main()
     out = capsys.readouterr().out
     assert "91.00 ± 1.41" in out and "| 0,1 |" in out and "10 (40)" in out and "| m | 50.0 ± 0.0 | 51.0 ± 0.0 |" in out
+    monkeypatch.setattr("sys.argv", ["report", *(str(tmp_path / name / "result.json") for name in "abc"), "--markdown"])
+    report.main()
+    assert "91.00 ± 1.41" in capsys.readouterr().out
     assert "training s" not in out and table.read_text().count("\n") == 3 and "published" not in out
 
 

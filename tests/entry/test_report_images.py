@@ -23,6 +23,7 @@ from tests.conftest import STREAMED_BYTES, make_classifier
 def report(monkeypatch, capsys):
     def call(*words):
         monkeypatch.setattr("sys.argv", ["report", *map(str, words)])
+        capsys.readouterr()  # drops what the runs of the fixtures printed
         main()
         return capsys.readouterr().out
 
@@ -130,6 +131,8 @@ def test_a_table_from_folders_and_from_lines(finished, report, tmp_path, monkeyp
     report(*runs, "--images", "--lines", lines)
     assert all(json.loads(line)["image_figures"]["count"] for line in lines.read_text().splitlines())
     assert report(lines, "--images") == text
+    with pytest.raises(UserError, match="--images makes a table; give it without --html and --plot"):
+        report(lines, "--images", "--plot", tmp_path / "plot.png")
     report(lines, "--images", "--csv", tmp_path / "table.csv")
     assert "teacher acc1 %" in (tmp_path / "table.csv").read_text().splitlines()[0]
     report(*runs, "--lines", tmp_path / "without.jsonl")
