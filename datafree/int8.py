@@ -1,15 +1,16 @@
 """Static int8 quantization of a teacher, calibrated without real data: another use of an image bank.
 
-    python -m datafree.int8 --dataset digits --teacher resnet20 --teacher_ckpt TEACHER --bank RUN --lines results.jsonl
+    python -m datafree.int8 --dataset digits --teacher resnet20 --teacher_ckpt TEACHER --bank RUN --output teacher_int8.onnx
 
 The teacher is exported as an ONNX graph with its normalization. onnxruntime's static quantizer (QDQ, MinMax ranges of the
-activations, per-channel weights) is calibrated on images of three kinds: uniform noise, the bank, and the real training set.
-The number of images is the same for each kind. Weights have 8 bits in one graph and 4 bits in another; activations have 8
-bits. The accuracy of each graph on the test split is one result line.
+activations, per-channel weights) is calibrated on images of three kinds: uniform noise, the bank, and the real training set, if
+there is one. The number of images is the same for each kind. Weights have 8 bits in one graph and 4 bits in another;
+activations have 8 bits. The accuracy of each graph on the test split is one result line.
 """
 
 import argparse
 import json
+import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -27,7 +28,7 @@ from engine.networks.build import load_teacher, short_name
 from engine.report.results import PERCENT
 from engine.report.tables import markdown, replace_table, with_markers
 from engine.runtime.errors import UserError, run_command
-from engine.runtime.files import atomic_path, parse_json
+from engine.runtime.files import atomic_path, parse_json, require_output
 from engine.runtime.flags import Parser, numbers
 from engine.runtime.processes import seed_position
 from engine.runtime.run import progress
@@ -133,28 +134,31 @@ class Part:
 
 
 def calibration_images(args: argparse.Namespace, info) -> dict[str, tuple[np.ndarray, dict[str, str]]]:
-    """The same number of calibration images of each kind.
+    """The same number of calibration images of each kind. Real images are left out if they cannot be opened.
 
     Returns:
         {kind: (images (N, 3, S, S) float32 in [0, 1], further entries of the result line)}.
     """
     bank = open_bank(find_bank(args.bank))
-    made, real = bank.read_all()["images"], load_split(info, "train", "cpu")
-    count = min(args.images, len(made), len(real))
+    made, real = bank.read_all()["images"], None
+    try:
+        real = load_split(info, "train", "cpu")
+    except UserError as error:
+        print(f"real images are left out of the comparison: {error}")
+    count = min(args.images, len(made), len(made if real is None else real))
     if count < 1:
         raise UserError(f"{bank.path} is empty; give a bank with images")
     seed_position(args.seed, "calibration")
     noise = torch.rand(count, 3, info.image_size, info.image_size)
     chosen = torch.randperm(len(made))[:count]
-    pictures, _ = next(real.batches(count, torch.randperm(len(real))[:count]))
     manifest = bank.manifest
     about = {"method": manifest.method, "external_prior": manifest.external_prior}
     noisy, banked, real_ones = KINDS
-    return {
-        noisy: (noise.numpy(), {}),
-        banked: ((made[chosen].float() / 255).numpy(), about),
-        real_ones: (pictures.contiguous().numpy(), {}),
-    }
+    kinds = {noisy: (noise.numpy(), {}), banked: ((made[chosen].float() / 255).numpy(), about)}
+    if real is not None:
+        pictures, _ = next(real.batches(count, torch.randperm(len(real))[:count]))
+        kinds[real_ones] = pictures.contiguous().numpy(), {}
+    return kinds
 
 
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -177,7 +181,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     seed_position(args.seed, "test")
     test = Part(test, torch.randperm(len(test))[: args.test_images])
     common = {"dataset": info.name, "teacher": short_name(args.teacher), "teacher_digest": digest, "seed": args.seed}
-    lines = []
+    kinds, lines = calibration_images(args, info), []
     with tempfile.TemporaryDirectory() as folder:
         whole = Path(folder, "teacher.onnx")
         images, _ = next(test.batches(64))
@@ -195,7 +199,6 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
                 "another --teacher"
             )
         common |= {"acc1_fp32": evaluate(graph, test)["acc1"], "test_images": len(test)}
-        kinds = calibration_images(args, info)
         bar = progress(len(kinds) * len(BITS), "quantize", "graph")
         for kind, (chosen, about) in kinds.items():
             for bits in BITS:
@@ -203,6 +206,9 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
                 quantize(whole, target, chosen, bits)
                 found = {"calibration": kind, **about, "images": len(chosen), "weight_bits": bits}
                 lines.append(common | found | {"acc1": evaluate(Graph(target), test)["acc1"]})
+                if args.output and (kind, bits) == (KINDS[1], 8):
+                    with atomic_path(args.output) as temporary:
+                        shutil.copyfile(target, temporary)
                 bar.update()
         bar.close()
     return lines
@@ -266,7 +272,11 @@ def rows(lines: list[dict[str, Any]]) -> list[dict[str, str]]:
 
 def main() -> None:
     parser = Parser(prog="python -m datafree.int8", description="Static int8 quantization, calibrated on an image bank.")
-    parser.add_argument("--dataset", required=True, help="name of registry.DATASETS; training and test split are opened")
+    parser.add_argument(
+        "--dataset",
+        required=True,
+        help="dataset, as in datafree_kd.py; its test split and, if there is one, its training split are opened",
+    )
     parser.add_argument("--data_root", default="data", help="folder of the dataset [data]")
     parser.add_argument("--image_size", type=int, least=1, most=4096, help="image size in px; unset: the dataset's own")
     parser.add_argument("--teacher", required=True, help="teacher, a network as in datafree_kd.py")
@@ -291,8 +301,12 @@ def main() -> None:
         "--seed", type=int, least=0, default=0, help="seed of the noise and of the random choice of images [0]"
     )
     parser.add_argument(
-        "--lines", type=Path, required=True, metavar="FILE.jsonl", help="file to which the results are added"
+        "--output",
+        type=Path,
+        metavar="FILE.onnx",
+        help="write the graph with 8-bit weights, calibrated on the bank: images (B, 3, S, S) in [0, 1] -> logits",
     )
+    parser.add_argument("--lines", type=Path, metavar="FILE.jsonl", help="add the results to this file")
     parser.add_argument("--into", type=Path, help="Markdown file whose table 'int8' is rewritten")
     args = parser.parse_args()
     try:
@@ -300,10 +314,15 @@ def main() -> None:
         import onnxruntime  # noqa: F401
     except ImportError as error:
         raise UserError(f"{error.name} is not installed; install requirements.txt") from None
-    read_lines(args.lines)  # before the measurements, so that these are not lost for a wrong file
+    # Before the measurements, so that these are not lost for a wrong file:
+    if args.lines:
+        read_lines(args.lines)
     if args.into:
         with_markers(args.into, "int8")
-    table = rows(write_lines(args.lines, measure(args)))
+    if args.output:
+        require_output("--output", args.output, (".onnx",))
+    lines = measure(args)
+    table = rows(write_lines(args.lines, lines) if args.lines else lines)
     print(markdown(table))
     if args.into:
         replace_table(args.into, "int8", markdown(table))

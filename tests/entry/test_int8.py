@@ -8,8 +8,9 @@ import torch
 
 from datafree.int8 import Graph, export_onnx, quantize, read_lines, rows, write_lines
 from engine.data.image_bank import ImageBank, Manifest
+from engine.data.splits import load_split
 from engine.runtime.errors import UserError
-from tests.conftest import make_classifier
+from tests.conftest import dataset_info, load_teacher, make_classifier
 
 pytest.importorskip("onnxruntime")
 
@@ -86,6 +87,30 @@ def test_the_command_measures_a_teacher_on_digits(command, tmp_path, teacher_fil
     assert {(found["images"], found["test_images"]) for found in lines} == {
         (20, 70)
     } and "| digits | resnet8 |" in table.read_text()
+
+
+def test_a_graph_without_training_images(command, tmp_path, teacher_file, monkeypatch, capsys):
+    def only_the_test_split(info, split, device):
+        if split == "train":
+            raise UserError("no training images")
+        return load_split(info, split, device)
+
+    monkeypatch.setattr("datafree.int8.load_split", only_the_test_split)
+    ImageBank(tmp_path / "bank", Manifest("digits", 10, 16)).append(
+        "synthesize", 0, torch.rand(20, 3, 16, 16), torch.arange(20) % 10
+    )
+    flags = f"--dataset digits --teacher resnet8 --teacher_ckpt {teacher_file} --bank {tmp_path / 'bank'} --test_images 70"
+    command("datafree.int8", f"{flags} --output {tmp_path / 'int8.onnx'}")
+    said = capsys.readouterr().out
+    assert "left out of the comparison: no training images" in said and "| 8 bit |" in said
+    images = torch.rand(8, 3, 16, 16)
+    with torch.no_grad():
+        wanted = load_teacher("resnet8", dataset_info("digits", "data"), torch.device("cpu"), str(teacher_file))(images)
+    error = float((Graph(tmp_path / "int8.onnx")(images) - wanted).norm() / wanted.norm())
+    assert 0 < error < 0.2
+    with pytest.raises(UserError, match="--output .*notes.txt exists"):
+        (tmp_path / "notes.txt").write_text("mine")
+        command("datafree.int8", f"{flags} --output {tmp_path / 'notes.txt'}")
 
 
 def test_a_bank_of_another_teacher_is_refused(command, tmp_path, teacher_file):
