@@ -4,7 +4,7 @@ A variant is a bank image that is noised to time ``strength`` and denoised again
 2108.01073). The sampler is deterministic DDIM, with classifier-free guidance if ``guidance_scale`` is above 1. At every step
 the teacher may guide a variant towards the label of its source image and towards the teacher's BN statistics
 (``datafree.diffusion.guidance``). ``datafree.diffusion.patch_unet`` has the network and the formulas,
-``datafree.diffusion.sampling`` the training.
+``datafree.diffusion.denoising`` the training.
 
 Both kinds of prior differ from DDA (Li et al. 2024), which uses a pretrained Stable Diffusion and no guidance by the
 teacher. The prior of ``PixelAugmenter`` is trained only on the image bank, so its variants recombine inverted images and add

@@ -7,7 +7,7 @@ The dataset may be any ``DATA_ROOT/NAME.npz`` (``--dataset NAME``) or tree of cl
 file is rewritten after every report, so it can be used while the training goes on. To resume, run the same command again.
 With a larger --images a finished training continues. ``--start FILE`` starts from the weights of such a file.
 
-``datafree.diffusion.patch_unet`` has the network and ``datafree.diffusion.sampling`` the loss and the moving average of the
+``datafree.diffusion.patch_unet`` has the network and ``datafree.diffusion.denoising`` the loss and the moving average of the
 weights. The learning rate is constant after a warm-up, since it is often not known for how long a machine is available. The
 moving average takes the place of a learning rate decay.
 
