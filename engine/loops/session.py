@@ -68,16 +68,15 @@ class Session:
             return None
         return ImageBank(self.path / folder, replace(self.manifest, external_prior=external_prior))
 
-    def finished(self, stage: str, flag: str, folder: str) -> "Finished":
-        """Returns the finished bank of a stage: of this run, or of the run or bank folder given by ``--<flag>``.
+    def finished(self, stage: str) -> "Finished":
+        """Returns the finished bank of a stage: of this run, or the one given by ``--init_bank`` or ``--init_variants``.
 
         Args:
             stage: name of the stage that fills the bank.
-            flag: name of the flag that gives another bank.
-            folder: name of the bank's folder in a run folder.
         Raises:
             UserError: the stage is not done, or the bank does not fit this run.
         """
+        flag, folder = ("init_variants", "variants") if stage == "augment" else ("init_bank", "bank")
         given = self.flags[flag]
         path = find_bank(Path(given), folder) if given else self.path / folder
         made = read_record(path.parent / "stages.json")
@@ -194,7 +193,7 @@ def choose_stages(name: str, known: list[str], flags) -> tuple[list[str], list[s
     Raises:
         UserError: a flag names a stage that the run does not have.
     """
-    for flag, replaced in (("init_bank", ("synthesize", "generate")), ("init_variants", ("augment",))):
+    for flag, replaced in (("init_bank", INITIAL), ("init_variants", ("augment",))):
         if getattr(flags, flag):
             if not set(replaced) & set(known):
                 raise UserError(f"--{flag} found, but {name} has no stage {' or '.join(replaced)} to replace; leave it out")

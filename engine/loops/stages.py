@@ -84,11 +84,11 @@ class Augment(Stage):
 
     def check(self, session: Session, before: list[str]) -> None:
         if self.initial not in before:
-            session.finished(self.initial, "init_bank", "bank")
+            session.finished(self.initial)
         self.filter.check()
 
     def run(self, session: Session) -> None:
-        sources = session.finished(self.initial, "init_bank", "bank").columns
+        sources = session.finished(self.initial).columns
 
         def maker() -> Maker:
             device, run = session.device, session.run
@@ -148,10 +148,10 @@ class Distill(Stage):
         self.method.objective()  # raises an error if it does not fit the networks
         check_logit_cache(session.flags["logit_cache"])
         if self.initial and self.initial not in before:
-            session.finished(self.initial, "init_bank", "bank").columns
+            session.finished(self.initial).columns
         if self.filter is None or "augment" in before:
             return
-        variants = session.finished("augment", "init_variants", "variants")
+        variants = session.finished("augment")
         if self.initial not in before:
             self._sources_and_variants(session)
         stored = makers.stored_scores(session.path, variants.bank.path, self.filter)
@@ -164,7 +164,7 @@ class Distill(Stage):
         if not self.method.streams:
             session.new_bank("bank", self.external_prior if self.filter is None else "none")
         if self.filter is not None:
-            path = session.finished("augment", "init_variants", "variants").bank.path
+            path = session.finished("augment").bank.path
             makers.filter_variants(session.run, path, *self._sources_and_variants(session), self.filter)
 
     def run(self, session: Session) -> None:
@@ -295,8 +295,8 @@ class Distill(Stage):
 
     def _finished(self, session: Session) -> list[Finished]:
         """Returns the banks of the earlier stages: the initial bank and its variants, as far as the method has them."""
-        found = [session.finished(self.initial, "init_bank", "bank")] if self.initial else []
-        return found + ([session.finished("augment", "init_variants", "variants")] if self.filter is not None else [])
+        found = [session.finished(self.initial)] if self.initial else []
+        return found + ([session.finished("augment")] if self.filter is not None else [])
 
     def _images(self, session: Session) -> TransferImages:
         initial, variants = (*self._finished(session), None, None)[:2]
