@@ -274,12 +274,13 @@ def pictures(folder: Path) -> dict[str, Any]:
     A run without a bank has only "sheet", a picture of the last images that the student learnt from.
     """
     from engine.data.image_bank import find_bank
+    from engine.data.pictures import read_picture
 
     args = flags_of(folder, {"init_bank?": str, "init_variants?": str}) if (folder / "args.json").exists() else {}
     stages = bank_stages(folder, args.get("init_bank"))
     if not stages:
         sheet = folder / "pictures" / "images.png"
-        return {"sheet": _sheet(sheet)} if sheet.exists() else {}
+        return {"sheet": _data_uri(read_picture(sheet), SHEET)} if sheet.exists() else {}
     classes, parts = stages[0][0].manifest.num_classes, [bank.read(stage) for bank, stage in stages]
     first = parts[0]  # the initial images, the sources of the variants; if there are none, the rounds' images
     order = first["labels"].argsort(stable=True)
@@ -315,23 +316,11 @@ def _variants(folder: Path, place: Path, sources: dict[str, Any]) -> list[tuple[
     return rows[:SOURCES]
 
 
-def _data_uri(image) -> str:
-    """Encodes an image (3, H, W) uint8 as PNG; an image larger than ``PIXELS`` is shrunk to that size, as JPEG."""
+def _data_uri(image, limit: int = PIXELS) -> str:
+    """Encodes an image (3, H, W) uint8 as PNG; an image with a side above ``limit`` px is shrunk to that size, as JPEG."""
     from PIL import Image
 
-    return _encode(Image.fromarray(image.permute(1, 2, 0).numpy()), PIXELS)
-
-
-def _sheet(file: Path) -> str:
-    from PIL import Image
-
-    from engine.data.pictures import read_picture
-
-    return _encode(Image.fromarray(read_picture(file).permute(1, 2, 0).numpy()), SHEET)
-
-
-def _encode(picture, limit: int) -> str:
-    data = io.BytesIO()
+    picture, data = Image.fromarray(image.permute(1, 2, 0).numpy()), io.BytesIO()
     shrunk = max(picture.size) > limit
     picture.thumbnail((limit, limit))
     picture.save(data, **({"format": "JPEG", "quality": 80} if shrunk else {"format": "PNG", "optimize": True}))
