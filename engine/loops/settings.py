@@ -200,20 +200,10 @@ class DistillFlags:
                 f"--warmup_epochs {self.warmup_epochs} found, but --lr_schedule one_cycle has its own warm-up; give "
                 "--warmup_epochs 0 or --lr_schedule cosine"
             )
-        steps = self.ep_steps or self.kd_steps
-        return Schedule(
-            self.epochs,
-            steps,
-            self.kd_steps,
-            self.batch_size,
-            self.lr,
-            self.momentum,
-            self.weight_decay,
-            self.warmup_epochs,
-            self.lr_min,
-            self.lr_schedule or "cosine",
-            self.optimizer or "sgd",
-        )
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(Schedule)}
+        values["ep_steps"] = self.ep_steps or self.kd_steps
+        values |= {"lr_schedule": self.lr_schedule or "cosine", "optimizer": self.optimizer or "sgd"}
+        return Schedule(**values)
 
 
 def with_recipe(groups: list, recipe: dict[str, Any], given: Collection[str]) -> list:
