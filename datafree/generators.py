@@ -45,7 +45,7 @@ class Generator(nn.Module):
 
     def __init__(self, nz: int = 256, image_size: int = 32, channels: tuple[int, ...] = (128, 128, 64)):
         super().__init__()
-        doublings = max(2, math.ceil(math.log2(image_size / 8)) if image_size > 32 else 2)
+        doublings = max(2, math.ceil(math.log2(image_size / 8)))
         if image_size % 2**doublings:
             raise UserError(f"--image_size {image_size} found, a multiple of {2**doublings} px wanted by the generator")
         start = image_size // 2**doublings

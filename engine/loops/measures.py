@@ -34,20 +34,20 @@ def class_accuracy(counts: Tensor) -> Tensor:
     return 100 * counts.diagonal().double() / counts.sum(1)
 
 
-def calibration_error(probabilities: Tensor, labels: Tensor, bins: int = BINS) -> float:
+def calibration_error(probabilities: Tensor, labels: Tensor) -> float:
     """Returns the expected calibration error in [0, 1] (Guo et al. 2017, 1706.04599, eq. 3).
 
-    It is the mean of |accuracy - confidence| over confidence bins of equal width, weighted by the number of images per bin.
+    It is the mean of |accuracy - confidence| over ``BINS`` confidence bins of equal width, weighted by the number of images
+    per bin.
 
     Args:
         probabilities: predicted probabilities (N, C).
         labels: class ids (N,).
-        bins: number of bins.
     """
     confidence, predicted = probabilities.double().max(1)
     correct = (predicted == labels).double()
-    bin_of = (confidence * bins).ceil().long().sub(1).clamp(0, bins - 1)
-    gaps = torch.zeros(bins, dtype=torch.double).index_add(0, bin_of, correct - confidence)
+    bin_of = (confidence * BINS).ceil().long().sub(1).clamp(0, BINS - 1)
+    gaps = torch.zeros(BINS, dtype=torch.double).index_add(0, bin_of, correct - confidence)
     return float(gaps.abs().sum() / len(labels))
 
 

@@ -145,9 +145,9 @@ class StageRecord:
         if self.path.exists():
             write_json(self.path, self.record)
 
-    def fact(self, stage: str, name: str, default: Any = None) -> Any:
-        """Returns a fact of a stage that ``update`` recorded."""
-        return self.record.get(stage, {}).get("facts", {}).get(name, default)
+    def fact(self, stage: str, name: str) -> Any:
+        """Returns a fact of a stage that ``update`` recorded; None if there is none."""
+        return self.record.get(stage, {}).get("facts", {}).get(name)
 
     def seconds(self) -> dict[str, float]:
         """Returns {stage: seconds} over all commands so far."""
