@@ -12,7 +12,6 @@ given by its name: ``natural_32``, ``glyphs_digits_16``.
 
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,18 +47,6 @@ def velocity(clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     """v, the training target; arguments as in ``add_noise``."""
     phi = angle(t)
     return phi.cos() * noise - phi.sin() * clean
-
-
-def clean_estimate(x_t: Tensor, v: Tensor, t: Tensor) -> Tensor:
-    """The clean images (B, 3, H, W) that follow from x_t and v, not clamped."""
-    phi = angle(t)
-    return phi.cos() * x_t - phi.sin() * v
-
-
-def ddim_step(x_t: Tensor, clean: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
-    """One DDIM step from time t > 0 to t_next < t, given the clean images predicted from x_t."""
-    phi = angle(t)
-    return add_noise(clean, (x_t - phi.cos() * clean) / phi.sin(), t_next)
 
 
 class PatchUNet(nn.Module):
@@ -101,38 +88,6 @@ class PatchUNet(nn.Module):
     def forward(self, x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         blocks = F.pixel_unshuffle(x_t, self.patch).contiguous(memory_format=torch.channels_last)
         return F.pixel_shuffle(self.unet(blocks, t * 1000, class_labels=labels).sample, self.patch)
-
-
-@torch.no_grad()
-def denoise(
-    network: Callable[[Tensor, Tensor, Tensor], Tensor],
-    x_t: Tensor,
-    times: Tensor,
-    labels: Tensor,
-    null_label: int,
-    guidance_scale: float = 1.0,
-) -> Tensor:
-    """Samples images from noise by deterministic DDIM (Song et al. 2020, arXiv 2010.02502).
-
-    Args:
-        network: function (x_t, t, labels) -> v.
-        x_t: noisy images (B, 3, H, W) at time ``times[0]``.
-        times: K + 1 decreasing times; the last is 0.
-        labels: (B,) int64.
-        null_label: label for unconditional predictions.
-        guidance_scale: scale of classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598). At 1 there is no guidance
-            and one network call per step; any other value needs two calls.
-    Returns:
-        Images (B, 3, H, W) in [-1, 1].
-    """
-    for t, t_next in zip(times[:-1], times[1:]):
-        now = t.expand(len(x_t))
-        v = network(x_t, now, labels).float()
-        if guidance_scale != 1:
-            unconditional = network(x_t, now, torch.full_like(labels, null_label)).float()
-            v = unconditional + guidance_scale * (v - unconditional)
-        x_t = ddim_step(x_t, clean_estimate(x_t, v, t).clamp(-1, 1), t, t_next)
-    return x_t.clamp(-1, 1)
 
 
 def load_patch_prior(path: Path) -> tuple[PatchUNet, dict[str, Any]]:

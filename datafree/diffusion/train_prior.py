@@ -37,9 +37,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from datafree.diffusion.denoising import Denoising, Diverged
-from datafree.diffusion.patch_unet import PatchUNet, add_noise, denoise, load_patch_prior, save_patch_prior, velocity
+from datafree.diffusion.patch_unet import PatchUNet, add_noise, load_patch_prior, save_patch_prior, velocity
+from datafree.diffusion.pixel import PriorAugmenter
+from datafree.diffusion.priors import PatchPrior
 from datafree.diffusion.variation import seeded_noise
 from engine.data.datasets import DatasetInfo, dataset_info
+from engine.data.image_bank import to_uint8
 from engine.data.pictures import grid
 from engine.data.splits import Split, load_split
 from engine.loops.measures import density_coverage, frechet_distance
@@ -112,7 +115,7 @@ class PriorFlags:
         "its features; unset: no comparison",
     )
     samples: int = flag(500, "number of samples for the comparison with --eval_classifier", least=1)
-    guidance_scale: float = flag(2.0, "scale of classifier-free guidance in reports; 1: no guidance", least=0)
+    guidance_scale: float = flag(2.0, "scale of classifier-free guidance in reports; at most 1: no guidance", least=0)
     seed: int = flag(0, "random seed; the random numbers of a round depend only on seed and round", affects=TRAIN, least=0)
     gpu: int | None = flag(None, "index of the GPU, -1 for the CPU; unset: GPU 0 if there is one", least=-1)
 
@@ -158,15 +161,16 @@ class Report:
 
     def draw(self, training: Denoising, labels: Tensor) -> Tensor:
         """Samples one image per label (B,), from noise that depends only on its position: (B, 3, H, W) uint8."""
-        size, times = self.info.image_size, torch.linspace(1, 0, SAMPLING_STEPS + 1, device=self.device)
+        classes, size = self.info.num_classes, self.info.image_size
+        prior = PatchPrior(training.ema, "", size, classes, num_classes=classes, guidance_scale=self.flags.guidance_scale)
+        sampler = PriorAugmenter(prior, classes, 1.0, SAMPLING_STEPS)  # from pure noise: nothing of the sources is left
         drawn = []
         for start in range(0, len(labels), CHUNK):
-            part = labels[start : start + CHUNK].to(self.device)
+            part = labels[start : start + CHUNK]
             seeds = [position_seed("sample", start + k) for k in range(len(part))]
-            noise = seeded_noise(seeds, (3, size, size)).to(self.device)
             with training.autocast():
-                images = denoise(training.ema, noise, times, part, self.info.num_classes, self.flags.guidance_scale)
-            drawn.append(images.add(1).mul(127.5).round().byte().cpu())
+                images = sampler.augment(torch.zeros(len(part), 3, size, size), part, seeds)
+            drawn.append(to_uint8(images).cpu())
         return torch.cat(drawn)
 
     def quality(self, images_u8: Tensor, labels: Tensor) -> dict[str, float]:

@@ -91,9 +91,8 @@ def saved_and_loaded(state):
 def test_noise_and_velocity_invert_each_other():
     clean, noise, t = torch.rand(5, 3, 4, 4) * 2 - 1, torch.randn(5, 3, 4, 4), torch.tensor([0.1, 0.3, 0.5, 0.9, 1.0])
     x_t, v = patch_unet.add_noise(clean, noise, t), patch_unet.velocity(clean, noise, t)
-    assert torch.allclose(patch_unet.clean_estimate(x_t, v, t), clean, atol=1e-5)
-    # With the true clean image, one step gives the mixture of the same image and noise at the earlier time.
-    assert torch.allclose(patch_unet.ddim_step(x_t, clean, t, t / 2), patch_unet.add_noise(clean, noise, t / 2), atol=1e-5)
+    phi = patch_unet.angle(t)
+    assert torch.allclose(phi.cos() * x_t - phi.sin() * v, clean, atol=1e-5)
     half = patch_unet.add_noise(torch.ones(1, 3, 1, 1), torch.ones(1, 3, 1, 1), torch.tensor([0.5]))
     assert torch.allclose(half, torch.full_like(half, math.sqrt(2)))
 
@@ -133,9 +132,13 @@ def test_pixel_variants_follow_seed_source_and_guidance(trained, monkeypatch):
 def test_pixel_variants_are_sdedit_by_ddim(trained):
     prior, _, _, images, labels = trained
     times, noise = torch.linspace(0.5, 0, prior.steps + 1), seeded_noise(list(range(7)), (3, 16, 16))
-    start = patch_unet.add_noise(images * 2 - 1, noise, times[:1])
-    expected = patch_unet.denoise(prior.training.ema, start, times, labels, 4) / 2 + 0.5
-    assert (prior.augment(images, labels, list(range(7))) - expected).abs().max() < 1e-4
+    x = patch_unet.add_noise(images * 2 - 1, noise, times[:1])
+    for t, after in zip(times, times[1:]):
+        phi = patch_unet.angle(t)
+        with torch.no_grad():
+            clean = (phi.cos() * x - phi.sin() * prior.training.ema(x, t.expand(7), labels)).clamp(-1, 1)
+        x = patch_unet.add_noise(clean, (x - phi.cos() * clean) / phi.sin(), after)
+    assert (prior.augment(images, labels, list(range(7))) - (x / 2 + 0.5)).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("weights", [{"oh": 3.0}, {"oh": 0.0, "bn": 1.0}], ids=str)

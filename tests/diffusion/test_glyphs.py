@@ -12,8 +12,9 @@ from torch.nn import functional as F
 from datafree.diffusion import glyphs
 from datafree.diffusion.glyphs import find_fonts, render
 from datafree.diffusion.patch_unet import SHIPPED as FOLDER
-from datafree.diffusion.patch_unet import PatchUNet, denoise, load_patch_prior
-from datafree.diffusion.variation import seeded_noise
+from datafree.diffusion.patch_unet import PatchUNet, load_patch_prior
+from datafree.diffusion.pixel import PriorAugmenter
+from datafree.diffusion.priors import PatchPrior
 from engine.data.splits import load_split
 from engine.runtime.errors import UserError
 from engine.runtime.tensors import load_tensors, save_tensors
@@ -160,9 +161,9 @@ def recogniser(images, labels):
 
 
 def test_samples_of_the_shipped_prior_are_recognised(shipped, pool, fonts):
-    network, about = shipped
-    labels, noise = torch.arange(60) % 10, seeded_noise(list(range(60)), (3, 16, 16))
-    images = denoise(network, noise, torch.linspace(1, 0, 11), labels, 10, guidance_scale=2.0) / 2 + 0.5
+    network, _ = shipped
+    prior, labels = PatchPrior(network, "", 16, 10, num_classes=10, guidance_scale=2.0), torch.arange(60) % 10
+    images = PriorAugmenter(prior, 10, 1.0, 10).augment(torch.zeros(60, 3, 16, 16), labels, list(range(60)))
     model = recogniser(*pool)
     for share, pixels in ((0.9, render(60, 16, fonts, seed=9)[0].float()), (0.85, images * 255)):
         with torch.no_grad():
