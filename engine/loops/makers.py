@@ -334,7 +334,6 @@ def filter_variants(run: Run, folder: Path, sources: dict[str, Any], variants: d
     }
     figures = {f"{name}_{figure}": torch.tensor([value]) for name, some in found.items() for figure, value in some.items()}
     scores = {"cosine": cosine, "teacher_labels": teacher_labels, "calibrated_omega": torch.tensor([calibrated])}
-    save_tensors(file, scores | rule | figures | {"keep": keep})
     low, middle, high = torch.quantile(cosine[:1_000_000].float(), torch.tensor([0.1, 0.5, 0.9])).tolist()
     run.log(
         f"filter: {int(keep.sum())} of {len(keep)} variants kept at omega {omega:.3f} ({filter.name} embedding; "
@@ -353,6 +352,7 @@ def filter_variants(run: Run, folder: Path, sources: dict[str, Any], variants: d
     of_shown = torch.arange(min(4, len(keep) // total))[:, None] * total + shown
     picture = variants_grid(sources["images"][shown], variants["images"][of_shown], cosine[of_shown], keep[of_shown])
     run.picture("variants", picture)
+    save_tensors(file, scores | rule | figures | {"keep": keep})  # last: a stopped filter logs and draws again
 
 
 def stored_scores(run: Path, folder: Path, filter) -> dict[str, Tensor] | None:

@@ -40,6 +40,15 @@ def test_a_guided_run_stopped_between_shards_goes_on_to_the_same_bits(
     assert found["variants_kept_teacher_acc1"] == 100 and found["variants_kept_loss_bn"] > 0
 
 
+def test_a_filter_stopped_while_it_reports_reports_again(distill, finished, tmp_path, interrupted):
+    flags = f"--init_bank {finished('dda')} --init_variants {finished('dda')}"
+    with interrupted("engine.loops.makers.variants_grid", 1):
+        distill("dda", tmp_path / "broken", flags)
+    distill("dda", tmp_path / "broken", flags)
+    assert (tmp_path / "broken" / "pictures" / "variants.png").exists()
+    assert "variants kept at omega" in (tmp_path / "broken" / "log.txt").read_text()
+
+
 def test_guidance_makes_the_teacher_surer_of_variants_of_one_bank(natural, distill, finished, tmp_path):
     bank = f"--init_bank {finished('dda')} --stages augment {natural} --strength .8"
     found = {}
