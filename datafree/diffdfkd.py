@@ -308,7 +308,14 @@ class DiffDFKD(Method):
         def maker(session: Session) -> GuidedMaker:
             if config.export_png and session.processes.main:
                 claim_folder(Path(config.export_png), digest(session.record.dependencies["generate"]))
-            return GuidedMaker(self.sampler(), order(session.seed))
+            sampler, run = self.sampler(), getattr(session, "run", None)  # a trial of --minutes has no run
+            if run and sampler.prior.classes == "none" and config.prior_classes is None:
+                run.log(
+                    f"generate: {sampler.prior.external_prior} has another number of classes than the dataset "
+                    f"({self.task.info.num_classes}), so it draws without a class (--prior_classes none) and the teacher "
+                    "alone gives images their classes; --class_map gives the prior's class for each class"
+                )
+            return GuidedMaker(sampler, order(session.seed))
 
         prior = prior_name(self.model, config.diffusion_revision)
         return FillBank("generate", order(0).rounds, maker, prior), Distill(

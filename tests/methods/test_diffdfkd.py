@@ -102,10 +102,12 @@ def test_every_kind_of_prior_makes_a_student(kind, generative, distill, tmp_path
     assert "teacher_acc1" in lines[0] and "loss_bn" in lines[0] and (tmp_path / "pictures" / "bank.png").exists()
 
 
-@pytest.mark.parametrize("classes", ["own", "none"])
+@pytest.mark.parametrize("classes", ["own", "none", None])
 def test_an_unguided_prior_of_other_classes_leaves_the_labels_to_the_teacher(classes, distill, tmp_path):
     model = tiny_pipelines.patch_prior(tmp_path / "tiny.safetensors", classes=7)
-    distill("diffdfkd", tmp_path / "run", f"--diffusion_model {model} --prior_classes {classes} --oh 0 --bn 0 --epochs 1")
+    flag = f"--prior_classes {classes}" if classes else ""
+    distill("diffdfkd", tmp_path / "run", f"--diffusion_model {model} {flag} --oh 0 --bn 0 --epochs 1")
+    assert (classes is None) == ("another number of classes" in (tmp_path / "run" / "log.txt").read_text())
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert "teacher_acc1" not in lines[0] and "loss_bn" in lines[0]
     result = json.loads((tmp_path / "run" / "result.json").read_text())
