@@ -16,7 +16,7 @@ import csv
 from pathlib import Path
 from typing import Any
 
-from engine.report.curves import AXES, FORMATS, plot
+from engine.report.curves import AXES, FORMATS, WORDS, plot
 from engine.report.results import collect, group, warn_of_repeated_seeds, write_lines
 from engine.report.tables import (
     aligned,
@@ -73,7 +73,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--images",
         action="store_true",
-        help="print measures of the runs' images instead (defined in engine/report/images.py); with --lines, store them",
+        help="print measures of the runs' images instead (defined in engine/report/images.py); with --lines, --csv or --html, "
+        "write them there",
     )
     parser.add_argument(
         "--plot", type=Path, metavar="FILE", help="plot accuracy curves to this .png, .svg or .pdf file, and print no table"
@@ -90,8 +91,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if bool(args.into) != bool(args.name):
         raise UserError("--into FILE and --name TABLE belong together; give both or none")
-    if args.images and (args.html or args.plot):
-        raise UserError("--images makes a table; give it without --html and --plot")
+    if args.images and args.plot:
+        raise UserError("--images makes no plot; give --images or --plot")
     return args
 
 
@@ -136,8 +137,10 @@ def main() -> None:
     if args.lines:
         print(f"{args.lines}: {len(results)} results written, {write_lines(args.lines, results)} results in the file")
     if args.plot:
-        lines = plot(group(results), args.plot, args.x, args.folders)
-        print(f"{args.plot}: plot with {lines} line{'s' * (lines != 1)}")
+        groups = group(results)
+        lines = plot(groups, args.plot, args.x, args.folders)
+        left = f"; no accuracies by {WORDS[args.x]} in {len(groups) - lines} of {len(groups)} rows" * (lines < len(groups))
+        print(f"{args.plot}: plot with {lines} line{'s' * (lines != 1)}{left}")
     if args.html:
         from engine.report.page import write_page  # imports matplotlib, which takes a second
 
@@ -150,6 +153,8 @@ def main() -> None:
             writer = csv.DictWriter(file, rows[0])
             writer.writeheader()
             writer.writerows(rows)
+        if args.lines or args.plot or args.html or args.into:
+            print(f"{args.csv}: {len(rows)} row{'s' * (len(rows) != 1)}")
     if args.into:
         replace_table(args.into, args.name, table(args, results))
     elif not (args.lines or args.plot or args.html):

@@ -2,10 +2,11 @@
 
 import io
 import re
+import textwrap
 from pathlib import Path
 from typing import Any
 
-from engine.report.tables import Groups, differing_flags, folder_of_every_seed
+from engine.report.tables import Groups, folder_of_every_seed, row_names
 from engine.runtime.errors import UserError
 from engine.runtime.files import atomic_path
 
@@ -120,12 +121,13 @@ def plot(groups: Groups, file: Path, x: str = "steps", folders: bool = False) ->
     lines = lines_of(groups, AXES[x], folders)
     if not lines:
         raise UserError(f"no run has recorded its accuracies by {WORDS[x]}; give other runs, or another --x")
-    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    labels = [textwrap.wrap(f"{name}  {mean[-1]:.1f}", 44, break_on_hyphens=False) for name, _, mean, *_ in lines]
+    figure = Figure(figsize=(9, max(5.5, 0.17 * sum(map(len, labels)) + 0.5)), layout="constrained")
     axes = figure.subplots()
-    for k, (name, xs, mean, low, high) in enumerate(lines):
+    for k, (label, (_, xs, mean, low, high)) in enumerate(zip(labels, lines)):
         color, dashed = colormaps["tab10"](k % 10), k // 10
         style = ("-", "--", ":")[dashed % 3]
-        axes.plot(xs, mean, color=color, linestyle=style, linewidth=1.8, label=f"{name}  {mean[-1]:.1f}".replace("$", r"\$"))
+        axes.plot(xs, mean, color=color, linestyle=style, linewidth=1.8, label="\n".join(label).replace("$", r"\$"))
         axes.fill_between(xs, low, high, color=color, alpha=0.15, linewidth=0)
     axes.set(xlabel=WORDS[x], ylabel="test accuracy in %", xlim=(0, None))
     axes.grid(color="0.9")
@@ -149,11 +151,11 @@ def lines_of(
         folders: whether to name lines by their run folders.
     """
     found = []
-    for runs, flags in zip(groups, differing_flags(groups)):
+    for runs, name in zip(groups, row_names(groups)):
         histories = [[line for line in run["history"] if {"acc1", axis} <= line.keys()] for run in runs]
         if not all(histories):
             continue
-        name = folder_of_every_seed(runs[0]) if folders else runs[0]["method"] + flags
+        name = folder_of_every_seed(runs[0]) if folders else name
         epochs = [*zip(*histories)]
         columns = [[line["acc1"] for line in epoch] for epoch in epochs]
         xs = [sum(line[axis] for line in epoch) / len(epoch) for epoch in epochs]

@@ -8,7 +8,16 @@ from typing import Any
 
 from engine.report.curves import SERIES, bars, curves
 from engine.report.results import confusion, metrics, pictures
-from engine.report.tables import Groups, brief_rows, filled_columns, rows_of, spread, what_all_share
+from engine.report.tables import (
+    Groups,
+    brief_rows,
+    filled_columns,
+    image_columns,
+    row_names,
+    rows_of,
+    spread,
+    what_all_share,
+)
 from engine.runtime.errors import UserError
 from engine.runtime.files import atomic_path
 from engine.runtime.run import progress
@@ -67,7 +76,7 @@ def _unmoved(history: list[dict[str, Any]], lines: list[dict[str, Any]], classes
 
 def is_loss(name: str) -> bool:
     """Whether a column of metrics.jsonl is drawn as a curve besides the accuracy."""
-    return name not in ("stage", "round", "images", "student_steps", "minutes", "acc1", "acc5")
+    return name not in ("stage", "round", "images", "student_steps", "minutes", "cpu_minutes", "acc1", "acc5")
 
 
 def cautions_of_all(groups: list[list[dict[str, Any]]]) -> list[str]:
@@ -127,7 +136,8 @@ def contents(groups: Groups) -> dict[str, Any]:
     names = filled_columns(rows)
     entries, room = [], LIMIT
     bar = progress(len(groups), "report", "row", delay=3)
-    for number, (runs, short, full) in enumerate(zip(groups, rows, rows_of(groups))):
+    for number, (runs, name, short, full) in enumerate(zip(groups, row_names(groups), rows, rows_of(groups))):
+        images = {f"images: {column}": value for column, value in image_columns(runs).items() if value}
         runs = sorted(runs, key=lambda run: run["seed"])
         shown = details(runs)
         room -= shown["size"]
@@ -136,12 +146,12 @@ def contents(groups: Groups) -> dict[str, Any]:
         entries.append(
             {
                 "number": number,
-                "name": full["method"],
+                "name": full["method"] if runs[0]["method"] == "scratch" else name,
                 "headline": full["acc1 last"] or f"agreement {full['agreement last']}",
                 "series": number % SERIES,
                 "dash": DASHES[number // SERIES % len(DASHES)],
                 "cells": [(name, short[name], sort_key(short[name])) for name in names],
-                "figures": {name: full[name] for name in filled_columns([full]) if name != "method"},
+                "figures": {name: full[name] for name in filled_columns([full]) if name != "method"} | images,
                 "runs": runs,
                 **shown,
             }

@@ -124,6 +124,17 @@ def differing_flags(groups: Groups) -> list[str]:
     return texts
 
 
+def row_names(groups: Groups) -> list[str]:
+    """For each group, its method and ``differing_flags``; with the dataset and networks that set it apart from its namesakes."""
+    names = [runs[0]["method"] + flags for runs, flags in zip(groups, differing_flags(groups))]
+    found = []
+    for runs, name in zip(groups, names):
+        namesakes = [others[0] for others, other in zip(groups, names) if other == name]
+        apart = [n for n in ("dataset", "teacher", "student") if len({str(run.get(n)) for run in namesakes}) > 1]
+        found.append(name + (f" ({', '.join(str(runs[0].get(n)) for n in apart)})" if apart else ""))
+    return found
+
+
 def synthesis_and_distillation(result: dict[str, Any]) -> tuple[float | None, float | None]:
     """Seconds spent on synthesis in all stages, and on training the student; None for a part that is not known."""
     inside = result.get("synthesis_seconds", 0)
@@ -307,14 +318,14 @@ def folder_of_every_seed(result: dict[str, Any]) -> str:
 def rounds_rows(groups: Groups, columns: int = 10) -> list[dict[str, str]]:
     """Rows of the accuracy by student steps: mean ± std over seeds after up to ``columns`` evenly spaced epochs."""
     rows = []
-    for runs, text in zip(groups, differing_flags(groups)):
+    for runs, name in zip(groups, row_names(groups)):
         histories = [run["history"] for run in runs if run["method"] != "scratch" and "acc1_last" in run and run["history"]]
         if not histories:
             continue
         length = min(map(len, histories))
         chosen = sorted({round((k + 1) * length / min(columns, length)) - 1 for k in range(min(columns, length))})
         rows.append(
-            {"method": runs[0]["method"] + text}
+            {"method": name}
             | {str(histories[0][k]["student_steps"]): spread([h[k]["acc1"] for h in histories], 1) for k in chosen}
         )
     names = sorted({n for r in rows for n in r if n != "method"}, key=int)
@@ -327,6 +338,12 @@ IMAGE_FIGURES = {  # measures of engine.report.images: {name: (column, digits)}
 }  # fmt: skip
 
 
+def image_columns(runs: list[dict[str, Any]]) -> dict[str, str]:
+    """The image measures of one group, mean ± std over seeds, by column; empty if no run has any."""
+    seen = [run["image_figures"] for run in runs if run.get("image_figures")]
+    return {column: spread([f.get(key) for f in seen], digits) for key, (column, digits) in IMAGE_FIGURES.items() if seen}
+
+
 def image_rows(groups: Groups, folders: bool = False) -> list[dict[str, str]]:
     """Rows with the image measures of each group, mean ± std over seeds, the highest student accuracy first.
 
@@ -334,13 +351,11 @@ def image_rows(groups: Groups, folders: bool = False) -> list[dict[str, str]]:
         UserError: no run has measures of its images.
     """
     rows = []
-    for runs, flags in zip(groups, differing_flags(groups)):
-        seen = [run["image_figures"] for run in runs if run.get("image_figures")]
-        if not seen:
+    for runs, name in zip(groups, row_names(groups)):
+        if not (columns := image_columns(runs)):
             continue
-        name = {"run": folder_of_every_seed(runs[0])} if folders else {"method": runs[0]["method"] + flags}
+        name = {"run": folder_of_every_seed(runs[0])} if folders else {"method": name}
         acc1 = spread([run.get("acc1_last") for run in runs])
-        columns = {column: spread([f.get(key) for f in seen], digits) for key, (column, digits) in IMAGE_FIGURES.items()}
         rows.append((statistics.fmean(run.get("acc1_last", 0) for run in runs), name | {"acc1 last": acc1} | columns))
     if not rows:
         raise UserError("no run has figures of its images; give run folders, or lines that were written with --images")

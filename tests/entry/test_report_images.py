@@ -13,7 +13,7 @@ from datafree.losses import batch_statistics, bn_loss
 from engine.report import curves, images
 from engine.report.command import main
 from engine.report.results import bank_stages
-from engine.report.tables import image_rows
+from engine.report.tables import image_rows, rounds_rows
 from engine.runtime.errors import UserError
 from engine.runtime.tensors import load_tensors
 from tests.conftest import STREAMED_BYTES, make_classifier
@@ -131,10 +131,11 @@ def test_a_table_from_folders_and_from_lines(finished, report, tmp_path, monkeyp
     report(*runs, "--images", "--lines", lines)
     assert all(json.loads(line)["image_figures"]["count"] for line in lines.read_text().splitlines())
     assert report(lines, "--images") == text
-    with pytest.raises(UserError, match="--images makes a table; give it without --html and --plot"):
+    with pytest.raises(UserError, match="--images makes no plot"):
         report(lines, "--images", "--plot", tmp_path / "plot.png")
-    report(lines, "--images", "--csv", tmp_path / "table.csv")
-    assert "teacher acc1 %" in (tmp_path / "table.csv").read_text().splitlines()[0]
+    said = report(lines, "--images", "--csv", tmp_path / "table.csv", "--html", tmp_path / "page.html")
+    assert "teacher acc1 %" in (tmp_path / "table.csv").read_text().splitlines()[0] and "table.csv: 2 rows" in said
+    assert "images: coverage" in (tmp_path / "page.html").read_text()
     report(*runs, "--lines", tmp_path / "without.jsonl")
     with pytest.raises(UserError, match="no run has figures of its images"):
         report(tmp_path / "without.jsonl", "--images")
@@ -150,7 +151,7 @@ def test_a_run_that_kept_no_image_is_told(copied):
 @pytest.mark.parametrize("x", ["steps", "minutes", "cpu_minutes"])
 def test_a_plot_of_all_runs(x, finished, report, tmp_path):
     out = report(finished("csd"), finished("dfq"), "--plot", tmp_path / "plot.png", "--x", x)
-    assert "2 lines" in out
+    assert "2 lines\n" in out
     with Image.open(tmp_path / "plot.png") as picture:
         assert picture.width > 900
 
@@ -159,6 +160,21 @@ def test_a_plot_shows_a_dollar_as_it_is(tmp_path):
     lines = [{"acc1": 10.0, "student_steps": 1}, {"acc1": 20.0, "student_steps": 2}]
     about = {"method": "$x_{$", "dataset": "d", "teacher": "t", "student": "s", "seed": 0, "history": lines}
     assert curves.plot([[about]], tmp_path / "p.svg") == 1
+
+
+def test_long_names_leave_room_for_the_curves(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    about = {"method": "dda " + "--a_flag 1 " * 20, "dataset": "d", "teacher": "t", "student": "s", "seed": 0}
+    save, shares = Figure.savefig, []
+
+    def savefig(figure, *words, **named):
+        save(figure, *words, **named)
+        shares.append(figure.axes[0].get_position().width)
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    curves.plot([[about | {"history": history(10, 20)}]], tmp_path / "p.png")
+    assert shares[0] > 0.5
 
 
 def history(*acc1):
@@ -177,6 +193,18 @@ def test_lines_are_means_over_seeds_the_best_first():
     ]
     lines = curves.lines_of(groups, "student_steps", folders=False)
     assert lines == [("b", [10, 20], [50, 60], [50, 60], [50, 60]), ("a", [10, 20], [15, 30], [10, 20], [20, 40])]
+
+
+def test_rows_with_the_same_flags_are_named_by_their_networks():
+    about = {"dataset": "d", "student": "s", "settings": {}, "seed": 0, "history": history(1, 2), "acc1_last": 2.0}
+    measures = {"wanted": 1.0}
+    groups = [
+        [about | {"method": m, "teacher": t, "image_figures": measures}] for m, t in (("a", "t"), ("a", "u"), ("b", "t"))
+    ]
+    names = ["a (t)", "a (u)", "b"]
+    assert [name for name, *_ in curves.lines_of(groups, "student_steps", folders=False)] == names
+    assert [row["method"] for row in image_rows(groups)] == names
+    assert [row["acc1 after student steps"] for row in rounds_rows(groups)] == names
 
 
 def test_what_a_plot_cannot_be(finished, report, tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ import torch
 from engine.loops.measures import confusion, predict
 from engine.report import command as report_command
 from engine.report.curves import bars, curves
-from engine.report.page import cautions, cautions_of_all, contents, one_flag_a_line, sort_key
+from engine.report.page import cautions, cautions_of_all, contents, is_loss, one_flag_a_line, sort_key
 from engine.report.results import collect, group
 from engine.runtime.errors import UserError
 from engine.runtime.run import Run
@@ -197,6 +197,10 @@ def test_curves_take_the_colours_of_the_page():
 @pytest.mark.parametrize("text, key", [("97.40 ± 0.91", "97.40"), ("-1", "-1"), ("None", "none"), ("", "")])
 def test_cells_sort_by_their_number(text, key):
     assert sort_key(text) == key
+
+
+def test_times_are_no_losses():
+    assert [name for name in ("round", "minutes", "cpu_minutes", "acc1", "kd") if is_loss(name)] == ["kd"]
 
 
 def test_confusion_counts_pairs_of_classes():
