@@ -304,7 +304,7 @@ def main() -> None:
         for round, start in enumerate(range(0, len(files), args.shard_size)):
             part = slice(start, start + args.shard_size)
             bank.append("synthesize", round, read_images(files[part], info.image_size), labels[part])
-    print(f"{len(files)} images of {classes} classes -> {args.bank}")
+    print(f"{len(files)} images of {classes} classes, {info.image_size} px -> {args.bank}")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from engine.data.pictures import image_files
 from engine.data.splits import load_split, read_split
 from engine.loops.measures import calibration_error, class_accuracy, confusion, predict
 from engine.networks.build import wrap
+from engine.networks.public import is_public
 from engine.networks.trained import Trained, open_trained
 from engine.networks.weights import choose_normalization
 from engine.report.results import DATASET_FLAGS, dataset_flags, flags_of
@@ -105,8 +106,11 @@ def main() -> None:
     info = known_to(info, model, size, args.model)
     logits, labels = logits_of(model, info, device, args, args.mean, args.std)
     figures = {"model": args.model, "weights": model.origin, "on": args.images or info.name, "images": len(labels)}
-    figures |= measures(logits, labels, info.num_classes) if labelled else {}
     predictions = {"predicted": logits.argmax(1), "confidence": logits.softmax(1).amax(1)}
+    if labelled:
+        figures |= measures(logits, labels, info.num_classes)
+    else:
+        figures["predicted"] = torch.bincount(predictions["predicted"], minlength=info.num_classes).tolist()
     if args.against:
         teacher = open_trained(MODELS, args.against, info, args.against_arch, "--against_arch")
         theirs, _ = logits_of(teacher, known_to(info, teacher, size, args.against), device, args)
@@ -163,7 +167,8 @@ def known_to(info: DatasetInfo, model: Trained, size: int | None, name: str) -> 
         name: the model's name in error messages.
     """
     about = {"image_size": size or info.image_size} | model.about
-    return info.adapted_to_model(name, about, keep_size=size is not None)
+    weights = "--pretrained" if is_public(model.spec) else f"--resume {model.origin}"
+    return info.adapted_to_model(name, about, size is not None, f"--model {model.spec} {weights}")
 
 
 def logits_of(model: Trained, info: DatasetInfo, device: torch.device, args, mean=None, std=None) -> tuple[Tensor, Tensor]:
@@ -232,7 +237,9 @@ def lines(figures: dict[str, Any], info: DatasetInfo) -> list[str]:
         theirs = f"; its own acc1 {figures['teacher_acc1']:.2f} %" if "teacher_acc1" in figures else ""
         found.append(f"agrees with {figures['against']} on {figures['agreement']:.2f} %{theirs}")
     if "acc1" not in figures:
-        return found
+        most = sorted(((count, -k) for k, count in enumerate(figures["predicted"]) if count), reverse=True)[:MOST_SHOWN]
+        width = max(len(names[-k]) for _, k in most)
+        return [*found, "", "most frequent predictions", *(f"  {names[-k]:<{width}}  {count:5d}" for count, k in most)]
     counts = torch.tensor(figures["confusion"])
     tested = [(value, label) for label, value in enumerate(figures["class_acc1"]) if value is not None]
     few = len(names) <= MOST_SHOWN

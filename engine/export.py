@@ -87,14 +87,16 @@ def model_card(library: str, student: Trained, result: dict[str, Any]) -> str:
         "measured on": result.get("dataset_identity", "").removeprefix("(").removesuffix(")") or None,
         "seed": result.get("seed"),
     }
+    real = prior == "real training images"  # of a control
     made = "Trained on real images." if scratch else "Distilled from a teacher without its training data."
+    made = "Distilled from a teacher on the real training images: a control, not data-free." if real else made
     best = "The best epoch was chosen on the test split itself, so compare the accuracy of the last epoch. "
     if not scratch and prior != "none":
-        best += f"Besides the teacher, a pretrained model was used ({prior}). Its training data influences this student. "
+        best += f"Besides the teacher, the run used an external prior ({prior}), whose data influence this student. "
     listed = ", ".join(f"{label}: {one_line(name)}" for label, name in enumerate(names[:20])) if names else ""
     more = f", and {len(names) - 20} more in config.json" if names and len(names) > 20 else ""
     mean, std = (", ".join(f"{value:g}" for value in about[key]) for key in ("mean", "std"))
-    return FRONT.format(library=library, tag="classifier" if scratch else "data-free-distillation") + TEXT.format(
+    return FRONT.format(library=library, tag="classifier" if scratch or real else "data-free-distillation") + TEXT.format(
         student=result.get("student", student.spec),
         dataset=result.get("dataset", "unknown data"),
         made=made,

@@ -92,13 +92,16 @@ class DatasetInfo:
         """The folder of a dataset of image files."""
         return Path(self.data_root, self.source)
 
-    def adapted_to_model(self, spec: str, config: dict[str, Any], keep_size: bool = False) -> "DatasetInfo":
+    def adapted_to_model(
+        self, spec: str, config: dict[str, Any], keep_size: bool = False, weights: str = ""
+    ) -> "DatasetInfo":
         """Returns the dataset with the image size and class names of a model's own configuration.
 
         Args:
             spec: name of the model, for error messages.
             config: num_classes, image_size and class_names of the model (None: the model has no class names).
             keep_size: whether to keep the dataset's image size, because a flag sets it.
+            weights: flags that give ``train_scratch.py`` the model and its weights; unset: those for a public model.
         Raises:
             UserError: the model has another number of classes, or the same classes in another order.
         """
@@ -106,7 +109,8 @@ class DatasetInfo:
         if config["num_classes"] != self.num_classes:
             raise UserError(
                 f"{spec} has {config['num_classes']} classes, {self.name} has {self.num_classes}; give a dataset with its "
-                f"classes, or train a head for those of {self.name}: python train_scratch.py --model {spec} --pretrained"
+                f"classes, or train a head for those of {self.name}: python train_scratch.py "
+                f"{weights or f'--model {spec} --pretrained'} --dataset ..."
             )
         if names and self.class_names and set(names) == set(self.class_names) and list(names) != list(self.class_names):
             label = next(k for k, (a, b) in enumerate(zip(names, self.class_names)) if a != b)

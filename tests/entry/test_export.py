@@ -19,6 +19,7 @@ from engine.runtime.errors import UserError
 from engine.runtime.tensors import load_checkpoint
 from registry import MODELS
 from tests.conftest import ROOT, TINY, TINY_TASK, dataset_info
+from tests.data.trees import write_folders
 
 DOCS = (ROOT / "docs" / "export.md").read_text()
 LINES = next(block for block in re.findall(r"```python\n(.*?)```", DOCS, re.DOTALL) if "load_file" in block)
@@ -230,6 +231,9 @@ def test_the_card_repeats_no_deletion_and_no_break_of_a_name(copied_run, export,
     card = (tmp_path / "out/README.md").read_text()
     assert "```\npython datafree_kd.py --seed 1\n```" in card and r"| teacher | a\|b\nc, weights " in card
     assert "| measured on | digits: 10 classes " in card and "10 classes: 0: 0, 1: 1" in card
+    (copied_run / "result.json").write_text(json.dumps(result | {"external_prior": "real training images"}))
+    export(copied_run, tmp_path / "kd")
+    assert "not data-free" in (tmp_path / "kd/README.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -355,6 +359,13 @@ def test_an_evaluation_without_finite_figures_or_into_another_file_is_refused(ru
     assert not (tmp_path / "new.json").exists()
 
 
+def test_other_classes_name_a_command_that_works(runs, measure, tmp_path):
+    write_folders(tmp_path / "two", ["a", "b"], ["test"])
+    file = runs["resnet8"] / "student.pth"
+    with pytest.raises(UserError, match=re.escape(f"train_scratch.py --model resnet8 --resume {file} --dataset")):
+        measure(file, "--dataset", "folder", "--data_root", tmp_path / "two")
+
+
 def test_evaluation_of_an_exported_folder_on_folders_of_images(runs, export, measure, tmp_path, capsys):
     export(runs["resnet8"], tmp_path / "student")
     for label, name in ((3, "3"), (5, "5")):
@@ -369,7 +380,8 @@ def test_evaluation_of_an_exported_folder_on_folders_of_images(runs, export, mea
     measure(tmp_path / "student", "--images", tmp_path / "pictures" / "3", "--csv", tmp_path / "p.csv")
     rows = [line.split(",") for line in (tmp_path / "p.csv").read_text().splitlines()]
     assert rows[0] == ["image", "predicted", "confidence"] and len(rows) == 4 and rows[1][0].endswith("0.png")
-    assert "acc1" not in capsys.readouterr().out.splitlines()[-1]
+    said = capsys.readouterr().out.split("most frequent predictions\n")[1].split()
+    assert "acc1" not in said and sum(map(int, said[1::2])) == 3 and set(said[::2]) == {row[1] for row in rows[1:]}
 
 
 @pytest.mark.parametrize(
