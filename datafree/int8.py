@@ -324,6 +324,8 @@ def main() -> None:
     lines = measure(args)
     table = rows(write_lines(args.lines, lines) if args.lines else lines)
     print(markdown(table))
+    if args.output:
+        print(f"graph with 8-bit weights, calibrated on the bank -> {args.output}")
     if args.into:
         replace_table(args.into, "int8", markdown(table))
 

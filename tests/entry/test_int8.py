@@ -102,7 +102,7 @@ def test_a_graph_without_training_images(command, tmp_path, teacher_file, monkey
     flags = f"--dataset digits --teacher resnet8 --teacher_ckpt {teacher_file} --bank {tmp_path / 'bank'} --test_images 70"
     command("datafree.int8", f"{flags} --output {tmp_path / 'int8.onnx'}")
     said = capsys.readouterr().out
-    assert "left out of the comparison: no training images" in said and "| 8 bit |" in said
+    assert "left out of the comparison: no training images" in said and "| 8 bit |" in said and "int8.onnx\n" in said
     images = torch.rand(8, 3, 16, 16)
     with torch.no_grad():
         wanted = load_teacher("resnet8", dataset_info("digits", "data"), torch.device("cpu"), str(teacher_file))(images)
