@@ -28,7 +28,7 @@ from engine.networks.build import load_teacher, short_name
 from engine.report.results import PERCENT
 from engine.report.tables import markdown, replace_table, with_markers
 from engine.runtime.errors import UserError, run_command
-from engine.runtime.files import atomic_path, parse_json, require_output
+from engine.runtime.files import atomic_path, parse_json
 from engine.runtime.flags import Parser, numbers
 from engine.runtime.processes import seed_position
 from engine.runtime.run import progress
@@ -319,8 +319,8 @@ def main() -> None:
         read_lines(args.lines)
     if args.into:
         with_markers(args.into, "int8")
-    if args.output:
-        require_output("--output", args.output, (".onnx",))
+    if args.output and args.output.exists():  # an .onnx file of any origin cannot be told from one of this command
+        raise UserError(f"--output {args.output} exists already, a new file wanted; give another name")
     lines = measure(args)
     table = rows(write_lines(args.lines, lines) if args.lines else lines)
     print(markdown(table))

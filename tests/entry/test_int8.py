@@ -108,9 +108,10 @@ def test_a_graph_without_training_images(command, tmp_path, teacher_file, monkey
         wanted = load_teacher("resnet8", dataset_info("digits", "data"), torch.device("cpu"), str(teacher_file))(images)
     error = float((Graph(tmp_path / "int8.onnx")(images) - wanted).norm() / wanted.norm())
     assert 0 < error < 0.2
-    with pytest.raises(UserError, match="--output .*notes.txt exists"):
-        (tmp_path / "notes.txt").write_text("mine")
-        command("datafree.int8", f"{flags} --output {tmp_path / 'notes.txt'}")
+    (tmp_path / "mine.onnx").write_text("mine")
+    with pytest.raises(UserError, match="--output .*mine.onnx exists already"):
+        command("datafree.int8", f"{flags} --output {tmp_path / 'mine.onnx'}")
+    assert (tmp_path / "mine.onnx").read_text() == "mine"
 
 
 def test_a_bank_of_another_teacher_is_refused(command, tmp_path, teacher_file):
