@@ -44,12 +44,12 @@ paper.
 - By default a batch has images of all classes, because the teacher's BN statistics describe a mixture of all classes. By
   default latent CutMix is on, as in the paper.
 - The noise prediction is computed once per step. Guidance moves the latent, and the sampler's step reuses the prediction.
-  The script computes the prediction again.
+  The script computes the prediction again. It takes one step fewer, without the last timestep.
 - The paper does not say which student L_adv uses. Here it is a network of the run's student architecture, starting from its
-  initial weights. Before each round it is trained for ``--adv_steps`` steps by KL, at a constant learning rate, on the
-  images made so far with the task's random crop and flip. It keeps its weights from round to round. The script trains its
-  student for 30 epochs on all images whenever 10 more images per class exist, each time with a cosine schedule. L_adv has
-  temperature 1.
+  initial weights. As soon as there are ``--adv_from`` images per class, it is trained before each round for ``--adv_steps``
+  steps by KL, at a constant learning rate, on the images made so far with the task's random crop and flip. It keeps its
+  weights from round to round. The script trains its student for 30 epochs on all images whenever 10 more images per class
+  exist, each time with a cosine schedule and also before L_adv is used. L_adv has temperature 1.
 - Latent CutMix pastes at most about half of the area. The mixed labels are soft targets of the one-hot loss. The bank keeps the
   label for which an image was prompted.
 - The repair of the seams (``--lca_repair``) is our reading of the paper's inpainting. It is RePaint's resampling with the

@@ -27,6 +27,8 @@ Deviations:
 - The default embedding is not the paper's.
 - Noisy layers have no bias. The script's bias starts at 0 and is small next to outputs of standard deviation sqrt(d).
 - An incomplete group has each class at most once. The script draws the labels of such a group independently.
+- The images kept are those of each batch's own lowest loss. In the script the batches of a round share one lowest loss. A
+  later batch that does not fall below it keeps the images of its first step.
 - Generators are initialized from N(0, .02).
 - Rounds for ``g_life`` are counted from the beginning of each stage.
 
