@@ -164,6 +164,8 @@ def to_uint8(images: Tensor) -> Tensor:
 class ImageBank:
     """A folder of shards, created or opened with the manifest that this run expects.
 
+    A manifest without shards, as ``--redo`` may leave it, is replaced.
+
     Raises:
         UserError: the folder's images are of another teacher, dataset, class count or size, or ``create`` is False and the
             folder is no bank.
@@ -172,7 +174,7 @@ class ImageBank:
     def __init__(self, path: Path, manifest: Manifest, *, create: bool = True):
         self.path = Path(path)
         file = self.path / "manifest.json"
-        if create and not file.exists():
+        if create and not (file.exists() and any(SHARD_NAME.match(f.name) for f in self.path.iterdir())):
             checksums.keep(self.path)
             write_json(file, vars(manifest))
         self.manifest = read_manifest(self.path)

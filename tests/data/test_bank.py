@@ -66,6 +66,14 @@ def test_another_runs_bank_is_refused(tmp_path, other, word):
         ImageBank(tmp_path / "bank", other)
 
 
+def test_a_manifest_without_shards_is_replaced(tmp_path):
+    """--redo deletes the shards; the next images may be of another teacher."""
+    bank = filled(tmp_path, rounds=1)
+    bank.shard("synthesize", 0).unlink()
+    other = Manifest("digits", 10, 8, "resnet8", "def", method="noise")
+    assert ImageBank(tmp_path / "bank", other).manifest == other == read_manifest(tmp_path / "bank")
+
+
 def test_a_damaged_shard_is_named(tmp_path):
     bank = filled(tmp_path)
     shard = bank.shard("synthesize", 1)
