@@ -42,6 +42,12 @@ def reason_of(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def same_command() -> str:
+    """Returns the words for the command that resumes a stopped run. With ``--redo`` it would begin again."""
+    redo = any(word.partition("=")[0] == "--redo" for word in sys.argv[1:])
+    return "the same command again" + " without --redo" * redo
+
+
 def is_disk_full(error: Exception) -> bool:
     """Whether an error means that a file could not be written for lack of space."""
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -61,8 +67,8 @@ def explain_os_error(error: OSError) -> UserError:
     name = error.filename or "a file"
     if is_disk_full(error):
         return UserError(
-            f"no space left while writing {name}; files written so far are complete: free some space, then run the same "
-            "command again"
+            f"no space left while writing {name}; files written so far are complete: free some space, then run "
+            f"{same_command()}"
         )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         if os.path.exists(name) and not os.access(name, os.R_OK):
@@ -181,7 +187,7 @@ def run_command(main: Callable[[], None], leave: Callable[[], None] = lambda: No
         follow(command) if launched_rank() else command()
         end_process(0)
     except (KeyboardInterrupt, Terminated) as stop:
-        print("\nstopped; all files are complete: to resume, run the same command again", file=sys.stderr)
+        print(f"\nstopped; all files are complete: to resume, run {same_command()}", file=sys.stderr)
         end_process(143 if isinstance(stop, Terminated) else 130)
     except BrokenPipeError:  # the reader of the output has stopped, as in "... | head"
         end_process(141)

@@ -23,6 +23,15 @@ def test_what_the_file_system_refuses_is_one_line(code, word):
     assert word in message and "bank/x" in message and "\n" not in message
 
 
+@pytest.mark.parametrize("given", [["--redo", "distill"], ["--redo=distill"], ["--redo"]])
+def test_a_stopped_redo_is_resumed_without_it(given, monkeypatch):
+    full = OSError(errno.ENOSPC, "No space left on device", "bank/x")
+    monkeypatch.setattr("sys.argv", ["datafree_kd.py", "--seed", "1"])
+    assert errors.explain(full).endswith("run the same command again")
+    monkeypatch.setattr("sys.argv", ["datafree_kd.py", *given])
+    assert errors.explain(full).endswith("run the same command again without --redo")
+
+
 def test_a_file_that_cannot_be_read_is_no_place_to_write(tmp_path, monkeypatch):
     (tmp_path / "x").touch()
     monkeypatch.setattr("os.access", lambda path, mode: mode != os.R_OK)
