@@ -66,7 +66,7 @@ def main() -> None:
     run_flags = groups[1]
     seeds = run_flags.seeds or (run_flags.seed,)
     if run_flags.minutes is not None:
-        seeded = for_seed(seeds[0], bool(run_flags.seeds), groups)
+        seeded = [for_seed(seed, bool(run_flags.seeds), groups) for seed in seeds]
         scale = scale_for_minutes(
             name, method_class, seeded, lambda scale: parse([*sys.argv[1:], "--scale", repr(scale)])[2]
         )
@@ -81,17 +81,20 @@ def main() -> None:
         print(report.table(report.parse(finished)))
 
 
-def scale_for_minutes(name: str, method_class: type, groups: list, at: Callable[[float], list]) -> float:
-    """Returns the scale for ``--minutes``: that of the run to be resumed, else one from speeds measured on this machine.
+def scale_for_minutes(name: str, method_class: type, seeded: list[list], at: Callable[[float], list]) -> float:
+    """Returns the scale for ``--minutes``: that of a run to be resumed, else one from speeds measured on this machine.
 
     Args:
+        seeded: flags of the run with each seed.
         at: function that returns the flags of a run with a given scale.
     """
-    run_flags, processes, trial = groups[1], join_processes(groups[1].gpu), trial_groups(groups)
+    run_flags = seeded[0][1]
+    processes, trial = join_processes(run_flags.gpu), trial_groups(seeded[0])
     forbid_train_split()
     method = build_method(name, method_class, trial, trial[2].schedule(), processes, DATASETS, MODELS)
     stages = choose_stages(name, [stage.name for stage in method.stages()], run_flags)[0]
-    folder = run_folder(name, groups, method.task.info.name)
+    folders = [run_folder(name, groups, method.task.info.name) for groups in seeded]
+    folder = next((folder for folder in folders if (folder / "args.json").exists()), folders[0])
     return processes.broadcast(choose_scale(folder, method, trial, stages, at) if processes.main else None)
 
 

@@ -108,6 +108,19 @@ def test_a_resume_keeps_the_scale(command, teacher_file, tmp_path, monkeypatch):
         command("datafree_kd", line + "9")
 
 
+def test_a_new_seed_gets_the_scale_of_the_runs_with_other_seeds(command, teacher_file, tmp_path, monkeypatch):
+    found = {"args": {"minutes": 1.0, "scale": 0.25}, "command": "", "versions": {}}
+    (tmp_path / "seed0").mkdir()
+    (tmp_path / "seed0/args.json").write_text(json.dumps(found))
+    monkeypatch.setattr(minutes, "measure", lambda *_: pytest.fail("measured again"))
+    scales = []
+    monkeypatch.setattr("datafree_kd.run", lambda name, method, groups: scales.append(groups[1].scale) or tmp_path)
+    command(
+        "datafree_kd", f"--method noise {TASK} --teacher_ckpt {teacher_file} --save_dir {tmp_path} --seeds 2,0 --minutes 1"
+    )
+    assert scales == [0.25, 0.25]
+
+
 @pytest.mark.parametrize(
     "args, message",
     [
