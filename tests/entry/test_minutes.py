@@ -99,12 +99,12 @@ def test_every_kind_of_method_is_measured_and_runs_for_no_longer(method, extra, 
 @pytest.mark.usefixtures("slow_clock")
 def test_a_resume_keeps_the_scale(command, teacher_file, tmp_path, monkeypatch):
     line = f"--method noise {TASK} --teacher_ckpt {teacher_file} --save_dir {tmp_path / 'run'} --minutes "
-    command("datafree_kd", line + ".05")
+    command("datafree_kd", line + ".2")
     before = (tmp_path / "run/result.json").read_text()
     monkeypatch.setattr(minutes, "measure", lambda *_: pytest.fail("measured again"))
-    command("datafree_kd", line + ".05")
+    command("datafree_kd", line + ".2")
     assert (tmp_path / "run/result.json").read_text() == before
-    with pytest.raises(UserError, match="was started with --minutes 0.05 and --scale .*, now --minutes 9 is given"):
+    with pytest.raises(UserError, match="was started with --minutes 0.2 and --scale .*, now --minutes 9 is given"):
         command("datafree_kd", line + "9")
 
 
