@@ -1,8 +1,8 @@
 """Checks before the first stage of a run, so that mistakes are found at once and not after hours.
 
 ``check`` runs before the run folder is created. A run that it refuses leaves no folder. ``log_start`` runs afterwards and logs
-the teacher's normalization and accuracy. Both run in the main process only. If all selected stages are done, no data is
-opened. Random numbers drawn here do not affect the stages, because each stage seeds its own random stream.
+the teacher's normalization and accuracy. Both run in the main process only. Random numbers drawn here do not affect the
+stages, because each stage seeds its own random stream.
 """
 
 from collections.abc import Iterable, Iterator

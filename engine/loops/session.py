@@ -136,12 +136,15 @@ class Finished:
         """All images (N, 3, H, W) uint8, labels (N,) and any further columns of the bank.
 
         Raises:
-            UserError: the bank is empty.
+            UserError: the bank has no initial images.
         """
         stage = next((name for name in (*INITIAL, "augment") if self.bank.rounds(name)), self.stage)
         columns = self.bank.read(stage)
         if not len(columns["labels"]):
-            raise UserError(f"the image bank {self.bank.path} is empty; make images with --stages {self.stage}")
+            raise UserError(
+                f"{self.bank.path} has no images of stage {self.stage}; make them with --stages {self.stage}, or give "
+                "another --init_bank"
+            )
         return columns
 
 

@@ -323,7 +323,8 @@ def peak_memory() -> dict[str, float]:
 
     Resident memory includes pages of memory-mapped banks, which the system can take back when memory is short.
     """
-    peak = {"peak_memory_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)}
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # macOS counts bytes, Linux KiB
+    peak = {"peak_memory_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)}
     if torch.cuda.is_available():
         peak["peak_gpu_memory_mib"] = round(torch.cuda.max_memory_allocated() / 2**20)
     return peak
