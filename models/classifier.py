@@ -170,8 +170,8 @@ def _trace(network: nn.Module, images: Tensor, num_classes: int) -> list[_Call]:
     try:
         with eval_mode(network), torch.no_grad(), torch.random.fork_rng(devices=devices):
             logits = network(images)
-    except (RuntimeError, AssertionError) as error:
-        size, reason = "x".join(map(str, images.shape[1:])), str(error).strip().partition("\n")[0]
+    except Exception as error:  # a user's network may raise anything
+        size, reason = "x".join(map(str, images.shape[1:])), f"{type(error).__name__}: {error}".partition("\n")[0]
         raise ValueError(f"network fails on images of {size}: {reason}") from error
     finally:
         for hook in hooks:

@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import inspect
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -156,8 +157,8 @@ def _find_factory(table: dict[str, str], spec: str) -> Callable[..., Any]:
 
 
 def _import_file(path: Path) -> Any:
-    module_spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(module_spec)
+    module_spec = importlib.util.spec_from_file_location(str(path), path)  # a name that no import statement can ask for
+    module = sys.modules[module_spec.name] = importlib.util.module_from_spec(module_spec)  # dataclasses look it up there
     module_spec.loader.exec_module(module)
     return module
 
@@ -181,7 +182,7 @@ def build_classifier(table: dict[str, str], spec: str, info, device: torch.devic
 
 
 def wrap(network: nn.Module, spec: str, info, device: torch.device, normalization: Normalization) -> Classifier:
-    """Wraps a network as a classifier; its attribute ``normalization`` holds mean, std and the source of each.
+    """Wraps a network as a float32 classifier; its attribute ``normalization`` holds mean, std and the source of each.
 
     Raises:
         UserError: the network does not fit the dataset.
@@ -193,7 +194,7 @@ def wrap(network: nn.Module, spec: str, info, device: torch.device, normalizatio
     except ValueError as error:
         raise UserError(f"{spec} does not fit {info.name}: {error}") from None
     classifier.normalization = normalization
-    return classifier.to(device, memory_format=torch.channels_last)
+    return classifier.to(device, torch.float32, memory_format=torch.channels_last)
 
 
 def require_batch_norm(teacher: Classifier, config, methods: dict[str, str]) -> None:

@@ -186,7 +186,8 @@ def test_frozen_and_eval_mode():
         (lambda: build_network("resnet8", 100), 32, "network returns 100 logits, dataset has 10 classes"),
         (lambda: nn.Conv2d(3, 10, 1), 32, r"network returns shape \(2, 10, 32, 32\), logits \(2, 10\) wanted"),
         (lambda: nn.Sequential(nn.Flatten(), nn.AdaptiveAvgPool1d(10)), 32, "no nn.Linear or 1x1 nn.Conv2d with 10"),
-        (lambda: on_meta("vit_b_16_imagenet", 10), 32, "fails on images of 3x32x32: Wrong image height"),
+        (lambda: on_meta("vit_b_16_imagenet", 10), 32, "fails on images of 3x32x32: AssertionError: Wrong image"),
+        (lambda: nn.Bilinear(3, 3, 10), 32, "fails on images of 3x32x32: TypeError: .*missing 1 required"),
     ],
 )
 def test_networks_that_do_not_fit(network, size, message):

@@ -11,7 +11,7 @@ from torch import nn
 
 from engine.runtime.errors import UserError
 from registry import MODELS
-from tests.conftest import build_network, make_classifier
+from tests.conftest import CPU, build_classifier, build_network, dataset_info, make_classifier
 
 PUBLISHED = json.loads(Path(__file__).with_name("teacher_keys.json").read_text())
 
@@ -90,6 +90,20 @@ def test_network_by_file(tmp_path):
     out = classifier(torch.rand(2, 3, 32, 32), return_features=True)
     torch.testing.assert_close(out.feature_map.mean((2, 3)), out.features)
     assert build_network(f"{tmp_path}/own.py:bare", 10)[-1].out_features == 7
+
+
+def test_a_file_may_define_dataclasses_with_postponed_annotations(tmp_path):
+    """``dataclass`` then looks for the file's module in ``sys.modules``."""
+    width = "from dataclasses import dataclass\n\n@dataclass\nclass Width:\n    channels: int = 5\n"
+    (tmp_path / "own.py").write_text(f"from __future__ import annotations\n{width}{FILE}")
+    assert build_network(f"{tmp_path}/own.py:factory", 10)[-1].out_features == 10
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_networks_of_other_dtypes_compute_in_float32(tmp_path, dtype):
+    (tmp_path / "own.py").write_text(f"{FILE}\ndef other(num_classes):\n    return factory(num_classes).to({dtype})\n")
+    classifier = build_classifier(f"{tmp_path}/own.py:other", dataset_info("digits"), CPU)
+    assert classifier(torch.rand(2, 3, 16, 16)).dtype == torch.float32
 
 
 def test_network_by_module():
