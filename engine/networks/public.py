@@ -20,13 +20,17 @@ from torch import nn
 from engine.networks.weights import load_weights
 from engine.runtime.errors import UserError, first_line, is_disk_full, lookup
 from engine.runtime.files import read_json
-from engine.runtime.schema import SIZE, require
+from engine.runtime.schema import COUNT, SIZE, require
 
 SOURCES = ("timm:", "hf-hub:", "torchvision:", "local-dir:")
 OWN = "datafree_kd"  # ``library_name`` in the config.json of a network of this project
 CONFIG = {
     "architecture": str, "num_classes": SIZE, "input_size": [SIZE], "mean": [float], "std": [float],
     "class_names?": [str], "model_args?": dict,
+}  # fmt: skip
+TIMM_CONFIG = {
+    "num_classes": COUNT, "input_size?": [SIZE], "mean": [float], "std": [float], "label_names?": {list, tuple, dict},
+    "label_descriptions?": dict,
 }  # fmt: skip
 FILES = ("config.json", "model.safetensors")
 
@@ -70,17 +74,18 @@ def configuration(spec: str) -> dict[str, Any]:
         found = {"num_classes": len(names), "class_names": names, "input_size": size, "mean": preset.mean, "std": preset.std}
     else:
         found = dict(_timm_arguments(spec)["pretrained_cfg"])
+        require(found, TIMM_CONFIG, f"the configuration of {spec}", "correct it, or use another model")
         found["class_names"] = _timm_names(found, spec)
-    channels, height, width = found.get("input_size") or (3, 0, 0)
-    if channels != 3 or height != width or not height:
+    size = list(found.get("input_size") or ())
+    if len(size) != 3 or size != [3, size[1], size[1]]:
         raise UserError(
-            f"{spec} needs images of {channels} x {height} x {width}, three channels and square images wanted; use "
-            "another model"
+            f"{spec} needs images of {' x '.join(map(str, size)) or 'unknown size'}, three channels and square images "
+            "wanted; use another model"
         )
     names = found.get("class_names")
     return {
         "num_classes": found["num_classes"],
-        "image_size": height,
+        "image_size": size[1],
         "class_names": None if names is None else list(map(str, names)),
         "mean": list(found["mean"]),
         "std": list(found["std"]),
@@ -232,11 +237,10 @@ def _timm_names(config: dict[str, Any], spec: str) -> list[str] | None:
         info = timm.data.ImageNetInfo(subset)
         names, words = info.label_names(), info.label_descriptions(as_dict=True)
     if isinstance(names, dict):
-        names = {int(label): name for label, name in names.items()}
-        names = [names.get(label, str(label)) for label in range(config["num_classes"])]
+        names = [names.get(str(label), label) for label in range(config["num_classes"])]
     if names is None or len(names) != config["num_classes"]:
         return None
-    return [str(words.get(name, name)).partition(",")[0] for name in names]
+    return [str(words.get(name, name)).partition(",")[0] for name in map(str, names)]
 
 
 # torchvision

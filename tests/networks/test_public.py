@@ -163,6 +163,8 @@ def test_what_timm_says_of_its_weights():
             "has the architecture os:getcwd, which is not in registry.MODELS, and code that only a folder names is never run",
         ),
         ("local-dir:{tmp}/wide", "needs images of 3 x 32 x 64, three channels and square images wanted"),
+        ("local-dir:{tmp}/flat", "needs images of 3 x 32, three channels and square images wanted"),
+        ("local-dir:{tmp}/mean", "configuration of .*mean does not have the expected contents: mean is 0.5, a list wanted"),
     ],
 )
 def test_what_cannot_be_had_is_one_line(spec, message, tmp_path, monkeypatch):
@@ -171,6 +173,8 @@ def test_what_cannot_be_had_is_one_line(spec, message, tmp_path, monkeypatch):
     own = {"library_name": public.OWN, "num_classes": 10, "input_size": [3, 32, 32], "mean": MEAN, "std": STD}
     configs = {"other": {"model_type": "bert"}, "code": own | {"architecture": "os:getcwd"}}
     configs["wide"] = own | {"architecture": "resnet8", "input_size": [3, 32, 64]}
+    configs["flat"] = {"architecture": "test_resnet", "pretrained_cfg": {"input_size": [3, 32]}}
+    configs["mean"] = {"architecture": "test_resnet", "pretrained_cfg": {"mean": 0.5}}
     for name, config in configs.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps(config))
