@@ -141,6 +141,7 @@ def compare(teacher: nn.Module, batches: list[Tensor], labels: Tensor, real: Ten
     mine, theirs = (values[evenly_spaced(len(values), count)] for values in (found, real))
     density, coverage = density_coverage(theirs, mine) if count > NEIGHBOURS else (None, None)
     differ = not torch.allclose(theirs, theirs[:1])  # False for a single image too
+    spacing = nearest(theirs) if differ else 0.0  # 0 too if the test split has every image twice
     named = labels >= 0
     return {
         "count": len(said),
@@ -149,7 +150,7 @@ def compare(teacher: nn.Module, batches: list[Tensor], labels: Tensor, real: Ten
         "density": None if density is None else round(density, 4),
         "coverage": None if coverage is None else round(coverage, 4),
         "bn_distance": statistics.distance(),
-        "diversity": round(nearest(mine) / nearest(theirs), 4) if differ else None,
+        "diversity": round(nearest(mine) / spacing, 4) if spacing else None,
     }
 
 

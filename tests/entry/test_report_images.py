@@ -81,6 +81,12 @@ def test_few_or_equal_test_images_have_fewer_measures(count, constant, teacher):
     assert row["density"] == ("" if count < 40 else row["density"]) and row["BN distance"]
 
 
+def test_test_images_that_all_occur_twice_have_no_diversity(teacher):
+    real = images.features(teacher, [torch.rand(10, 3, 16, 16)]).repeat(2, 1)
+    found = images.compare(teacher, [torch.rand(20, 3, 16, 16)], torch.zeros(20), real)
+    assert found["diversity"] is None and found["density"] is not None
+
+
 @pytest.mark.parametrize("text", ['{"args": {"data', "[]", '{"args": {"dataset": "digits"}}', '{"args": {"init_bank": 1}}'])
 def test_damaged_flags_are_one_line(text, copied, report):
     folder = copied("dfq")
