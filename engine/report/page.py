@@ -204,7 +204,7 @@ def accuracy_curves(groups: Groups, size: tuple[float, float]) -> dict[str, str]
             length = min(map(len, histories))
             mean = [statistics.fmean(history[k]["acc1"] for history in histories) for k in range(length)]
             lines["student_steps"].append((number, [histories[0][k]["student_steps"] for k in range(length)], mean))
-        timed = [line for line in metrics(Path(runs[0]["path"])) if "acc1" in line and "minutes" in line]
+        timed = [line for line in min(runs, key=lambda run: run["seed"])["history"] if {"acc1", "minutes"} <= line.keys()]
         if timed:
             lines["minutes"].append((number, [line["minutes"] for line in timed], [line["acc1"] for line in timed]))
     return {axis: curves(lines[axis], x, f"test accuracy in % by {x}", size) for axis, x in AXES if lines[axis]}

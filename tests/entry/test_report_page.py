@@ -115,6 +115,8 @@ def test_results_kept_as_lines_make_a_page_too(tmp_path, monkeypatch):
     page = make_page(monkeypatch, tmp_path, ROOT / "checkpoints/results/sketches.jsonl")
     check_self_contained(page)
     assert "These results contain no times" in page.read_text()
+    page = make_page(monkeypatch, tmp_path, ROOT / "checkpoints/results/warm.jsonl")
+    assert "These results contain no times" not in page.read_text()
 
 
 def test_the_page_escapes_what_it_shows(tmp_path, monkeypatch):
