@@ -99,7 +99,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def table(args: argparse.Namespace, results: list[dict[str, Any]] | None = None) -> str:
     """The table of the results (None: all under ``args.runs``), in the form that the command line asks for."""
     groups = group(_results(args) if results is None else results)
-    warn_of_repeated_seeds(groups)
     if args.images:
         rows = image_rows(groups, args.folders)
         return markdown(rows) if args.markdown or args.into else aligned(rows)
@@ -114,6 +113,7 @@ def table(args: argparse.Namespace, results: list[dict[str, Any]] | None = None)
 
 def _results(args: argparse.Namespace) -> list[dict[str, Any]]:
     results = collect(args.runs)
+    warn_of_repeated_seeds(group(results))
     if not args.images:
         return results
     from engine.report.images import measured  # needs torch

@@ -159,7 +159,7 @@ def group(results: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
         groups.setdefault(key, []).append(result)
     return sorted(
         groups.values(),
-        key=lambda g: (g[0]["dataset"], g[0]["method"] != "scratch", str(g[0].get("student_steps")), g[0]["method"]),
+        key=lambda g: (g[0]["dataset"], g[0]["method"] != "scratch", g[0].get("student_steps", 0), g[0]["method"]),
     )
 
 
@@ -188,8 +188,8 @@ def settings(result: dict[str, Any]) -> dict[str, Any]:
 
 def path_of_every_seed(result: dict[str, Any], name: str) -> str | None:
     """Path that the command gave with ``--<name>``, with ``{seed}`` for the run's seed; None if it contains no seed."""
-    given = re.search(rf"--{name.replace('_', '[_-]')}[ =]'?([^\s']+)", result.get("command", ""))
-    path = given[1] if given else str(result.get("settings", {}).get(name))
+    given = re.search(rf"--{name.replace('_', '[_-]')}[ =](?:'([^']*)'|([^\s']+))", result.get("command", ""))
+    path = given[1] or given[2] if given else str(result.get("settings", {}).get(name))
     path = re.sub(rf"(?<=seed){result['seed']}(?!\d)", "{seed}", path)
     return path if "{seed}" in path else None
 

@@ -146,7 +146,7 @@ def synthesis_and_distillation(result: dict[str, Any]) -> tuple[float | None, fl
 
 def steps_to(runs: list[dict[str, Any]], target: float) -> str:
     """Student steps after which ``target`` % was first reached, as mean over seeds, and the number that never did."""
-    tested = [[line for line in run["history"] if "acc1" in line] for run in runs]
+    tested = [lines for run in runs if (lines := [line for line in run["history"] if "acc1" in line])]
     reached = [next((line["student_steps"] for line in lines if line["acc1"] >= target), None) for lines in tested]
     numbers = [steps for steps in reached if steps is not None]
     missed = len(reached) - len(numbers)
@@ -171,6 +171,7 @@ def row(
     def over(name: str) -> str:
         return spread([run.get(name) for run in runs])
 
+    images = [run.get("images", run.get("bank_images")) for run in runs]  # a filter keeps other variants for each seed
     machines = sorted({run["machine"] for run in runs if run.get("machine")})
 
     def times(values: list[float | None]) -> str:
@@ -206,7 +207,7 @@ def row(
         line[f"steps to {target:g} %"] = "" if real else steps_to(runs, target)
     return line | {
         "student steps": str(first.get("student_steps", "")),
-        "images": str(first.get("images", first.get("bank_images", ""))),
+        "images": spread(images if len(set(images)) > 1 else images[:1], 0),
         "teacher acc1 on images": over("bank_teacher_acc1"),
         "BN distance": over("bank_loss_bn"),
         "variants (kept %)": f"{first['variants']} ({kept})" if first.get("variants") else "",
@@ -291,9 +292,12 @@ def what_all_share(groups: Groups, wide: bool = False) -> str:
 
 
 def _shared(pairs: list[tuple[list[dict[str, Any]], dict[str, str]]]) -> dict[str, str]:
-    """Values of the ``FACTS`` in which all rows agree; rows of training on real data are not compared."""
-    lines = [line for _, line in pairs if line["teacher"]] or [line for _, line in pairs]
-    return {name: lines[0][name] for name in FACTS if len({line[name] for line in lines}) == 1}
+    """Values of the ``FACTS`` in which all rows agree; of rows of training on real data only the dataset is compared."""
+    every = [line for _, line in pairs]
+    lines = [line for line in every if line["teacher"]] or every
+    return {
+        name: lines[0][name] for name in FACTS if len({line[name] for line in (every if name == "dataset" else lines)}) == 1
+    }
 
 
 def _runs_and_rows(

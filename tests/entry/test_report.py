@@ -78,6 +78,9 @@ def test_report_tells_times_budgets_and_targets(tmp_path):
     assert row["steps to 50.5 %"] == "100 ± 0"
     (row,) = report.rows_of(report.group(report.collect([tmp_path])), target=60.0)
     assert row["steps to 60 %"] == "(2 of 2 never)"
+    (tmp_path / "b/metrics.jsonl").write_text("")
+    (row,) = report.rows_of(report.group(report.collect([tmp_path])), target=60.0)
+    assert row["steps to 60 %"] == "(1 of 1 never)"
     write_result(tmp_path / "c", method="n", seconds={"distill": 7200.0}, synthesis_seconds=3600.0)
     rows = report.rows_of(report.group(report.collect([tmp_path])))
     assert [r["synthesis h"] for r in rows] == ["0.01 ± 0.00", "1.00"] and rows[1]["distillation h"] == "1.00"
@@ -139,7 +142,9 @@ def test_other_data_teachers_or_banks_are_other_rows(name, one, other, method, t
     assert not capsys.readouterr().err
 
 
-@pytest.mark.parametrize("paths", [["t/seed0/a.pth", "t/seed1/a.pth"], ["'t/seed{seed}/a.pth'"] * 2])
+@pytest.mark.parametrize(
+    "paths", [["t/seed0/a.pth", "t/seed1/a.pth"], ["'t/seed{seed}/a.pth'"] * 2, ["'a t/seed0/a.pth'", "'a t/seed1/a.pth'"]]
+)
 def test_a_teacher_for_each_seed_is_one_row(paths, tmp_path):
     for seed, path in enumerate(paths):
         command = f"python datafree_kd.py --teacher_ckpt {path} --seeds 0"
@@ -150,13 +155,37 @@ def test_a_teacher_for_each_seed_is_one_row(paths, tmp_path):
     assert [r["seeds"] for r in rows(tmp_path)] == ["0,1", "2"]
 
 
-def test_a_repeated_seed_is_a_warning(tmp_path, capsys):
+def test_a_repeated_seed_is_a_warning(tmp_path, monkeypatch, capsys):
     for k, seed in enumerate((0, 1, 1)):
         write_result(tmp_path / f"run{k}", seed=seed)
     assert "seeds 0,1,1" in report.table(report.parse([str(tmp_path), "--wide", "--markdown"]))
     warning = capsys.readouterr().err
     assert warning.startswith("warning: seed 1 occurs 2 times in one row") and warning.count("\n") == 1
     assert "run1" in warning and "run2" in warning and "run0" not in warning
+    monkeypatch.setattr("sys.argv", ["report", str(tmp_path), "--lines", str(tmp_path / "lines.jsonl")])
+    report.main()
+    assert capsys.readouterr().err == warning
+
+
+def test_the_images_of_a_row_are_their_mean_where_seeds_differ(tmp_path):
+    for seed, images in enumerate((10, 12)):
+        write_result(tmp_path / f"a{seed}", seed=seed, images=images)
+        write_result(tmp_path / f"b{seed}", seed=seed, images=10, method="n")
+    assert [row["images"] for row in rows(tmp_path)] == ["11 ± 1", "10"]
+
+
+def test_rows_are_sorted_by_steps_as_numbers(tmp_path):
+    for steps in (1000, 300):
+        write_result(tmp_path / str(steps), student_steps=steps)
+    assert [row["student steps"] for row in rows(tmp_path)] == ["300", "1000"]
+
+
+@pytest.mark.parametrize("wide", [[], ["--wide"]])
+def test_real_data_of_another_dataset_is_told(wide, tmp_path):
+    write_result(tmp_path / "a")
+    write_result(tmp_path / "b", method="scratch", dataset="other")
+    shown = report.table(report.parse([str(tmp_path), *wide]))
+    assert "other" in shown and not shown.startswith("d,")
 
 
 def test_report_can_name_rows_by_their_folders(tmp_path):
