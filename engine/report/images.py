@@ -24,7 +24,7 @@ from engine.data.datasets import dataset_info
 from engine.data.image_bank import find_bank, open_bank
 from engine.data.splits import load_split
 from engine.loops.measures import NEIGHBOURS, density_coverage
-from engine.loops.stages import STREAMED
+from engine.loops.stages import STREAMED, first_per_class
 from engine.networks.build import load_teacher, own_weights
 from engine.report.results import DATASET_FLAGS, bank_stages, dataset_flags, flags_of
 from engine.runtime.errors import UserError
@@ -36,6 +36,7 @@ MOST, BATCH = 1000, 250
 TEACHER = ("teacher", "teacher_ckpt", "teacher_mean", "teacher_std")
 FLAGS = DATASET_FLAGS | {
     "teacher": str, "teacher_ckpt?": str, "teacher_mean?": [float], "teacher_std?": [float], "init_bank?": str,
+    "student_images_per_class?": int,
     "init_variants?": str,
 }  # fmt: skip
 
@@ -97,7 +98,9 @@ def training_images(folder: Path) -> tuple[Tensor, Tensor]:
         kept = load_tensors(folder / STREAMED)
         return kept["images"][:MOST], kept["labels"][:MOST]
     read = [bank.read(stage) for bank, stage in bank_stages(folder, args.get("init_bank"))]
-    rows = [(columns, row) for columns in read for row in range(len(columns["labels"]))]
+    most = args.get("student_images_per_class")
+    seen = [first_per_class(columns["labels"], most or len(columns["labels"])).nonzero().flatten() for columns in read]
+    rows = [(columns, row) for columns, positions in zip(read, seen) for row in positions.tolist()]
     decided = sorted(folder.glob("filter_*.safetensors"))
     variants = find_bank(Path(args.get("init_variants") or folder), "variants")
     if decided and (variants / "manifest.json").exists():

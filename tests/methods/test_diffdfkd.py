@@ -13,6 +13,7 @@ from engine.data.crops import mixed
 from engine.data.image_bank import ImageBank, Manifest
 from engine.loops import fill as fill_module
 from engine.loops.stages import first_per_class
+from engine.report.images import training_images
 from engine.runtime.errors import UserError
 from models.classifier import frozen
 from tests import tiny_pipelines
@@ -163,6 +164,7 @@ def test_published_settings_and_what_the_student_sees(generative, distill, tmp_p
     distill("diffdfkd", tmp_path / "capped", f"{flags} 2")
     result = json.loads((tmp_path / "capped" / "result.json").read_text())
     assert result["bank_images"] == 20 and result["settings"]["student_crop"] == "resized"
+    assert len(training_images(tmp_path / "capped")[1]) == 20
     with pytest.raises(UserError, match="--student_images_per_class 0 found, a whole number from 1 on wanted"):
         distill("diffdfkd", tmp_path / "none", f"{flags} 0")
 
