@@ -28,7 +28,7 @@ from engine.loops.session import Session, choose_stages, run_stages
 from engine.loops.settings import DistillFlags, RunFlags, TaskFlags, for_seed, scaled, with_recipe
 from engine.networks.build import require_batch_norm, short_name
 from engine.runtime.compilation import Compiler
-from engine.runtime.errors import lookup, resolve, run_command
+from engine.runtime.errors import UserError, lookup, resolve, run_command
 from engine.runtime.flags import Parser, add_flags, add_list, from_args, given_flags, stage_flags
 from engine.runtime.processes import is_main, join_processes, leave_processes
 from engine.runtime.run import Run
@@ -57,6 +57,8 @@ def parse(argv: list[str]):
         add_flags(parser, group, group.__doc__.rstrip("."), method.defaults if method else {})
     args = parser.parse_args(argv)
     groups, given = [from_args(group, args) for group in groups], given_flags(parser, argv)
+    if {"seed", "seeds"} <= given:
+        raise UserError("--seed and --seeds found, one of them wanted; --seeds also takes a single seed")
     groups = with_recipe(groups, lookup(RECIPES, groups[2].recipe, "recipe"), given)
     return name, method, scaled(groups, args.scale, given)
 

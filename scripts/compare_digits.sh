@@ -26,10 +26,12 @@ declare -A flags=(
     --fit_passes 21 --fit_lr 4e-3"
   [diffdfkd]="--images_per_class 60 --num_inference_steps 10 --bn .03 --lr .1 --warmup_epochs 0 --weight_decay 1e-4"
 )
+order="kd noise dafl zskt dfad dfq deepinv adi cmi fast nayer csd dda diffdfkd"
+require_known "${METHODS:-}" "$order"
 for seed in ${SEEDS:-0 1 2}; do
   teacher=(--dataset digits --seed "$seed")
   python train_scratch.py --model resnet20 "${teacher[@]}" --epochs 30 --amp no --save_dir "$out/teacher/seed$seed" --output "$out/teacher/seed$seed/teacher.pth"
-  for method in ${METHODS:-kd noise dafl zskt dfad dfq deepinv adi cmi fast nayer csd dda diffdfkd}; do
+  for method in ${METHODS:-$order}; do
     python datafree_kd.py --method "$method" --dataset digits --teacher resnet20 --teacher_ckpt "$out/teacher/seed$seed/teacher.pth" \
       --student resnet8 --amp no --batch_size 128 --epochs 12 --ep_steps 25 --kd_steps 25 ${flags[$method]} \
       --save_dir "$out/$method/seed{seed}" --seeds "$seed" "$@"

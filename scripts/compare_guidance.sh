@@ -20,7 +20,9 @@ declare -A flags=(
   [oh_bn_adv_lca]="--bn .03 --adv 1 --adv_from 20 --adv_steps 60"
   [oh_bn_adv_lca_scale1]="--bn .03 --adv 1 --adv_from 20 --adv_steps 60 --guidance_scale 1"
 )
-for name in ${RUNS:-unguided unguided_scale1 unguided_lca oh oh_bn oh_bn_decoder oh_bn_adv oh_bn_lca oh_bn_adv_lca oh_bn_adv_lca_scale1}; do
+order="unguided unguided_scale1 unguided_lca oh oh_bn oh_bn_decoder oh_bn_adv oh_bn_lca oh_bn_adv_lca oh_bn_adv_lca_scale1"
+require_known "${RUNS:-}" "$order"
+for name in ${RUNS:-$order}; do
   python datafree_kd.py --method diffdfkd --dataset digits --teacher resnet20 --teacher_ckpt "$teachers/seed{seed}/teacher.pth" \
     --student resnet8 --amp no --batch_size 128 --epochs 6 --kd_steps 50 --lr .1 --warmup_epochs 0 --weight_decay 1e-4 \
     --images_per_class 40 --num_inference_steps 10 ${flags[$name]} --save_dir "$out/$name" --seeds "${SEEDS:-0,1,2}"

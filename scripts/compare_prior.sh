@@ -32,8 +32,10 @@ declare -A flags=(
   [pictures]="--method noise --images $data/cifar100.npz"
   [kd]="--method kd"
 )
+order="csd dda_natural_guided dda_natural dda_natural_labels dda_pixel dda_pixel_guided diffdfkd dm_kd pictures kd"
+require_known "${RUNS:-}" "bank $order"
 for seed in ${SEEDS:-0}; do
-  for run in bank ${RUNS:-csd dda_natural_guided dda_natural dda_natural_labels dda_pixel dda_pixel_guided diffdfkd dm_kd pictures kd}; do
+  for run in bank ${RUNS:-$order}; do
     python datafree_kd.py ${flags[$run]} --dataset cifar10 --data_root "$data" --teacher resnet20 --teacher_ckpt "${TEACHER:-cifar10_resnet20.pth}" \
       --teacher_std .2470,.2435,.2616 --student wrn16_1 $lengths --seed "$seed" --save_dir "$out/$run/seed{seed}" "$@"
   done

@@ -3,7 +3,7 @@
 # These are tables of docs/speed.md.
 #   TEACHER=cifar10_resnet20.pth BANK=checkpoints/protocol_c/nayer/seed0 DATA_ROOT=data bash scripts/compare_recipe.sh
 #   RUNS="kd_plain kd_fast" SEEDS="0 1 2" bash scripts/compare_recipe.sh     some runs and seeds; run it again to resume
-# Recipes: each run has 2.5 CPU-minutes of student and teacher (times LENGTH), at 1.23 and .53 ms per image. Views and float32:
+# Recipes: each run has 2.5 CPU-minutes of student and teacher (times LENGTH, a whole number), at 1.23 and .53 ms per image. Views and float32:
 # 1,000 steps of 128. kd learns from the real images, bank from the images of a finished run, which makes no new ones.
 # TEACHER: see docs/reference.md, Networks.
 set -euo pipefail
@@ -23,7 +23,10 @@ declare -A flags=(
   [float32]="$views --amp no"
 )
 for few in 4 8 16 32; do flags[views_$few]="$views --views $few"; done
-if [ ! -e "$out/images" ]; then
+order="kd_plain kd_fast bank_plain bank_fast views_4 views_8 views_16 views_32 views_all float32"
+require_known "${RUNS:-}" "$order"
+names="${RUNS:-$order}"
+if [[ "$names" =~ bank|views|float32 ]] && [ ! -e "$out/images" ]; then
   source_run="${BANK:-checkpoints/protocol_c/nayer/seed0}"
   if [ ! -e "$source_run/bank" ]; then
     echo "error: $source_run has no image bank; make it with 'bash scripts/protocol_c.sh nayer', or name another run with BANK=..." >&2
@@ -31,7 +34,7 @@ if [ ! -e "$out/images" ]; then
   fi
   python -m datafree.bank export "$source_run" "$out/images"
 fi
-for run in ${RUNS:-kd_plain kd_fast bank_plain bank_fast views_4 views_8 views_16 views_32 views_all float32}; do
+for run in $names; do
   for seed in ${SEEDS:-0}; do
     python datafree_kd.py ${flags[$run]} --dataset cifar10 --data_root "$data" --teacher resnet20 --teacher_ckpt "${TEACHER:-cifar10_resnet20.pth}" \
       --teacher_std .2470,.2435,.2616 --student wrn16_1 --seed "$seed" --save_dir "$out/$run/seed{seed}" "$@"

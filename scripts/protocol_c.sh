@@ -16,7 +16,9 @@ export OMP_NUM_THREADS=1
 out="${OUT:-checkpoints/protocol_c}" data="${DATA_ROOT:-data}" jobs="$(nproc)" list=
 while [[ "${1:-}" == --* ]]; do
   case "$1" in
-    --jobs) jobs="$2"; shift 2 ;;
+    --jobs)
+      if [[ ! "${2:-}" =~ ^[1-9][0-9]*$ ]]; then echo "error: --jobs '${2:-}' found, a whole number from 1 on wanted" >&2; exit 2; fi
+      jobs="$2"; shift 2 ;;
     --list) list=yes; shift ;;
     *) echo "error: $1 found, --jobs N, --list or names of methods wanted" >&2; exit 2 ;;
   esac
@@ -50,10 +52,11 @@ declare -A flags=(
 )
 order="kd noise noise_batch one_image pictures fast nayer csd dda cmi adi deepinv dfq zskt dafl dfad diffdfkd"
 often=" kd fast nayer csd dda "  # with three seeds
+require_known "$*" "$order"
 names="${*:-$order}" failed= started=()
+trap 'kill $(jobs -p) 2>/dev/null; wait; exit 130' INT TERM  # without it, the runs would continue after Ctrl-C
 for seed in ${SEEDS:-0 1 2}; do
   for name in $names; do
-    if [ -z "${flags[$name]:-}" ]; then echo "error: '$name' found, names out of $order wanted" >&2; exit 2; fi
     if [ -z "${SEEDS:-}" ] && [ "$seed" != 0 ] && [[ "$often" != *" $name "* ]]; then continue; fi
     run="$out/$name/seed$seed"
     if [ -e "$run/result.json" ]; then continue; fi

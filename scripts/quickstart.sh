@@ -7,7 +7,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 part="${1:-all}"
-case "$part" in all | diffdfkd) ;; *) echo "error: '$part' found, all or diffdfkd wanted" >&2; exit 2 ;; esac
+if [[ "$part" != all && "$part" != diffdfkd || $# -gt 1 ]]; then echo "error: '$*' found, nothing or diffdfkd wanted" >&2; exit 2; fi
 source scripts/environment.sh
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"  # for such small networks more threads are slower
 seed="${SEED:-0}"

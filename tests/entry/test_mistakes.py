@@ -45,6 +45,11 @@ def test_a_list_of_nothing_names_the_kinds(program, command):
         command(program, "--list")
 
 
+def test_seed_and_seeds_are_not_both_given(command):
+    with pytest.raises(UserError, match="--seed and --seeds found, one of them wanted"):
+        command("datafree_kd", "--method kd --seed 3 --seeds 0,1")
+
+
 def test_a_hint_names_one_spelling(command):
     for wrong in ("--g-stepz", "--g_stepz", "--g_stepz=3"):
         with pytest.raises(UserError, match=r"did you mean [^?]*--g_steps") as caught:

@@ -3,6 +3,7 @@
 import os
 import shlex
 import subprocess
+import time
 
 import pytest
 
@@ -67,7 +68,13 @@ def test_what_is_done_is_left_out(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "words, message", [(["--list", "fasst"], "'fasst' found, names out of kd"), (["--job", "2"], "--job found")]
+    "words, message",
+    [
+        (["--list", "fasst"], "'fasst' found, names out of kd"),
+        (["--job", "2"], "--job found"),
+        (["--jobs", "0", "kd"], "--jobs '0' found, a whole number from 1 on wanted"),
+        (["--jobs"], "--jobs '' found"),
+    ],
 )
 def test_mistakes_are_one_line(words, message):
     code, lines, error = script(*words)
@@ -85,3 +92,28 @@ def test_runs_that_fail_are_said(tmp_path):
     assert code == 1 and len(lines) == 2
     assert "kd/seed0: error: datafree_kd.py --method kd" in error and "noise/seed0: error: " in error
     assert "error: datafree_kd.py --method kd" in (tmp_path / "console/kd_seed0.txt").read_text()
+
+
+def test_a_stopped_queue_stops_its_runs(tmp_path):
+    """A replacement of python waits until it is stopped."""
+    (tmp_path / "python").write_text(
+        f'#!/bin/sh\ntrap "touch {tmp_path}/stopped; exit" TERM\ntouch {tmp_path}/begun\nsleep 60 & wait\n'
+    )
+    (tmp_path / "python").chmod(0o755)
+    variables = {"OUT": str(tmp_path), "PATH": f"{tmp_path}:{os.environ['PATH']}", "TEACHER": str(tmp_path / "python")}
+    environment = os.environ | {"VENV": "none", "IMAGE": "picture.jpg", "SEEDS": "0"} | variables
+    queue = subprocess.Popen(["bash", "scripts/protocol_c.sh", "kd"], cwd=ROOT, env=environment, stdout=subprocess.PIPE)
+    assert "kd, seed 0" in queue.stdout.readline().decode()
+    while not (tmp_path / "begun").exists():
+        time.sleep(0.05)
+    queue.terminate()
+    assert queue.wait(timeout=30) == 130 and (tmp_path / "stopped").exists()
+
+
+@pytest.mark.parametrize(
+    "name, variable", [("digits", "METHODS"), ("guidance", "RUNS"), ("prior", "RUNS"), ("recipe", "RUNS")]
+)
+def test_other_comparisons_name_what_they_know(name, variable):
+    environment = os.environ | {"VENV": "none", variable: "bogus"}
+    done = subprocess.run(["bash", f"scripts/compare_{name}.sh"], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: 'bogus' found, names out of ") and not done.stdout
