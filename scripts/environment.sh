@@ -1,14 +1,5 @@
 # Sourced by the other scripts from the repository's root. Creates .venv once, installs requirements.txt into it (again if that
 # file has changed), and puts it on PATH. With VENV=none, the Python on PATH is used as it is.
-
-# require_known NAMES CHOICES: stops the script if one of NAMES is not among CHOICES.
-require_known() {
-  local name
-  for name in $1; do
-    if [[ " $2 " != *" $name "* ]]; then echo "error: '$name' found, names out of $2 wanted" >&2; exit 2; fi
-  done
-}
-
 VENV="${VENV:-.venv}"
 if [ "$VENV" != none ]; then
   if [ ! -x "$VENV/bin/python" ]; then
@@ -23,3 +14,11 @@ if [ "$VENV" != none ]; then
   fi
   export PATH="$(cd "$VENV" && pwd)/bin:$PATH"
 fi
+
+# require_known NAMES CHOICES: stops the script if one of NAMES is not among CHOICES.
+require_known() {
+  local name
+  for name in $1; do
+    if [[ " $2 " != *" $name "* ]]; then echo "error: '$name' found, names out of $2 wanted" >&2; exit 2; fi
+  done
+}
