@@ -34,7 +34,7 @@ def test_method(distill, tmp_path, method, amp):
     look_at(tmp_path / "run")
 
 
-@pytest.mark.parametrize("method", ["kd", "fast", "csd", "dda"])
+@pytest.mark.parametrize("method", ["kd", "fast", "csd", "dda", "dafl", "zskt", "dfad", "dfq"])
 def test_cuda_graphs(distill, tmp_path, capsys, method):
     distill(method, tmp_path / "run", "--gpu 0 --amp bf16 --compile graphs")
     look_at(tmp_path / "run")
