@@ -132,6 +132,11 @@ def log_start(session: Session, teacher, todo: list[str]) -> Session:
         )
     if (warmup := session.flags["warmup_epochs"]) > (epochs := session.schedule.epochs) and "distill" in todo:
         log(f"warning: --warmup_epochs {warmup} is greater than --epochs {epochs}: the learning rate never reaches --lr")
+    wanted, steps = session.schedule.ep_steps, session.schedule.rounds_per_epoch * session.schedule.kd_steps
+    if wanted != steps and "distill" in todo:
+        log(
+            f"--ep_steps {wanted} is no multiple of --kd_steps {session.schedule.kd_steps}: an epoch has {steps} student steps"
+        )
     if session.device.type == "cpu" and (text := long_for_a_cpu(session.flags, session.schedule, session.info, todo)):
         log(text)
     return session

@@ -68,6 +68,10 @@ class Session:
             return None
         return ImageBank(self.path / folder, replace(self.manifest, external_prior=external_prior))
 
+    def has_own_images(self) -> bool:
+        """Whether the run folder has an initial bank of its own, which stays there in a run with ``--init_bank``."""
+        return any(outputs(self.path, f"bank/{stage}-*.safetensors") for stage in INITIAL)
+
     def finished(self, stage: str) -> "Finished":
         """Returns the finished bank of a stage: of this run, or the one given by ``--init_bank`` or ``--init_variants``.
 

@@ -193,8 +193,11 @@ class DistillFlags:
         """Returns these flags in the form that stage distill takes.
 
         Raises:
-            UserError: ``--warmup_epochs`` is given for the one-cycle schedule, which has its own warm-up.
+            UserError: ``--warmup_epochs`` is given for the one-cycle schedule, which has its own warm-up, or ``--lr_min`` is
+                greater than ``--lr``.
         """
+        if self.lr_min > self.lr:
+            raise UserError(f"--lr_min {self.lr_min:g} found, at most --lr {self.lr:g} wanted; lower it")
         if self.lr_schedule == "one_cycle" and self.warmup_epochs:
             raise UserError(
                 f"--warmup_epochs {self.warmup_epochs} found, but --lr_schedule one_cycle has its own warm-up; give "

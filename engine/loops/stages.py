@@ -149,6 +149,8 @@ class Distill(Stage):
         check_logit_cache(session.flags["logit_cache"])
         if self.initial and self.initial not in before:
             session.finished(self.initial).columns
+        if not self.method.streams and session.flags["init_bank"] and session.has_own_images():
+            ImageBank(session.path / "bank", session.manifest, create=False)  # refuses another teacher
         if self.filter is None or "augment" in before:
             return
         variants = session.finished("augment")

@@ -22,7 +22,7 @@ from engine.runtime.files import (
     is_temporary,
 )
 from engine.runtime.run import Run
-from tests.conftest import TINY, TINY_TASK
+from tests.conftest import TINY, TINY_TASK, build_network
 
 FOREIGN = (
     "a.tmp", ".a.tmp", "bank.tmp", ".student.pth.tmp", ".args.json.k2j4h6g8.tmp", f"notes{TEMPORARY}", f".x{TEMPORARY}",
@@ -247,6 +247,19 @@ def test_a_refused_training_changes_no_file(command, tmp_path):
     before = tree(tmp_path)
     with pytest.raises(UserError, match="--lr 0.1, now 0.5 is given"):
         command("train_scratch", f"{flags} --lr .5")
+    assert tree(tmp_path) == before
+
+
+def test_another_teacher_is_refused_beside_own_images(distill, copied, tmp_path):
+    """--init_bank keeps the run folder's own images, so --redo distill must refuse before it deletes the student."""
+    run, other = copied("csd"), tmp_path / "other"
+    torch.manual_seed(1)
+    torch.save({"state_dict": build_network("resnet8", 10).state_dict()}, tmp_path / "teacher.pth")
+    flags = f"--teacher_ckpt {tmp_path / 'teacher.pth'}"
+    distill("csd", other, f"{flags} --stages synthesize")
+    before = tree(tmp_path)
+    with pytest.raises(UserError, match="bank was made with the teacher resnet8 .*another --init_bank or --save_dir"):
+        distill("csd", run, f"{flags} --init_bank {other} --redo distill")
     assert tree(tmp_path) == before
 
 

@@ -104,6 +104,12 @@ def test_without_a_real_image_a_bank_tells_of_agreement(distill, finished, teach
     assert report.write_lines(lines, report.collect([tmp_path / "runs"])) == 3 == len(report.collect([lines]))
 
 
+def test_an_epoch_of_whole_rounds_is_told(distill, tmp_path):
+    distill("dafl", tmp_path, "--epochs 1 --ep_steps 5 --kd_steps 2")
+    assert "--ep_steps 5 is no multiple of --kd_steps 2: an epoch has 4 student steps" in (tmp_path / "log.txt").read_text()
+    assert json.loads((tmp_path / "result.json").read_text())["student_steps"] == 4
+
+
 def test_without_a_real_image_a_stream_tells_of_agreement_and_goes_on(
     distill, teacher_file, tmp_path, monkeypatch, interrupted
 ):

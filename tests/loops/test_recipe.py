@@ -55,6 +55,11 @@ def test_a_warm_up_beside_one_cycle_is_refused():
         parse("--method kd --recipe fast --warmup_epochs 2".split())[2][2].schedule()
 
 
+def test_a_least_learning_rate_above_the_peak_is_refused():
+    with pytest.raises(UserError, match=r"--lr_min 0.0002 found, at most --lr 0.0001 wanted"):
+        parse("--method nayer --lr 1e-4".split())[2][2].schedule()
+
+
 def test_one_cycle_goes_up_in_a_fifth_and_down_to_its_end():
     schedule = Schedule(4, 25, 25, 1, 0.2, 0.9, 0, 0, lr_min=0.04, lr_schedule="one_cycle")
     rates = [schedule.learning_rate(step) for step in (0, 9, 19, 20, 60, 100)]
