@@ -107,7 +107,8 @@ def run(name: str, method_class: type, groups: list) -> Path:
     forbid_train_split()
     method = build_method(name, method_class, groups, schedule, processes, DATASETS, MODELS)
     info, device = method.task.info, method.task.device
-    compiler = Compiler(run_flags.compile, device, log=print if processes.main else lambda text: None)
+    log = print if processes.main else lambda text: None
+    compiler = Compiler(run_flags.compile, device, log, auto_graphs=processes.count == 1)
     require_batch_norm(method.teacher, groups[-1], METHODS)
     stages = method.stages()
     order, selected = choose_stages(name, [stage.name for stage in stages], run_flags)

@@ -129,7 +129,7 @@ class Benchmark:
     def pair(self, teacher: str, student: str, loops: list[str]) -> str:
         """Measures ``loops`` for a pair of networks and returns the table as text."""
         args, info, notes = self.args, self.info, []
-        compiler = Compiler(args.compile, self.device, notes.append)
+        compiler = Compiler(args.compile, self.device, notes.append, auto_graphs=True)
         networks = [[build_classifier(MODELS, name, info, self.device) for name in (teacher, student)] for _ in range(2)]
         for mine, theirs in zip(*networks):
             theirs.load_state_dict(mine.state_dict())

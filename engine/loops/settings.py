@@ -132,8 +132,8 @@ class RunFlags:
     )
     compile: str = flag(
         "auto",
-        "torch.compile of the inner steps; auto: only steps that run often enough to save time; graphs: as yes, with "
-        "networks and student step as CUDA graphs on a GPU",
+        "torch.compile of the inner steps; auto: only steps that run often enough to save time, with teacher and student "
+        "step as CUDA graphs in a run on one GPU; yes: all, without CUDA graphs; graphs: all, with them",
         choices=COMPILE,
     )
 

@@ -48,10 +48,12 @@ class Compiler:
             a GPU.
         device: device of the run.
         log: function that takes one line of text.
+        auto_graphs: whether "auto" also replays CUDA graphs.
     """
 
-    def __init__(self, choice: str, device: torch.device, log: Callable[[str], None] = print):
+    def __init__(self, choice: str, device: torch.device, log: Callable[[str], None] = print, *, auto_graphs: bool = False):
         self.choice, self.device, self.log = choice, device, log
+        self.graphs = device.type == "cuda" and (choice == "graphs" or choice == "auto" and auto_graphs)
 
     def __call__(
         self, function: Callable, calls: int, name: str, *, constant_weights: bool = False, keeps_tensors: bool = False
@@ -73,8 +75,7 @@ class Compiler:
         if self.device.type == "cpu" and not found:
             self._report(name, "there is no C++ compiler")
             return function
-        graphs = self.choice == "graphs" and self.device.type == "cuda" and not keeps_tensors
-        options = {"freezing": constant_weights, "triton.cudagraphs": graphs}
+        options = {"freezing": constant_weights, "triton.cudagraphs": self.graphs and not keeps_tensors}
         if self.device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_f") and _tunes_for_no_processor(found):
             options["cpp.simdlen"] = 256
         return _Compiled(function, name, options, self)

@@ -128,6 +128,20 @@ def test_what_is_compiled(choice, calls, compiled):
     assert (Compiler(choice, CPU)(abs, calls, "function") is not abs) == bool(compiled)
 
 
+@pytest.mark.parametrize(
+    "choice, auto_graphs, expected",
+    [("auto", True, True), ("auto", False, False), ("yes", True, False), ("graphs", False, True)],
+)
+def test_which_functions_are_cuda_graphs(monkeypatch, choice, auto_graphs, expected):
+    found = []
+    monkeypatch.setattr("torch.compile", lambda function, dynamic, options: found.append(options["triton.cudagraphs"]))
+    compiler = Compiler(choice, torch.device("cuda"), auto_graphs=auto_graphs)
+    compiler(abs, 20_000, "student step")
+    compiler(abs, 20_000, "losses", keeps_tensors=True)
+    Compiler(choice, CPU, auto_graphs=auto_graphs)(abs, 20_000, "student step")
+    assert found == [expected, False, False]
+
+
 def test_outputs_of_a_graph_are_copied():
     """The next call of a CUDA graph overwrites its outputs, so the outputs are copied."""
     place = torch.zeros(2)
